@@ -1,0 +1,1 @@
+"""Jacobian descent for Hugging Face training."""
