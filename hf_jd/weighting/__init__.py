@@ -1,0 +1,71 @@
+"""Given the Gramian G of a step's objectives, which weights w?
+
+Usable alone, on a Gramian from anywhere: `UPGradWeighting()(gramian)`. `WEIGHTINGS` is the one list of the methods.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable
+from typing import Any
+
+from hf_jd.weighting.base import Flattening, GeneralizedWeighting, LossWeighting, Weighting
+from hf_jd.weighting.dualproj import DualProjWeighting
+from hf_jd.weighting.mean import MeanWeighting
+from hf_jd.weighting.mgda import MGDAWeighting
+from hf_jd.weighting.sum import SumWeighting
+from hf_jd.weighting.upgrad import UPGradWeighting
+
+WEIGHTINGS: dict[str, type[Weighting]] = {
+    "upgrad": UPGradWeighting,
+    "dualproj": DualProjWeighting,
+    "mgda": MGDAWeighting,
+    "mean": MeanWeighting,
+    "sum": SumWeighting,
+}
+
+__all__ = [
+    "WEIGHTINGS",
+    "DualProjWeighting",
+    "Flattening",
+    "GeneralizedWeighting",
+    "LossWeighting",
+    "MGDAWeighting",
+    "MeanWeighting",
+    "SumWeighting",
+    "UPGradWeighting",
+    "Weighting",
+    "build_weighting",
+]
+
+
+def build_weighting(name: str, **arguments: Any) -> Weighting:
+    """Builds a weighting of `WEIGHTINGS` by its name.
+
+    Args:
+        name: A key of `WEIGHTINGS`.
+        **arguments: The method's own parameters.
+
+    Raises:
+        ValueError: The name or an argument is unknown, or a required argument is missing; the message lists what there is,
+            the nearest first.
+    """
+    if name not in WEIGHTINGS:
+        raise ValueError(f"Unknown weighting {name!r}. The known ones are {_nearest_first(name, WEIGHTINGS)}.")
+    parameters = inspect.signature(WEIGHTINGS[name]).parameters
+    for argument in arguments:
+        if argument not in parameters:
+            known = f"takes {_nearest_first(argument, parameters)}" if parameters else "takes no arguments"
+            raise ValueError(f"Unknown argument {argument!r}: the weighting {name!r} {known}.")
+    for argument, parameter in parameters.items():
+        if parameter.default is parameter.empty and argument not in arguments:
+            raise ValueError(f"The weighting {name!r} needs the argument {argument!r}.")
+    return WEIGHTINGS[name](**arguments)
+
+
+def _nearest_first(word: str, known: Iterable[str]) -> str:
+    def likeness(other: str) -> float:
+        return difflib.SequenceMatcher(None, word.lower(), other.lower()).ratio()
+
+    return ", ".join(sorted(known, key=likeness, reverse=True))

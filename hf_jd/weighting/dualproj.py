@@ -1,0 +1,28 @@
+"""DualProj: the projection of the mean row onto the dual cone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hf_jd.weighting.base import Names
+from hf_jd.weighting.preference import PreferenceWeighting
+from hf_jd.weighting.projection import cone_projection
+
+
+@dataclass(frozen=True)
+class DualProjWeighting(PreferenceWeighting):
+    """Projects J^T p, the mean row, onto the dual cone {x : J x >= 0} of the rows.
+
+    It is the update nearest to the mean that conflicts with no row: where the mean itself conflicts with none, it is
+    the mean. Unlike UPGrad, a long row can take most of the update.
+
+    References:
+        Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", arXiv 1706.08840, equation 11; named
+        DualProj in arXiv 2406.16232, section 5.
+    """
+
+    def weigh(self, gramian: Tensor, names: Names) -> Tensor:
+        """Computes w = argmin_{v >= p} v^T G v, [m]."""
+        return cone_projection(gramian, self.preference(gramian)[None])[0]

@@ -1,0 +1,129 @@
+"""Solutions of minimum norm: of the convex hull of the rows (MGDA), and among equivalent weights."""
+
+from __future__ import annotations
+
+import numpy as np
+import quadprog
+
+_TOLERANCE = 1e-12  # of a cosine
+
+
+def smallest_solution(rows: np.ndarray, weights: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """Finds the z >= 0 of smallest |z + offset| with the same rows^T z as `weights`.
+
+    Args:
+        rows: [f, r], of length about 1.
+        weights: One non-negative solution, [f].
+        offset: [f].
+
+    Returns:
+        z, [f]: `weights` itself where the rows are independent, or where rounding leaves no other solution.
+    """
+    if not len(rows):
+        return weights
+    vectors, values, _ = np.linalg.svd(rows, full_matrices=False)
+    vectors = vectors[:, values > values[0] * len(rows) * 1e-14]
+    if vectors.shape[1] == len(rows):
+        return weights
+    identity = np.eye(len(rows))
+    constraints = np.hstack([vectors, identity])
+    bounds = np.concatenate([vectors.T @ weights, np.zeros(len(rows))])
+    try:
+        solution = quadprog.solve_qp(identity, -offset, constraints, bounds, vectors.shape[1], True)[0]
+    except ValueError:
+        return weights
+    return solution.clip(min=0)
+
+
+def minimum_norm_weights(cosines: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Finds the multiples mu >= 0 of unit rows, offsets^T mu = 1, whose sum is shortest: the nearest point of their hull.
+
+    Args:
+        cosines: The unit rows' Gramian C, [m, m].
+        offsets: b in (0, 1], [m]: unit row i times 1/b_i is a vertex of the hull.
+
+    Returns:
+        mu, [m], of smallest norm if there are several.
+    """
+    weights = _pivot(cosines, offsets)
+    if weights is None:
+        weights = _wolfe(cosines, offsets)
+    slopes, square = cosines @ weights, weights @ cosines @ weights
+    # Other weights give the same point only if the rows that touch its supporting plane are dependent.
+    tight = slopes - square * offsets <= 1e-9 * max(max(square, 0.0) ** 0.5, 1e-6)
+    touching = cosines[np.ix_(tight, tight)]
+    values, vectors = np.linalg.eigh(touching)
+    noise = max(-values[0], values[-1] * len(values) * np.finfo(float).eps)
+    rank = values > noise
+    rows = np.hstack([vectors[:, rank] * np.sqrt(values[rank]), offsets[tight, None]])
+    weights[tight] = smallest_solution(rows, weights[tight], np.zeros(len(rows)))
+    return weights / (offsets @ weights)
+
+
+def _pivot(cosines: np.ndarray, offsets: np.ndarray) -> np.ndarray | None:
+    """Guesses the support by exchanging all wrong rows at once: a few solves where it settles, None where it doesn't.
+
+    The shortest point is, up to its length, the solution of C mu >= b, mu >= 0, mu^T (C mu - b) = 0.
+    """
+    support = np.ones(len(offsets), dtype=bool)
+    for _ in range(20):
+        weights = np.zeros_like(offsets)
+        try:
+            weights[support] = np.linalg.solve(cosines[np.ix_(support, support)], offsets[support])
+        except np.linalg.LinAlgError:
+            return None
+        slopes = cosines @ weights - offsets
+        wrong = np.where(support, weights < 0, slopes < -_TOLERANCE)
+        if not wrong.any():
+            exact = np.abs(slopes[support]).max() <= _TOLERANCE * np.abs(weights).max()
+            return weights / (offsets @ weights) if exact and weights.max() < 1e6 else None
+        support ^= wrong
+        if not support.any():
+            return None
+    return None
+
+
+def _wolfe(cosines: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Wolfe's method ("Finding the nearest point in a polytope", 1976): exact after finitely many exchanges.
+
+    A corral is a set of independent vertices; the point is always the shortest of a corral's hull, and gets shorter.
+    """
+    m = len(offsets)
+    weights = np.zeros(m)
+    weights[offsets.argmax()] = 1 / offsets.max()
+    best = np.inf
+    for _ in range(20 * m):
+        slopes = cosines @ weights
+        square = weights @ slopes
+        gaps = slopes - square * offsets
+        entering = int(gaps.argmin())
+        noise = _TOLERANCE * max(np.abs(weights).sum() * 1e-3, max(square, 0.0) ** 0.5)
+        if gaps[entering] >= -noise or weights[entering] > 0 or not square < best:
+            break
+        best = square
+        _shorten(cosines, offsets, weights, entering)
+    return weights
+
+
+def _shorten(cosines: np.ndarray, offsets: np.ndarray, weights: np.ndarray, entering: int) -> None:
+    """Moves the weights, in place, to the shortest point of a corral that has the entering vertex too."""
+    support = weights > 0
+    support[entering] = True
+    while support.any():
+        b = offsets[support]
+        system = cosines[np.ix_(support, support)] + np.outer(b, b)
+        target = np.linalg.lstsq(system, b, rcond=None)[0]
+        target /= b @ target
+        current = weights[support]
+        if (target > 0).all():
+            weights[support] = target
+            return
+        # Go towards the target up to the first vertex whose weight vanishes, and leave that one.
+        falling = target <= 0
+        fractions = np.full(len(b), np.inf)
+        fractions[falling] = current[falling] / (current[falling] - target[falling]).clip(min=1e-300)
+        moved = current + min(1.0, fractions.min()) * (target - current)
+        moved[fractions == fractions.min()] = 0
+        weights[support] = moved.clip(min=0)
+        support &= weights > 0
+        weights[~support] = 0
