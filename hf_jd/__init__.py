@@ -1,1 +1,45 @@
 """Jacobian descent for Hugging Face training."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hf_jd.arguments import JDArguments, JDSeq2SeqTrainingArguments, JDTrainingArguments
+    from hf_jd.gramian import Engine, Jacobian
+    from hf_jd.trainer import JDSeq2SeqTrainer, JDState, JDTrainer, JDTrainerMixin
+    from hf_jd.weighting import WEIGHTINGS, build_weighting
+
+_ROOMS = {
+    "WEIGHTINGS": "weighting",
+    "Engine": "gramian",
+    "JDArguments": "arguments",
+    "JDSeq2SeqTrainer": "trainer",
+    "JDSeq2SeqTrainingArguments": "arguments",
+    "JDState": "trainer",
+    "JDTrainer": "trainer",
+    "JDTrainerMixin": "trainer",
+    "JDTrainingArguments": "arguments",
+    "Jacobian": "gramian",
+    "build_weighting": "weighting",
+}
+
+__all__ = [
+    "WEIGHTINGS",
+    "Engine",
+    "JDArguments",
+    "JDSeq2SeqTrainer",
+    "JDSeq2SeqTrainingArguments",
+    "JDState",
+    "JDTrainer",
+    "JDTrainerMixin",
+    "JDTrainingArguments",
+    "Jacobian",
+    "build_weighting",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Imports a public name when it is first asked for, so that `import hf_jd` is quick."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"hf_jd.{_ROOMS[name]}"), name)

@@ -1,0 +1,157 @@
+"""Every --jd_* flag, documented and validated once."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+from hf_jd.objectives import OBJECTIVES
+from hf_jd.weighting import WEIGHTINGS, Weighting, build_weighting
+
+_CHOICES = {
+    "jd_objectives": tuple(OBJECTIVES),
+    "jd_group_reduction": ("share", "mean"),
+    "jd_backward": ("one_pass", "two_pass"),
+    "jd_scope": ("global", "micro_batch"),
+}
+_UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+@dataclass
+class JDArguments:
+    """The flags of Jacobian descent, to be placed left of any dataclass of training arguments."""
+
+    jd_weighting: str = field(
+        default="upgrad",
+        metadata={"help": f"How the objectives are weighted from their Gramian: {_listed(tuple(WEIGHTINGS))}."},
+    )
+    jd_weighting_args: list[str] | None = field(
+        default=None, metadata={"nargs": "*", "help": "Arguments of the weighting, as `name=value`."}
+    )
+    jd_objectives: str = field(
+        default="instance",
+        metadata={
+            "help": "What an objective is: `instance` (the loss of one example) or `group` (the loss of all the "
+            "examples that share a value of `--jd_group_column`)."
+        },
+    )
+    jd_group_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "The column of the training set, of strings or integers, that names each example's group. With "
+            "`--jd_objectives instance` it only splits what is logged."
+        },
+    )
+    jd_groups: list[str] | None = field(
+        default=None,
+        metadata={
+            "nargs": "*",
+            "help": "The names of all groups. Read from the training set, except for a stream, whose names can't be "
+            "known beforehand.",
+        },
+    )
+    jd_group_reduction: str = field(
+        default="share",
+        metadata={
+            "help": "`share` keeps each group's share of the tokens, so that the objectives' mean is the loss of "
+            "Trainer; `mean` gives each group its own mean, so that all groups count the same."
+        },
+    )
+    jd_backward: str = field(
+        default="one_pass",
+        metadata={
+            "help": "`one_pass` forms the update from the recorded rows; `two_pass` weighs the losses and calls "
+            "accelerator.backward on their sum: slower, the same update."
+        },
+    )
+    jd_keep_rows: str = field(
+        default="auto",
+        metadata={
+            "help": "Whether the engine keeps its rows in memory: `auto` (while they fit), `true`, `false`, or the "
+            "most they may take, such as `4GB`."
+        },
+    )
+    jd_check: bool = field(
+        default=True,
+        metadata={
+            "help": "Prove on the first step, with one more backward pass, that the Jacobian and losses are right."
+        },
+    )
+    jd_scope: str = field(
+        default="global",
+        metadata={
+            "help": "`global` weighs all objectives of an update together, over accumulation steps and processes, as "
+            "one big batch would; `micro_batch` weighs each forward pass by itself, which is cheaper."
+        },
+    )
+
+    def __post_init__(self):
+        """Validate the flags.
+
+        Raises:
+            ValueError: A flag has a value that isn't allowed, or two flags contradict each other.
+        """
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                near = get_close_matches(str(value), choices, n=len(choices), cutoff=0.0)
+                raise ValueError(f"--{name} is `{value}`; choose one of {_listed(tuple(near))}.")
+        if self.jd_objectives == "group" and self.jd_group_column is None:
+            raise ValueError(
+                "--jd_objectives group needs --jd_group_column, the column of the training set that names each "
+                "example's group."
+            )
+        self.build_weighting()
+        self.keep_rows()
+        super().__post_init__()  # ty: ignore[unresolved-attribute]  # that of TrainingArguments
+
+    def build_weighting(self) -> Weighting:
+        """Builds the weighting that the flags name.
+
+        Raises:
+            ValueError: The name or an argument is unknown, or an argument isn't of the form `name=value`.
+        """
+        arguments = {}
+        for pair in self.jd_weighting_args or []:
+            name, equals, text = pair.partition("=")
+            if not (name and equals and text):
+                raise ValueError(f"--jd_weighting_args holds `{pair}`; each argument is given as `name=value`.")
+            try:
+                arguments[name] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                arguments[name] = text
+        return build_weighting(self.jd_weighting, **arguments)
+
+    def keep_rows(self) -> str | bool | int:
+        """Read `jd_keep_rows`: "auto", True, False, or a number of bytes.
+
+        Raises:
+            ValueError: It is none of these.
+        """
+        text = self.jd_keep_rows.strip().lower()
+        if text in ("auto", "true", "false"):
+            return {"auto": "auto", "true": True, "false": False}[text]
+        unit = next((unit for unit in _UNITS if text.endswith(unit)), "")
+        try:
+            return int(float(text.removesuffix(unit)) * _UNITS.get(unit, 1))
+        except ValueError:
+            raise ValueError(
+                f"--jd_keep_rows is `{self.jd_keep_rows}`; give `auto`, `true`, `false`, or a size such as `4GB`."
+            ) from None
+
+
+@dataclass
+class JDTrainingArguments(JDArguments, TrainingArguments):
+    """`TrainingArguments` with the flags of Jacobian descent."""
+
+
+@dataclass
+class JDSeq2SeqTrainingArguments(JDArguments, Seq2SeqTrainingArguments):
+    """`Seq2SeqTrainingArguments` with the flags of Jacobian descent."""

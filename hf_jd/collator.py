@@ -1,0 +1,103 @@
+"""Group columns, from a dataset of any kind to the ids of a batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+GROUP_KEY = "jd_group"
+"""The batch's key of the group ids, [B] int64."""
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a dataset's value is no value: None, NaN or an empty string."""
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+class GroupCollator:
+    """Wraps a collator: takes the group column out of the examples, and adds the groups' ids to the batch.
+
+    Collators drop string columns or fail on them, so the names never reach the inner one.
+
+    Args:
+        collator: The collator of everything else.
+        column: The name of the group column.
+        names: All groups' names, in the order of their ids. None: the column holds integers, which are the ids.
+    """
+
+    def __init__(self, collator: Callable[[list], Any], column: str, names: Sequence[str] | None):
+        self.collator = collator
+        self.column = column
+        self.ids = None if names is None else {name: i for i, name in enumerate(names)}
+
+    def __call__(self, examples: list) -> Any:
+        """Collates; ids [B] are -1 for a name that isn't known, and absent for examples without the column."""
+        if not all(isinstance(example, dict) and self.column in example for example in examples):
+            return self.collator(examples)
+        values = [example[self.column] for example in examples]
+        batch = self.collator([{k: v for k, v in example.items() if k != self.column} for example in examples])
+        batch[GROUP_KEY] = torch.tensor([self._id(value) for value in values], dtype=torch.int64)
+        return batch
+
+    def _id(self, value: Any) -> int:
+        if is_missing(value):
+            return -1
+        if self.ids is not None:
+            return self.ids.get(str(value), -1)
+        try:
+            return int(value)
+        except ValueError:
+            raise ValueError(
+                f"The group column `{self.column}` holds names, such as `{value}`, and a stream's names can't be known "
+                "beforehand: list them with --jd_groups."
+            ) from None
+
+
+def group_names(dataset: Any, column: str) -> list[str] | None:
+    """The names of all groups of a training set, sorted, so that every process gives them the same ids.
+
+    Args:
+        dataset: A Dataset, a list of examples, or a stream.
+        column: The name of the group column.
+
+    Returns:
+        The names; None for a stream, whose values are only known as they come.
+
+    Raises:
+        ValueError: The column doesn't exist, or an example has no value in it.
+    """
+    columns = getattr(dataset, "column_names", None)
+    if columns is not None and column not in columns:
+        raise _missing_column(column, columns)
+    if not hasattr(dataset, "__len__"):
+        return None
+    names = set()
+    for row, value in enumerate(_values(dataset, column, columns)):
+        if is_missing(value):
+            raise ValueError(
+                f"Row {row} of the training set has no value in the group column `{column}`: fill it in, or leave "
+                "the row out."
+            )
+        names.add(str(value))
+    return sorted(names)
+
+
+def _values(dataset: Any, column: str, columns: list[str] | None) -> Iterable[Any]:
+    if columns is not None:
+        yield from dataset[column]
+        return
+    for row in range(len(dataset)):
+        example = dataset[row]
+        if column not in example:
+            raise _missing_column(column, list(example))
+        yield example[column]
+
+
+def _missing_column(column: str, columns: list[str]) -> ValueError:
+    return ValueError(
+        f"The training set has no group column `{column}`; its columns are {', '.join(f'`{name}`' for name in columns)}. "
+        "Name one of them with --jd_group_column."
+    )
