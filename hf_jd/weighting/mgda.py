@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from hf_jd.weighting.base import Names
+from hf_jd.weighting.cosines import cosine_matrix
 from hf_jd.weighting.minimum_norm import minimum_norm_weights
 from hf_jd.weighting.preference import PreferenceWeighting, checked_numbers
-from hf_jd.weighting.projection import cosine_matrix
 
 
 @dataclass(frozen=True)

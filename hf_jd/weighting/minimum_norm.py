@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import quadprog
 
+from hf_jd.weighting.cosines import cosine_factor
+
 _TOLERANCE = 1e-12  # of a cosine
 
 
@@ -51,12 +53,10 @@ def minimum_norm_weights(cosines: np.ndarray, offsets: np.ndarray) -> np.ndarray
     slopes, square = cosines @ weights, weights @ cosines @ weights
     # Other weights give the same point only if the rows that touch its supporting plane are dependent.
     tight = slopes - square * offsets <= 1e-9 * max(max(square, 0.0) ** 0.5, 1e-6)
-    touching = cosines[np.ix_(tight, tight)]
-    values, vectors = np.linalg.eigh(touching)
-    noise = max(-values[0], values[-1] * len(values) * np.finfo(float).eps)
-    rank = values > noise
-    rows = np.hstack([vectors[:, rank] * np.sqrt(values[rank]), offsets[tight, None]])
-    weights[tight] = smallest_solution(rows, weights[tight], np.zeros(len(rows)))
+    factor = cosine_factor(cosines[np.ix_(tight, tight)])
+    if factor.shape[1] < len(factor):
+        rows = np.hstack([factor, offsets[tight, None]])
+        weights[tight] = smallest_solution(rows, weights[tight], np.zeros(len(rows)))
     return weights / (offsets @ weights)
 
 

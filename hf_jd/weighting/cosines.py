@@ -1,0 +1,32 @@
+"""A Gramian scaled to unit rows, and its factor."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SINGULAR = 1e-10  # smallest squared pivot of a matrix of cosines whose rank is beyond doubt
+
+
+def cosine_matrix(gramian: Tensor, lengths: Tensor) -> Tensor:
+    """Scales G [m, m] to a unit diagonal; a zero row is given the cosine 0 with every other."""
+    inverse = torch.where(lengths > 0, 1 / lengths, 0)
+    cosines = (gramian * inverse).mul_(inverse[:, None]).clamp_(-1, 1)
+    cosines.fill_diagonal_(1)
+    return cosines
+
+
+def cosine_factor(cosines: np.ndarray) -> np.ndarray:
+    """Factors C = L L^T: L [m, r], r the rank of C [m, m]; eigenvalues that are rounding errors are left out."""
+    try:
+        factor = np.linalg.cholesky(cosines)
+        if factor.diagonal().min() ** 2 >= SINGULAR:
+            return factor
+    except np.linalg.LinAlgError:
+        pass
+    values, vectors = np.linalg.eigh(cosines)
+    # A negative eigenvalue shows how large the errors in G are; below that, a positive one means as little.
+    noise = max(-values[0], values[-1] * len(values) * np.finfo(float).eps)
+    kept = values > noise
+    return vectors[:, kept] * np.sqrt(values[kept])
