@@ -1,6 +1,7 @@
-"""The Gramian of a batch's losses, and J^T w (torch only)."""
+"""The Gramian of a batch's losses, and J^T w. Knows torch and nothing of transformers; usable alone."""
 
 from hf_jd.gramian.engine import Engine
-from hf_jd.gramian.jacobians import Jacobian
+from hf_jd.gramian.jacobian import Jacobian
+from hf_jd.gramian.rules import RULES
 
-__all__ = ["Engine", "Jacobian"]
+__all__ = ["RULES", "Engine", "Jacobian"]

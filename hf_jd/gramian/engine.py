@@ -1,26 +1,267 @@
-"""TEMPORARY brute-force stand-in with the final API; being replaced by the real engine."""
+"""The engine: losses -> Gramian, weights -> gradients, with one ordinary backward."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import psutil
 import torch
 from torch import Tensor, nn
 
-from hf_jd.gramian.jacobians import Jacobian
+from hf_jd.gramian.check import Checker
+from hf_jd.gramian.coverage import Coverage
+from hf_jd.gramian.jacobian import Jacobian
+from hf_jd.gramian.layouts import Segments
+from hf_jd.gramian.passes import Passes
+from hf_jd.gramian.plan import Plan
+from hf_jd.gramian.recording import Batch, Recording
+from hf_jd.gramian.rules import RULES, Rule
+from hf_jd.gramian.taps import ModuleTap
+
+FREE_MEMORY_SHARE = 0.5  # of the device's free memory, what `keep_rows="auto"` lets rows take
+
+
+@dataclass
+class _Step:
+    """What `accumulate_grad` needs of the last `compute_gramian`: the rows, or the losses for a second backward."""
+
+    losses: Tensor
+    jacobian: Jacobian | None
+    versions: dict[nn.Parameter, int]
 
 
 class Engine:
-    def __init__(self, *modules: nn.Module, batch_dim: int | None = 0, keep_rows="auto", check: bool = True):
-        self.modules = modules
+    """Computes the Gramian G = J J^T of a batch's losses, and J^T w, from one backward.
 
-    def compute_jacobian(self, losses: Tensor, segments: Tensor | None = None) -> Jacobian:
-        parameters = list(dict.fromkeys(p for m in self.modules for p in m.parameters() if p.requires_grad))
-        rows = [torch.autograd.grad(x, parameters, retain_graph=True, allow_unused=True) for x in losses]
-        return Jacobian({p: torch.stack([torch.zeros_like(p) if r[i] is None else r[i] for r in rows]) for i, p in enumerate(parameters)})
+    J is the Jacobian of the losses with regard to the trainable parameters of the modules. One ordinary backward of the
+    sum of the losses brings, at each trainable layer, its input and output gradient; since instances are independent in
+    the model, they give each instance's row of J (`rules.py`). What no closed form covers is differentiated module by
+    module, or objective by objective (`fallback.py`); a self-check proves the rows on the first step (`check.py`). The
+    approach follows Quinton & Rey, arXiv 2406.16232, Section 6.
+
+        engine = Engine(model)
+        losses = per_instance_loss(model(**batch))      # [m]
+        weights = UPGradWeighting()(engine.compute_gramian(losses))
+        engine.accumulate_grad(weights)                 # p.grad += J^T w
+
+    Args:
+        modules: The modules whose trainable parameters count; what is trainable is read at each step.
+        batch_dim: 0: losses [m, ...] have an instance in each leading position. None: losses have no instance
+            dimension; each element costs one differentiation.
+        keep_rows: Whether rows are kept for `accumulate_grad` ("one-pass"). True: always. False: never; only the Gramian
+            is kept and `accumulate_grad` walks the graph a second time ("two-pass"). "auto": while rows, or else the
+            factors that they are made of, fit in half of the free memory; a number: in that many bytes.
+        rules: Closed forms by exact layer type.
+        check: Whether rows are proved against autograd on the first step and when the model's use changes.
+
+    Raises:
+        ValueError: No module, or an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        *modules: nn.Module,
+        batch_dim: int | None = 0,
+        keep_rows: bool | int | str = "auto",
+        rules: Mapping[type[nn.Module], Rule] = RULES,
+        check: bool = True,
+    ):
+        if not modules or not all(isinstance(module, nn.Module) for module in modules):
+            raise ValueError(f"Engine takes one or more torch.nn.Module, got {modules!r}.")
+        if batch_dim not in (0, None):
+            raise ValueError(f"batch_dim is {batch_dim!r}; allowed are 0 and None.")
+        if not isinstance(keep_rows, bool | int) and keep_rows != "auto":
+            raise ValueError(f'keep_rows is {keep_rows!r}; allowed are "auto", True, False and a number of bytes.')
+        self.batch_dim = batch_dim
+        self.keep_rows = keep_rows
+        self.sentinel = torch.zeros((), requires_grad=True)
+        self._coverage = Coverage(modules, lambda module: ModuleTap(self, module))
+        plan = Plan(rules)
+        self._passes = Passes(plan, self._coverage, Checker(plan) if check else None, self.sentinel)
+        self._tiers: dict[nn.Parameter, int] = {}
+        self._step: _Step | None = None
+        self._coverage.scan()
+
+    @property
+    def recording(self) -> Recording | None:
+        """The backward under way, which taps report to."""
+        return self._passes.recording
 
     def compute_gramian(self, losses: Tensor, segments: Tensor | None = None) -> Tensor:
-        self._jacobian = self.compute_jacobian(losses, segments)
-        return self._jacobian.gramian()
+        """The Gramian of the losses, G = J J^T. The graph is kept, so that `losses.backward(weights)` works too.
+
+        Args:
+            losses: [m] or [m, ...], one leading entry an instance of the batch; with `segments` one an objective.
+            segments: Ids 0..K-1 of the objective that each instance [B], or each token [B, T], belongs to; -1 for none.
+
+        Returns:
+            Losses of shape s give a Gramian of shape s + reversed(s): [m] gives [m, m], [m, K] gives [m, K, K, m].
+            float32, or float64 for float64 parameters.
+
+        Raises:
+            ValueError: Losses that depend on no trainable parameter, that are not finite, or whose length is not the
+                batch's; segments out of range; a model that mixes instances.
+        """
+        self._step = None
+        mode = self._mode(losses)
+        if mode == "gramian":
+            jacobian, gramian = None, self._gramian_only(losses, segments)
+        else:
+            jacobian = self.compute_jacobian(losses, segments, materialise=mode == "rows")
+            gramian = jacobian.gramian()
+        versions = {p: p._version for p in self._coverage.names}
+        self._step = _Step(losses, jacobian, versions)
+        return self._generalized(gramian, losses)
+
+    def compute_jacobian(self, losses: Tensor, segments: Tensor | None = None, materialise: bool = True) -> Jacobian:
+        """The rows themselves, to be added to or stacked with those of other batches.
+
+        Args:
+            losses: As for `compute_gramian`. Losses [m, ...] give rows with the instance last: row k * m + i is that of
+                instance i and of the trailing index k.
+            segments: As for `compute_gramian`.
+            materialise: False keeps the factors of rows where those are smaller.
+
+        Raises:
+            ValueError: As for `compute_gramian`.
+        """
+        parts = []
+        for vector, batch in self._vectors(losses, segments):
+            outcome = self._passes.run(vector, batch, materialise, gramian_only=False)
+            self._tiers = outcome.tiers
+            parts.append(Jacobian({p: outcome.rows.get(p) for p in self._coverage.names}, len(vector)))
+        return Jacobian.cat(parts)
 
     def accumulate_grad(self, weights: Tensor) -> None:
-        for p, g in self._jacobian.weighted_sum(weights).items():
-            p.grad = g if p.grad is None else p.grad + g
+        """p.grad += J^T w for each trainable parameter; may be called several times.
+
+        Args:
+            weights: Shaped like the losses of the last `compute_gramian`.
+
+        Raises:
+            ValueError: No Gramian was computed, parameters have changed since, or weights of another shape.
+        """
+        step = self._step
+        if step is None:
+            raise ValueError("accumulate_grad needs the rows of a batch: call compute_gramian(losses) first.")
+        if weights.shape != step.losses.shape:
+            raise ValueError(
+                f"weights have shape {list(weights.shape)}; the losses of the last Gramian have "
+                f"{list(step.losses.shape)}, and each takes one weight."
+            )
+        changed = [self._coverage.names.get(p, "?") for p, version in step.versions.items() if p._version != version]
+        if changed:
+            raise ValueError(
+                f"{len(changed)} parameter(s) have changed since compute_gramian (first: {changed[0]}): call "
+                "accumulate_grad before the optimizer's step, or compute the Gramian again."
+            )
+        if step.jacobian is None:
+            torch.autograd.backward(step.losses, weights.to(step.losses), retain_graph=True)
+            return
+        instance_last = weights.flatten(1).T if self.batch_dim == 0 and weights.dim() > 1 else weights
+        for parameter, gradient in step.jacobian.weighted_sum(instance_last.flatten()).items():
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+    def tiers(self) -> dict[str, int]:
+        """By parameter name, the tier that brought its rows in the last step: 1 closed form, 2 module by module, 3
+        objective by objective; 0 where no objective depended on it."""
+        return {name: self._tiers.get(p, 0) for p, name in self._coverage.names.items()}
 
     def detach(self) -> None:
-        pass
+        """Removes the engine's hooks: the model is left as it was."""
+        self._coverage.remove()
+        self._step = None
+
+    def _vectors(self, losses: Tensor, segments: Tensor | None) -> Iterator[tuple[Tensor, Batch | None]]:
+        """The vectors of losses that one backward each covers, with the instances behind them."""
+        self._coverage.scan()
+        _check_losses(losses, self.batch_dim, segments, bool(self._coverage.names))
+        with torch.autocast(losses.device.type, enabled=False):
+            if self.batch_dim is None:
+                yield losses.flatten(), None
+            else:
+                batch = _batch(losses, segments)
+                for vector in losses.flatten(1).unbind(1) if losses.dim() > 1 else [losses]:
+                    yield vector, batch
+        self._coverage.forget_forwards()
+
+    def _gramian_only(self, losses: Tensor, segments: Tensor | None) -> Tensor:
+        ((vector, batch),) = self._vectors(losses, segments)
+        outcome = self._passes.run(vector, batch, materialise=False, gramian_only=True)
+        self._tiers = outcome.tiers
+        rest = Jacobian({p: outcome.rows.get(p) for p in self._coverage.names}, len(vector)).gramian()
+        return rest if outcome.gramian is None else (rest + outcome.gramian.to(rest))
+
+    def _mode(self, losses: Tensor) -> str:
+        """What is kept, from bytes: "rows", "factors", or only the "gramian"; several backwards always keep rows."""
+        if self.keep_rows is True or self.batch_dim is None or losses.dim() != 1:
+            return "rows"
+        if self.keep_rows is False:
+            return "gramian"
+        budget = _free_memory(losses.device) * FREE_MEMORY_SHARE if self.keep_rows == "auto" else self.keep_rows
+        parameters = self._coverage.names
+        size = max((p.element_size() for p in parameters), default=4)
+        if len(losses) * sum(p.nbytes for p in parameters) <= budget:
+            return "rows"
+        elements = [tap.elements for tap in self._coverage.taps]
+        # Reentrant checkpointing shows no forwards: nothing is known of the factors' size.
+        return "factors" if all(elements) and sum(elements) * size <= budget else "gramian"
+
+    def _generalized(self, gramian: Tensor, losses: Tensor) -> Tensor:
+        """[R, R] -> shape(losses) + reversed(shape(losses))."""
+        shape = list(losses.shape)
+        if self.batch_dim == 0 and len(shape) > 1:
+            m, k = shape[0], losses.numel() // shape[0]
+            gramian = gramian.view(k, m, k, m).permute(1, 0, 3, 2)
+        gramian = gramian.reshape(shape + shape)
+        n = len(shape)
+        return gramian.permute(*range(n), *reversed(range(n, 2 * n)))
+
+
+def _check_losses(losses: Tensor, batch_dim: int | None, segments: Tensor | None, trainable: bool) -> None:
+    if not trainable:
+        raise ValueError(
+            "the engine's modules have no trainable parameter: set requires_grad on some, or add an adapter."
+        )
+    if not losses.requires_grad:
+        raise ValueError(
+            "the losses depend on no trainable parameter: compute them with gradient enabled, from the engine's modules, "
+            "and do not detach them."
+        )
+    if batch_dim == 0 and losses.dim() == 0:
+        raise ValueError(
+            "losses is a scalar; one loss an instance [m] is needed (reduction='none'), or Engine(..., batch_dim=None)."
+        )
+    if batch_dim is None and segments is not None:
+        raise ValueError("segments say whose instances are; they need batch_dim=0, not None.")
+    if losses.numel() == 0:
+        raise ValueError(f"losses has shape {list(losses.shape)}: there is no objective.")
+    finite = torch.isfinite(losses.detach())
+    if not bool(finite.all()):
+        where = (~finite).nonzero()[:5].squeeze(-1).tolist()
+        raise ValueError(f"losses are not finite at {where}: leave those instances out before the Gramian is computed.")
+
+
+def _batch(losses: Tensor, segments: Tensor | None) -> Batch:
+    objectives = len(losses)
+    if segments is None:
+        return Batch(objectives, Segments(objectives))
+    if segments.dim() not in (1, 2) or segments.is_floating_point() or segments.dtype == torch.bool:
+        raise ValueError(
+            f"segments has shape {list(segments.shape)} and dtype {segments.dtype}; allowed are integer ids [B] or [B, T]."
+        )
+    low, high = (int(segments.min()), int(segments.max())) if segments.numel() else (-1, -1)
+    if low < -1 or high >= objectives:
+        raise ValueError(
+            f"segments has ids from {low} to {high}; with {objectives} losses, ids 0 to {objectives - 1} are allowed, and "
+            "-1 for none."
+        )
+    segments = segments.long().to(losses.device)
+    if segments.dim() == 2 and bool((segments == segments[:, :1]).all()):
+        segments = segments[:, 0].contiguous()
+    return Batch(len(segments), Segments(objectives, segments))
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

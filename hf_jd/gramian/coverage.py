@@ -1,0 +1,101 @@
+"""Which module brings the rows of which trainable parameter, and the taps on those modules."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import nn
+
+from hf_jd.gramian.taps import ModuleTap
+
+
+class Coverage:
+    """Keeps a tap on every module that is called and holds a trainable parameter.
+
+    A parameter's holder is the module that owns it, or the nearest one above that is called: parameters in a
+    `ParameterDict`, or that a parent reads directly, belong to the parent. What is trainable is read at each `scan`.
+
+    Args:
+        modules: The engine's modules.
+        make_tap: Builds the hook of a module.
+
+    Attributes:
+        names: Trainable parameters and their names, in the modules' order.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], make_tap: Callable[[nn.Module], ModuleTap]):
+        self.names: dict[nn.Parameter, str] = {}
+        self._modules = modules
+        self._make_tap = make_tap
+        self._taps: dict[nn.Module, tuple[ModuleTap, torch.utils.hooks.RemovableHandle]] = {}
+        self._climbed: dict[nn.Parameter, int] = {}
+
+    @property
+    def taps(self) -> list[ModuleTap]:
+        """The taps in place."""
+        return [tap for tap, _ in self._taps.values()]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All parameters of the modules, frozen ones too."""
+        return [p for module in self._modules for p in module.parameters()]
+
+    def shared(self) -> set[nn.Parameter]:
+        """Parameters that several taps bring, or a tap that was called more than once."""
+        met: dict[nn.Parameter, int] = defaultdict(int)
+        for tap in self.taps:
+            for parameter in tap.targets.values():
+                met[parameter] += max(tap.calls, 1)
+        return {p for p, uses in met.items() if uses > 1}
+
+    def scan(self) -> None:
+        """Reads what is trainable now, and sets taps and their targets accordingly."""
+        self.names = {}
+        targets: dict[nn.Module, dict[str, nn.Parameter]] = defaultdict(dict)
+        for i, root in enumerate(self._modules):
+            prefix = f"{i}." if len(self._modules) > 1 else ""
+            modules = dict(root.named_modules())
+            for path, module in modules.items():
+                for name, parameter in module._parameters.items():
+                    if parameter is None or not parameter.requires_grad:
+                        continue
+                    full = f"{path}.{name}" if path else name
+                    self.names.setdefault(parameter, prefix + full)
+                    holder = self._holder(modules, path, parameter)
+                    if holder is not None:
+                        targets[modules[holder]][full[len(holder) + 1 :] if holder else full] = parameter
+        for module in self._taps.keys() - targets.keys():
+            self._taps.pop(module)[1].remove()
+        for module, found in targets.items():
+            if module not in self._taps:
+                tap = self._make_tap(module)
+                handle = module.register_forward_hook(tap, with_kwargs=True, prepend=True)
+                self._taps[module] = tap, handle
+            self._taps[module][0].targets = found
+
+    def climb(self, parameters: Iterable[nn.Parameter]) -> None:
+        """The holders of these parameters were not called although they have gradients: look one module higher."""
+        for parameter in parameters:
+            self._climbed[parameter] = self._climbed.get(parameter, 0) + 1
+
+    def forget_forwards(self) -> None:
+        """Starts to count forwards anew."""
+        for tap in self.taps:
+            tap.calls = tap.elements = 0
+
+    def remove(self) -> None:
+        """Takes all taps away."""
+        for _, handle in self._taps.values():
+            handle.remove()
+        self._taps.clear()
+
+    def _holder(self, modules: dict[str, nn.Module], path: str, parameter: nn.Parameter) -> str | None:
+        """The path of the module to tap; None above the root."""
+        steps = self._climbed.get(parameter, 0)
+        while True:
+            if type(modules[path]).forward is not nn.Module.forward:  # Containers are never called.
+                if steps == 0:
+                    return path
+                steps -= 1
+            if not path:
+                return None
+            path = path.rpartition(".")[0]

@@ -1,0 +1,173 @@
+"""Whose row is it? The map from the leading rows of a module's tensors to objectives.
+
+A module need not see the batch first: OPT flattens it to [B*T, d], preference trainers stack [2B, T, d], XLNet puts
+time first. `candidates` lists, from shapes alone, every way in which a tensor can hold B instances; the self-check
+decides between them, and `arrange` brings the tensor to [N, ...] with a `Segments` that says whose each row is.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+class UnmappedError(Exception):
+    """A tensor's leading rows cannot be assigned to objectives; the caller passes to the next tier."""
+
+
+@dataclass(eq=False)
+class Segments:
+    """The objective of each leading row.
+
+    Args:
+        objectives: Number of objectives R.
+        ids: Objective of each leading row [N], or of each token [N, S]; in 0..R-1, or -1 for none. `None`: the rows
+            are R blocks of `block` rows, in order.
+        block: Leading rows of an objective, where `ids` is None.
+    """
+
+    objectives: int
+    ids: Tensor | None = None
+    block: int = 1
+    _repeated: dict[tuple[str, int], "Segments"] = field(default_factory=dict, init=False, repr=False)
+
+    @property
+    def by_token(self) -> bool:
+        """Whether tokens of one leading row may belong to different objectives."""
+        return self.ids is not None and self.ids.dim() == 2
+
+    @cached_property
+    def _sorted(self) -> tuple[Tensor | None, list[int]]:
+        """The order that makes each objective contiguous (None: already so), and how many entries each one has."""
+        assert self.ids is not None
+        ids = self.ids.flatten()
+        none, *lengths = torch.bincount(ids + 1, minlength=self.objectives + 1).tolist()
+        if none == 0 and bool((ids[1:] >= ids[:-1]).all()):
+            return None, lengths
+        return torch.argsort(ids, stable=True)[none:], lengths
+
+    def members(self) -> list[Tensor]:
+        """The leading rows of each objective, R index tensors. Raises UnmappedError if segments are by token."""
+        if self.by_token:
+            raise UnmappedError
+        if self.ids is None:
+            return list(torch.arange(self.objectives * self.block).split(self.block))
+        order, lengths = self._sorted
+        index = torch.arange(len(self.ids), device=self.ids.device) if order is None else order
+        return list(index.split(lengths))
+
+    def contiguous(self, *tensors: Tensor) -> tuple[list[Tensor], list[int]]:
+        """Tensors [N, S, f] as tokens [n, f] sorted by objective, and the number of tokens of each objective."""
+        assert self.ids is not None
+        order, lengths = self._sorted
+        if self.by_token:
+            tensors = tuple(t.flatten(0, 1) for t in tensors)
+        else:
+            lengths = [n * tensors[0].shape[1] for n in lengths]
+        if order is not None:
+            tensors = tuple(t.index_select(0, order) for t in tensors)
+        return [t if self.by_token else t.flatten(0, 1) for t in tensors], lengths
+
+    def outer(self, grad_output: Tensor, input: Tensor) -> Tensor:
+        """Rows [R, p, d] of a linear map: sum of g_t x_t^T over the tokens of each objective.
+
+        Args:
+            grad_output: [N, S, p].
+            input: [N, S, d], of the same dtype.
+        """
+        p, d = grad_output.shape[-1], input.shape[-1]
+        if self.ids is None:
+            g, x = grad_output.reshape(self.objectives, -1, p), input.reshape(self.objectives, -1, d)
+            return torch.bmm(g.transpose(1, 2), x)
+        (g, x), lengths = self.contiguous(grad_output, input)
+        rows = g.new_empty(self.objectives, p, d)
+        for row, g_k, x_k in zip(rows, g.split(lengths), x.split(lengths), strict=True):
+            torch.mm(g_k.T, x_k, out=row)
+        return rows
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of values [N, S, f] over the tokens of each objective: [R, f]."""
+        if self.ids is None:
+            return values.reshape(self.objectives, -1, values.shape[-1]).sum(1)
+        if self.by_token:
+            return self._index_add(self.ids.flatten(), values.flatten(0, 1))
+        return self._index_add(self.ids, values.sum(1))
+
+    def reduce(self, rows: Tensor) -> Tensor:
+        """Rows of leading rows [N, ...] -> rows of objectives [R, ...]. Raises UnmappedError if by token."""
+        if self.by_token:
+            raise UnmappedError
+        if self.ids is not None:
+            return self._index_add(self.ids, rows)
+        return rows if self.block == 1 else rows.unflatten(0, (self.objectives, self.block)).sum(1)
+
+    def token_ids(self, shape: Sequence[int]) -> Tensor:
+        """The objective of each token of a tensor of leading shape [N, S]: int64 [N, S]."""
+        if self.ids is None:
+            return torch.arange(self.objectives).repeat_interleave(self.block)[:, None].expand(*shape)
+        return self.ids if self.by_token else self.ids[:, None].expand(*shape)
+
+    def repeated(self, layout: str, factor: int, device: torch.device) -> "Segments":
+        """The segments of `factor` times as many leading rows ("major" or "minor"), built once a step."""
+        if (layout, factor) not in self._repeated:
+            self._repeated[layout, factor] = self._repeat(layout, factor, device)
+        return self._repeated[layout, factor]
+
+    def _repeat(self, layout: str, factor: int, device: torch.device) -> "Segments":
+        if self.ids is None and layout == "major":
+            return Segments(self.objectives, block=self.block * factor)
+        ids = torch.arange(self.objectives, device=device) if self.ids is None else self.ids
+        if layout == "minor":
+            return Segments(self.objectives, ids.repeat(factor, *[1] * (ids.dim() - 1)))
+        if not self.by_token:
+            return Segments(self.objectives, ids.repeat_interleave(factor))
+        if factor % ids.shape[1]:
+            raise UnmappedError
+        return Segments(self.objectives, ids.flatten().repeat_interleave(factor // ids.shape[1]))
+
+    def _index_add(self, ids: Tensor, values: Tensor) -> Tensor:
+        # One row more than objectives: entries of no objective (-1) land there and are dropped.
+        total = values.new_zeros(self.objectives + 1, *values.shape[1:])
+        return total.index_add_(0, ids + 1, values)[1:]
+
+
+def candidates(lead: Sequence[int], instances: int) -> list[str]:
+    """The layouts in which a tensor of leading shape `lead` can hold B instances, the most common first.
+
+    "axis0", "axis1", ...: that axis is the batch; "major": [B*k, ...], an instance's rows together; "minor": [k*B, ...],
+    blocks of B. The list is empty where no dimension fits: an input without a batch dimension.
+    """
+    found = [f"axis{i}" for i, size in enumerate(lead) if size == instances]
+    if lead and lead[0] > instances and lead[0] % instances == 0:
+        found += ["major"] if instances == 1 else ["major", "minor"]
+    return found
+
+
+def arrange(layout: str, base: Segments, instances: int, *tensors: Tensor) -> tuple[list[Tensor], Segments]:
+    """Brings tensors to [N, ...], batch first, and the base segments of the batch to their leading rows.
+
+    Args:
+        layout: One of `candidates`.
+        base: Segments of the batch: identity, [B] or [B, T].
+        instances: B.
+        tensors: Tensors that share the leading dimensions that `layout` names.
+
+    Raises:
+        UnmappedError: Token segments that do not fit the tensor's second dimension.
+    """
+    if layout.startswith("axis"):
+        axis = int(layout[4:])
+        moved = [t.movedim(axis, 0) if axis else t for t in tensors]
+        if base.by_token and (moved[0].dim() < 2 or moved[0].shape[1] != base.ids.shape[1]):
+            raise UnmappedError
+        return moved, base
+    return list(tensors), base.repeated(layout, tensors[0].shape[0] // instances, tensors[0].device)
+
+
+def shared_features(tensor: Tensor, features: int = 1) -> Tensor:
+    """[N, *shared, *features] -> [N, S, f], the one format in which rules are written."""
+    lead = tensor.shape[1 : tensor.dim() - features]
+    return tensor.reshape(tensor.shape[0], math.prod(lead), -1)

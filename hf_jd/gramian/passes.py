@@ -1,0 +1,178 @@
+"""How one vector of losses becomes rows: a backward to the taps, then what they did not meet, then the proof."""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_jd.gramian.check import Checker
+from hf_jd.gramian.coverage import Coverage
+from hf_jd.gramian.fallback import individual_rows
+from hf_jd.gramian.graph import Differentiator, walk
+from hf_jd.gramian.plan import Plan
+from hf_jd.gramian.recording import Batch, Recording
+from hf_jd.gramian.rows import Rows
+
+ATTEMPTS = 12  # passes of one self-check: each one takes back a wrong decision of every parameter that has one left
+
+
+@dataclass
+class Outcome:
+    """The rows of one vector of losses.
+
+    Attributes:
+        rows: By parameter; parameters that no loss depends on are left out.
+        gramian: In a pass that keeps no rows, the part of the Gramian that is not in `rows`.
+        tiers: The tier that brought each parameter's rows.
+    """
+
+    rows: dict[nn.Parameter, Rows]
+    gramian: Tensor | None
+    tiers: dict[nn.Parameter, int]
+
+
+class Passes:
+    """Runs backwards for one engine and remembers what they taught.
+
+    Args:
+        plan: Decisions by module.
+        coverage: Which module holds which parameter.
+        checker: The self-check, or None.
+        sentinel: What every tap depends on.
+
+    Attributes:
+        recording: The backward under way, which taps report to; else None.
+    """
+
+    def __init__(self, plan: Plan, coverage: Coverage, checker: Checker | None, sentinel: Tensor):
+        self.recording: Recording | None = None
+        self._plan, self._coverage, self._checker, self._sentinel = plan, coverage, checker, sentinel
+        self._reentrant: bool | None = None  # None: the graph was not looked at yet
+        self._absent: set[nn.Parameter] = set()
+        self._warned: set[nn.Parameter] = set()
+
+    def run(self, losses: Tensor, batch: Batch | None, materialise: bool, gramian_only: bool) -> Outcome:
+        """The rows of losses [R].
+
+        Args:
+            losses: One entry an objective.
+            batch: The instances behind them; None where losses have no instance dimension.
+            materialise: Whether rows are formed even where their factors are smaller.
+            gramian_only: Whether rows are dropped once their inner products are taken.
+
+        Raises:
+            ValueError: A model that mixes instances.
+        """
+        differentiator = self._differentiator(losses)
+        if batch is None:
+            rows = individual_rows(differentiator, losses, list(self._coverage.names))
+            used = {p: r for p, r in rows.items() if r is not None}
+            return Outcome(used, None, dict.fromkeys(used, 3))
+        recording = self._record(losses, differentiator, batch, materialise, gramian_only)
+        reached, found_reentrant = self._unmet(losses, differentiator, recording)
+        if found_reentrant:
+            return self.run(losses, batch, materialise, gramian_only)
+        if self._checker is not None:
+            recording = self._prove(losses, differentiator, recording, reached)
+        return self._complete(losses, differentiator, recording, reached)
+
+    def _differentiator(self, losses: Tensor) -> Differentiator:
+        touched = None
+        if self._reentrant is not False:
+            self._reentrant, leaves = walk(losses)
+            touched = [*self._coverage.parameters(), *leaves] if self._reentrant else None
+        return Differentiator(touched)
+
+    def _record(
+        self,
+        losses: Tensor,
+        differentiator: Differentiator,
+        batch: Batch,
+        materialise: bool,
+        gramian_only: bool,
+        probe: Tensor | None = None,
+    ) -> Recording:
+        """One backward of the sum of the losses to the sentinel; again, where a use was met too late to add up."""
+        shared = self._coverage.shared() if gramian_only else set()
+        while True:
+            recording = Recording(self._plan, batch, materialise, gramian_only, set(shared), probe)
+            self.recording = recording
+            try:
+                absent = [p for p in self._absent if p in self._coverage.names]
+                gradients = differentiator.gradients(losses.sum(), [self._sentinel, *absent])
+            finally:
+                self.recording = None
+            recording.reached = {p for p, g in zip(absent, gradients[1:], strict=True) if g is not None}
+            if recording.shared == shared:
+                return recording
+            shared = recording.shared
+
+    def _unmet(self, losses: Tensor, differentiator: Differentiator, recording: Recording) -> tuple[set, bool]:
+        """Parameters that have gradients although no tap met them; and whether a reentrant checkpoint hid them."""
+        names, individual = self._coverage.names, self._plan.individual
+        reached = {p for p in recording.reached if p not in recording.sites}
+        missing = [p for p in names if p not in recording.sites and p not in individual and p not in self._absent]
+        if missing:
+            if self._reentrant is False and walk(losses)[0]:
+                self._reentrant = None
+                return set(), True
+            gradients = differentiator.gradients(losses.sum(), missing)
+            reached |= {p for p, g in zip(missing, gradients, strict=True) if g is not None}
+        self._absent = {p for p in names if p not in recording.sites and p not in individual and p not in reached}
+        self._coverage.climb(reached)
+        return reached, False
+
+    def _prove(
+        self, losses: Tensor, differentiator: Differentiator, recording: Recording, reached: set[nn.Parameter]
+    ) -> Recording:
+        """Compares the rows with autograd; takes back decisions until they are right or none is left."""
+        checker = self._checker
+        assert checker is not None
+        if not checker.pending(recording):
+            return recording
+        probe = checker.probe(losses)
+        parameters = [p for p in recording.sites if p not in reached]
+        expected = dict(zip(parameters, differentiator.gradients((probe * losses).sum(), parameters), strict=True))
+        suspects: set[nn.Parameter] = set()
+        first = recording
+        for _ in range(ATTEMPTS):
+            recording = self._record(losses, differentiator, first.batch, first.materialise, first.gramian_only, probe)
+            wrong = checker.wrong(recording, expected)
+            suspects |= wrong
+            for parameter in wrong:
+                self._plan.reject(parameter, recording.sites[parameter])
+            if not wrong:
+                break
+        else:
+            self._plan.individual |= wrong
+            recording = self._record(losses, differentiator, first.batch, first.materialise, first.gramian_only, probe)
+        checker.diagnose(first, suspects, {p for p in suspects if p not in recording.probed}, self._coverage.names)
+        checker.approve(recording, expected)
+        return recording
+
+    def _complete(
+        self, losses: Tensor, differentiator: Differentiator, recording: Recording, reached: set[nn.Parameter]
+    ) -> Outcome:
+        """Adds the rows that only one differentiation an objective brings, and says what that costs."""
+        names = self._coverage.names
+        individual = [p for p in names if p in self._plan.individual or p in recording.unmapped or p in reached]
+        rows: dict[nn.Parameter, Rows] = {p: r for p, r in recording.rows.items() if p not in recording.unmapped}
+        tiers = {p: recording.tiers[p] for p in recording.tiers if p not in recording.unmapped}
+        if individual:
+            found = individual_rows(differentiator, losses, individual)
+            rows |= {p: r for p, r in found.items() if r is not None}
+            tiers |= {p: 3 for p, r in found.items() if r is not None}
+            self._warn([p for p in individual if p not in reached and p in rows], len(losses))
+        return Outcome({p: rows[p] for p in names if p in rows}, recording.gramian, tiers)
+
+    def _warn(self, parameters: list[nn.Parameter], objectives: int) -> None:
+        new = [self._coverage.names[p] for p in parameters if p not in self._warned]
+        self._warned |= set(parameters)
+        if new:
+            warnings.warn(
+                f"{len(new)} parameter(s) ({', '.join(new[:5])}{', ...' if len(new) > 5 else ''}) have no rows of their "
+                f"own in the backward of the batch; each step differentiates every objective for them, {objectives} "
+                "further passes now. Freeze them if they matter little.",
+                stacklevel=2,
+            )

@@ -1,0 +1,307 @@
+"""The representations of rows: the ways to hold the gradients of R objectives with regard to one parameter.
+
+Each class knows the products that Jacobian descent needs of its rows. A new representation is added here and nowhere
+else; `jacobian.py` puts the parameters of a model together.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+CHUNK = 65_536  # columns in one inner product: float32 sums of more lose digits (1.7e-3 relative at 10M columns)
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """a b^T of rows [R, n] and [S, n]: [R, S] float64, in chunks of `CHUNK` columns summed in float64.
+
+    Half-precision rows are multiplied in float32.
+    """
+    total = a.new_zeros(len(a), len(b), dtype=torch.float64)
+    for a_c, b_c in zip(a.split(CHUNK, dim=1), b.split(CHUNK, dim=1), strict=True):
+        total += a_c.to(accumulation_dtype(a)) @ b_c.to(accumulation_dtype(b)).T
+    return total
+
+
+def accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which products of `tensor` are formed: float32 at least."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+class Rows(ABC):
+    """The rows of one parameter: a matrix [R, parameter.numel()] in some representation."""
+
+    objectives: int
+    shape: torch.Size
+    device: torch.device
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The rows as one tensor [R, numel]."""
+
+    @abstractmethod
+    def gramian(self) -> Tensor:
+        """Float64 [R, R]."""
+
+    @abstractmethod
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """sum_i w_i row_i for weights [R], shaped like the parameter, in the rows' dtype."""
+
+    @abstractmethod
+    def select(self, index: Tensor) -> "Rows":
+        """The rows of some objectives, by indices; rows are picked, never multiplied by 0 (0 * NaN is NaN)."""
+
+    @abstractmethod
+    def scaled(self, factors: Tensor) -> "Rows":
+        """Each row multiplied by its factor; factors [R]."""
+
+    @abstractmethod
+    def __add__(self, other: "Rows") -> "Rows":
+        """Another use of the same parameter by the same objectives."""
+
+    @abstractmethod
+    def below(self, other: "Rows") -> "Rows":
+        """The rows of other objectives appended."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes held."""
+
+
+class DenseRows(Rows):
+    """Materialised rows [R, numel]."""
+
+    def __init__(self, rows: Tensor, shape: torch.Size):
+        self.rows, self.shape, self.objectives, self.device = rows, shape, len(rows), rows.device
+
+    def dense(self) -> Tensor:
+        return self.rows
+
+    def gramian(self) -> Tensor:
+        return inner(self.rows, self.rows)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        return (weights.to(self.rows.dtype) @ self.rows).view(self.shape)
+
+    def select(self, index: Tensor) -> Rows:
+        return DenseRows(self.rows[index], self.shape)
+
+    def scaled(self, factors: Tensor) -> Rows:
+        return DenseRows(self.rows * factors.to(self.rows.dtype)[:, None], self.shape)
+
+    def __add__(self, other: Rows) -> Rows:
+        return DenseRows(self.rows + other.dense(), self.shape)
+
+    def below(self, other: Rows) -> Rows:
+        return DenseRows(torch.cat([self.rows, other.dense()]), self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes
+
+
+class SparseRows(Rows):
+    """Rows of an embedding table [V, d]: entry e of `values` [E, d] is row `ids[e]` of the table for `owners[e]`.
+
+    Never holds [R, V, d]. Entries are coalesced: no pair (owner, id) stands twice.
+    """
+
+    def __init__(self, owners: Tensor, ids: Tensor, values: Tensor, objectives: int, shape: torch.Size):
+        self.objectives, self.shape, self.device = objectives, shape, values.device
+        keys, slots = torch.unique(owners * shape[0] + ids, return_inverse=True)
+        self.owners, self.ids = keys // shape[0], keys % shape[0]
+        self.values = values.new_zeros(len(keys), values.shape[1]).index_add_(0, slots, values)
+
+    def dense(self) -> Tensor:
+        rows = self.values.new_zeros(self.objectives, *self.shape)
+        rows[self.owners, self.ids] = self.values
+        return rows.flatten(1)
+
+    def gramian(self) -> Tensor:
+        """Over the ids that occur, in chunks of them, so that at most [R, CHUNK] is ever dense."""
+        used, slots = torch.unique(self.ids, return_inverse=True)
+        order = torch.argsort(slots, stable=True)
+        step = max(1, CHUNK // self.shape[1])
+        edges = torch.searchsorted(slots[order], torch.arange(0, len(used) + step, step, device=slots.device)).tolist()
+        total = self.values.new_zeros(self.objectives, self.objectives, dtype=torch.float64)
+        for chunk, (start, stop) in enumerate(zip(edges, edges[1:], strict=False)):
+            entries = order[start:stop]
+            block = self.values.new_zeros(self.objectives, step, self.shape[1])
+            block[self.owners[entries], slots[entries] - chunk * step] = self.values[entries]
+            total += inner(block.flatten(1), block.flatten(1))
+        return total
+
+    def cross(self, other: "OuterRows") -> Tensor:
+        """<these rows, outer rows> [R, R] without V x d: C_ij = sum_{e of i, s} (v_e . x_js) g_js[id_e]."""
+        owners = torch.nn.functional.one_hot(self.owners, self.objectives).to(accumulation_dtype(self.values))
+        columns = []
+        for g, x in zip(other.grad_output, other.input, strict=True):
+            products = (self.values @ x.T.to(self.values.dtype)) * g.T[self.ids]
+            columns.append(owners.T @ products.sum(1).to(owners.dtype))
+        return torch.stack(columns, dim=1).double()
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        scaled = self.values * weights.to(self.values.dtype)[self.owners, None]
+        return self.values.new_zeros(self.shape).index_add_(0, self.ids, scaled)
+
+    def select(self, index: Tensor) -> Rows:
+        position = torch.full((self.objectives,), -1, device=index.device).scatter_(
+            0, index, torch.arange(len(index), device=index.device)
+        )
+        owners = position[self.owners]
+        kept = owners >= 0
+        return SparseRows(owners[kept], self.ids[kept], self.values[kept], len(index), self.shape)
+
+    def scaled(self, factors: Tensor) -> Rows:
+        values = self.values * factors.to(self.values.dtype)[self.owners, None]
+        return SparseRows(self.owners, self.ids, values, self.objectives, self.shape)
+
+    def __add__(self, other: Rows) -> Rows:
+        if isinstance(other, SparseRows):
+            return self._joined(other, other.owners, self.objectives)
+        if isinstance(other, OuterRows | SumRows):
+            return other + self
+        rows = other.dense().unflatten(1, self.shape).clone()
+        rows[self.owners, self.ids] += self.values
+        return DenseRows(rows.flatten(1), self.shape)
+
+    def below(self, other: Rows) -> Rows:
+        if isinstance(other, SparseRows):
+            return self._joined(other, other.owners + self.objectives, self.objectives + other.objectives)
+        return DenseRows(torch.cat([self.dense(), other.dense()]), self.shape)
+
+    def _joined(self, other: "SparseRows", owners: Tensor, objectives: int) -> "SparseRows":
+        return SparseRows(
+            torch.cat([self.owners, owners]),
+            torch.cat([self.ids, other.ids]),
+            torch.cat([self.values, other.values]),
+            objectives,
+            self.shape,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.owners.nbytes + self.ids.nbytes
+
+
+class OuterRows(Rows):
+    """Rows as factors: row i = sum_s g_is x_is^T for grad_output [R, S, p] and input [R, S, d].
+
+    What a linear layer holds anyway; smaller than rows where S (p + d) < p d.
+    """
+
+    def __init__(self, grad_output: Tensor, input: Tensor, shape: torch.Size):
+        self.grad_output, self.input = grad_output, input
+        self.shape, self.objectives, self.device = shape, len(input), input.device
+
+    def dense(self) -> Tensor:
+        return torch.bmm(self.grad_output.transpose(1, 2), self.input).flatten(1)
+
+    def gramian(self) -> Tensor:
+        """The cheaper of the ghost form sum((x_i x_j^T) * (g_i g_j^T)) and rows materialised in chunks.
+
+        The rule of a Gramian, R^2 S^2 (p + d) against 2 R S p d + R^2 p d multiplications, not the one for norms.
+        """
+        (r, s, p), d = self.grad_output.shape, self.input.shape[-1]
+        if r * s * (p + d) <= (2 + r / s) * p * d:
+            return self._ghost()
+        step = max(1, CHUNK // d)
+        total = self.input.new_zeros(r, r, dtype=torch.float64)
+        for g in self.grad_output.split(step, dim=2):
+            block = torch.bmm(g.transpose(1, 2), self.input).flatten(1)
+            total += inner(block, block)
+        return total
+
+    def _ghost(self) -> Tensor:
+        r, s, _ = self.grad_output.shape
+        dtype = accumulation_dtype(self.input)
+        x, g = self.input.flatten(0, 1).to(dtype), self.grad_output.flatten(0, 1).to(dtype)
+        total = []
+        for x_i, g_i in zip(x.split(s), g.split(s), strict=True):
+            products = (x_i @ x.T) * (g_i @ g.T)
+            total.append(products.sum(0, dtype=torch.float64).view(r, s).sum(1))
+        return torch.stack(total)
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        g = self.grad_output * weights.to(self.grad_output.dtype)[:, None, None]
+        return (g.flatten(0, 1).T @ self.input.flatten(0, 1)).view(self.shape)
+
+    def select(self, index: Tensor) -> Rows:
+        return OuterRows(self.grad_output[index], self.input[index], self.shape)
+
+    def scaled(self, factors: Tensor) -> Rows:
+        return OuterRows(self.grad_output * factors.to(self.grad_output.dtype)[:, None, None], self.input, self.shape)
+
+    def __add__(self, other: Rows) -> Rows:
+        if isinstance(other, OuterRows):
+            g = torch.cat([self.grad_output, other.grad_output], dim=1)
+            return OuterRows(g, torch.cat([self.input, other.input], dim=1), self.shape)
+        return other + self if isinstance(other, DenseRows) else SumRows([self, other])
+
+    def below(self, other: Rows) -> Rows:
+        if isinstance(other, OuterRows) and other.input.shape[1] == self.input.shape[1]:
+            g = torch.cat([self.grad_output, other.grad_output])
+            return OuterRows(g, torch.cat([self.input, other.input]), self.shape)
+        return DenseRows(torch.cat([self.dense(), other.dense()]), self.shape)
+
+    def settled(self, dtype: torch.dtype, materialise: bool) -> Rows:
+        """The one place where memory decides: the factors as they are, or dense rows of the parameter's dtype.
+
+        Factors are kept where they are smaller than rows and rows need not be formed, or where the ghost form makes
+        them cheaper too: R S (p + d) < 2 p d.
+        """
+        (r, s, p), d = self.grad_output.shape, self.input.shape[-1]
+        if r * s * (p + d) < 2 * p * d or (not materialise and s * (p + d) < p * d):
+            return self
+        return DenseRows(self.dense().to(dtype), self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.grad_output.nbytes + self.input.nbytes
+
+
+class SumRows(Rows):
+    """A table used as embedding and as head: sparse rows plus outer rows, kept apart with exact cross terms."""
+
+    def __init__(self, parts: list[Rows]):
+        self.outer = _total([part for part in parts if isinstance(part, OuterRows)])
+        self.sparse = _total([part for part in parts if isinstance(part, SparseRows)])
+        self.shape, self.objectives, self.device = self.outer.shape, self.outer.objectives, self.outer.device
+
+    def dense(self) -> Tensor:
+        return (self.sparse + DenseRows(self.outer.dense(), self.shape)).dense()
+
+    def gramian(self) -> Tensor:
+        cross = self.sparse.cross(self.outer)
+        return self.sparse.gramian() + self.outer.gramian() + cross + cross.T
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        return self.sparse.weighted_sum(weights) + self.outer.weighted_sum(weights)
+
+    def select(self, index: Tensor) -> Rows:
+        return SumRows([self.outer.select(index), self.sparse.select(index)])
+
+    def scaled(self, factors: Tensor) -> Rows:
+        return SumRows([self.outer.scaled(factors), self.sparse.scaled(factors)])
+
+    def __add__(self, other: Rows) -> Rows:
+        if isinstance(other, DenseRows):
+            return other + self
+        parts = [other.outer, other.sparse] if isinstance(other, SumRows) else [other]
+        return SumRows([self.outer, self.sparse, *parts])
+
+    def below(self, other: Rows) -> Rows:
+        return DenseRows(torch.cat([self.dense(), other.dense()]), self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.outer.nbytes + self.sparse.nbytes
+
+
+def _total(parts: Sequence[Rows]) -> Rows:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total

@@ -1,0 +1,255 @@
+"""Tier 1: rows in closed form, one short rule a kind of layer.
+
+A rule is a pure function
+
+    rule(module, input, grad_output, segments) -> {name of a parameter of the module: Rows}
+
+of the layer's input [N, ...] and output gradient [N, ...], batch first, and of whose each of the N leading rows is. It
+may leave out names; what no rule covers passes to the next tier. `RULES` maps exact types to rules; pass
+`Engine(model, rules={**RULES, MyLayer: my_rule})` to add one. Layers that are not in it are recognised by behaviour
+(`recognise`): a probe of the layer itself decides, not its class name.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+from hf_jd.gramian.layouts import Segments, shared_features
+from hf_jd.gramian.rows import DenseRows, OuterRows, Rows, SparseRows
+
+Rule = Callable[[nn.Module, Tensor, Tensor, Segments], dict[str, Rows]]
+
+
+def outer(grad_output: Tensor, input: Tensor, segments: Segments, shape: torch.Size) -> Rows:
+    """Rows sum_t g_t x_t^T of a weight of `shape`; as factors where the objectives are equal blocks of leading rows."""
+    input = input.to(grad_output.dtype)
+    if segments.ids is not None:
+        return DenseRows(segments.outer(grad_output, input).flatten(1), shape)
+    blocks = (segments.objectives, -1)
+    return OuterRows(
+        grad_output.reshape(*blocks, grad_output.shape[-1]), input.reshape(*blocks, input.shape[-1]), shape
+    )
+
+
+def _sum(values: Tensor, segments: Segments, parameter: Tensor) -> Rows:
+    return DenseRows(segments.sum(values).to(parameter.dtype), parameter.shape)
+
+
+def linear(module: nn.Module, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
+    """y = x W^T + b: rows sum_t g_t x_t^T and sum_t g_t."""
+    g, rows = shared_features(grad_output), {}
+    if module.weight.requires_grad:
+        rows["weight"] = outer(g, shared_features(input), segments, module.weight.shape)
+    if module.bias is not None and module.bias.requires_grad:
+        rows["bias"] = _sum(g, segments, module.bias)
+    return rows
+
+
+def transposed_linear(module: nn.Module, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
+    """y = x W + b (transformers' Conv1D): rows sum_t x_t g_t^T and sum_t g_t."""
+    g, rows = shared_features(grad_output), {}
+    if module.weight.requires_grad:
+        rows["weight"] = outer(shared_features(input).to(g.dtype), g, segments, module.weight.shape)
+    if getattr(module, "bias", None) is not None and module.bias.requires_grad:
+        rows["bias"] = _sum(g, segments, module.bias)
+    return rows
+
+
+def embedding(module: nn.Module, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
+    """y = W[ids]: row e of the table gets the gradients of the tokens with id e; none for `padding_idx`."""
+    if module.scale_grad_by_freq:
+        raise ValueError(
+            "nn.Embedding(scale_grad_by_freq=True) divides gradients by counts over the whole batch, so instances have "
+            "no rows of their own; set scale_grad_by_freq=False."
+        )
+    g = shared_features(grad_output)
+    ids = input.reshape(g.shape[:2])
+    owners = segments.token_ids(g.shape[:2]).to(ids.device)
+    kept = owners >= 0
+    if module.padding_idx is not None:
+        kept = kept & (ids != module.padding_idx)
+    values = g[kept].to(module.weight.dtype)
+    return {"weight": SparseRows(owners[kept], ids[kept], values, segments.objectives, module.weight.shape)}
+
+
+def layer_norm(module: nn.Module, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
+    """y = x_hat w + b: rows sum_t g_t x_hat_t and sum_t g_t."""
+    features, rows = len(module.normalized_shape), {}
+    g = shared_features(grad_output, features)
+    if module.weight is not None and module.weight.requires_grad:
+        x_hat = F.layer_norm(input, module.normalized_shape, eps=module.eps)
+        rows["weight"] = _sum(g * shared_features(x_hat, features), segments, module.weight)
+    if module.bias is not None and module.bias.requires_grad:
+        rows["bias"] = _sum(g, segments, module.bias)
+    return rows
+
+
+def rms_norm(module: nn.Module, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
+    """y = x_hat w: rows sum_t g_t x_hat_t."""
+    features = len(module.normalized_shape)
+    x_hat = F.rms_norm(input, module.normalized_shape, eps=module.eps)
+    values = shared_features(grad_output, features) * shared_features(x_hat, features)
+    return {"weight": _sum(values, segments, module.weight)}
+
+
+def _channels(module: nn.Module, x_hat: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
+    """Rows of a scale and shift of each channel; tensors [N, C, *]."""
+    rows = {}
+    if module.weight is not None and module.weight.requires_grad:
+        rows["weight"] = _sum(shared_features((grad_output * x_hat).movedim(1, -1)), segments, module.weight)
+    if module.bias is not None and module.bias.requires_grad:
+        rows["bias"] = _sum(shared_features(grad_output.movedim(1, -1)), segments, module.bias)
+    return rows
+
+
+def group_norm(module: nn.Module, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
+    """As `layer_norm`, over groups of channels; input [N, C, *]."""
+    return _channels(module, F.group_norm(input, module.num_groups, eps=module.eps), grad_output, segments)
+
+
+def batch_norm(module: nn.Module, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
+    """With stored statistics (evaluation mode) a scale and shift of each channel; input [N, C, *]."""
+    if module.training or module.running_mean is None:
+        raise ValueError(
+            f"{type(module).__name__} in training mode normalises over the batch, so one instance's loss depends on the "
+            "others and has no row of its own; use GroupNorm or LayerNorm, or put the norm in evaluation mode (.eval())."
+        )
+    x_hat = F.batch_norm(input, module.running_mean, module.running_var, eps=module.eps)
+    return _channels(module, x_hat, grad_output, segments)
+
+
+def convolution(module: nn.Module, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
+    """nn.Conv1d/2d/3d: each objective's weight gradient, all instances as groups of one convolution."""
+    rows = {}
+    if module.weight.requires_grad:
+        if isinstance(module.padding, str) or module.padding_mode != "zeros":
+            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+            input, padding = F.pad(input, module._reversed_padding_repeated_twice, mode=mode), (0,)
+        else:
+            padding = module.padding
+        input = input.to(grad_output.dtype)
+        if segments.ids is None and segments.block == 1:
+            n = segments.objectives
+            batched = (1, -1, *input.shape[2:]), (1, -1, *grad_output.shape[2:])
+            weights = _conv_weight(module, input.reshape(batched[0]), grad_output.reshape(batched[1]), padding, n)
+        else:
+            weights = torch.stack(
+                [_conv_weight(module, input[i], grad_output[i], padding, 1) for i in segments.members()]
+            )
+        rows["weight"] = DenseRows(
+            weights.reshape(segments.objectives, -1).to(module.weight.dtype), module.weight.shape
+        )
+    if module.bias is not None and module.bias.requires_grad:
+        rows["bias"] = _sum(shared_features(grad_output.movedim(1, -1)), segments, module.bias)
+    return rows
+
+
+def _conv_weight(module: nn.Module, input: Tensor, grad_output: Tensor, padding: tuple, copies: int) -> Tensor:
+    shape = (copies * module.weight.shape[0], *module.weight.shape[1:])
+    _, gradient, _ = torch.ops.aten.convolution_backward(
+        grad_output,
+        input,
+        input.new_empty(()).expand(shape),
+        None,
+        module.stride,
+        padding,
+        module.dilation,
+        False,
+        (0,),
+        module.groups * copies,
+        (False, True, False),
+    )
+    return gradient
+
+
+RULES: Mapping[type[nn.Module], Rule] = {
+    nn.Linear: linear,
+    nn.Embedding: embedding,
+    nn.LayerNorm: layer_norm,
+    nn.RMSNorm: rms_norm,
+    nn.GroupNorm: group_norm,
+    nn.BatchNorm1d: batch_norm,
+    nn.BatchNorm2d: batch_norm,
+    nn.BatchNorm3d: batch_norm,
+    nn.SyncBatchNorm: batch_norm,
+    nn.Conv1d: convolution,
+    nn.Conv2d: convolution,
+    nn.Conv3d: convolution,
+}
+
+
+def recognise(module: nn.Module, input: Tensor) -> Rule | None:
+    """The rule of a layer that is not in `RULES`, found by probing the layer on its own input.
+
+    Knows layers without children that compute x W^T + b, x W + b, c W[ids], or a scale of each feature, y = a(x) +
+    w * f(x) (the RMSNorms of transformers, also those with 1 + w; layer scales).
+
+    Args:
+        module: The layer.
+        input: The input that it was called with, alone.
+    """
+    names = [name for name, _ in module.named_parameters()]
+    if next(module.children(), None) is not None or "weight" not in names or not set(names) <= {"weight", "bias"}:
+        return _scale_of(module, names[0], input) if len(names) == 1 and "." not in names[0] else None
+    weight, bias = module.weight, module.bias if "bias" in names else None
+    try:
+        output = module(input)
+        if weight.dim() == 2 and not input.is_floating_point():
+            return _scaled_embedding(module, input, output)
+        if weight.dim() == 2:
+            if input.shape[-1] == weight.shape[1] and _same(output, F.linear(input, weight, bias)):
+                return linear
+            product = input @ weight if input.shape[-1] == weight.shape[0] else None
+            if product is not None and _same(output, product if bias is None else product + bias):
+                return transposed_linear
+    except (RuntimeError, TypeError, ValueError):
+        return None  # A layer that cannot be called on this input alone: no closed form.
+    return _scale_of(module, "weight", input) if bias is None else None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    tolerance = max(1e-5, 10 * torch.finfo(b.dtype).eps)
+    return a.shape == b.shape and bool(torch.allclose(a, b.to(a.dtype), rtol=tolerance, atol=tolerance))
+
+
+def _scaled_embedding(module: nn.Module, ids: Tensor, output: Tensor) -> Rule | None:
+    """c W[ids] (the scaled word embeddings of BART, Gemma, M2M): the rows of an embedding, times c."""
+    plain = F.embedding(ids, module.weight)
+    if plain.shape != output.shape or not bool(plain.abs().sum() > 0):
+        return None
+    factor = float((output * plain).sum(dtype=torch.float64) / (plain * plain).sum(dtype=torch.float64))
+    if not _same(output, plain * factor) or not isinstance(module, nn.Embedding):
+        return None
+    return lambda module, input, grad_output, segments: embedding(module, input, grad_output * factor, segments)
+
+
+def _scale_of(module: nn.Module, name: str, input: Tensor) -> Rule | None:
+    """A layer y = a(x) + w * f(x), w [features]: rows sum_t g_t f(x_t).
+
+    f is the layer itself with w = 1 where a = 0, or with w = 0 where it computes (1 + w) f(x); a random w proves both.
+    """
+    weight = module.get_parameter(name)
+    if weight.dim() != 1 or not input.is_floating_point():
+        return None
+
+    def at(value: Tensor, x: Tensor) -> Tensor:
+        return functional_call(module, {name: value}, (x,))
+
+    try:
+        zero, one = at(torch.zeros_like(weight), input), at(torch.ones_like(weight), input)
+        probe = torch.linspace(-1, 2, len(weight), dtype=weight.dtype, device=weight.device)
+        unit = 1.0 if _same(zero, torch.zeros_like(zero)) else 0.0
+        f = one if unit else zero
+        if zero.shape != input.shape or not _same(at(probe, input), zero + probe * f) or not _same(one, zero + f):
+            return None
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return None  # As above: no closed form.
+
+    def scale(module: nn.Module, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
+        f = functional_call(module, {name: torch.full_like(module.get_parameter(name), unit)}, (input,))
+        return {name: _sum(shared_features(grad_output * f), segments, module.get_parameter(name))}
+
+    return scale

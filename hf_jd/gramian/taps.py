@@ -1,0 +1,136 @@
+"""Where input and output gradient of a layer meet: a forward hook and an autograd node.
+
+The hook passes a module's outputs through `Tap`, an identity whose backward sees the output gradient and, through
+`save_for_backward`, the input: activation checkpointing then drops and recomputes it, and no memory is added. Every
+tap depends on the engine's `sentinel`, a 0-d tensor that requires grad: a backward to the sentinel alone runs all taps
+and prunes every weight gradient that rules replace.
+"""
+
+import weakref
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+if TYPE_CHECKING:
+    from hf_jd.gramian.engine import Engine
+
+
+@dataclass
+class Call:
+    """How a module was called, but for its tensors, and under which autocast: enough to call it again."""
+
+    spec: pytree.TreeSpec | None = None  # None: one positional tensor
+    leaves: list[Any] = field(default_factory=list)
+    outputs: list[int] = field(default_factory=lambda: [0])
+    autocast: tuple[str, torch.dtype, bool] = ("cpu", torch.bfloat16, False)
+
+    def arguments(self, tensors: list[Tensor]) -> tuple[tuple, dict[str, Any]]:
+        """The arguments of the call with `tensors` in the place of the tensors that it had."""
+        if self.spec is None:
+            return tuple(tensors), {}
+        iterator = iter(tensors)
+        leaves = [next(iterator) if leaf is Tensor else leaf for leaf in self.leaves]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+    def context(self) -> AbstractContextManager:
+        """The autocast that the call ran under."""
+        kind, dtype, enabled = self.autocast
+        return torch.autocast(kind, dtype=dtype, enabled=enabled)
+
+    def float_outputs(self, output: Any) -> tuple[Tensor, ...]:
+        """The outputs that the tap wrapped, out of what another call returned."""
+        leaves = pytree.tree_leaves(output)
+        return tuple(leaves[i] for i in self.outputs)
+
+
+class Tap(torch.autograd.Function):
+    """The identity on a module's outputs; in a backward it reports (inputs, output gradients) to the engine.
+
+    Outputs are returned detached, not as views and not marked dirty: models that go on in place work as without it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, sentinel: Tensor, tap: "ModuleTap", call: Call, n_outputs: int, *tensors: Tensor) -> Any:
+        ctx.tap, ctx.call, ctx.n_inputs = tap, call, len(tensors) - n_outputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors[n_outputs:])
+        outputs = tuple(output.detach() for output in tensors[:n_outputs])
+        return outputs[0] if n_outputs == 1 else outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
+        engine = ctx.tap.engine()
+        if engine is not None and engine.recording is not None:
+            engine.recording.record(ctx.tap, ctx.call, ctx.saved_tensors, grad_outputs)
+        return None, None, None, None, *grad_outputs, *[None] * ctx.n_inputs
+
+
+class ModuleTap:
+    """The forward hook of one module.
+
+    Args:
+        engine: Whose tap it is.
+        module: The module that it is registered on.
+
+    Attributes:
+        targets: The trainable parameters whose rows this module brings, by their name below the module.
+        calls: Forwards with gradient since the last Gramian.
+        elements: Numbers of inputs and outputs of those forwards, what factors would hold.
+    """
+
+    def __init__(self, engine: "Engine", module: nn.Module):
+        self.engine = weakref.ref(engine)
+        self.module = module
+        self.targets: Mapping[str, nn.Parameter] = {}
+        self.calls = 0
+        self.elements = 0
+
+    def __reduce__(self) -> tuple:
+        # A copy or a pickle of the model must not report to this engine.
+        return _NoTap, ()
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        engine = self.engine()
+        if engine is None or not torch.is_grad_enabled() or (engine.recording is not None and engine.recording.busy):
+            return None
+        self.calls += 1
+        if isinstance(output, Tensor) and not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
+            if not output.requires_grad:
+                return None
+            self.elements += output.numel() + args[0].numel()
+            call = Call(autocast=_autocast(output))
+            return Tap.apply(engine.sentinel, self, call, 1, output, args[0].detach())
+        return self._tap_structure(engine, args, kwargs, output)
+
+    def _tap_structure(self, engine: "Engine", args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        outputs, output_spec = pytree.tree_flatten(output)
+        tapped = [i for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if not tapped:
+            return None
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
+        skeleton = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        call = Call(spec, skeleton, tapped, _autocast(outputs[tapped[0]]))
+        wrapped = Tap.apply(engine.sentinel, self, call, len(tapped), *[outputs[i] for i in tapped], *tensors)
+        for i, leaf in zip(tapped, wrapped if len(tapped) > 1 else [wrapped], strict=True):
+            outputs[i] = leaf
+            self.elements += leaf.numel()
+        self.elements += sum(t.numel() for t in tensors)
+        return pytree.tree_unflatten(outputs, output_spec)
+
+
+class _NoTap:
+    """What a tap becomes in a copy of the model: a hook that does nothing."""
+
+    def __call__(self, *args: Any) -> None:
+        return None
+
+
+def _autocast(tensor: Tensor) -> tuple[str, torch.dtype, bool]:
+    kind = tensor.device.type
+    return kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
