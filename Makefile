@@ -1,0 +1,55 @@
+# `make demo` and `make test` do all the set-up themselves, the virtual environment included.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+REQUIREMENTS := pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test style quality docs bench clean
+
+help:  ## Lists the targets.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo  ## Installs, then trains the embedded model four ways side by side: runs/demo.
+	$(BIN)/hf-jd compare --output_dir runs/demo --overwrite
+
+test: $(VENV)/.dev  ## Installs, then runs the tests.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+style: $(VENV)/.dev  ## Formats the code, and mends what can be mended by itself.
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+quality: $(VENV)/.dev  ## Checks style and types.
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/ty check
+
+docs: $(VENV)/.docs  ## Builds the documentation into site/.
+	$(BIN)/mkdocs build --strict
+
+bench: $(VENV)/.dev  ## Measures what the engine costs.
+	$(BIN)/python scripts/benchmark.py engine
+
+clean:  ## Removes the environment and all that was built; runs/ stays.
+	rm -rf $(VENV) build dist site
+
+# A stamp is newer than what it was installed from, so that a second `make` installs nothing.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(REQUIREMENTS) | $(BIN)/python
+	@echo "Installing into $(VENV); this takes some minutes the first time."
+	$(PIP_INSTALL) -e ".[plot]"
+	@touch $@
+
+$(VENV)/.dev: $(REQUIREMENTS) | $(BIN)/python
+	@echo "Installing into $(VENV); this takes some minutes the first time."
+	$(PIP_INSTALL) -e ".[dev]"
+	@touch $(VENV)/.demo $@
+
+$(VENV)/.docs: $(REQUIREMENTS) | $(BIN)/python
+	$(PIP_INSTALL) -e ".[plot,docs]"
+	@touch $@
