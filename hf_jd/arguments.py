@@ -112,6 +112,11 @@ class JDArguments:
         self.keep_rows()
         super().__post_init__()  # ty: ignore[unresolved-attribute]  # that of TrainingArguments
 
+    @property
+    def own_mean(self) -> bool:
+        """Whether each objective is its own mean, instead of its share of the whole."""
+        return self.jd_objectives == "group" and self.jd_group_reduction == "mean"
+
     def build_weighting(self) -> Weighting:
         """Builds the weighting that the flags name.
 

@@ -56,12 +56,13 @@ class GroupCollator:
             ) from None
 
 
-def group_names(dataset: Any, column: str) -> list[str] | None:
+def group_names(dataset: Any, column: str, known: list[str] | None = None) -> list[str] | None:
     """The names of all groups of a training set, sorted, so that every process gives them the same ids.
 
     Args:
         dataset: A Dataset, a list of examples, or a stream.
         column: The name of the group column.
+        known: The names, if the user has listed them; then no example is read.
 
     Returns:
         The names; None for a stream, whose values are only known as they come.
@@ -72,8 +73,8 @@ def group_names(dataset: Any, column: str) -> list[str] | None:
     columns = getattr(dataset, "column_names", None)
     if columns is not None and column not in columns:
         raise _missing_column(column, columns)
-    if not hasattr(dataset, "__len__"):
-        return None
+    if known or not hasattr(dataset, "__len__"):
+        return known
     names = set()
     for row, value in enumerate(_values(dataset, column, columns)):
         if is_missing(value):

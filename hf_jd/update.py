@@ -1,0 +1,227 @@
+"""One update: micro-batches -> rows -> Gramian -> weights -> `.grad`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_jd.collator import GROUP_KEY
+from hf_jd.distributed import AddedRows, GatheredRows, OwnRows, add_gradients, gather_uneven, process_count
+from hf_jd.gramian import Jacobian
+from hf_jd.metrics import step_metrics
+from hf_jd.objectives import OBJECTIVES, Objectives, Part
+from hf_jd.weighting import Weighting
+
+if TYPE_CHECKING:
+    from hf_jd.trainer import JDTrainerMixin
+
+
+@dataclass(frozen=True)
+class JDState:
+    """The last step, for callbacks.
+
+    Attributes:
+        names: [m] the objectives' names: those of groups, or the positions of instances in the update.
+        gramian: [m, m].
+        weights: [m].
+        losses: [m] the objectives' values, whose mean is Trainer's loss.
+    """
+
+    names: list[str]
+    gramian: Tensor
+    weights: Tensor
+    losses: Tensor
+
+
+class _Recorded(NamedTuple):
+    """A micro-batch after its first pass: its part without a graph, its rows, and what a second pass needs."""
+
+    batch: Mapping[str, Any]
+    rng_state: list[Tensor]
+    part: Part
+    jacobian: Jacobian | None
+
+
+class Update:
+    """The objectives of some micro-batches, weighed together.
+
+    Args:
+        trainer: Whose model, arguments and losses these are.
+        model: The model as Trainer has wrapped it.
+        batches: The micro-batches of this process.
+        num_items: How many tokens Trainer counted in the update, if it did.
+    """
+
+    def __init__(self, trainer: JDTrainerMixin, model: nn.Module, batches: list[Mapping[str, Any]], num_items: Any):
+        self.trainer = trainer
+        self.jd = trainer.jd_args
+        self.model = model
+        self.batches = batches
+        self.num_items = num_items
+        self.kind = OBJECTIVES[self.jd.jd_objectives]
+        self.present = self._present_groups()
+        scaler = trainer.accelerator.scaler
+        self.scale = 1.0 if scaler is None else scaler.get_scale()
+
+    def run(self) -> Tensor:
+        """Adds the update to `.grad`.
+
+        Returns:
+            The part of this process in the objectives' mean, times the number of processes, as Trainer logs it.
+        """
+        recorded = [self._record(batch) for batch in self.batches]
+        own, rows = self._joined(recorded)
+        objectives = Objectives(rows.table(own), self.jd.own_mean, recorded[0].part.denominator is not None)
+        gramian = rows.gramian() / self.scale**2
+        usable = objectives.usable(gramian)
+        factors = objectives.factors(usable)
+        weights = self._weigh(gramian, objectives, usable, factors) * factors
+        if self.trainer.accelerator.scaler is not None and not usable[objectives.counts > 0].all():
+            # An overflow has to stay in `.grad`: GradScaler then skips the step and lowers its scale.
+            accumulate({p: torch.full_like(p, torch.inf) for p in self.trainer.trainable()})
+        elif self.jd.jd_backward == "one_pass":
+            # GradScaler divides by its scale, which is in the rows.
+            accumulate(rows.weighted_sum(weights, usable))
+        else:
+            self._second_pass(recorded, weights[rows.mine], usable[rows.mine])
+        mean = (factors / usable.sum().clamp(min=1))[rows.mine] * own[:, 0]
+        return mean[usable[rows.mine]].sum().to(self.trainer.args.device) * process_count()
+
+    def _present_groups(self) -> Tensor | None:
+        """The sorted ids [K] of the groups that are weighed together; None without a group column."""
+        column = self.jd.jd_group_column
+        if column is None:
+            return None
+        for batch in self.batches:
+            if GROUP_KEY not in batch:
+                raise ValueError(
+                    f"An example has no group column `{column}`; its batch has {', '.join(f'`{k}`' for k in batch)}."
+                )
+            if (batch[GROUP_KEY] < 0).any():
+                raise ValueError(
+                    f"An example has no value in the group column `{column}`, or a name that is not among the groups "
+                    f"{', '.join(f'`{name}`' for name in self.trainer.jd_group_names or [])}."
+                )
+        ids = torch.cat([batch[GROUP_KEY] for batch in self.batches]).to(self.trainer.args.device).unique()
+        return ids if self.jd.jd_scope == "micro_batch" else gather_uneven(ids)[0].unique()
+
+    def _part(self, batch: Mapping[str, Any]) -> Part:
+        """Runs a micro-batch forward: its part in the objectives, with a graph."""
+        losses, counted, groups = self.trainer.unreduced_losses(self.model, batch)
+        if groups is None:
+            groups = torch.full((len(losses),), -1, device=losses.device)
+        denominator = self.trainer.denominator(losses, counted, self.num_items, len(self.batches))
+        return self.kind.split(losses, counted, groups, groups if self.present is None else self.present, denominator)
+
+    def _record(self, batch: Mapping[str, Any]) -> _Recorded:
+        """Runs a micro-batch forward, and backward to its rows, which come multiplied by `scale`."""
+        device = self.trainer.args.device
+        rng_state = _rng_state(device) if self.jd.jd_backward == "two_pass" else []
+        with self.trainer.accelerator.no_sync(self.model):
+            part = self._part(batch)
+            jacobian = None
+            if len(part.losses):
+                jacobian = self.trainer.engine().compute_jacobian(part.losses * self.scale, part.segments)
+        return _Recorded(batch, rng_state, replace(part, losses=part.losses.detach()), jacobian)
+
+    def _joined(self, recorded: list[_Recorded]) -> tuple[Tensor, OwnRows]:
+        """The objectives of this process's micro-batches: their table [m, 4], and their rows."""
+        tables = [r.part.table() for r in recorded]
+        jacobians = [r.jacobian for r in recorded if r.jacobian is not None]
+        jacobian = jacobians[0] if jacobians else None
+        if self.kind.shared:
+            table = torch.cat([torch.stack(tables).sum(0)[:, :-1], tables[0][:, -1:]], dim=1)
+            for other in jacobians[1:]:
+                jacobian = jacobian + other
+        else:
+            table = torch.cat(tables)
+            jacobian = Jacobian.cat(jacobians) if len(jacobians) > 1 else jacobian
+        rows = OwnRows if self.jd.jd_scope == "micro_batch" else AddedRows if self.kind.shared else GatheredRows
+        return table, rows(jacobian, self.trainer.trainable())
+
+    def _weigh(self, gramian: Tensor, objectives: Objectives, usable: Tensor, factors: Tensor) -> Tensor:
+        """The weights [M] of the objectives, 0 for those that aren't usable; keeps the step's state and metrics."""
+        weights = torch.zeros(len(usable), dtype=torch.float64, device=gramian.device)
+        left_out = ((objectives.counts > 0) & ~usable).sum()
+        self.trainer.jd_metrics.add({"jd/non_finite": left_out.double()})
+        if not usable.any():
+            return weights
+        gramian = (factors.outer(factors).to(gramian) * gramian)[usable][:, usable]
+        losses = (factors * objectives.table[:, 0])[usable]
+        groups = objectives.groups[usable]
+        group_names = {k: self.trainer.group_name(k) for k in groups.unique().tolist() if k >= 0}
+        by_group = self.jd.jd_objectives == "group"
+        names = [group_names[k] for k in groups.tolist()] if by_group else [str(i) for i in range(len(losses))]
+        found = call_weighting(self.trainer.weighting, gramian, losses, names if by_group else None)
+        weights[usable] = found
+        self.trainer.jd_state = JDState(names, gramian, found, losses)
+        means, counts = objectives.means[usable], objectives.counts[usable]
+        self.trainer.jd_metrics.add(step_metrics(gramian, found, means, counts, groups, group_names))
+        return weights
+
+    def _second_pass(self, recorded: list[_Recorded], weights: Tensor, usable: Tensor) -> None:
+        """Runs every micro-batch again, with the random numbers of its first pass, and descends sum_k w_k loss_k."""
+        before = {p: p.grad for p in self.trainer.trainable()}
+        for p in before:
+            p.grad = None
+        start = 0
+        for batch, rng_state, first, _ in recorded:
+            mine = slice(None) if self.kind.shared else slice(start, start + len(first.losses))
+            start += len(first.losses)
+            _set_rng_state(rng_state, self.trainer.args.device)
+            with self.trainer.accelerator.no_sync(self.model):
+                losses = self._part(batch).losses[usable[mine]]
+                if len(losses):
+                    self.trainer.accelerator.backward((weights[mine][usable[mine]].to(losses) * losses).sum())
+        gradients = {p: p.grad for p in before if p.grad is not None}
+        for p, gradient in before.items():
+            p.grad = gradient
+        accumulate(add_gradients(gradients, list(before)))
+
+
+def call_weighting(weighting: Any, gramian: Tensor, losses: Tensor, names: list[str] | None) -> Tensor:
+    """W(G) [m], float64, from a weighting of `hf_jd.weighting` or any other callable.
+
+    Args:
+        weighting: The callable.
+        gramian: [m, m].
+        losses: [m], for weightings that read them.
+        names: [m] the objectives' names, where they stay the same from step to step.
+
+    Raises:
+        ValueError: It returned something else than m finite weights.
+    """
+    m = len(losses)
+    if m == 1:
+        # One objective has nothing to be weighed against: the stock step.
+        return torch.ones(1, dtype=torch.float64, device=gramian.device)
+    if isinstance(weighting, Weighting):
+        weights = weighting(losses if weighting.reads == "losses" else gramian, names=names)
+    else:
+        weights = weighting(gramian)
+    if not isinstance(weights, Tensor) or weights.shape != (m,) or not weights.isfinite().all():
+        raise ValueError(
+            f"The weighting has to return {m} finite weights for a Gramian of shape [{m}, {m}]; it returned {weights}."
+        )
+    return weights.detach().to(device=gramian.device, dtype=torch.float64)
+
+
+def accumulate(gradients: dict[nn.Parameter, Tensor]) -> None:
+    """Adds to `.grad`, where a stream that ended in mid-accumulation may have left something."""
+    for p, gradient in gradients.items():
+        p.grad = gradient if p.grad is None else p.grad + gradient
+
+
+def _rng_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return states if device.type == "cpu" else [*states, torch.get_device_module(device).get_rng_state(device)]
+
+
+def _set_rng_state(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[1], device)

@@ -1,0 +1,162 @@
+"""Configurations that must give one trajectory: mean is Trainer, accumulation is one big batch, two passes are one.
+
+The models compute in float64 up to their logits. GPT-2's tolerance is 1e-10; Llama's norms compute in float32, where
+1e-6 is what a repeated computation itself agrees to.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_jd.gramian import Engine
+from tests.models import tiny_gpt2
+from tests.trainer.runs import arguments, examples, flat, logged, lora, relative, run, stock
+
+TOLERANCES = {"gpt2": 1e-10, "llama": 1e-6}
+KINDS = {"instance": {"jd_objectives": "instance"}, "group": {"jd_objectives": "group", "jd_group_column": "task"}}
+
+
+@pytest.fixture
+def jacobians(monkeypatch):
+    """Counts the Jacobians that were computed: a mean that takes a short cut proves nothing."""
+    seen = []
+    compute = Engine.compute_jacobian
+    monkeypatch.setattr(Engine, "compute_jacobian", lambda *a, **k: seen.append(compute(*a, **k)) or seen[-1])
+    return seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_mean_is_trainer(name, accumulation, kind, tmp_path, jacobians):
+    # Seven batches an epoch: with accumulation 3, every third update has one micro-batch only.
+    flags = {"gradient_accumulation_steps": accumulation, "max_steps": 20, "max_grad_norm": 0.1, "weight_decay": 0.1}
+    theirs = stock(lora(name), tmp_path, **flags)
+    ours = run(lora(name), arguments(tmp_path, jd_weighting="mean", **flags, **KINDS[kind]))
+    assert relative(flat(ours.model), flat(theirs.model)) < TOLERANCES[name]
+    assert (flat(theirs.model) - flat(lora(name))).abs().max() > 1e-3
+    norms = logged(theirs, "grad_norm")
+    assert 0 < (norms > 0.1).sum() < len(norms), "some steps are to be clipped, and some not"
+    assert relative(logged(ours, "grad_norm"), norms) < 10 * TOLERANCES[name]
+    # The losses themselves are float32, summed in another order.
+    assert relative(logged(ours, "loss"), logged(theirs, "loss")) < 1e-6
+    assert ours.state.total_flos == theirs.state.total_flos
+    assert len(jacobians) >= 20
+    assert len(ours.jd_state.gramian) > 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"label_smoothing_factor": 0.1},
+        {"optim": "sgd", "lr_scheduler_type": "cosine", "warmup_steps": 2},
+        {"max_grad_norm": 0.0},
+        {"torch_empty_cache_steps": 1},
+        {"neftune_noise_alpha": 5.0},
+        {"jd_scope": "micro_batch"},
+        {"jd_backward": "two_pass"},
+    ],
+    ids=lambda flags: next(iter(flags)),
+)
+def test_mean_is_trainer_with_flags(flags, kind, tmp_path):
+    flags = {"gradient_accumulation_steps": 3, "max_steps": 6, **flags}
+    own = {key: flags.pop(key) for key in list(flags) if key.startswith("jd_")}
+    theirs = stock(lora("gpt2"), tmp_path, **flags)
+    ours = run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", **flags, **own, **KINDS[kind]))
+    # Trainer's label smoother divides in float32 in another order.
+    tolerance = 1e-6 if "label_smoothing_factor" in flags else 1e-10
+    assert relative(flat(ours.model), flat(theirs.model)) < tolerance
+    assert relative(logged(ours, "loss"), logged(theirs, "loss")) < 1e-6
+
+
+@pytest.mark.filterwarnings("ignore:.*have no rows of their own")  # GPT-2's positions: [1, T]
+@pytest.mark.parametrize("kind", KINDS)
+def test_mean_is_trainer_for_a_fully_trained_model_with_dropout(kind, tmp_path):
+    flags = {"gradient_accumulation_steps": 2, "max_steps": 6}
+    theirs = stock(tiny_gpt2(dropout=0.2), tmp_path, **flags)
+    ours = run(tiny_gpt2(dropout=0.2), arguments(tmp_path, jd_weighting="mean", **flags, **KINDS[kind]))
+    assert relative(flat(ours.model), flat(theirs.model)) < 1e-10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mean_is_trainer_where_the_model_takes_no_token_count(kind, tmp_path, monkeypatch):
+    # Trainer then averages the means of the micro-batches, whatever their numbers of tokens.
+    monkeypatch.setattr("transformers.GPT2LMHeadModel.accepts_loss_kwargs", False, raising=False)
+    flags = {"gradient_accumulation_steps": 3, "max_steps": 6}
+    theirs = stock(lora("gpt2"), tmp_path, **flags)
+    ours = run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", **flags, **KINDS[kind]))
+    # A mean of float32 losses and a sum of quotients round differently.
+    assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
+    assert relative(logged(ours, "loss"), logged(theirs, "loss")) < 1e-6
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Five examples, then it ends: in the middle of an accumulation."""
+
+    def __iter__(self):
+        return iter(examples(5))
+
+
+def test_mean_is_trainer_when_a_stream_ends_in_mid_accumulation(tmp_path):
+    flags = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1, "max_steps": 5}
+    theirs = stock(lora("gpt2"), tmp_path, Stream(), **flags)
+    ours = run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", **flags), Stream())
+    assert relative(flat(ours.model), flat(theirs.model)) < 1e-10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_upgrad_without_conflict_is_trainer(kind, tmp_path):
+    # All examples are the same few tokens again and again: no two of them disagree.
+    data = [
+        {"input_ids": [5, 6] * n, "attention_mask": [1] * 2 * n, "labels": [5, 6] * n, "task": "abc"[n % 3]}
+        for n in (2, 3, 4, 5, 3, 4)
+    ]
+    flags = {"per_device_train_batch_size": 3, "max_steps": 6, "learning_rate": 1e-3}
+    theirs = stock(lora("gpt2", warm=True), tmp_path, data, **flags)
+    ours = run(lora("gpt2", warm=True), arguments(tmp_path, jd_weighting="upgrad", **flags, **KINDS[kind]), data)
+    assert logged(ours, "jd/conflicts").max() == 0
+    assert relative(flat(ours.model), flat(theirs.model)) < 1e-10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_upgrad_with_conflicts_is_not_trainer(kind, tmp_path):
+    theirs = stock(lora("gpt2"), tmp_path)
+    ours = run(lora("gpt2"), arguments(tmp_path, **KINDS[kind]))
+    assert logged(ours, "jd/conflicts").max() > 0
+    assert relative(flat(ours.model), flat(theirs.model)) > 1e-4
+
+
+@pytest.mark.parametrize("reduction", ["share", "mean"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weighting", ["upgrad", "mgda"])
+def test_one_big_batch_is_its_accumulation(weighting, kind, reduction, tmp_path):
+    data = examples(13, unlabelled=(4,))
+    runs = []
+    for size, accumulation in ((6, 1), (2, 3), (1, 6)):
+        args = arguments(
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            jd_weighting=weighting,
+            jd_group_reduction=reduction,
+            max_steps=6,
+            **KINDS[kind],
+        )
+        runs.append(run(lora("gpt2"), args, data))
+    for other in runs[1:]:
+        assert relative(flat(other.model), flat(runs[0].model)) < 1e-8
+        assert relative(logged(other, "loss"), logged(runs[0], "loss")) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_one_pass_is_two_passes_with_dropout(accumulation, kind, tmp_path):
+    data = examples(14, unlabelled=(3,))
+    models = []
+    for backward in ("one_pass", "two_pass"):
+        flags = {"gradient_accumulation_steps": accumulation, "jd_backward": backward, "max_steps": 6}
+        models.append(run(lora("gpt2", dropout=0.2), arguments(tmp_path, **flags, **KINDS[kind]), data).model)
+    # The second pass multiplies float32 losses by their weights.
+    assert relative(flat(models[0]), flat(models[1])) < 1e-6

@@ -1,0 +1,89 @@
+"""Small training runs, shared by the tests of the trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from hf_jd import JDTrainer, JDTrainingArguments
+from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, with_lora
+
+TASKS = ("code", "docs", "chat")
+MODELS = {"gpt2": tiny_gpt2, "llama": tiny_llama}
+
+
+def examples(n: int = 14, seed: int = 0, unlabelled: tuple[int, ...] = ()) -> list[dict[str, Any]]:
+    """Sequences of 4 to 9 tokens with labels of uneven length, and a task in turn; some have no labels."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for i in range(n):
+        length = int(torch.randint(4, 10, (1,), generator=generator))
+        ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+        prompt = length if i in unlabelled else int(torch.randint(0, length - 2, (1,), generator=generator))
+        labels = [-100] * prompt + ids[prompt:]
+        made.append({"input_ids": ids, "attention_mask": [1] * length, "labels": labels, "task": TASKS[i % len(TASKS)]})
+    return made
+
+
+def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Pads to the longest."""
+    length = max(len(example["input_ids"]) for example in batch)
+    padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {
+        key: torch.tensor([example[key] + [value] * (length - len(example[key])) for example in batch])
+        for key, value in padding.items()
+    }
+
+
+def arguments(directory: Any, cls: type = JDTrainingArguments, **flags: Any) -> Any:
+    """Arguments of a short, quiet run on the CPU."""
+    settings = {
+        "use_cpu": True,
+        "per_device_train_batch_size": 2,
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return cls(output_dir=str(directory), **{**settings, **flags})
+
+
+def run(model: nn.Module, args: Any, data: Any = None, cls: type | None = None, **settings: Any) -> Trainer:
+    """Trains the model with JDTrainer or, for plain arguments, with Trainer."""
+    cls = cls or (JDTrainer if isinstance(args, JDTrainingArguments) else Trainer)
+    data = examples() if data is None else data
+    trainer = cls(model, args, train_dataset=data, **{"data_collator": collate, **settings})
+    trainer.train()
+    return trainer
+
+
+def stock(model: nn.Module, directory: Any, data: Any = None, **flags: Any) -> Trainer:
+    """Trains the model with Trainer itself."""
+    return run(model, arguments(directory, TrainingArguments, **flags), data)
+
+
+def flat(model: nn.Module) -> Tensor:
+    """The trainable parameters as one vector."""
+    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |b|."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+def logged(trainer: Trainer, key: str) -> Tensor:
+    """What was logged under a key, step by step."""
+    return torch.tensor([entry[key] for entry in trainer.state.log_history if key in entry], dtype=torch.float64)
+
+
+def lora(name: str, **settings: Any) -> nn.Module:
+    """A tiny model with adapters, by the name of its architecture."""
+    dropout = settings.pop("dropout", 0.0)
+    model = tiny_gpt2(dropout=dropout) if name == "gpt2" else MODELS[name]()
+    return with_lora(model, dropout=dropout, **settings)
