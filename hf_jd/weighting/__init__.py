@@ -10,31 +10,87 @@ import inspect
 from collections.abc import Iterable
 from typing import Any
 
-from hf_jd.weighting.base import Flattening, GeneralizedWeighting, LossWeighting, Weighting
+from hf_jd.weighting.aligned_mtl import AlignedMTLWeighting
+from hf_jd.weighting.base import Flattening, GeneralizedWeighting, LossWeighting, Names, Weighting
+from hf_jd.weighting.cagrad import CAGradWeighting
+from hf_jd.weighting.config import ConFIGWeighting
+from hf_jd.weighting.constant import ConstantWeighting
+from hf_jd.weighting.cr_mogm import CRMOGMWeighting
 from hf_jd.weighting.dualproj import DualProjWeighting
+from hf_jd.weighting.dwa import DWAWeighting
+from hf_jd.weighting.fairgrad import FairGradWeighting
+from hf_jd.weighting.gradvac import GradVacWeighting
+from hf_jd.weighting.group_dro import GroupDROWeighting
+from hf_jd.weighting.imtl_g import IMTLGWeighting
+from hf_jd.weighting.krum import KrumWeighting
 from hf_jd.weighting.mean import MeanWeighting
 from hf_jd.weighting.mgda import MGDAWeighting
+from hf_jd.weighting.nash_mtl import NashMTLWeighting
+from hf_jd.weighting.pcd import PCDWeighting
+from hf_jd.weighting.pcgrad import PCGradWeighting
+from hf_jd.weighting.random import RandomWeighting, RLWWeighting
+from hf_jd.weighting.stateful import Stateful
+from hf_jd.weighting.stch import STCHWeighting
 from hf_jd.weighting.sum import SumWeighting
+from hf_jd.weighting.uncertainty import UncertaintyWeighting
 from hf_jd.weighting.upgrad import UPGradWeighting
 
 WEIGHTINGS: dict[str, type[Weighting]] = {
     "upgrad": UPGradWeighting,
     "dualproj": DualProjWeighting,
     "mgda": MGDAWeighting,
+    "cagrad": CAGradWeighting,
+    "aligned_mtl": AlignedMTLWeighting,
+    "imtl_g": IMTLGWeighting,
+    "config": ConFIGWeighting,
+    "nash_mtl": NashMTLWeighting,
+    "fairgrad": FairGradWeighting,
+    "pcgrad": PCGradWeighting,
+    "gradvac": GradVacWeighting,
+    "pcd": PCDWeighting,
+    "cr_mogm": CRMOGMWeighting,
+    "krum": KrumWeighting,
+    "random": RandomWeighting,
+    "constant": ConstantWeighting,
     "mean": MeanWeighting,
     "sum": SumWeighting,
+    "uncertainty": UncertaintyWeighting,
+    "dwa": DWAWeighting,
+    "rlw": RLWWeighting,
+    "stch": STCHWeighting,
+    "group_dro": GroupDROWeighting,
 }
 
 __all__ = [
     "WEIGHTINGS",
+    "AlignedMTLWeighting",
+    "CAGradWeighting",
+    "CRMOGMWeighting",
+    "ConFIGWeighting",
+    "ConstantWeighting",
+    "DWAWeighting",
     "DualProjWeighting",
+    "FairGradWeighting",
     "Flattening",
     "GeneralizedWeighting",
+    "GradVacWeighting",
+    "GroupDROWeighting",
+    "IMTLGWeighting",
+    "KrumWeighting",
     "LossWeighting",
     "MGDAWeighting",
     "MeanWeighting",
+    "Names",
+    "NashMTLWeighting",
+    "PCDWeighting",
+    "PCGradWeighting",
+    "RLWWeighting",
+    "RandomWeighting",
+    "STCHWeighting",
+    "Stateful",
     "SumWeighting",
     "UPGradWeighting",
+    "UncertaintyWeighting",
     "Weighting",
     "build_weighting",
 ]
@@ -48,8 +104,8 @@ def build_weighting(name: str, **arguments: Any) -> Weighting:
         **arguments: The method's own parameters.
 
     Raises:
-        ValueError: The name or an argument is unknown, or a required argument is missing; the message lists what there is,
-            the nearest first.
+        ValueError: The name or an argument is unknown, or a required argument is missing; the message lists what there
+            is, the nearest first.
     """
     if name not in WEIGHTINGS:
         raise ValueError(f"Unknown weighting {name!r}. The known ones are {_nearest_first(name, WEIGHTINGS)}.")

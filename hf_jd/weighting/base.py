@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,7 +34,10 @@ class Weighting(ABC):
     A subclass defines `weigh`, which meets only valid float64 Gramians.
     """
 
-    reads: ClassVar[Literal["gramian", "losses"]] = "gramian"
+    @property
+    def reads(self) -> Literal["gramian", "losses"]:
+        """What this weighting is called with."""
+        return "gramian"
 
     def __call__(self, gramian: Tensor, /, *, names: Names | None = None) -> Tensor:
         """Computes the weights [m] from the Gramian [m, m]; see the class."""
@@ -43,18 +46,21 @@ class Weighting(ABC):
         return weights.to(gramian)
 
     @abstractmethod
-    def weigh(self, gramian: Tensor, names: Names) -> Tensor:
+    def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
         """Computes the weights [m], float64, from a valid float64 Gramian [m, m]."""
 
 
 class LossWeighting(Weighting):
     """Turns the losses of a step into weights: no Gramian is read, so none need be computed.
 
-    Call it as `weights = weighting(losses)`: `losses` [m], finite, of any floating dtype. The weights multiply the losses
-    and are constants for the backward, as those of every weighting are. A subclass defines `weigh_losses`.
+    Call it as `weights = weighting(losses)`: `losses` [m], finite, of any floating dtype. The weights multiply the
+    losses, and are constants for the backward, as those of every weighting are.
     """
 
-    reads = "losses"
+    @property
+    def reads(self) -> Literal["gramian", "losses"]:
+        """What this weighting is called with."""
+        return "losses"
 
     def __call__(self, losses: Tensor, /, *, names: Names | None = None) -> Tensor:
         """Computes the weights [m] from the losses [m]; see the class."""
@@ -63,7 +69,7 @@ class LossWeighting(Weighting):
         return weights.to(losses)
 
     @abstractmethod
-    def weigh(self, losses: Tensor, names: Names) -> Tensor:
+    def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
         """Computes the weights [m], float64, from valid float64 losses [m]."""
 
 
@@ -127,8 +133,8 @@ def _explain_gramian(gramian: Tensor, asymmetry: Tensor) -> None:
     if not finite.all():
         bad = (~finite).any(dim=1).nonzero().flatten().tolist()
         raise ValueError(
-            f"The Gramian is not finite: rows {bad} have NaN or infinite entries. Leave those objectives out, or look for "
-            f"the loss or the gradient that overflowed."
+            f"The Gramian is not finite: rows {bad} have NaN or infinite entries. Leave those objectives out, or look "
+            f"for the loss or the gradient that overflowed."
         )
     diagonal = gramian.diagonal()
     if (diagonal < 0).any():
@@ -154,7 +160,7 @@ def checked_losses(losses: Tensor) -> Tensor:
 
 
 def checked_names(names: Names | None, m: int) -> Names:
-    """Returns the m names, `range(m)` for None, or raises a `ValueError` if their number is wrong or one comes twice."""
+    """Returns the m names, `range(m)` for None; a `ValueError` if their number is wrong or one comes twice."""
     if names is None:
         return range(m)
     if len(names) != m or len(set(names)) != m:

@@ -15,8 +15,8 @@ def solve_nonnegative(cosines: Tensor, right: Tensor) -> Tensor:
     """Finds z >= 0 with s = C z - b >= 0 and s^T z = 0, for each row b of `right`.
 
     A projected Newton method, as a primal-dual active set method (Hintermüller, Ito and Kunisch 2003): given a guess of
-    which z are positive, solve for them, and exchange all that turn out wrong. A handful of exchanges is usual; where the
-    number of wrong ones stops falling, one is exchanged at a time (Kim and Park 2011), which must end.
+    which z are positive, solve for them, and exchange all that turn out wrong. A handful of exchanges is usual; where
+    the number of wrong ones stops falling, one is exchanged at a time (Kim and Park 2011), which must end.
 
     Args:
         cosines: C, [m, m], positive definite, of unit diagonal.

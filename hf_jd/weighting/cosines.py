@@ -30,3 +30,19 @@ def cosine_factor(cosines: np.ndarray) -> np.ndarray:
     noise = max(-values[0], values[-1] * len(values) * np.finfo(float).eps)
     kept = values > noise
     return vectors[:, kept] * np.sqrt(values[kept])
+
+
+def solve_semidefinite(matrix: Tensor, right: Tensor) -> Tensor:
+    """Computes A^+ b for a positive semi-definite A [m, m] and b [m]; rounding errors count as zero eigenvalues."""
+    factor, failed = torch.linalg.cholesky_ex(matrix)
+    pivots = factor.diagonal().square()
+    if not failed and pivots.amin() >= SINGULAR * pivots.amax():
+        return torch.cholesky_solve(right[:, None], factor)[:, 0]
+    values, vectors = torch.linalg.eigh(matrix)
+    noise = torch.maximum(-values[0], values[-1] * len(values) * torch.finfo(values.dtype).eps)
+    return vectors @ (torch.where(values > noise, 1 / values, 0) * (vectors.mT @ right))
+
+
+def divide(values: Tensor, lengths: Tensor) -> Tensor:
+    """Divides values [m] by the rows' lengths [m]; a zero row gets 0."""
+    return torch.where(lengths > 0, values / lengths, 0)

@@ -23,6 +23,6 @@ class DualProjWeighting(PreferenceWeighting):
         DualProj in arXiv 2406.16232, section 5.
     """
 
-    def weigh(self, gramian: Tensor, names: Names) -> Tensor:
+    def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
         """Computes w = argmin_{v >= p} v^T G v, [m]."""
         return cone_projection(gramian, self.preference(gramian)[None])[0]

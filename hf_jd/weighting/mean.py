@@ -13,6 +13,6 @@ from hf_jd.weighting.base import Names, Weighting
 class MeanWeighting(Weighting):
     """w_i = 1/m: the update is the mean of the rows, and training is the stock trainer's."""
 
-    def weigh(self, gramian: Tensor, names: Names) -> Tensor:
+    def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
         """Returns 1/m, [m]."""
         return gramian.new_full((len(gramian),), 1 / len(gramian))

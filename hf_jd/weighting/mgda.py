@@ -26,8 +26,8 @@ class MGDAWeighting(PreferenceWeighting):
             objectives that decide. None leaves them as they are.
 
     References:
-        Désidéri, "Multiple-gradient descent algorithm (MGDA) for multiobjective optimization", C. R. Acad. Sci. Paris 350
-        (2012), section 2; the scales S_i there are our preferences.
+        Désidéri, "Multiple-gradient descent algorithm (MGDA) for multiobjective optimization", C. R. Acad. Sci. Paris
+        350 (2012), section 2; the scales S_i there are our preferences.
     """
 
     def __post_init__(self) -> None:
@@ -35,7 +35,7 @@ class MGDAWeighting(PreferenceWeighting):
         if self.pref_vector is not None:
             checked_numbers("pref_vector", self.pref_vector, positive=True)
 
-    def weigh(self, gramian: Tensor, names: Names) -> Tensor:
+    def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
         """Computes w = lambda / (m p), lambda = argmin |sum_i lambda_i g_i / (m p_i)| on the simplex, [m]."""
         scale = self.preference(gramian) * len(gramian)
         lengths = gramian.diagonal().sqrt()

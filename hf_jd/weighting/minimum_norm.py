@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import quadprog
 
 from hf_jd.weighting.cosines import cosine_factor
+from hf_jd.weighting.nearest import nearest_point
 
 _TOLERANCE = 1e-12  # of a cosine
 
@@ -27,18 +27,14 @@ def smallest_solution(rows: np.ndarray, weights: np.ndarray, offset: np.ndarray)
     vectors = vectors[:, values > values[0] * len(rows) * 1e-14]
     if vectors.shape[1] == len(rows):
         return weights
-    identity = np.eye(len(rows))
-    constraints = np.hstack([vectors, identity])
+    constraints = np.hstack([vectors, np.eye(len(rows))])
     bounds = np.concatenate([vectors.T @ weights, np.zeros(len(rows))])
-    try:
-        solution = quadprog.solve_qp(identity, -offset, constraints, bounds, vectors.shape[1], True)[0]
-    except ValueError:
-        return weights
-    return solution.clip(min=0)
+    nearest = nearest_point(-offset, constraints, bounds, equalities=vectors.shape[1])
+    return weights if nearest is None else nearest.point.clip(min=0)
 
 
 def minimum_norm_weights(cosines: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Finds the multiples mu >= 0 of unit rows, offsets^T mu = 1, whose sum is shortest: the nearest point of their hull.
+    """Finds the multiples mu >= 0 of unit rows, offsets^T mu = 1, whose sum is shortest: the hull's nearest point.
 
     Args:
         cosines: The unit rows' Gramian C, [m, m].

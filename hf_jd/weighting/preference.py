@@ -34,14 +34,14 @@ class PreferenceWeighting(Weighting):
             return gramian.new_full((m,), 1 / m)
         if len(self.pref_vector) != m:
             raise ValueError(
-                f"pref_vector has {len(self.pref_vector)} entries, but this step has {m} objectives. Preferences need the "
-                f"same number of objectives at every step."
+                f"pref_vector has {len(self.pref_vector)} entries, but this step has {m} objectives. Preferences need "
+                f"the same number of objectives at every step."
             )
         return torch.as_tensor(self.pref_vector, dtype=gramian.dtype, device=gramian.device)
 
 
 def checked_numbers(name: str, values: Sequence[float] | Tensor, positive: bool = False) -> tuple[float, ...]:
-    """Returns the values as a tuple of floats; a `ValueError` if one is negative (zero, if `positive`) or not finite."""
+    """Returns the values as a tuple of floats; a `ValueError` if one is negative (or zero, if `positive`)."""
     numbers = values.detach().cpu().flatten().tolist() if isinstance(values, Tensor) else [float(v) for v in values]
     if isinstance(values, Tensor) and values.ndim != 1:
         raise ValueError(f"{name} has one dimension; this one has the shape {list(values.shape)}.")

@@ -1,6 +1,6 @@
 """Projection onto the dual cone of the rows, from their Gramian alone.
 
-The dual cone of J is {x : J x >= 0}, the directions that conflict with no row. The projection of J^T u onto it is J^T v,
+The dual cone of J is {x : J x >= 0}, the directions that conflict with no row. J^T u is projected onto it as J^T v,
 
     v = argmin_{v >= u} v^T G v          (arXiv 2406.16232, proposition 1)
 
@@ -12,13 +12,13 @@ one row by 1e6, changes no decision.
 from __future__ import annotations
 
 import numpy as np
-import quadprog
 import torch
 from torch import Tensor
 
 from hf_jd.weighting.batched import solve_nonnegative
 from hf_jd.weighting.cosines import SINGULAR, cosine_factor, cosine_matrix
 from hf_jd.weighting.minimum_norm import smallest_solution
+from hf_jd.weighting.nearest import nearest_point
 
 _TOLERANCE = 1e-10  # largest violation of an optimality condition, as a cosine
 
@@ -70,9 +70,9 @@ def _solve(cosines: Tensor, targets: Tensor) -> Tensor:
     if (violation <= _TOLERANCE).all():
         return corrections
     raise ValueError(
-        f"The projection onto the dual cone did not reach the tolerance {_TOLERANCE:g} (largest violation of the optimality "
-        f"conditions: {violation.max().item():g}). Is the matrix a Gramian? Scaled to a unit diagonal, its eigenvalues are "
-        f"{torch.linalg.eigvalsh(cosines).tolist()}."
+        f"The projection onto the dual cone did not reach the tolerance {_TOLERANCE:g} (largest violation of the "
+        f"optimality conditions: {violation.max().item():g}). Is the matrix a Gramian? Scaled to a unit diagonal, its "
+        f"eigenvalues are {torch.linalg.eigvalsh(cosines).tolist()}."
     )
 
 
@@ -85,7 +85,7 @@ def _violation(cosines: Tensor, targets: Tensor, corrections: Tensor) -> Tensor:
 
 
 def _solve_batched(cosines: Tensor, targets: Tensor) -> Tensor:
-    """Solves all problems together, on the device of C; those of a singular C have no unique solution and are left out."""
+    """Solves all problems together, on the device of C; a singular C, without unique solutions, is left out."""
     factor, failed = torch.linalg.cholesky_ex(cosines)
     if failed or factor.diagonal().amin().square() < SINGULAR:
         return torch.full_like(targets, torch.nan)
@@ -96,26 +96,22 @@ def _solve_quadprog(cosines: Tensor, targets: Tensor) -> Tensor:
     """Solves one problem at a time by Goldfarb and Idnani's dual method.
 
     The problem is put to it as the projection itself, min_x |x - L^T u| with L x >= 0 and C = L L^T: it starts at L^T u
-    and adds the constraints in conflict, which are few in fine-tuning, and its multipliers are z. Any factor L [m, r] will
-    do, so that G need not be definite.
+    and adds the constraints in conflict, which are few in fine-tuning, and its multipliers are z. Any factor L [m, r]
+    will do, so that G need not be definite.
     """
     factor, aims = cosine_factor(cosines.cpu().numpy()), targets.cpu().numpy()
     m, rank = factor.shape
-    identity, constraints = np.eye(rank), np.ascontiguousarray(factor.T)
+    constraints = np.ascontiguousarray(factor.T)
     # Rounding may make a degenerate problem look infeasible, though x = 0 is feasible; a hair's breadth helps.
     bounds = [np.zeros(m), np.full(m, -1e-12), np.full(m, -1e-11)]
     corrections = np.full_like(aims, np.nan)
     for i, point in enumerate(aims @ factor):
-        for bound in bounds:
-            try:
-                solution = quadprog.solve_qp(identity, point, constraints, bound, 0, True)
-            except ValueError:
-                continue
-            corrections[i] = solution[4]
-            break
-        else:
+        solutions = (nearest_point(point, constraints, bound) for bound in bounds)
+        nearest = next((solution for solution in solutions if solution), None)
+        if nearest is None:
             continue
+        corrections[i] = nearest.multipliers
         if rank < m:
-            tight = factor @ solution[0] <= 1e-9
+            tight = factor @ nearest.point <= 1e-9
             corrections[i, tight] = smallest_solution(factor[tight], corrections[i, tight], aims[i, tight])
     return torch.from_numpy(corrections).to(cosines)

@@ -13,6 +13,6 @@ from hf_jd.weighting.base import Names, Weighting
 class SumWeighting(Weighting):
     """w_i = 1: the update is the sum of the rows."""
 
-    def weigh(self, gramian: Tensor, names: Names) -> Tensor:
+    def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
         """Returns ones, [m]."""
         return gramian.new_ones(len(gramian))

@@ -26,6 +26,6 @@ class UPGradWeighting(PreferenceWeighting):
         proposition 1.
     """
 
-    def weigh(self, gramian: Tensor, names: Names) -> Tensor:
+    def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
         """Computes w = sum_i p_i argmin_{v >= e_i} v^T G v, [m]."""
         return cone_projection(gramian, self.preference(gramian).diag()).sum(dim=0)

@@ -117,6 +117,4 @@ FAMILIES: dict[str, Callable[[torch.Generator, int], Tensor]] = {
 
 
 def jacobians(family: str, sizes: range = range(2, 6), seeds: int = 3) -> list[Tensor]:
-    return [
-        FAMILIES[family](torch.Generator().manual_seed(1000 * m + seed), m) for m in sizes for seed in range(seeds)
-    ]
+    return [FAMILIES[family](torch.Generator().manual_seed(1000 * m + seed), m) for m in sizes for seed in range(seeds)]

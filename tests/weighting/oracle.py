@@ -1,4 +1,4 @@
-"""Independent answers: enumeration of active sets in rational arithmetic, for Jacobians whose entries are exact floats."""
+"""Independent answers: enumeration of active sets in rational arithmetic, for Jacobians with exact float entries."""
 
 from __future__ import annotations
 

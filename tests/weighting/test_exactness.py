@@ -47,7 +47,7 @@ def test_mgda(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_projection_weights_have_minimum_norm(family: str) -> None:
-    """v is shortest, in lengths of its rows, among all weights of the same projection: no vertex of them lies behind it."""
+    """v is shortest, in lengths of its rows, among all weights of its projection: no vertex of them lies behind it."""
     for jacobian in jacobians(family):
         gramian, m = rational_gramian(jacobian), len(jacobian)
         squares = [gramian[i][i] for i in range(m)]

@@ -1,0 +1,48 @@
+"""Aligned-MTL: the rows' principal components, made equally long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from hf_jd.weighting.base import Names
+from hf_jd.weighting.preference import PreferenceWeighting
+
+ScaleMode = Literal["min", "median", "rmse"]
+
+
+@dataclass(frozen=True)
+class AlignedMTLWeighting(PreferenceWeighting):
+    """Independent component alignment: the Jacobian is replaced by the nearest one of condition number 1.
+
+    With G = V diag(lambda) V^T, of rank r, the weights are w = sigma V_r diag(lambda_r)^(-1/2) V_r^T p.
+
+    Attributes:
+        scale_mode: The length sigma of the aligned components: that of the shortest ("min", the paper's), of the
+            "median" one (the lower, of an even number), or the root mean square of all ("rmse").
+
+    References:
+        Senushkin et al., "Independent Component Alignment for Multi-Task Learning", CVPR 2023, algorithm 1.
+    """
+
+    scale_mode: ScaleMode = "min"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale_mode not in get_args(ScaleMode):
+            raise ValueError(f"scale_mode is one of {', '.join(get_args(ScaleMode))}, not {self.scale_mode!r}.")
+
+    def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
+        """Computes w = sigma (G^+)^(1/2) p, [m]; p itself where all rows are zero."""
+        preference = self.preference(gramian)
+        values, vectors = torch.linalg.eigh(gramian)
+        noise = torch.maximum(-values[0], values[-1] * len(values) * torch.finfo(values.dtype).eps)
+        kept = values > noise
+        if not kept.any():
+            return preference
+        values, vectors = values[kept], vectors[:, kept]
+        scale = {"min": torch.amin, "median": torch.median, "rmse": torch.mean}[self.scale_mode](values)
+        return (vectors * (scale / values).sqrt()) @ (vectors.mT @ preference)

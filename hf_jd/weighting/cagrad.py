@@ -1,0 +1,130 @@
+"""CAGrad: the worst objective's best, near the mean."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_jd.weighting.base import Names
+from hf_jd.weighting.cosines import SINGULAR, cosine_matrix
+from hf_jd.weighting.minimum_norm import minimum_norm_weights
+from hf_jd.weighting.preference import PreferenceWeighting
+
+_EXCHANGES = 30
+_TOLERANCE = 1e-12
+
+
+@dataclass(frozen=True)
+class CAGradWeighting(PreferenceWeighting):
+    """Conflict-averse gradient descent, solved exactly.
+
+    The update maximises min_i <g_i, d> among the d with |d - g_0| <= c |g_0|, g_0 = J^T p the mean row. In weights,
+    d = g_0 + c |g_0| g_w / |g_w|, where w on the simplex minimises <g_w, g_0> + c |g_0| |g_w|, g_w = J^T w. Where
+    g_w = 0 is best, the step is Pareto stationary and the weights are 0.
+
+    Attributes:
+        c: The radius, 0 or more; 0 gives the mean, and from 1 on no row is in conflict with the update.
+
+    References:
+        Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", arXiv 2110.14048, equation 3 and
+        algorithm 1.
+    """
+
+    c: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.c >= 0:
+            raise ValueError(f"c is 0 or more; it is {self.c}.")
+
+    def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
+        """Computes p + c |g_0| / |g_w| w, [m]."""
+        preference = self.preference(gramian)
+        lengths = gramian.diagonal().sqrt()
+        scale = lengths.max()
+        if not scale or not self.c:
+            return preference
+        # A zero row is indifferent: whatever is best for the others is best with it.
+        present = lengths > 0
+        lengths, rows = lengths[present], gramian[present][:, present]
+        # Unit rows and their multiples from here on, in units of the longest.
+        cosines = cosine_matrix(rows, lengths)
+        multiples = preference[present] * lengths / scale
+        slopes = cosines @ multiples
+        mean_length = (multiples @ slopes).clamp(min=0).sqrt()
+        if mean_length <= _TOLERANCE * multiples.sum():
+            return preference
+        offsets = (lengths.min() / lengths).cpu().numpy()
+        mixture = _worst_mixture(cosines.cpu().numpy(), offsets, (slopes / mean_length).cpu().numpy(), self.c)
+        if mixture is None:
+            return torch.zeros_like(preference)
+        correction = gramian.new_tensor(mixture) * self.c * mean_length * scale / lengths
+        return preference.masked_scatter(present, preference[present] + correction)
+
+
+def _worst_mixture(cosines: np.ndarray, offsets: np.ndarray, slopes: np.ndarray, radius: float) -> np.ndarray | None:
+    """Finds the unit vector g_w / |g_w| of the w that minimises <g_w, g_0> + radius |g_w|, where |g_0| = 1.
+
+    Args:
+        cosines: C, [m, m], of the unit rows.
+        offsets: o, [m]: multiples mu of the unit rows are on the simplex if o^T mu = 1.
+        slopes: b, [m]: products of the unit rows with g_0.
+        radius: c.
+
+    Returns:
+        t >= 0, [m], multiples of the unit rows; None where the best g_w is 0.
+    """
+    support = np.ones(len(offsets), dtype=bool)
+    for _ in range(_EXCHANGES):
+        multiples = np.zeros_like(offsets)
+        value = _stationary(cosines, offsets, slopes, radius, support, multiples)
+        if value is None:
+            break
+        gaps = slopes + radius * (cosines @ multiples) - value * offsets
+        wrong = np.where(support, multiples < 0, gaps < -_TOLERANCE)
+        if not wrong.any():
+            return multiples
+        support ^= wrong
+    return _bisect(cosines, offsets, slopes, radius)
+
+
+def _stationary(
+    cosines: np.ndarray, o: np.ndarray, b: np.ndarray, radius: float, support: np.ndarray, multiples: np.ndarray
+) -> float | None:
+    """Solves b + radius C t = v o, t^T C t = 1 on the support, for t (into `multiples`) and v, the minimum."""
+    system = cosines[np.ix_(support, support)]
+    try:
+        factor = np.linalg.cholesky(system)
+    except np.linalg.LinAlgError:
+        return None
+    if not len(factor) or factor.diagonal().min() ** 2 < SINGULAR:
+        return None
+    a, q = np.linalg.solve(system, np.stack([o[support], b[support]], axis=1)).T
+    # From t = (v a - q) / radius, its length gives v: a quadratic equation, whose larger root has o^T t > 0.
+    square, cross, free = o[support] @ a, o[support] @ q, b[support] @ q - radius**2
+    discriminant = cross**2 - square * free
+    if discriminant < 0:
+        return None
+    value = (cross + discriminant**0.5) / square
+    multiples[support] = (value * a - q) / radius
+    return value
+
+
+def _bisect(cosines: np.ndarray, offsets: np.ndarray, slopes: np.ndarray, radius: float) -> np.ndarray | None:
+    """The same for dependent rows: g_w + beta g_0, beta = |g_w| / radius, is the shortest of the hull of g_i + beta g_0."""
+    cross = np.outer(offsets, slopes)
+    low, high = 1e-12, 2 / (radius * offsets.min())
+    multiples = np.zeros_like(offsets)
+    while high / low > 1 + 1e-14:
+        beta = (low * high) ** 0.5
+        shifted = cosines + beta * (cross + cross.T) + beta**2 * np.outer(offsets, offsets)
+        scale = shifted.diagonal().max()
+        multiples = minimum_norm_weights(shifted / scale, offsets)
+        length = max(multiples @ cosines @ multiples, 0.0) ** 0.5
+        low, high = (low, beta) if length < radius * beta else (beta, high)
+    if high <= 1e-9:
+        return None
+    return multiples / max(multiples @ cosines @ multiples, 1e-300) ** 0.5

@@ -1,0 +1,41 @@
+"""ConFIG: the same cosine with every row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_jd.weighting.base import Names
+from hf_jd.weighting.cosines import cosine_matrix, divide, solve_semidefinite
+from hf_jd.weighting.preference import PreferenceWeighting
+
+
+@dataclass(frozen=True)
+class ConFIGWeighting(PreferenceWeighting):
+    """Conflict-free inverse gradients.
+
+    The update's direction has the same cosine with every row, u = U^+ 1 with U the unit rows, and its length is the sum
+    of the rows' projections onto it: d = (sum_i <g_i, u>) u / |u|^2. Zero rows take no part. For independent rows it
+    conflicts with none.
+
+    Attributes:
+        pref_vector: The cosines are in proportion to it. None makes them equal.
+
+    References:
+        Liu et al., "ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks", arXiv 2408.11104,
+        equations 2 and 3.
+    """
+
+    def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
+        """Computes w_i = (sum_j |g_j| (C v)_j) / (v^T C v) v_i / |g_i|, v = C^+ p, C the rows' cosines, [m]."""
+        lengths = gramian.diagonal().sqrt()
+        cosines = cosine_matrix(gramian, lengths)
+        wanted = self.preference(gramian) * len(gramian) * (lengths > 0)
+        solution = solve_semidefinite(cosines, wanted)
+        reached = cosines @ solution
+        square = solution @ reached
+        # Where no direction comes nearer to one row than to its opposite, rounding is all there is of u.
+        meaningful = square > solution.abs().sum().square() * len(solution) * torch.finfo(torch.float64).eps
+        return torch.where(meaningful, divide(solution, lengths) * (lengths @ reached / square), 0)

@@ -1,0 +1,79 @@
+"""CR-MOGM: the moving average of another weighting's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from hf_jd.weighting.base import Names, Weighting, checked_gramian, checked_losses, checked_names
+from hf_jd.weighting.stateful import Stateful
+
+
+@dataclass(frozen=True)
+class CRMOGMWeighting(Stateful):
+    """Correlation-reduced multi-objective gradient manipulation: smooths the weights of any other weighting.
+
+    w_t = alpha w_(t-1) + (1 - alpha) W(G_t). An objective's first weight is W's; while it is absent, it keeps its last.
+
+    Attributes:
+        weighting: W: a weighting, any callable G -> w, or a weighting's name in `WEIGHTINGS`.
+        alpha: How much of the last weights stays, in [0, 1).
+
+    References:
+        Zhou et al., "On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond", NeurIPS 2022,
+        algorithm 1.
+    """
+
+    weighting: Callable[[Tensor], Tensor] | str = "upgrad"
+    alpha: float = 0.9
+
+    def __post_init__(self) -> None:
+        if isinstance(self.weighting, str):
+            from hf_jd.weighting import build_weighting  # the list of weightings has this one in it
+
+            object.__setattr__(self, "weighting", build_weighting(self.weighting))
+        super().__post_init__()
+        if not 0 <= self.alpha < 1:
+            raise ValueError(f"alpha is in [0, 1); it is {self.alpha}.")
+
+    @property
+    def reads(self) -> Literal["gramian", "losses"]:
+        """What this weighting is called with: what the other one is."""
+        return getattr(self.weighting, "reads", "gramian")
+
+    def __call__(self, statistic: Tensor, /, *, names: Names | None = None) -> Tensor:
+        """Computes the weights [m] from the Gramian [m, m], or from the losses [m] if the other weighting does."""
+        checked = checked_losses(statistic) if self.reads == "losses" else checked_gramian(statistic)
+        return self.weigh(checked, checked_names(names, len(statistic))).to(statistic)
+
+    def weigh(self, statistic: Tensor, names: Names, /) -> Tensor:
+        """Moves the remembered weights [m] towards the other weighting's."""
+        assert not isinstance(self.weighting, str)
+        if isinstance(self.weighting, Weighting):
+            weights = self.weighting(statistic, names=names)
+        else:
+            weights = self.weighting(statistic).detach()
+        last = self.memory.read("weights", names, weights, initial=float("nan"))
+        smoothed = self.alpha * last.where(~last.isnan(), weights) + (1 - self.alpha) * weights
+        self.memory.write("weights", names, smoothed)
+        return smoothed
+
+    def reset(self) -> None:
+        """Forgets all past steps, the other weighting's too."""
+        super().reset()
+        if isinstance(self.weighting, Stateful):
+            self.weighting.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all that is remembered, the other weighting's state under "weighting"."""
+        inner = {"weighting": self.weighting.state_dict()} if isinstance(self.weighting, Stateful) else {}
+        return super().state_dict() | inner
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `state_dict` returned."""
+        super().load_state_dict(state)
+        if isinstance(self.weighting, Stateful):
+            self.weighting.load_state_dict(state["weighting"])

@@ -1,0 +1,38 @@
+"""FairGrad: alpha-fair progress of all objectives."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hf_jd.weighting.base import Names, Weighting
+from hf_jd.weighting.fairness import fair_weights
+
+
+@dataclass(frozen=True)
+class FairGradWeighting(Weighting):
+    """Fair resource allocation: the update maximises sum_i u(<g_i, d>), u(x) = x^(1 - alpha) / (1 - alpha).
+
+    Every row has progress <g_i, d> = w_i^(-1/alpha) > 0. Where no update gives all rows progress, w = 0.
+
+    Attributes:
+        alpha: How much fairness: 0 gives the mean, 1 proportional fairness (Nash-MTL's weights), 2 minimum potential
+            delay, infinity would give the worst-off objective everything.
+
+    References:
+        Ban and Ji, "Fair Resource Allocation in Multi-Task Learning", arXiv 2402.15638, equation 4.
+    """
+
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha < math.inf:
+            raise ValueError(f"alpha is a finite number, 0 or more; it is {self.alpha}.")
+
+    def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
+        """Solves G w = w^(-1/alpha), [m]."""
+        if self.alpha == 0:
+            return gramian.new_full((len(gramian),), 1 / len(gramian))
+        return fair_weights(gramian, self.alpha)

@@ -1,0 +1,67 @@
+"""The equation of alpha-fair weights, which FairGrad and Nash-MTL share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_jd.weighting.cosines import cosine_matrix
+
+_STEPS = 200
+_STATIONARY = 1e-7  # |J^T w| / sum_i w_i |g_i| below which the rows cancel as far as float64 can tell
+
+
+def fair_weights(gramian: Tensor, alpha: float) -> Tensor:
+    """Solves G w = w^(-1/alpha) for w > 0, by Newton's method on the convex function whose gradient is the difference.
+
+    It has one solution, unless 0 is in the hull of the rows with all weights positive (the step is Pareto stationary):
+    then the weights are 0. Zero rows, which no weight makes progress, get 0 too.
+
+    Args:
+        gramian: G, [m, m], float64.
+        alpha: Positive.
+
+    Returns:
+        w, [m].
+    """
+    lengths = gramian.diagonal().sqrt()
+    present = lengths > 0
+    if not present.all():
+        weights = torch.zeros_like(lengths)
+        if present.any():
+            weights[present] = fair_weights(gramian[present][:, present], alpha)
+        return weights
+    cosines = cosine_matrix(gramian, lengths)
+    # For multiples mu = n w of unit rows: C mu = a mu^(-1/alpha), a = n^(1/alpha - 1); a common factor only scales mu.
+    exponent = 1 / alpha
+    logarithms = lengths.log() * (exponent - 1)
+    level = logarithms.mean()
+    multiples = _newton(cosines, (logarithms - level).exp(), exponent)
+    if multiples is None:
+        return torch.zeros_like(lengths)
+    return multiples / lengths * (level / (1 + exponent)).exp()
+
+
+def _newton(cosines: Tensor, right: Tensor, exponent: float) -> Tensor | None:
+    """Solves C mu = a mu^(-e), from the solution for orthogonal rows, scaled to fit; None if there is no solution."""
+    multiples = right ** (1 / (1 + exponent))
+    for _ in range(_STEPS):
+        image = cosines @ multiples
+        square = multiples @ image
+        if square <= (_STATIONARY * multiples.sum()) ** 2:
+            return None
+        # The best common factor, exactly: rows that nearly agree, or nearly cancel, are far from orthogonal.
+        factor = ((right * multiples ** (1 - exponent)).sum() / square) ** (1 / (1 + exponent))
+        multiples, image = multiples * factor, image * factor
+        wanted = right * multiples**-exponent
+        # In relative steps the Hessian, diag(mu) C diag(mu) + e diag(mu wanted), is positive definite for singular C too.
+        hessian = multiples[:, None] * cosines * multiples
+        hessian.diagonal().add_(exponent * multiples * wanted)
+        triangle, _ = torch.linalg.cholesky_ex(hessian)
+        step = torch.cholesky_solve((multiples * (wanted - image))[:, None], triangle)[:, 0]
+        size = step.abs().max()
+        # The multiples stay positive, and the function near its quadratic model.
+        multiples = multiples * (1 + step / (2 * size).clamp(min=1))
+        if size <= 1e-12:
+            break
+    return multiples

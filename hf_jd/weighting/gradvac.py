@@ -1,0 +1,66 @@
+"""GradVac: each pair of rows brought to the cosine that it usually has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_jd.weighting.base import Names
+from hf_jd.weighting.pcgrad import visits
+from hf_jd.weighting.stateful import Stateful
+
+_LARGEST_TARGET = 1 - 1e-9  # a cosine: a row can't be made parallel to another by adding a finite multiple of it
+
+
+@dataclass(frozen=True)
+class GradVacWeighting(Stateful):
+    """Gradient vaccine.
+
+    Row i visits the others in random order. Where its cosine phi with row j is below its target, the moving average of
+    this pair's cosines, row i gets as much of g_j as it takes to reach it:
+
+        |g_i| (target sqrt(1 - phi^2) - phi sqrt(1 - target^2)) / (|g_j| sqrt(1 - target^2))
+
+    Then the target moves: target <- (1 - beta) target + beta phi. The update is the sum of the rows so changed.
+
+    Attributes:
+        beta: How fast the targets, which start at 0, follow the cosines, in [0, 1]. With 0 the method is PCGrad.
+        seed: The seed of the weighting's own generator, which draws the orders.
+
+    References:
+        Wang et al., "Gradient Vaccine: Investigating and Improving Multi-task Optimization in Massively Multilingual
+        Models", arXiv 2010.05874, algorithm 1, equations 3 and 4.
+    """
+
+    beta: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta is in [0, 1]; it is {self.beta}.")
+
+    def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
+        """Computes w = sum_i c_i, c_i the coefficients of the changed row i, [m]."""
+        m = len(gramian)
+        lengths = gramian.diagonal().sqrt()
+        targets = self.memory.read("targets", names, gramian, dims=2)
+        coefficients = torch.eye(m, dtype=gramian.dtype, device=gramian.device)
+        products = gramian.clone()  # of the changed row i with row j
+        for visited in visits(m, self.memory.generator).to(gramian.device):
+            column = visited[:, None]
+            own = (coefficients * products).sum(dim=1).clamp(min=0).sqrt()
+            scale = own * lengths[visited]
+            cosine = torch.where(scale > 0, products.gather(1, column)[:, 0] / scale, 0).clamp(-1, 1)
+            target = targets.gather(1, column)[:, 0]
+            reachable = target.clamp(max=_LARGEST_TARGET)
+            sine, wanted = (1 - cosine.square()).sqrt(), (1 - reachable.square()).sqrt()
+            step = own * (reachable * sine - cosine * wanted) / (lengths[visited] * wanted)
+            step = torch.where((cosine < reachable) & (scale > 0), step, 0)
+            coefficients.scatter_add_(1, column, step[:, None])
+            products += step[:, None] * gramian[visited]
+            targets.scatter_(1, column, ((1 - self.beta) * target + self.beta * cosine)[:, None])
+        self.memory.write("targets", names, targets)
+        return coefficients.sum(dim=0)

@@ -1,0 +1,44 @@
+"""Group DRO: weights that chase the worst group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hf_jd.weighting.base import Names
+from hf_jd.weighting.stateful import StatefulLoss
+
+
+@dataclass(frozen=True)
+class GroupDROWeighting(StatefulLoss):
+    """Distributionally robust optimisation over groups: exponentiated gradient ascent on the worst mixture's weights.
+
+    q_i <- q_i exp(step_size L_i), normalised over all groups met so far; w_i = q_i. A group absent from a step keeps
+    its weight but for the normalisation, so that the weights of those present sum to less than 1.
+
+    Attributes:
+        step_size: The ascent's step, per unit of loss.
+
+    References:
+        Sagawa et al., "Distributionally Robust Neural Networks for Group Shifts", arXiv 1911.08731, algorithm 1.
+    """
+
+    step_size: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.step_size > 0:
+            raise ValueError(f"step_size is positive; it is {self.step_size}.")
+
+    def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
+        """Moves q and returns those of the groups present, [m]."""
+        self.memory.read("weights", names, losses, initial=float("nan"))
+        known = self.memory.values["weights"]
+        # A new group starts with an equal share of all.
+        mixture = known.where(~known.isnan(), 1 / len(known))
+        index = [self.memory.names.index(name) for name in names]
+        logarithms = mixture.log()
+        logarithms[index] += self.step_size * losses.cpu()
+        self.memory.values["weights"] = logarithms.softmax(dim=0)
+        return self.memory.values["weights"][index].to(losses.device)

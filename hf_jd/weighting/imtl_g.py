@@ -1,0 +1,43 @@
+"""IMTL-G: equal projections of the update onto all rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_jd.weighting.base import Names
+from hf_jd.weighting.cosines import SINGULAR, cosine_matrix, solve_semidefinite
+from hf_jd.weighting.preference import PreferenceWeighting
+
+
+@dataclass(frozen=True)
+class IMTLGWeighting(PreferenceWeighting):
+    """Impartial multi-task learning, its gradient balance.
+
+    The update has the same projection onto every row's direction, and its weights sum to 1: w = v / sum(v), with
+    v = G^+ n and n_i = |g_i|. Weights may be negative, and where sum(v) is, the update goes against every row; the
+    definition is so. Where it is zero, there is no such update, and w = 0.
+
+    Attributes:
+        pref_vector: p: the projections are in proportion to it, n_i = p_i |g_i|. None makes them equal.
+
+    References:
+        Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021, equation 6; for dependent rows, as in arXiv
+        2406.16232, section 5.
+    """
+
+    def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
+        """Computes w = v / sum(v), v = G^+ (p * sqrt(diag G)), [m]."""
+        lengths = gramian.diagonal().sqrt()
+        wanted = self.preference(gramian) * lengths
+        cosines = cosine_matrix(gramian, lengths)
+        factor, failed = torch.linalg.cholesky_ex(cosines)
+        if failed or factor.diagonal().amin().square() < SINGULAR or not lengths.all():
+            solution = solve_semidefinite(gramian, wanted)
+        else:  # the same, and exact for rows of very different lengths
+            solution = torch.cholesky_solve((wanted / lengths)[:, None], factor)[:, 0] / lengths
+        total = solution.sum()
+        meaningful = total.abs() > solution.abs().sum() * len(solution) * torch.finfo(torch.float64).eps
+        return torch.where(meaningful, solution / total, 0)

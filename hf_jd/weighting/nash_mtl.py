@@ -1,0 +1,53 @@
+"""Nash-MTL: the objectives bargain for the update."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_jd.weighting.base import Names
+from hf_jd.weighting.fairness import fair_weights
+from hf_jd.weighting.stateful import Stateful
+
+
+@dataclass(frozen=True)
+class NashMTLWeighting(Stateful):
+    """The Nash bargaining solution, solved exactly.
+
+    The update maximises the product of the objectives' progress, prod_i <g_i, d>, among updates of one length; then
+    G w = 1/w, and |J^T w| = sqrt(m) whatever the rows' lengths, before `max_norm`. Where no update gives all rows
+    progress there is no agreement, and w = 0.
+
+    Attributes:
+        max_norm: The largest |J^T w|; longer updates are scaled to it. 0 sets no limit.
+        update_weights_every: Weights are computed at every such step and kept in between; also computed as soon as an
+            objective appears that has none.
+
+    References:
+        Navon et al., "Multi-Task Learning as a Bargaining Game", arXiv 2202.01017, claim 3.1 and algorithm 1.
+    """
+
+    max_norm: float = 1.0
+    update_weights_every: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_norm < 0 or self.update_weights_every < 1:
+            raise ValueError(
+                f"Nash-MTL needs max_norm >= 0 and update_weights_every >= 1; they are {self.max_norm} and "
+                f"{self.update_weights_every}."
+            )
+
+    def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
+        """Solves G w = 1/w, then scales to |J^T w| <= max_norm, [m]."""
+        weights = self.memory.read("weights", names, gramian, initial=float("nan"))
+        if self.memory.steps % self.update_weights_every == 0 or weights.isnan().any():
+            weights = fair_weights(gramian, alpha=1)
+            self.memory.write("weights", names, weights)
+        self.memory.steps += 1
+        norm = (weights @ gramian @ weights).clamp(min=0).sqrt()
+        if not self.max_norm:
+            return weights
+        return weights * torch.where(norm > self.max_norm, self.max_norm / norm, 1)

@@ -1,0 +1,38 @@
+"""The point of a polyhedron that is nearest to a given one, by quadprog."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import quadprog  # ty: ignore[unresolved-import]  # a compiled module without types
+
+
+class Nearest(NamedTuple):
+    """The nearest point [n], and the constraints' multipliers [k]: point = target + constraints @ multipliers."""
+
+    point: np.ndarray
+    multipliers: np.ndarray
+
+
+def nearest_point(
+    target: np.ndarray, constraints: np.ndarray, bounds: np.ndarray, equalities: int = 0
+) -> Nearest | None:
+    """Finds argmin_x |x - target| subject to constraints^T x >= bounds, by Goldfarb and Idnani's dual method.
+
+    It starts at the target and adds the constraints in conflict, so that it is as fast as these are few.
+
+    Args:
+        target: [n].
+        constraints: A constraint a column, [n, k].
+        bounds: [k].
+        equalities: So many of the first constraints are equalities.
+
+    Returns:
+        The solution, or None where rounding, or the problem, leaves no point that meets the constraints.
+    """
+    try:
+        solution = quadprog.solve_qp(np.eye(len(target)), target, constraints, bounds, equalities, True)
+    except ValueError:
+        return None
+    return Nearest(solution[0], solution[4])

@@ -1,0 +1,94 @@
+"""What a weighting remembers of past steps: numbers by objective, and a generator of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_jd.weighting.base import LossWeighting, Names, Weighting
+
+
+class Memory:
+    """Named tensors [M] or [M, M] over the M objectives met so far, float64, on the CPU; they grow as objectives
+    appear.
+
+    Attributes:
+        names: The objectives' names, in the order in which they appeared.
+        values: Each quantity's tensor.
+        steps: The number of steps taken.
+        generator: A generator apart from torch's global one, so that neither disturbs the other.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.names: list[Any] = []
+        self.values: dict[str, Tensor] = {}
+        self.steps = 0
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def read(self, quantity: str, names: Names, like: Tensor, initial: float = 0.0, dims: int = 1) -> Tensor:
+        """Returns a quantity for these objectives, [m] or [m, m], on the device of `like`; `initial` for new ones."""
+        index = self._index(names)
+        known = self.values.get(quantity, torch.empty((0,) * dims, dtype=torch.float64))
+        grown = torch.full((len(self.names),) * dims, initial, dtype=torch.float64)
+        grown[(slice(len(known)),) * dims] = known
+        self.values[quantity] = grown
+        return grown[torch.meshgrid(*[index] * dims, indexing="ij")].to(like.device)
+
+    def write(self, quantity: str, names: Names, values: Tensor) -> None:
+        """Stores what `read` gave, changed; objectives that are absent keep what they had."""
+        index = self._index(names)
+        self.values[quantity][torch.meshgrid(*[index] * values.ndim, indexing="ij")] = values.detach().cpu()
+
+    def _index(self, names: Names) -> Tensor:
+        known = set(self.names)
+        self.names.extend(name for name in names if name not in known)
+        place = {name: i for i, name in enumerate(self.names)}
+        return torch.tensor([place[name] for name in names])
+
+
+@dataclass(frozen=True)
+class Stateful(Weighting):
+    """A weighting whose result depends on past steps, or on chance.
+
+    What is remembered is kept by the objectives' names (`weighting(gramian, names=names)`), so their number and order
+    may change from step to step. A run resumed from `state_dict()` goes on as if it had not been interrupted.
+    """
+
+    memory: Memory = field(init=False, repr=False, compare=False, default_factory=Memory)
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all past steps; the generator starts from the seed again."""
+        object.__setattr__(self, "memory", Memory(getattr(self, "seed", 0)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all that is remembered: plain containers and tensors, for `torch.save`."""
+        memory = self.memory
+        return {
+            "names": list(memory.names),
+            "values": {quantity: values.clone() for quantity, values in memory.values.items()},
+            "steps": memory.steps,
+            "generator": memory.generator.get_state(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `state_dict` returned; a `ValueError` if it is something else."""
+        missing = {"names", "values", "steps", "generator"} - state.keys()
+        if missing:
+            raise ValueError(f"This is not the state of a weighting: it lacks {sorted(missing)}.")
+        self.reset()
+        self.memory.names = list(state["names"])
+        self.memory.values = {quantity: values.clone() for quantity, values in state["values"].items()}
+        self.memory.steps = state["steps"]
+        self.memory.generator.set_state(state["generator"])
+
+
+@dataclass(frozen=True)
+class StatefulLoss(Stateful, LossWeighting):
+    """A weighting that reads losses and depends on past steps, or on chance."""

@@ -1,0 +1,49 @@
+"""STCH: the largest loss decides, smoothly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hf_jd.weighting.base import LossWeighting, Names
+from hf_jd.weighting.preference import checked_numbers
+
+
+@dataclass(frozen=True)
+class STCHWeighting(LossWeighting):
+    """Smooth Tchebycheff scalarization: the gradient of mu log sum_i exp(p_i (L_i - z_i) / mu).
+
+    w_i = p_i softmax(p (L - z) / mu)_i. As mu goes to 0, only the largest p_i (L_i - z_i) is followed.
+
+    Attributes:
+        mu: The smoothing, positive, in units of the losses.
+        pref_vector: p, [m]; None for 1/m each.
+        reference: z, the ideal losses, [m]; None for 0.
+
+    References:
+        Lin et al., "Smooth Tchebycheff Scalarization for Multi-Objective Optimization", arXiv 2402.19078, equation 9.
+    """
+
+    mu: float = 0.1
+    pref_vector: Sequence[float] | Tensor | None = None
+    reference: Sequence[float] | Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not self.mu > 0:
+            raise ValueError(f"mu is positive; it is {self.mu}.")
+        if self.pref_vector is not None:
+            object.__setattr__(self, "pref_vector", checked_numbers("pref_vector", self.pref_vector))
+        if self.reference is not None:
+            object.__setattr__(self, "reference", tuple(float(z) for z in self.reference))
+
+    def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
+        """Computes w = p softmax(p (L - z) / mu), [m]."""
+        m = len(losses)
+        for name, values in (("pref_vector", self.pref_vector), ("reference", self.reference)):
+            if values is not None and len(values) != m:
+                raise ValueError(f"{name} has {len(values)} entries, but this step has {m} objectives.")
+        preference = losses.new_tensor(self.pref_vector or [1 / m] * m)
+        ideal = losses.new_tensor(self.reference or [0.0] * m)
+        return preference * (preference * (losses - ideal) / self.mu).softmax(dim=0)
