@@ -98,7 +98,8 @@ def _values(dataset: Any, column: str, columns: list[str] | None) -> Iterable[An
 
 
 def _missing_column(column: str, columns: list[str]) -> ValueError:
+    listed = ", ".join(f"`{name}`" for name in columns)
     return ValueError(
-        f"The training set has no group column `{column}`; its columns are {', '.join(f'`{name}`' for name in columns)}. "
-        "Name one of them with --jd_group_column."
+        f"The training set has no group column `{column}`; its columns are {listed}: name one of them with "
+        "--jd_group_column."
     )

@@ -122,7 +122,7 @@ class Objectives:
         return (self.counts > 0) & self.table[:, 0].isfinite() & gramian.diagonal().isfinite().to(self.table.device)
 
     def factors(self, usable: Tensor) -> Tensor:
-        """[M] what makes of each loss (and row) its objective, such that the mean of the M' usable ones is Trainer's loss.
+        """[M] what turns each loss (and row) into its objective: the mean of the M' usable ones is Trainer's loss.
 
         Trainer minimises sum_k loss_k, with loss_k already divided by the number of tokens. An objective is therefore
         M' loss_k; or, when each is its own mean, its sum by its count.

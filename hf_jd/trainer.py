@@ -131,7 +131,7 @@ class JDTrainerMixin(_Host):
         self._jd_seen += 1
         if self._jd_seen < len(self._jd_batches):
             return torch.zeros((), device=self.args.device)
-        batches, self._jd_batches = self._jd_batches, []
+        batches, self._jd_batches = self._jd_batches or [inputs], []
         return Update(self, model, batches, num_items_in_batch).run()
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:

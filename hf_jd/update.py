@@ -114,6 +114,11 @@ class Update:
         losses, counted, groups = self.trainer.unreduced_losses(self.model, batch)
         if groups is None:
             groups = torch.full((len(losses),), -1, device=losses.device)
+        if len(groups) != len(losses):
+            raise ValueError(
+                f"There are losses of {len(losses)} rows for {len(groups)} examples, so no example's group is known: use "
+                "a collator that pads instead of packing."
+            )
         denominator = self.trainer.denominator(losses, counted, self.num_items, len(self.batches))
         return self.kind.split(losses, counted, groups, groups if self.present is None else self.present, denominator)
 

@@ -35,6 +35,7 @@ def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
     return {
         key: torch.tensor([example[key] + [value] * (length - len(example[key])) for example in batch])
         for key, value in padding.items()
+        if key in batch[0]
     }
 
 

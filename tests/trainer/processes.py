@@ -1,0 +1,63 @@
+"""Trains several configurations and saves what came out: started by the tests under one and under two processes.
+
+    accelerate launch --multi_gpu --num_processes 2 tests/trainer/processes.py OUTPUT_DIR PER_DEVICE_BATCH_SIZE
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from torch.utils.data import SequentialSampler
+
+from hf_jd import JDTrainer
+from tests.trainer.runs import arguments, collate, examples, flat, lora
+
+# 23 examples are batches of 4, 4, 4, 4, 4, 3: over two processes, the last one is of 2 and 1.
+DATA = examples(23, unlabelled=(5,))
+GROUP = {"jd_objectives": "group", "jd_group_column": "task"}
+CONFIGURATIONS = {
+    "instance": {},
+    "instance-groups-logged": {"jd_group_column": "task"},
+    "instance-accumulated": {"gradient_accumulation_steps": 4},
+    "instance-two-pass": {"jd_backward": "two_pass", "gradient_accumulation_steps": 2},
+    "instance-mean": {"jd_weighting": "mean"},
+    "group": GROUP,
+    "group-accumulated": {**GROUP, "gradient_accumulation_steps": 4},
+    "group-means": {**GROUP, "jd_group_reduction": "mean", "gradient_accumulation_steps": 2},
+    "group-two-pass": {**GROUP, "jd_backward": "two_pass", "gradient_accumulation_steps": 2},
+}
+
+
+class Sequential(JDTrainer):
+    """Takes the examples in their order, so that the global batches don't depend on the number of processes."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(self.train_dataset)
+
+
+def train(directory: Path, batch_size: int, **flags) -> dict:
+    """Trains one configuration for ten steps: its parameters, losses, norms and metrics."""
+    args = arguments(
+        directory,
+        per_device_train_batch_size=batch_size,
+        max_steps=10,
+        max_grad_norm=0.5,
+        accelerator_config={"even_batches": False},
+        **flags,
+    )
+    trainer = Sequential(lora("gpt2"), args, train_dataset=DATA, data_collator=collate)
+    trainer.train()
+    history = [{k: v for k, v in entry.items() if "runtime" not in k} for entry in trainer.state.log_history[:-1]]
+    return {"parameters": flat(trainer.model), "history": history}
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", "is_gradient_checkpointing")
+    output, size = Path(sys.argv[1]), int(sys.argv[2])
+    for name, flags in CONFIGURATIONS.items():
+        result = train(output, size, **flags)
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        torch.save(result, output / f"{name}-{rank}.pt")

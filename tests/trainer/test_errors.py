@@ -1,0 +1,115 @@
+"""What can't be trained is said in one sentence, before any step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import HfArgumentParser, MixtralConfig, MixtralForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import Trainer, TrainingArguments
+
+from hf_jd import JDTrainer, JDTrainingArguments
+from tests.models import VOCABULARY
+from tests.trainer.runs import arguments, collate, examples, lora, run
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"jd_weighting": "upgrat"}, "(?i)unknown weighting 'upgrat'.*upgrad"),
+        ({"jd_weighting_args": ["speed=3"]}, "Unknown argument 'speed'"),
+        ({"jd_weighting_args": ["speed"]}, "`speed`; each argument is given as `name=value`"),
+        ({"jd_objectives": "task"}, "--jd_objectives is `task`; choose one of .*`instance`"),
+        ({"jd_objectives": "group"}, "--jd_objectives group needs --jd_group_column"),
+        ({"jd_group_reduction": "sum"}, "--jd_group_reduction is `sum`"),
+        ({"jd_backward": "two"}, "--jd_backward is `two`; choose one of `two_pass`, `one_pass`"),
+        ({"jd_scope": "batch"}, "--jd_scope is `batch`; choose one of `micro_batch`, `global`"),
+        ({"jd_keep_rows": "lots"}, "--jd_keep_rows is `lots`; give `auto`, `true`, `false`, or a size"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_flags(flags, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        arguments(tmp_path, **flags)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("auto", "auto"), ("True", True), ("false", False), ("300", 300), ("1.5GiB", 1610612736)]
+)
+def test_keep_rows(text, value, tmp_path):
+    assert arguments(tmp_path, jd_keep_rows=text).keep_rows() == value
+
+
+def test_every_flag_is_parsed_and_documented():
+    parser = HfArgumentParser(JDTrainingArguments)
+    line = "--output_dir x --jd_weighting mgda --jd_objectives group --jd_group_column task --jd_groups a b --no_jd_check"
+    (args,) = parser.parse_args_into_dataclasses([*line.split(), "--report_to", "none", "--use_cpu"])
+    assert (args.jd_weighting, args.jd_groups, args.jd_check) == ("mgda", ["a", "b"], False)
+    actions = [action for action in parser._actions if any("--jd_" in option for option in action.option_strings)]
+    assert len(actions) >= 11
+    assert all(action.help for action in actions)
+
+
+def test_arguments_without_the_flags(tmp_path):
+    with pytest.raises(ValueError, match="use JDTrainingArguments"):
+        JDTrainer(lora("gpt2"), arguments(tmp_path, TrainingArguments))
+
+
+def test_no_trainable_parameter(tmp_path):
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        run(lora("gpt2").requires_grad_(False), arguments(tmp_path))
+
+
+def test_data_parallel(tmp_path):
+    args = arguments(tmp_path)
+    args._n_gpu = 2
+    trainer = JDTrainer(lora("gpt2"), args, train_dataset=examples(), data_collator=collate)
+    with pytest.raises(ValueError, match="DataParallel .* `accelerate launch`"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("optimizer", ["lomo", "adalomo", "galore_adamw_layerwise"])
+def test_optimizers_that_step_in_the_backward(optimizer, tmp_path):
+    with pytest.raises(ValueError, match=f"`{optimizer}` steps inside the backward"):
+        run(lora("gpt2"), arguments(tmp_path, optim=optimizer))
+
+
+def test_a_loss_function_for_the_batch(tmp_path):
+    with pytest.raises(ValueError, match="override `compute_losses`"):
+        JDTrainer(lora("gpt2"), arguments(tmp_path), compute_loss_func=lambda *args, **kwargs: 0)
+
+
+def test_no_labels(tmp_path):
+    data = [{k: v for k, v in example.items() if k != "labels"} for example in examples()]
+    with pytest.raises(ValueError, match="The batch has no `labels`"):
+        run(lora("gpt2"), arguments(tmp_path), data)
+
+
+def test_a_model_without_a_built_in_loss(tmp_path):
+    config = T5Config(vocab_size=VOCABULARY, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration has no built-in unreduced loss .*ForCausalLM"):
+        run(T5ForConditionalGeneration(config), arguments(tmp_path))
+
+
+def test_a_loss_that_no_token_owns(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = MixtralConfig(
+        vocab_size=VOCABULARY,
+        **sizes,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        output_router_logits=True,
+        router_aux_loss_coef=0.1,
+    )
+    with pytest.raises(ValueError, match="a part that no token owns"):
+        run(MixtralForCausalLM(config), arguments(tmp_path))
+
+
+def test_nothing_is_refused_that_trainer_alone_evaluates(tmp_path):
+    model = lora("gpt2").requires_grad_(False)
+    data = [{k: v for k, v in example.items() if k != "task"} for example in examples(4)]
+    losses = [
+        cls(model, args, data_collator=collate).evaluate(data)["eval_loss"]
+        for cls, args in ((Trainer, arguments(tmp_path, TrainingArguments)), (JDTrainer, arguments(tmp_path)))
+    ]
+    assert losses[0] == losses[1]

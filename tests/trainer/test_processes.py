@@ -1,0 +1,43 @@
+"""Two processes (gloo) give what one process gives on the same global batches."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.trainer.processes import CONFIGURATIONS, train
+from tests.trainer.runs import relative
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """The folder of what two processes saved, each its own files."""
+    folder = tmp_path_factory.mktemp("two")
+    # `--cpu --num_processes 2` starts one process only (accelerate 1.15); `--multi_gpu` starts two, here on the CPU.
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    command += ["--main_process_port", "0", "--mixed_precision", "no", "--num_machines", "1", "--dynamo_backend", "no"]
+    command += ["tests/trainer/processes.py", str(folder), "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_two_processes_are_one(name, two_processes, tmp_path):
+    one = train(tmp_path, 4, **CONFIGURATIONS[name])
+    first, second = (torch.load(two_processes / f"{name}-{rank}.pt") for rank in (0, 1))
+    assert torch.equal(first["parameters"], second["parameters"])
+    assert relative(first["parameters"], one["parameters"]) < 1e-6
+    assert len(first["history"]) == len(one["history"]) == 10
+    for ours, theirs in zip(first["history"], one["history"], strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in ours:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6), key
