@@ -1,0 +1,181 @@
+"""The embedded example: a small pretrained model and four tasks, without a download.
+
+The stories were sampled from the embedded model. The other texts are read from the Python that runs this, so that
+nobody's texts are shipped, and the examples are the same wherever the Python is:
+
+- `code`: beginnings of the standard library's functions;
+- `docs`: pieces of the language reference, as `pydoc` has it;
+- `error`: the message of a `raise` in the standard library, to be answered by its kind in one word: `value`, `type` or
+  `state`. It is the rare task: 8 % of the examples, and 0.5 % of the tokens.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import random
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data import topics
+
+from datasets import Dataset, DatasetDict
+
+_FOLDER = Path(__file__).parents[2] / "examples"
+MODEL = "stories15m"
+
+TRAINING_EXAMPLES = 3000
+SHARES = {"code": 0.45, "docs": 0.33, "story": 0.14, "error": 0.08}
+VALIDATION_EXAMPLES = {"code": 96, "docs": 96, "story": 96, "error": 192}
+
+KINDS_OF_ERROR = {"ValueError": "value", "TypeError": "type", "RuntimeError": "state"}
+_ERRORS_OF_A_KIND = 300
+_CODE_CHARACTERS = 120
+_DOCS_WORDS = 18
+
+_NOT_THE_LIBRARY = {"site-packages", "dist-packages", "ensurepip", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
+
+
+def example_path(name: str) -> Path:
+    """The path of a part of the embedded example.
+
+    Raises:
+        ValueError: It isn't there, as in an installation from a wheel.
+    """
+    path = _FOLDER / name
+    if not path.exists():
+        raise ValueError(
+            f"The embedded example is not installed (there is no {path}): clone the project and install it with "
+            "`pip install -e .`, or name your own with --model_name_or_path and --train_file."
+        )
+    return path
+
+
+def example_data(seed: int = 1) -> DatasetDict:
+    """The four tasks.
+
+    Args:
+        seed: Of the choice of examples, not of the training.
+
+    Returns:
+        `train` and `validation`, of the columns `task`, `prompt` (empty but for `error`) and `completion`.
+
+    Raises:
+        ValueError: This Python's standard library comes without its sources.
+    """
+    rng = random.Random(seed)
+    data: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
+    for task, texts in example_texts().items():
+        held_out = VALIDATION_EXAMPLES[task]
+        wanted = held_out + int(TRAINING_EXAMPLES * SHARES[task])
+        if task == "error":
+            texts = _balanced(texts, rng)
+        if len(texts) < wanted:
+            raise ValueError(
+                f"This Python's standard library gives {len(texts)} examples of `{task}`, and {wanted} are needed: its "
+                "sources are not installed. Use another Python, or your own data with --train_file."
+            )
+        rng.shuffle(texts)
+        rows = [{"task": task, "prompt": prompt, "completion": completion} for prompt, completion in texts[:wanted]]
+        data["validation"] += rows[:held_out]
+        data["train"] += rows[held_out:]
+    rng.shuffle(data["train"])
+    return DatasetDict({split: Dataset.from_list(rows) for split, rows in data.items()})
+
+
+def example_texts() -> dict[str, list[tuple[str, str]]]:
+    """All there is of each task, as pairs of prompt and completion, always in the same order."""
+    code, errors = [], {}
+    for source, tree in _library():
+        code += _functions(source, tree)
+        for message, kind in _messages(tree):
+            errors.setdefault(message, kind)
+    return {
+        "code": [("", text) for text in code],
+        "docs": [("", text) for text in _reference()],
+        "story": [("", text) for text in _stories()],
+        "error": [(f"{message} =", f" {kind}") for message, kind in errors.items()],
+    }
+
+
+def _balanced(errors: list[tuple[str, str]], rng: random.Random) -> list[tuple[str, str]]:
+    """Leaves out a part of the most frequent kinds."""
+    chosen = []
+    for kind in KINDS_OF_ERROR.values():
+        of_kind = [error for error in errors if error[1] == f" {kind}"]
+        chosen += rng.sample(of_kind, min(_ERRORS_OF_A_KIND, len(of_kind)))
+    return chosen
+
+
+def _library() -> Iterator[tuple[str, ast.Module]]:
+    """The standard library's files, as text and tree."""
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        if _NOT_THE_LIBRARY.intersection(path.relative_to(root).parts):
+            continue
+        try:
+            source = path.read_text("utf-8")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of old spellings in the library
+                yield source, ast.parse(source)
+        except (OSError, SyntaxError, ValueError):
+            continue  # Templates and test files that are no Python of this version.
+
+
+def _functions(source: str, tree: ast.Module) -> Iterator[str]:
+    """The beginnings of a file's functions, their first line at the left margin."""
+    if not source.isascii():
+        return
+    lines = source.split("\n")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef):
+            last = node.end_lineno or node.lineno
+            text = "\n".join(line[node.col_offset :] for line in lines[node.lineno - 1 : last])
+            if len(text) > 100:
+                yield text[:_CODE_CHARACTERS]
+
+
+def _reference() -> Iterator[str]:
+    """Pieces of the language reference's sentences."""
+    for topic in topics.topics.values():
+        for paragraph in topic.split("\n\n"):
+            words = paragraph.split()
+            text = " ".join(words)
+            if re.match(r"[A-Z][a-z]+ ", text) and "::=" not in text and text.isascii():
+                for start in range(0, len(words) - _DOCS_WORDS + 1, _DOCS_WORDS):
+                    yield " ".join(words[start : start + _DOCS_WORDS])
+
+
+def _stories() -> Iterator[str]:
+    """The stories whose hero has no name: the others are nearly all alike in their beginnings."""
+    for story in json.loads(example_path("stories.json").read_text("utf-8")):
+        if not re.search(r"named [A-Z]", story):
+            yield story
+
+
+def _messages(tree: ast.Module) -> Iterator[tuple[str, str]]:
+    """The messages of a file's errors, in lower case and with `...` for what is filled in, and their kinds."""
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args):
+            continue
+        kind = KINDS_OF_ERROR.get(getattr(node.exc.func, "id", ""))
+        template = _template(node.exc.args[0])
+        if kind is None or template is None:
+            continue
+        text = " ".join(re.sub(r"%[-\w.]*[rsd]|\{[^}]*\}", "...", template).lower().split())
+        told = any(word in text for word in KINDS_OF_ERROR.values())
+        if text.isascii() and 3 <= len(text.split()) <= 16 and not told:
+            yield text, kind
+
+
+def _template(node: ast.expr) -> str | None:
+    """The text of an error's argument, whichever way it is formatted."""
+    if isinstance(node, ast.BinOp):
+        node = node.left
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "format":
+        node = node.func.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
