@@ -47,9 +47,9 @@ class Engine:
         modules: The modules whose trainable parameters count; what is trainable is read at each step.
         batch_dim: 0: losses [m, ...] have an instance in each leading position. None: losses have no instance
             dimension; each element costs one differentiation.
-        keep_rows: Whether rows are kept for `accumulate_grad` ("one-pass"). True: always. False: never; only the Gramian
-            is kept and `accumulate_grad` walks the graph a second time ("two-pass"). "auto": while rows, or else the
-            factors that they are made of, fit in half of the free memory; a number: in that many bytes.
+        keep_rows: Whether rows are kept for `accumulate_grad` ("one-pass"). True: always. False: never; only the
+            Gramian is kept and `accumulate_grad` walks the graph a second time ("two-pass"). "auto": while rows, or
+            else the factors that they are made of, fit in half of the free memory; a number: in that many bytes.
         rules: Closed forms by exact layer type.
         check: Whether rows are proved against autograd on the first step and when the model's use changes.
 
@@ -76,7 +76,7 @@ class Engine:
         self.sentinel = torch.zeros((), requires_grad=True)
         self._coverage = Coverage(modules, lambda module: ModuleTap(self, module))
         plan = Plan(rules)
-        self._passes = Passes(plan, self._coverage, Checker(plan) if check else None, self.sentinel)
+        self._passes = Passes(plan, self._coverage, Checker() if check else None, self.sentinel)
         self._tiers: dict[nn.Parameter, int] = {}
         self._step: _Step | None = None
         self._coverage.scan()
@@ -162,8 +162,10 @@ class Engine:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     def tiers(self) -> dict[str, int]:
-        """By parameter name, the tier that brought its rows in the last step: 1 closed form, 2 module by module, 3
-        objective by objective; 0 where no objective depended on it."""
+        """The tier that brought each parameter's rows in the last step, by name.
+
+        1: closed form; 2: module by module; 3: objective by objective; 0: no objective depended on it.
+        """
         return {name: self._tiers.get(p, 0) for p, name in self._coverage.names.items()}
 
     def detach(self) -> None:
@@ -224,8 +226,8 @@ def _check_losses(losses: Tensor, batch_dim: int | None, segments: Tensor | None
         )
     if not losses.requires_grad:
         raise ValueError(
-            "the losses depend on no trainable parameter: compute them with gradient enabled, from the engine's modules, "
-            "and do not detach them."
+            "the losses depend on no trainable parameter: compute them with gradient enabled, from the engine's "
+            "modules, and do not detach them."
         )
     if batch_dim == 0 and losses.dim() == 0:
         raise ValueError(
@@ -247,13 +249,14 @@ def _batch(losses: Tensor, segments: Tensor | None) -> Batch:
         return Batch(objectives, Segments(objectives))
     if segments.dim() not in (1, 2) or segments.is_floating_point() or segments.dtype == torch.bool:
         raise ValueError(
-            f"segments has shape {list(segments.shape)} and dtype {segments.dtype}; allowed are integer ids [B] or [B, T]."
+            f"segments has shape {list(segments.shape)} and dtype {segments.dtype}; allowed are integer ids [B] or "
+            "[B, T]."
         )
     low, high = (int(segments.min()), int(segments.max())) if segments.numel() else (-1, -1)
     if low < -1 or high >= objectives:
         raise ValueError(
-            f"segments has ids from {low} to {high}; with {objectives} losses, ids 0 to {objectives - 1} are allowed, and "
-            "-1 for none."
+            f"segments has ids from {low} to {high}; with {objectives} losses, ids 0 to {objectives - 1} are allowed, "
+            "and -1 for none."
         )
     segments = segments.long().to(losses.device)
     if segments.dim() == 2 and bool((segments == segments[:, :1]).all()):

@@ -70,6 +70,7 @@ def individual_rows(
     """Tier 3: one differentiation an objective, for these parameters only; always right, and slow.
 
     Args:
+        differentiator: Of the step's graph.
         losses: [R].
         parameters: The parameters; those that no objective depends on get None.
     """

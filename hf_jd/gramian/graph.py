@@ -9,8 +9,8 @@ from torch import Tensor
 class Differentiator:
     """Differentiates the losses of one step, with reentrant activation checkpointing or without.
 
-    Reentrant checkpointing hides its part of the graph and refuses gradients with regard to given inputs: there, a plain
-    `.backward()` runs, and `.grad` is put back afterwards.
+    Reentrant checkpointing hides its part of the graph and refuses gradients with regard to given inputs: there, a
+    plain `.backward()` runs, and `.grad` is put back afterwards.
 
     Args:
         touched: With reentrant checkpointing, the leaves whose `.grad` a plain backward may touch; else None.

@@ -55,7 +55,7 @@ class Jacobian:
         return ((total + total.T) / 2).to(dtype)
 
     def weighted_sum(self, weights: Tensor) -> dict[nn.Parameter, Tensor]:
-        """J^T w for weights [R], by parameter and in its dtype; parameters that no objective depends on are left out."""
+        """J^T w for weights [R], by parameter and in its dtype; without those that no objective depends on."""
         sums = {}
         for parameters, bucket in self._packed():
             total = weights.to(bucket) @ bucket

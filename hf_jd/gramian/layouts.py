@@ -13,6 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+NARROW = 256  # columns up to which a narrow side is repeated for each objective instead of sorting tokens
+
 
 class UnmappedError(Exception):
     """A tensor's leading rows cannot be assigned to objectives; the caller passes to the next tier."""
@@ -33,6 +35,8 @@ class Segments:
     ids: Tensor | None = None
     block: int = 1
     _repeated: dict[tuple[str, int], "Segments"] = field(default_factory=dict, init=False, repr=False)
+    _last: tuple[tuple, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+    _hot: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
     def by_token(self) -> bool:
@@ -59,17 +63,39 @@ class Segments:
         index = torch.arange(len(self.ids), device=self.ids.device) if order is None else order
         return list(index.split(lengths))
 
-    def contiguous(self, *tensors: Tensor) -> tuple[list[Tensor], list[int]]:
-        """Tensors [N, S, f] as tokens [n, f] sorted by objective, and the number of tokens of each objective."""
-        assert self.ids is not None
+    def contiguous(self, tensor: Tensor) -> tuple[Tensor, list[int]]:
+        """A tensor [N, S, f] as tokens [n, f] sorted by objective, and the number of tokens of each objective."""
         order, lengths = self._sorted
         if self.by_token:
-            tensors = tuple(t.flatten(0, 1) for t in tensors)
+            tensor = tensor.flatten(0, 1)
         else:
-            lengths = [n * tensors[0].shape[1] for n in lengths]
+            lengths = [n * tensor.shape[1] for n in lengths]
         if order is not None:
-            tensors = tuple(t.index_select(0, order) for t in tensors)
-        return [t if self.by_token else t.flatten(0, 1) for t in tensors], lengths
+            tensor = self._gathered(tensor, order)
+        return tensor if self.by_token else tensor.flatten(0, 1), lengths
+
+    def _gathered(self, tensor: Tensor, order: Tensor) -> Tensor:
+        # Query, key and value share an input, and meet one after the other: it is gathered once.
+        key = (tensor.data_ptr(), tensor.shape, tensor._version)
+        if self._last is None or self._last[0] != key:
+            self._last = key, tensor, tensor.index_select(0, order)
+        return self._last[2]
+
+    def _outer_narrow(self, grad_output: Tensor, input: Tensor) -> Tensor:
+        """`outer` where one side is narrow (LoRA): its columns once for each objective, zero elsewhere; no sorting."""
+        p, d = grad_output.shape[-1], input.shape[-1]
+        narrow, wide = (grad_output, input) if p <= d else (input, grad_output)
+        owned = self._one_hot(narrow.dtype)[..., None] * narrow.unsqueeze(-2)
+        rows = owned.flatten(-2).flatten(0, 1).T @ wide.flatten(0, 1)
+        rows = rows.view(self.objectives, narrow.shape[-1], wide.shape[-1])
+        return rows if p <= d else rows.transpose(1, 2)
+
+    def _one_hot(self, dtype: torch.dtype) -> Tensor:
+        if self._hot is None or self._hot.dtype != dtype:
+            assert self.ids is not None
+            hot = torch.nn.functional.one_hot(self.ids + 1, self.objectives + 1)[..., 1:].to(dtype)
+            self._hot = hot if self.by_token else hot[:, None]
+        return self._hot
 
     def outer(self, grad_output: Tensor, input: Tensor) -> Tensor:
         """Rows [R, p, d] of a linear map: sum of g_t x_t^T over the tokens of each objective.
@@ -79,10 +105,13 @@ class Segments:
             input: [N, S, d], of the same dtype.
         """
         p, d = grad_output.shape[-1], input.shape[-1]
+        if self.ids is not None and min(p, d) * self.objectives <= NARROW:
+            return self._outer_narrow(grad_output, input)
         if self.ids is None:
             g, x = grad_output.reshape(self.objectives, -1, p), input.reshape(self.objectives, -1, d)
             return torch.bmm(g.transpose(1, 2), x)
-        (g, x), lengths = self.contiguous(grad_output, input)
+        g, lengths = self.contiguous(grad_output)
+        x, _ = self.contiguous(input)
         rows = g.new_empty(self.objectives, p, d)
         for row, g_k, x_k in zip(rows, g.split(lengths), x.split(lengths), strict=True):
             torch.mm(g_k.T, x_k, out=row)
@@ -137,8 +166,8 @@ class Segments:
 def candidates(lead: Sequence[int], instances: int) -> list[str]:
     """The layouts in which a tensor of leading shape `lead` can hold B instances, the most common first.
 
-    "axis0", "axis1", ...: that axis is the batch; "major": [B*k, ...], an instance's rows together; "minor": [k*B, ...],
-    blocks of B. The list is empty where no dimension fits: an input without a batch dimension.
+    "axis0", "axis1", ...: that axis is the batch; "major": [B*k, ...], an instance's rows together; "minor":
+    [k*B, ...], blocks of B. The list is empty where no dimension fits: an input without a batch dimension.
     """
     found = [f"axis{i}" for i, size in enumerate(lead) if size == instances]
     if lead and lead[0] > instances and lead[0] % instances == 0:
@@ -158,6 +187,8 @@ def arrange(layout: str, base: Segments, instances: int, *tensors: Tensor) -> tu
     Raises:
         UnmappedError: Token segments that do not fit the tensor's second dimension.
     """
+    if layout == "axis0" and not base.by_token:
+        return list(tensors), base
     if layout.startswith("axis"):
         axis = int(layout[4:])
         moved = [t.movedim(axis, 0) if axis else t for t in tensors]
@@ -169,5 +200,7 @@ def arrange(layout: str, base: Segments, instances: int, *tensors: Tensor) -> tu
 
 def shared_features(tensor: Tensor, features: int = 1) -> Tensor:
     """[N, *shared, *features] -> [N, S, f], the one format in which rules are written."""
+    if tensor.dim() == 3 and features == 1:
+        return tensor
     lead = tensor.shape[1 : tensor.dim() - features]
     return tensor.reshape(tensor.shape[0], math.prod(lead), -1)

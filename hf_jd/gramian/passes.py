@@ -3,7 +3,6 @@
 import warnings
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from hf_jd.gramian.check import Checker
@@ -74,7 +73,7 @@ class Passes:
         if found_reentrant:
             return self.run(losses, batch, materialise, gramian_only)
         if self._checker is not None:
-            recording = self._prove(losses, differentiator, recording, reached)
+            recording = self._prove(losses, differentiator, recording)
         return self._complete(losses, differentiator, recording, reached)
 
     def _differentiator(self, losses: Tensor) -> Differentiator:
@@ -110,29 +109,27 @@ class Passes:
 
     def _unmet(self, losses: Tensor, differentiator: Differentiator, recording: Recording) -> tuple[set, bool]:
         """Parameters that have gradients although no tap met them; and whether a reentrant checkpoint hid them."""
-        names, individual = self._coverage.names, self._plan.individual
-        reached = {p for p in recording.reached if p not in recording.sites}
-        missing = [p for p in names if p not in recording.sites and p not in individual and p not in self._absent]
+        names, individual, met = self._coverage.names, self._plan.individual, recording.met
+        reached = recording.reached - met.keys()
+        missing = [p for p in names if p not in met and p not in individual and p not in self._absent]
         if missing:
             if self._reentrant is False and walk(losses)[0]:
                 self._reentrant = None
                 return set(), True
             gradients = differentiator.gradients(losses.sum(), missing)
             reached |= {p for p, g in zip(missing, gradients, strict=True) if g is not None}
-        self._absent = {p for p in names if p not in recording.sites and p not in individual and p not in reached}
+        self._absent = {p for p in names if p not in met and p not in individual and p not in reached}
         self._coverage.climb(reached)
         return reached, False
 
-    def _prove(
-        self, losses: Tensor, differentiator: Differentiator, recording: Recording, reached: set[nn.Parameter]
-    ) -> Recording:
+    def _prove(self, losses: Tensor, differentiator: Differentiator, recording: Recording) -> Recording:
         """Compares the rows with autograd; takes back decisions until they are right or none is left."""
         checker = self._checker
         assert checker is not None
         if not checker.pending(recording):
             return recording
         probe = checker.probe(losses)
-        parameters = [p for p in recording.sites if p not in reached]
+        parameters = list(recording.met)
         expected = dict(zip(parameters, differentiator.gradients((probe * losses).sum(), parameters), strict=True))
         suspects: set[nn.Parameter] = set()
         first = recording
@@ -140,8 +137,9 @@ class Passes:
             recording = self._record(losses, differentiator, first.batch, first.materialise, first.gramian_only, probe)
             wrong = checker.wrong(recording, expected)
             suspects |= wrong
+            met = recording.met
             for parameter in wrong:
-                self._plan.reject(parameter, recording.sites[parameter])
+                self._plan.reject(parameter, [meeting.site for meeting in met[parameter]])
             if not wrong:
                 break
         else:
@@ -171,8 +169,8 @@ class Passes:
         self._warned |= set(parameters)
         if new:
             warnings.warn(
-                f"{len(new)} parameter(s) ({', '.join(new[:5])}{', ...' if len(new) > 5 else ''}) have no rows of their "
-                f"own in the backward of the batch; each step differentiates every objective for them, {objectives} "
-                "further passes now. Freeze them if they matter little.",
+                f"{len(new)} parameter(s) ({', '.join(new[:5])}{', ...' if len(new) > 5 else ''}) bring no rows in the "
+                f"backward of the batch: each step differentiates every objective for them, {objectives} further "
+                "passes now. Freeze them if they matter little.",
                 stacklevel=2,
             )

@@ -1,4 +1,4 @@
-"""What an engine has learnt about its modules: by which tier and in which layout each parameter's rows come.
+"""What an engine has learnt about its modules: by which method and in which layout each one's rows come.
 
 Decisions are tried in order (closed rule in each layout that shapes allow, then the vjp of the module in each layout,
 then one differentiation an objective) and kept once the self-check has proved them.
@@ -16,28 +16,44 @@ from hf_jd.gramian.taps import ModuleTap
 VECTORISED, LOOPED = "vmap", "loop"
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Site:
-    """One way in which a module is met: what a decision is kept for.
+    """One way in which a module is met, and the decision for it.
 
     Attributes:
         module: The module.
-        rank: Dimensions of its output gradient.
-        conclusive: Whether the step has several objectives; with one, no check can tell layouts apart.
+        method: A closed rule, or the module's vjp: "vmap" or "loop".
+        layout: How its tensors hold the batch; None: not yet decided, or no layout fits.
+        rejected: Layouts that were tried in vain with this method.
+        proved: (parameter, layout, training) that a self-check has proved.
+        vacuous: The same where the gradient was too small to prove anything, and how often it was met since.
     """
 
     module: nn.Module
-    rank: int
-    conclusive: bool
-
-
-@dataclass
-class Decision:
-    """How rows are formed at a site: by a rule or by the module's vjp, in a layout; and what was tried in vain."""
-
     method: Rule | str
     layout: str | None = None
     rejected: set[str] = field(default_factory=set)
+    proved: set[tuple[nn.Parameter, str | None, bool]] = field(default_factory=set)
+    vacuous: dict[tuple[nn.Parameter, str | None, bool], int] = field(default_factory=dict)
+
+    def fall_back(self) -> None:
+        """From a closed form to vmap, from vmap to the loop."""
+        self.method = LOOPED if self.method == VECTORISED else VECTORISED
+        self.rejected.clear()
+
+    def choose_layout(self, lead: Sequence[int], instances: int) -> str | None:
+        """The layout to read this call's tensors in; None where the shapes allow none that was not rejected."""
+        if self.layout == "axis0" and lead[0] == instances:
+            return self.layout
+        found = candidates(lead, instances)
+        possible = [c for c in found if c not in self.rejected]
+        # The vjp of a table would hold rows of its full size.
+        if found and not possible and self.method != LOOPED and not isinstance(self.module, nn.Embedding):
+            self.fall_back()
+            possible = found
+        if self.layout not in possible:
+            self.layout = possible[0] if possible else None
+        return self.layout
 
 
 class Plan:
@@ -53,39 +69,29 @@ class Plan:
     def __init__(self, rules: Mapping[type[nn.Module], Rule]):
         self.rules = rules
         self.individual: set[nn.Parameter] = set()
-        self._decisions: dict[Site, Decision] = {}
+        self._sites: dict[tuple[nn.Module, int, bool], Site] = {}
 
-    def decide(self, tap: ModuleTap, site: Site, inputs: tuple[Tensor, ...]) -> Decision:
-        """The decision for a site, made when it is met first."""
-        if site not in self._decisions:
-            self._decisions[site] = Decision(self._rule(tap, inputs) or VECTORISED)
-        return self._decisions[site]
+    def site(self, tap: ModuleTap, rank: int, conclusive: bool, inputs: Sequence[Tensor]) -> Site:
+        """The site of a module's output gradient of that rank; its decision is made when it is met first.
 
-    def layout(self, site: Site, lead: Sequence[int], instances: int) -> str | None:
-        """The layout to read this call's tensors in; None where the shapes allow none that was not rejected."""
-        decision = self._decisions[site]
-        found = candidates(lead, instances)
-        possible = [c for c in found if c not in decision.rejected]
-        # The vjp of a table would hold rows of its full size.
-        if found and not possible and decision.method != LOOPED and not isinstance(site.module, nn.Embedding):
-            self.fall_back(site)
-            possible = found
-        if decision.layout not in possible:
-            decision.layout = possible[0] if possible else None
-        return decision.layout
-
-    def fall_back(self, site: Site) -> None:
-        """From a closed form to vmap, from vmap to the loop."""
-        decision = self._decisions[site]
-        decision.method = LOOPED if decision.method == VECTORISED else VECTORISED
-        decision.rejected.clear()
+        Args:
+            tap: The module's tap.
+            rank: Dimensions of the output gradient.
+            conclusive: Whether the step has several objectives: with one, no check can tell layouts apart, so what it
+                approves is kept for such steps only.
+            inputs: The tensors that the module was called with.
+        """
+        key = (tap.module, rank, conclusive)
+        if key not in self._sites:
+            self._sites[key] = Site(tap.module, self._rule(tap, inputs) or VECTORISED)
+        return self._sites[key]
 
     def reject(self, parameter: nn.Parameter, sites: Iterable[Site]) -> None:
         """Takes back one decision behind a parameter's wrong rows; once none is left, the parameter goes to tier 3."""
         for site in sites:
-            decision = self._decisions[site]
-            if decision.layout is not None:
-                decision.rejected.add(decision.layout)
+            if site.layout is not None:
+                site.rejected.add(site.layout)
+                site.layout = None
                 return
         self.individual.add(parameter)
 

@@ -1,14 +1,14 @@
 """One backward: what the taps bring -> the rows of each parameter."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from hf_jd.gramian.fallback import module_rows
 from hf_jd.gramian.layouts import Segments, UnmappedError, arrange
-from hf_jd.gramian.plan import LOOPED, Decision, Plan, Site
+from hf_jd.gramian.plan import LOOPED, Plan, Site
 from hf_jd.gramian.rows import OuterRows, Rows
 from hf_jd.gramian.taps import Call, ModuleTap
 
@@ -25,13 +25,24 @@ class Batch:
     instances: int
     segments: Segments
 
-    @property
-    def conclusive(self) -> bool:
-        """Whether a check can tell layouts apart: not with one objective."""
-        return self.segments.objectives > 1
-
 
 @dataclass
+class Meeting:
+    """One meeting of a module's input and output gradient in the backward.
+
+    Attributes:
+        targets: The parameters whose rows it brings, by name.
+        site: The module, and how its rows are formed.
+        layout: How its tensors held the batch; None where no layout fits.
+        dtype: Of the output gradient.
+    """
+
+    targets: Mapping[str, nn.Parameter]
+    site: Site
+    layout: str | None
+    dtype: torch.dtype
+
+
 class Recording:
     """The rows that one backward brings.
 
@@ -45,56 +56,62 @@ class Recording:
 
     Attributes:
         rows: By parameter, the sum over its uses.
-        sites: Where each parameter was met, with the layout read there.
+        gramian: The inner products of the rows that were dropped.
+        meetings: What was met, in the order of the backward.
         unmapped: Parameters met where no layout fits: tier 3 in this step.
-        order: Modules in the order of the backward.
-        dtypes: The dtype of the output gradient that each parameter met.
+        reached: Parameters without a tap that the backward was asked for and found.
         tiers: 1 (closed form) or 2 (vjp of a module) of each parameter.
         probed: By parameter, the sum of rows weighted by the probe.
-        gramian: The inner products of the rows that were dropped.
-        reached: Parameters without a tap that the backward was asked for and found.
         busy: Whether a module is being called again to form rows, so that taps look away.
     """
 
-    plan: Plan
-    batch: Batch
-    materialise: bool = True
-    gramian_only: bool = False
-    shared: set[nn.Parameter] = field(default_factory=set)
-    probe: Tensor | None = None
-    rows: dict[nn.Parameter, Rows] = field(default_factory=dict)
-    sites: dict[nn.Parameter, dict[Site, str | None]] = field(default_factory=dict)
-    unmapped: set[nn.Parameter] = field(default_factory=set)
-    order: dict[nn.Module, None] = field(default_factory=dict)
-    dtypes: dict[nn.Parameter, torch.dtype] = field(default_factory=dict)
-    tiers: dict[nn.Parameter, int] = field(default_factory=dict)
-    probed: dict[nn.Parameter, Tensor] = field(default_factory=dict)
-    gramian: Tensor | None = None
-    reached: set[nn.Parameter] = field(default_factory=set)
-    busy: bool = False
-    _dropped: set[nn.Parameter] = field(default_factory=set)
+    def __init__(
+        self,
+        plan: Plan,
+        batch: Batch,
+        materialise: bool,
+        gramian_only: bool,
+        shared: set[nn.Parameter],
+        probe: Tensor | None = None,
+    ):
+        self.batch, self.materialise, self.gramian_only = batch, materialise, gramian_only
+        self.shared, self.probe = shared, probe
+        self.rows: dict[nn.Parameter, Rows] = {}
+        self.gramian: Tensor | None = None
+        self.meetings: list[Meeting] = []
+        self.unmapped: set[nn.Parameter] = set()
+        self.reached: set[nn.Parameter] = set()
+        self.tiers: dict[nn.Parameter, int] = {}
+        self.probed: dict[nn.Parameter, Tensor] = {}
+        self.busy = False
+        self._plan = plan
+        self._dropped: set[nn.Parameter] = set()
+
+    @property
+    def met(self) -> dict[nn.Parameter, list[Meeting]]:
+        """The meetings of each parameter."""
+        found: dict[nn.Parameter, list[Meeting]] = {}
+        for meeting in self.meetings:
+            for parameter in meeting.targets.values():
+                found.setdefault(parameter, []).append(meeting)
+        return found
 
     def record(
         self, tap: ModuleTap, call: Call, inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor | None]
     ) -> None:
         """Takes what a tap met in the backward. Raises nothing for what it cannot map: that is left to tier 3."""
-        targets = {n: p for n, p in tap.targets.items() if p.requires_grad and p not in self.plan.individual}
         first = next((g for g in grad_outputs if g is not None), None)
-        if not targets or first is None:
+        targets = tap.targets
+        if not self._plan.individual.isdisjoint(targets.values()):
+            targets = {name: p for name, p in targets.items() if p not in self._plan.individual}
+        if first is None or not targets:
             return
-        self.order[tap.module] = None
-        site = Site(tap.module, first.dim(), self.batch.conclusive)
-        decision = self.plan.decide(tap, site, inputs)
-        lead = tuple(first.shape[:-1] or first.shape)
-        layout = self.plan.layout(site, lead, self.batch.instances)
-        for parameter in targets.values():
-            self.sites.setdefault(parameter, {})[site] = layout
-            self.dtypes[parameter] = first.dtype
-        found: dict[str, Rows] = {}
-        if layout is not None:
-            self.busy = True
-            found = self._rows(tap, site, decision, layout, targets, call, inputs, grad_outputs)
-            self.busy = False
+        site = self._plan.site(tap, first.dim(), self.batch.segments.objectives > 1, inputs)
+        layout = site.choose_layout(first.shape[:-1] or first.shape, self.batch.instances)
+        self.meetings.append(Meeting(targets, site, layout, first.dtype))
+        self.busy = True
+        found = {} if layout is None else self._rows(site, layout, targets, call, inputs, grad_outputs)
+        self.busy = False
         for name, parameter in targets.items():
             if name in found:
                 self._add(parameter, found[name])
@@ -103,56 +120,52 @@ class Recording:
 
     def _rows(
         self,
-        tap: ModuleTap,
         site: Site,
-        decision: Decision,
         layout: str,
-        targets: dict[str, nn.Parameter],
+        targets: Mapping[str, nn.Parameter],
         call: Call,
         inputs: Sequence[Tensor],
         grad_outputs: Sequence[Tensor | None],
     ) -> dict[str, Rows]:
         """The rows of the targets at one site, by its method or the next that works."""
-        found: dict[str, Rows] = {}
-        tier = 1
-        try:
-            if callable(decision.method):
-                (g, x), segments = self._arranged(layout, grad_outputs[0], inputs[0])
-                found = decision.method(tap.module, x, g, segments)
-            remaining = {n: p for n, p in targets.items() if n not in found}
-            if remaining:
-                tier = 2
-                tensors, gradients, segments = self._batch_first(layout, inputs, grad_outputs)
-                vectorised = decision.method != LOOPED
-                found.update(module_rows(tap.module, remaining, call, tensors, gradients, segments, vectorised))
-        except torch.OutOfMemoryError:
-            raise
-        except UnmappedError:
-            return {}
-        except (RuntimeError, IndexError, TypeError, AttributeError):
-            # The method does not fit this call: the shapes of a closed form, or what vmap cannot trace.
-            if decision.method == LOOPED:
+        while True:
+            try:
+                return self._try_method(site, layout, targets, call, inputs, grad_outputs)
+            except torch.OutOfMemoryError:
+                raise
+            except UnmappedError:
                 return {}
-            self.plan.fall_back(site)
-            return self._rows(tap, site, decision, layout, targets, call, inputs, grad_outputs)
+            except (RuntimeError, IndexError, TypeError, AttributeError):
+                # The method does not fit this call: the shapes of a closed form, or what vmap cannot trace.
+                if site.method == LOOPED:
+                    return {}
+                site.fall_back()
+
+    def _try_method(
+        self,
+        site: Site,
+        layout: str,
+        targets: Mapping[str, nn.Parameter],
+        call: Call,
+        inputs: Sequence[Tensor],
+        grad_outputs: Sequence[Tensor | None],
+    ) -> dict[str, Rows]:
+        found: dict[str, Rows] = {}
+        if callable(site.method):
+            (g, x), segments = arrange(layout, self.batch.segments, self.batch.instances, grad_outputs[0], inputs[0])
+            found = site.method(site.module, x, g, segments)
         for name, parameter in targets.items():
-            self.tiers[parameter] = max(self.tiers.get(parameter, 1), tier if name in remaining else 1)
+            self.tiers[parameter] = 1 if name in found else 2
+        rest = {name: p for name, p in targets.items() if name not in found}
+        if rest:
+            # The module is called again on its own tensors, so the batch must lead them.
+            if layout.startswith("axis") and layout != "axis0":
+                raise UnmappedError
+            first = next(g for g in grad_outputs if g is not None)
+            _, segments = arrange(layout, self.batch.segments, self.batch.instances, first)
+            vectorised = site.method != LOOPED
+            found |= module_rows(site.module, rest, call, inputs, grad_outputs, segments, vectorised)
         return found
-
-    def _arranged(self, layout: str, *tensors: Tensor) -> tuple[list[Tensor], Segments]:
-        return arrange(layout, self.batch.segments, self.batch.instances, *tensors)
-
-    def _batch_first(
-        self, layout: str, inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor | None]
-    ) -> tuple[list[Tensor], list[Tensor | None], Segments]:
-        """Tier 2 calls the module again, so its tensors stay as they are: the batch must lead them."""
-        if layout.startswith("axis") and layout != "axis0":
-            raise UnmappedError
-        gradients = [g for g in grad_outputs if g is not None]
-        _, segments = self._arranged(layout, gradients[0])
-        if segments.by_token:
-            raise UnmappedError
-        return list(inputs), list(grad_outputs), segments
 
     def _add(self, parameter: nn.Parameter, rows: Rows) -> None:
         if isinstance(rows, OuterRows):

@@ -114,8 +114,8 @@ def batch_norm(module: nn.Module, input: Tensor, grad_output: Tensor, segments: 
     """With stored statistics (evaluation mode) a scale and shift of each channel; input [N, C, *]."""
     if module.training or module.running_mean is None:
         raise ValueError(
-            f"{type(module).__name__} in training mode normalises over the batch, so one instance's loss depends on the "
-            "others and has no row of its own; use GroupNorm or LayerNorm, or put the norm in evaluation mode (.eval())."
+            f"{type(module).__name__} in training mode normalises over the batch, so the loss of an instance depends "
+            "on the others and has no row of its own; use GroupNorm or LayerNorm, or put the norm in evaluation mode."
         )
     x_hat = F.batch_norm(input, module.running_mean, module.running_var, eps=module.eps)
     return _channels(module, x_hat, grad_output, segments)

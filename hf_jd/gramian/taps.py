@@ -48,6 +48,9 @@ class Call:
         return tuple(leaves[i] for i in self.outputs)
 
 
+PLAIN_CALL = Call()  # one positional tensor, no autocast
+
+
 class Tap(torch.autograd.Function):
     """The identity on a module's outputs; in a backward it reports (inputs, output gradients) to the engine.
 
@@ -103,7 +106,7 @@ class ModuleTap:
             if not output.requires_grad:
                 return None
             self.elements += output.numel() + args[0].numel()
-            call = Call(autocast=_autocast(output))
+            call = Call(autocast=_autocast(output)) if torch.is_autocast_enabled(output.device.type) else PLAIN_CALL
             return Tap.apply(engine.sentinel, self, call, 1, output, args[0].detach())
         return self._tap_structure(engine, args, kwargs, output)
 
