@@ -19,6 +19,7 @@ class Part:
         groups: [m] the group's id of each objective, -1 for none.
         counts: [m] how many losses (of tokens or instances) each objective sums.
         denominator: What the sums were divided by; None where that is known only when all have been counted.
+        finite: [B] (bool) whether an instance's loss is finite; where it isn't, the instance is in no objective.
     """
 
     losses: Tensor
@@ -26,6 +27,7 @@ class Part:
     groups: Tensor
     counts: Tensor
     denominator: Tensor | None
+    finite: Tensor
 
     def table(self) -> Tensor:
         """[m, 4], float64, without a graph: losses, sums of losses, counts and groups, for all that follows."""
@@ -44,11 +46,11 @@ def by_instance(losses: Tensor, counted: Tensor, groups: Tensor, present: Tensor
         present: [K] unused here.
         denominator: What each sum is divided by, None for nothing.
     """
-    counts = counted.flatten(1).sum(1)
+    sums, counts, finite = _instance_sums(losses, counted)
     has_loss = counts > 0
     segments = torch.where(has_loss, has_loss.cumsum(0) - 1, -1)
-    sums = losses.masked_fill(~counted, 0).flatten(1).sum(1)
-    return Part(_divided(sums[has_loss], denominator), segments, groups[has_loss], counts[has_loss], denominator)
+    sums = _divided(sums[has_loss], denominator)
+    return Part(sums, segments, groups[has_loss], counts[has_loss], denominator, finite)
 
 
 def by_group(losses: Tensor, counted: Tensor, groups: Tensor, present: Tensor, denominator: Tensor | None) -> Part:
@@ -61,11 +63,20 @@ def by_group(losses: Tensor, counted: Tensor, groups: Tensor, present: Tensor, d
         present: [K] the sorted ids of the groups of the whole update.
         denominator: What each sum is divided by, None for nothing.
     """
-    segments = torch.searchsorted(present, groups)
-    sums = losses.masked_fill(~counted, 0).flatten(1).sum(1)
-    totals = sums.new_zeros(len(present)).index_add(0, segments, sums)
-    counts = torch.zeros_like(present).index_add(0, segments, counted.flatten(1).sum(1))
-    return Part(_divided(totals, denominator), segments, present, counts, denominator)
+    sums, counts, finite = _instance_sums(losses, counted)
+    has_loss = counts > 0
+    segments = torch.where(has_loss, torch.searchsorted(present, groups), -1)
+    totals = sums.new_zeros(len(present)).index_add(0, segments[has_loss], sums[has_loss])
+    group_counts = torch.zeros_like(present).index_add(0, segments[has_loss], counts[has_loss])
+    return Part(_divided(totals, denominator), segments, present, group_counts, denominator, finite)
+
+
+def _instance_sums(losses: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Each instance's summed loss [B], how many losses that sums [B], 0 where it isn't finite, and where it is."""
+    counted = counted.reshape(len(counted), -1)
+    sums = losses.reshape(counted.shape).masked_fill(~counted, 0).sum(1)
+    finite = sums.isfinite()
+    return sums, counted.sum(1) * finite, finite
 
 
 def _divided(sums: Tensor, denominator: Tensor | None) -> Tensor:

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from hf_jd.collator import GROUP_KEY
-from hf_jd.distributed import AddedRows, GatheredRows, OwnRows, add_gradients, gather_uneven, process_count
+from hf_jd.distributed import (
+    AddedRows,
+    GatheredRows,
+    OwnRows,
+    add_gradients,
+    add_over_processes,
+    gather_uneven,
+    process_count,
+)
 from hf_jd.gramian import Jacobian
 from hf_jd.metrics import step_metrics
 from hf_jd.objectives import OBJECTIVES, Objectives, Part
@@ -38,12 +46,16 @@ class JDState:
 
 
 class _Recorded(NamedTuple):
-    """A micro-batch after its first pass: its part without a graph, its rows, and what a second pass needs."""
+    """A micro-batch after its first pass."""
 
     batch: Mapping[str, Any]
     rng_state: list[Tensor]
+    """The random numbers of the pass, for a second one."""
     part: Part
+    """Without a graph."""
     jacobian: Jacobian | None
+    broken: Tensor
+    """[] how many instances were left out because their loss isn't finite."""
 
 
 class Update:
@@ -79,8 +91,11 @@ class Update:
         gramian = rows.gramian() / self.scale**2
         usable = objectives.usable(gramian)
         factors = objectives.factors(usable)
+        broken = add_over_processes(torch.stack([r.broken for r in recorded]).sum())
+        broken += (~usable[objectives.counts > 0]).sum()
+        self.trainer.jd_metrics.add({"jd/non_finite": broken.double()})
         weights = self._weigh(gramian, objectives, usable, factors) * factors
-        if self.trainer.accelerator.scaler is not None and not usable[objectives.counts > 0].all():
+        if self.trainer.accelerator.scaler is not None and broken:
             # An overflow has to stay in `.grad`: GradScaler then skips the step and lowers its scale.
             accumulate({p: torch.full_like(p, torch.inf) for p in self.trainer.trainable()})
         elif self.jd.jd_backward == "one_pass":
@@ -116,22 +131,28 @@ class Update:
             groups = torch.full((len(losses),), -1, device=losses.device)
         if len(groups) != len(losses):
             raise ValueError(
-                f"There are losses of {len(losses)} rows for {len(groups)} examples, so no example's group is known: use "
-                "a collator that pads instead of packing."
+                f"There are losses of {len(losses)} rows for {len(groups)} examples, so no row's group is known: use a "
+                "collator that pads instead of packing."
             )
         denominator = self.trainer.denominator(losses, counted, self.num_items, len(self.batches))
         return self.kind.split(losses, counted, groups, groups if self.present is None else self.present, denominator)
 
     def _record(self, batch: Mapping[str, Any]) -> _Recorded:
         """Runs a micro-batch forward, and backward to its rows, which come multiplied by `scale`."""
-        device = self.trainer.args.device
-        rng_state = _rng_state(device) if self.jd.jd_backward == "two_pass" else []
+        device, two_pass = self.trainer.args.device, self.jd.jd_backward == "two_pass"
+        rng_state = _rng_state(device) if two_pass else []
+        jacobian = None
         with self.trainer.accelerator.no_sync(self.model):
             part = self._part(batch)
-            jacobian = None
-            if len(part.losses):
+            broken = (~part.finite).sum()
+            if broken and part.finite.any():
+                # NaN times 0 is NaN, in a backward pass too: the others have to be computed without those instances.
+                batch = _selected(batch, part.finite)
+                rng_state = _rng_state(device) if two_pass else []
+                part = self._part(batch)
+            if part.counts.any():
                 jacobian = self.trainer.engine().compute_jacobian(part.losses * self.scale, part.segments)
-        return _Recorded(batch, rng_state, replace(part, losses=part.losses.detach()), jacobian)
+        return _Recorded(batch, rng_state, replace(part, losses=part.losses.detach()), jacobian, broken)
 
     def _joined(self, recorded: list[_Recorded]) -> tuple[Tensor, OwnRows]:
         """The objectives of this process's micro-batches: their table [m, 4], and their rows."""
@@ -151,8 +172,6 @@ class Update:
     def _weigh(self, gramian: Tensor, objectives: Objectives, usable: Tensor, factors: Tensor) -> Tensor:
         """The weights [M] of the objectives, 0 for those that aren't usable; keeps the step's state and metrics."""
         weights = torch.zeros(len(usable), dtype=torch.float64, device=gramian.device)
-        left_out = ((objectives.counts > 0) & ~usable).sum()
-        self.trainer.jd_metrics.add({"jd/non_finite": left_out.double()})
         if not usable.any():
             return weights
         gramian = (factors.outer(factors).to(gramian) * gramian)[usable][:, usable]
@@ -174,7 +193,7 @@ class Update:
         for p in before:
             p.grad = None
         start = 0
-        for batch, rng_state, first, _ in recorded:
+        for batch, rng_state, first, *_ in recorded:
             mine = slice(None) if self.kind.shared else slice(start, start + len(first.losses))
             start += len(first.losses)
             _set_rng_state(rng_state, self.trainer.args.device)
@@ -213,6 +232,16 @@ def call_weighting(weighting: Any, gramian: Tensor, losses: Tensor, names: list[
             f"The weighting has to return {m} finite weights for a Gramian of shape [{m}, {m}]; it returned {weights}."
         )
     return weights.detach().to(device=gramian.device, dtype=torch.float64)
+
+
+def _selected(batch: Mapping[str, Any], keep: Tensor) -> dict[str, Any]:
+    """The batch with some of its instances only; `keep` [B] (bool)."""
+
+    def of(value: Any) -> Any:
+        by_instance = isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(keep)
+        return value[keep.to(value.device)] if by_instance else value
+
+    return {key: of(value) for key, value in batch.items()}
 
 
 def accumulate(gradients: dict[nn.Parameter, Tensor]) -> None:

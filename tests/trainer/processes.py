@@ -1,6 +1,6 @@
 """Trains several configurations and saves what came out: started by the tests under one and under two processes.
 
-    accelerate launch --multi_gpu --num_processes 2 tests/trainer/processes.py OUTPUT_DIR PER_DEVICE_BATCH_SIZE
+accelerate launch --multi_gpu --num_processes 2 tests/trainer/processes.py OUTPUT_DIR PER_DEVICE_BATCH_SIZE
 """
 
 from __future__ import annotations

@@ -16,7 +16,9 @@ def test_definitions():
     found = step_metrics(rows @ rows.T, weights, means, counts, groups, names)
     found = {key: value.item() for key, value in found.items()}
     update = weights @ rows
-    cosines = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)[tuple(torch.triu_indices(5, 5, 1))]
+    cosines = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)[
+        tuple(torch.triu_indices(5, 5, 1))
+    ]
     assert found["jd/min_gw"] == pytest.approx((rows @ update).min().item())
     assert found["jd/conflicts"] == pytest.approx((cosines < 0).double().mean().item())
     assert found["jd/cosine"] == pytest.approx(cosines.mean().item())
@@ -38,7 +40,12 @@ def test_against_is_seen_and_rounding_is_not():
     against = []
     for weights in ([0.5, 0.5], [1.0, 2.0 - 1e-9]):
         found = step_metrics(
-            gramian, torch.tensor(weights).double(), torch.ones(2), torch.ones(2), torch.tensor([0, 1]), {0: "a", 1: "b"}
+            gramian,
+            torch.tensor(weights).double(),
+            torch.ones(2),
+            torch.ones(2),
+            torch.tensor([0, 1]),
+            {0: "a", 1: "b"},
         )
         against.append((found["jd/against/a"].item(), found["jd/against/b"].item()))
     assert against == [(0, 1), (0, 0)]
