@@ -114,7 +114,7 @@ def _stationary(
 
 
 def _bisect(cosines: np.ndarray, offsets: np.ndarray, slopes: np.ndarray, radius: float) -> np.ndarray | None:
-    """The same for dependent rows: g_w + beta g_0, beta = |g_w| / radius, is the shortest of the hull of g_i + beta g_0."""
+    """The same for dependent rows: g_w + beta g_0 is shortest in the hull of g_i + beta g_0, beta = |g_w| / c."""
     cross = np.outer(offsets, slopes)
     low, high = 1e-12, 2 / (radius * offsets.min())
     multiples = np.zeros_like(offsets)

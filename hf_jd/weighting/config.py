@@ -36,6 +36,6 @@ class ConFIGWeighting(PreferenceWeighting):
         solution = solve_semidefinite(cosines, wanted)
         reached = cosines @ solution
         square = solution @ reached
-        # Where no direction comes nearer to one row than to its opposite, rounding is all there is of u.
-        meaningful = square > solution.abs().sum().square() * len(solution) * torch.finfo(torch.float64).eps
+        # Where no direction comes nearer to the rows than to their opposites, rounding is all there is of u.
+        meaningful = (reached.norm() > 1e-12 * wanted.norm()) & (square > 0)
         return torch.where(meaningful, divide(solution, lengths) * (lengths @ reached / square), 0)

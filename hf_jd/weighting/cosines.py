@@ -10,11 +10,26 @@ SINGULAR = 1e-10  # smallest squared pivot of a matrix of cosines whose rank is 
 
 
 def cosine_matrix(gramian: Tensor, lengths: Tensor) -> Tensor:
-    """Scales G [m, m] to a unit diagonal; a zero row is given the cosine 0 with every other."""
+    """Scales G [m, m] to a unit diagonal, positive semi-definite; a zero row is given the cosine 0 with every other."""
     inverse = torch.where(lengths > 0, 1 / lengths, 0)
     cosines = (gramian * inverse).mul_(inverse[:, None]).clamp_(-1, 1)
     cosines.fill_diagonal_(1)
-    return cosines
+    return _semidefinite(cosines)
+
+
+def _semidefinite(matrix: Tensor) -> Tensor:
+    """Removes the negative eigenvalues that rounding left in a Gramian of low precision.
+
+    They show how large its errors are, so positive ones of that size mean as little and go too.
+    """
+    _, failed = torch.linalg.cholesky_ex(matrix)
+    if not failed:
+        return matrix
+    values, vectors = torch.linalg.eigh(matrix)
+    noise = -values[0]
+    if noise <= values[-1] * len(values) * torch.finfo(values.dtype).eps:
+        return matrix
+    return (vectors * torch.where(values > noise, values, 0)) @ vectors.mT
 
 
 def cosine_factor(cosines: np.ndarray) -> np.ndarray:

@@ -54,7 +54,7 @@ def _newton(cosines: Tensor, right: Tensor, exponent: float) -> Tensor | None:
         factor = ((right * multiples ** (1 - exponent)).sum() / square) ** (1 / (1 + exponent))
         multiples, image = multiples * factor, image * factor
         wanted = right * multiples**-exponent
-        # In relative steps the Hessian, diag(mu) C diag(mu) + e diag(mu wanted), is positive definite for singular C too.
+        # In relative steps the Hessian, diag(mu) C diag(mu) + e diag(mu wanted), is definite for singular C too.
         hessian = multiples[:, None] * cosines * multiples
         hessian.diagonal().add_(exponent * multiples * wanted)
         triangle, _ = torch.linalg.cholesky_ex(hessian)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import quadprog  # ty: ignore[unresolved-import]  # a compiled module without types
+import quadprog  # ty: ignore[import-not-found]  # a compiled module without types
 
 
 class Nearest(NamedTuple):

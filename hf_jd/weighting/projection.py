@@ -40,12 +40,11 @@ def cone_projection(gramian: Tensor, targets: Tensor) -> Tensor:
         ValueError: No solver met the optimality conditions; the message has the Gramian's eigenvalues.
     """
     lengths = gramian.diagonal().sqrt()
-    cosines = cosine_matrix(gramian, lengths)
-    scaled = targets * lengths
-    conflicting = (scaled @ cosines < 0).any(dim=1).nonzero()[:, 0]
+    conflicting = (targets @ gramian < 0).any(dim=1).nonzero()[:, 0]
     if not len(conflicting):
         return targets
-    scaled = scaled[conflicting]
+    cosines = cosine_matrix(gramian, lengths)
+    scaled = targets[conflicting] * lengths
     sizes = scaled.norm(dim=1, keepdim=True)
     corrections = _solve(cosines, scaled / sizes).mul_(sizes)
     # A zero row's cosines are zero, and so is its correction: any finite divisor will do.

@@ -13,8 +13,7 @@ from hf_jd.weighting.base import LossWeighting, Names, Weighting
 
 
 class Memory:
-    """Named tensors [M] or [M, M] over the M objectives met so far, float64, on the CPU; they grow as objectives
-    appear.
+    """Tensors [M] or [M, M] over the M objectives met so far, float64, on the CPU; they grow as objectives appear.
 
     Attributes:
         names: The objectives' names, in the order in which they appeared.
