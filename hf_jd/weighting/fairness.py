@@ -59,9 +59,25 @@ def _newton(cosines: Tensor, right: Tensor, exponent: float) -> Tensor | None:
         hessian.diagonal().add_(exponent * multiples * wanted)
         triangle, _ = torch.linalg.cholesky_ex(hessian)
         step = torch.cholesky_solve((multiples * (wanted - image))[:, None], triangle)[:, 0]
-        size = step.abs().max()
-        # The multiples stay positive, and the function near its quadratic model.
-        multiples = multiples * (1 + step / (2 * size).clamp(min=1))
-        if size <= 1e-12:
+        multiples = _descend(cosines, right, exponent, multiples, step)
+        if step.abs().max() <= 1e-12:
             break
+    return multiples
+
+
+def _descend(cosines: Tensor, right: Tensor, exponent: float, multiples: Tensor, step: Tensor) -> Tensor:
+    """Goes along the relative step while the multiples stay positive and mu^T C mu / 2 - sum_i a_i u(mu_i) falls."""
+
+    def value(mu: Tensor) -> Tensor:
+        utility = mu.log() if exponent == 1 else mu ** (1 - exponent) / (1 - exponent)
+        return mu @ (cosines @ mu) / 2 - (right * utility).sum()
+
+    length = 1 / (-step / 0.9).amax().clamp(min=1)
+    start = value(multiples)
+    for _ in range(30):
+        candidate = multiples * (1 + length * step)
+        # Near the solution differences drown in rounding; there the whole step is right.
+        if value(candidate) <= start or step.abs().max() < 1e-4:
+            return candidate
+        length = length / 2
     return multiples

@@ -1,0 +1,128 @@
+"""Bad input: the error names the thing."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from hf_jd.weighting import (
+    WEIGHTINGS,
+    AlignedMTLWeighting,
+    CAGradWeighting,
+    ConstantWeighting,
+    CRMOGMWeighting,
+    DualProjWeighting,
+    DWAWeighting,
+    FairGradWeighting,
+    Flattening,
+    GradVacWeighting,
+    GroupDROWeighting,
+    KrumWeighting,
+    MeanWeighting,
+    MGDAWeighting,
+    NashMTLWeighting,
+    PCDWeighting,
+    RandomWeighting,
+    STCHWeighting,
+    UncertaintyWeighting,
+    UPGradWeighting,
+    build_weighting,
+)
+
+EYE = torch.eye(3)
+
+
+@pytest.mark.parametrize("name", [n for n in WEIGHTINGS if n not in {"uncertainty", "dwa", "rlw", "stch", "group_dro"}])
+@pytest.mark.parametrize(
+    "gramian, message",
+    [
+        (torch.ones(3), r"square matrix \[m, m\]; this one has the shape \[3\]"),
+        (torch.ones(3, 2), r"square matrix \[m, m\]; this one has the shape \[3, 2\]"),
+        (torch.ones(2, 2, 2, 2), "Wrap the weighting in Flattening"),
+        (torch.ones(0, 0), "no objectives to weigh"),
+        (torch.ones(2, 2, dtype=torch.long), "floating dtype; this one has torch.int64"),
+        (torch.tensor([[1, torch.nan], [torch.nan, 1]]), r"not finite: rows \[0, 1\]"),
+        (torch.tensor([[1.0, 0], [0, torch.inf]]), r"not finite: rows \[1\]"),
+        (torch.tensor([[1.0, 0], [0, -1e-3]]), r"entry \[1, 1\] is -0.001"),
+        (torch.tensor([[1.0, 0.5], [0.4, 1]]), r"entry \[0, 1\] is 0.5 and entry \[1, 0\] is 0.4"),
+        (torch.tensor([[1e-20, 5e-21], [4e-21, 1e-20]]), "A Gramian is symmetric"),
+    ],
+)
+def test_not_a_gramian(name: str, gramian: torch.Tensor, message: str) -> None:
+    weighting = build_weighting(name, **({"weights": [1, 1]} if name == "constant" else {}))
+    with pytest.raises(ValueError, match=message):
+        weighting(gramian)
+
+
+def test_rounding_of_a_low_precision_is_not_an_asymmetry() -> None:
+    gramian = torch.tensor([[1.0, 0.5], [0.5 + 1e-7, 1.0]])
+    assert MeanWeighting()(gramian).tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    "losses, message",
+    [
+        (torch.ones(2, 2), r"shape \[m\], m >= 1; these have the shape \[2, 2\]"),
+        (torch.ones(0), r"these have the shape \[0\]"),
+        (torch.ones(2, dtype=torch.long), "floating dtype; these have torch.int64"),
+        (torch.tensor([1.0, torch.nan]), r"not finite: \[1.0, nan\]"),
+    ],
+)
+@pytest.mark.parametrize("name", ["uncertainty", "dwa", "rlw", "stch", "group_dro"])
+def test_not_losses(name: str, losses: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_weighting(name)(losses)
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: UPGradWeighting(pref_vector=[1, -1]), r"pref_vector has to hold finite non-negative numbers"),
+        (lambda: DualProjWeighting(pref_vector=[0, 0]), r"not all zero; it is \[0.0, 0.0\]"),
+        (lambda: UPGradWeighting(pref_vector=torch.eye(2)), r"pref_vector has one dimension"),
+        (lambda: MGDAWeighting(pref_vector=[1, 0]), r"pref_vector has to hold positive numbers"),
+        (
+            lambda: UPGradWeighting(pref_vector=[1, 2])(EYE),
+            r"pref_vector has 2 entries, but this step has 3 objectives",
+        ),
+        (lambda: ConstantWeighting(weights=[1, 2])(EYE), r"weights has 2 entries, but this step has 3 objectives"),
+        (lambda: AlignedMTLWeighting(scale_mode="max"), r"one of min, median, rmse, not 'max'"),
+        (lambda: CAGradWeighting(c=-1), "c is 0 or more; it is -1"),
+        (lambda: FairGradWeighting(alpha=-1), "alpha is a finite number, 0 or more; it is -1"),
+        (lambda: NashMTLWeighting(max_norm=-1), "max_norm >= 0"),
+        (lambda: NashMTLWeighting(update_weights_every=0), "update_weights_every >= 1"),
+        (lambda: GradVacWeighting(beta=2), r"beta is in \[0, 1\]; it is 2"),
+        (lambda: PCDWeighting(tau=2), r"tau is in \[0, 1\]"),
+        (lambda: CRMOGMWeighting(alpha=1), r"alpha is in \[0, 1\); it is 1"),
+        (lambda: CRMOGMWeighting(weighting="nash"), r"Unknown weighting 'nash'\. The known ones are nash_mtl, "),
+        (lambda: KrumWeighting(n_byzantine=-1), "n_byzantine >= 0 and n_selected >= 1; they are -1 and 1"),
+        (lambda: KrumWeighting(n_byzantine=1)(EYE), r"needs at least 4 objectives .*; this step has 3"),
+        (lambda: KrumWeighting(n_byzantine=0, n_selected=5)(EYE), "needs at least 5 objectives"),
+        (lambda: UncertaintyWeighting()(torch.tensor([-1.0])), "needs losses of 0 or more"),
+        (lambda: UncertaintyWeighting(lr=0), "lr is positive; it is 0"),
+        (lambda: DWAWeighting(temperature=0), "temperature > 0"),
+        (lambda: STCHWeighting(mu=0), "mu is positive; it is 0"),
+        (lambda: STCHWeighting(reference=[1])(torch.ones(2)), "reference has 1 entries, but this step has 2"),
+        (lambda: GroupDROWeighting(step_size=-1), "step_size is positive; it is -1"),
+        (lambda: RandomWeighting().load_state_dict({"names": []}), r"lacks \['generator', 'steps', 'values'\]"),
+        (lambda: RandomWeighting()(EYE, names=["a", "b"]), "3 different names, one for each objective"),
+        (lambda: RandomWeighting()(EYE, names=["a", "b", "a"]), "3 different names, one for each objective"),
+        (lambda: build_weighting("constant"), "The weighting 'constant' needs the argument 'weights'"),
+        (lambda: Flattening(MeanWeighting())(torch.ones(2, 3, 2, 3)), r"this one has \[2, 3, 2, 3\]"),
+        (lambda: Flattening(MeanWeighting())(torch.ones(2, 3, 2)), r"this one has \[2, 3, 2\]"),
+    ],
+)
+def test_bad_parameters_and_steps(build: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_flattening_weighs_every_loss_as_an_objective() -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2, 3, 4, 7, generator=generator, dtype=torch.float64)
+    flat = rows.reshape(24, 7)
+    generalized = torch.einsum("abcn,defn->abcfed", rows, rows)
+    weights = Flattening(UPGradWeighting())(generalized)
+    assert weights.shape == (2, 3, 4)
+    torch.testing.assert_close(weights.reshape(24), UPGradWeighting()(flat @ flat.T))

@@ -1,0 +1,120 @@
+"""The two solvers of the projection agree, fall through, and own up; larger problems against an independent solver."""
+
+import cvxpy
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from hf_jd.weighting import DualProjWeighting, MGDAWeighting, UPGradWeighting, projection
+from hf_jd.weighting.batched import solve_nonnegative
+from hf_jd.weighting.projection import _solve_batched, _solve_quadprog, cone_projection
+
+
+def jacobian(m: int, n: int, seed: int = 0, common: float = 0.0, decay: float = 0.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(m, n, generator=generator, dtype=torch.float64)
+    return (rows + common) * torch.arange(1, n + 1, dtype=torch.float64) ** -decay
+
+
+def unit_gramian(rows: Tensor) -> Tensor:
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    return (rows @ rows.T).fill_diagonal_(1)
+
+
+SPECTRA = [(60, 300, 0.0, 0.0), (60, 70, 0.0, 0.0), (60, 300, 0.3, 0.0), (60, 300, 0.0, 1.0), (60, 61, 0.0, 1.5)]
+
+
+@pytest.mark.parametrize("m, n, common, decay", SPECTRA)
+def test_the_solvers_agree(m: int, n: int, common: float, decay: float) -> None:
+    cosines = unit_gramian(jacobian(m, n, common=common, decay=decay))
+    targets = torch.eye(m, dtype=torch.float64)
+    batched, single = _solve_batched(cosines, targets), _solve_quadprog(cosines, targets)
+    difference = batched - single
+    assert ((difference @ cosines) * difference).sum(dim=1).max().clamp(min=0).sqrt() < 1e-9
+    assert (batched > 0).any()
+
+
+@pytest.mark.slow
+def test_the_solvers_agree_on_many_problems() -> None:
+    """Enough unknowns a problem for conjugate gradients, and an ill-conditioned matrix for their failure."""
+    for decay in (0.0, 0.7):
+        cosines = unit_gramian(jacobian(160, 640, decay=decay))
+        targets = torch.eye(160, dtype=torch.float64)
+        torch.testing.assert_close(
+            _solve_batched(cosines, targets), _solve_quadprog(cosines, targets), atol=1e-9, rtol=1e-9
+        )
+
+
+def test_a_problem_that_one_solver_fails_goes_to_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = jacobian(6, 9)
+    expected = UPGradWeighting()(rows @ rows.T)
+
+    def half(cosines: Tensor, targets: Tensor) -> Tensor:
+        corrections = _solve_quadprog(cosines, targets)
+        corrections[::2] = torch.nan
+        corrections[1] += 1e-3
+        return corrections
+
+    monkeypatch.setattr(projection, "_solve_quadprog", half)
+    torch.testing.assert_close(UPGradWeighting()(rows @ rows.T), expected, rtol=1e-9, atol=0)
+
+
+def test_when_every_solver_fails_the_error_has_the_eigenvalues(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = jacobian(3, 4)
+
+    def wrong(cosines: Tensor, targets: Tensor) -> Tensor:
+        return torch.zeros_like(targets)
+
+    monkeypatch.setattr(projection, "_solve_quadprog", wrong)
+    monkeypatch.setattr(projection, "_solve_batched", wrong)
+    with pytest.raises(ValueError, match=r"did not reach the tolerance .* eigenvalues are \[0\."):
+        UPGradWeighting()(rows @ rows.T)
+
+
+def test_a_row_that_does_not_settle_is_handed_back_as_nan() -> None:
+    cosines = unit_gramian(jacobian(4, 6))
+    right = torch.stack([cosines[0], torch.full((4,), torch.nan, dtype=torch.float64)])
+    solution = solve_nonnegative(cosines, right)
+    assert solution[0].isfinite().all()
+    assert solution[1].isnan().all()
+
+
+@pytest.mark.parametrize("m, n", [(20, 60), (40, 25), (48, 200)])
+def test_dualproj_against_a_convex_solver(m: int, n: int) -> None:
+    rows = jacobian(m, n)
+    x = cvxpy.Variable(n)
+    mean = rows.mean(dim=0).numpy()
+    matrix = rows.numpy()
+    cvxpy.Problem(cvxpy.Minimize(cvxpy.sum_squares(x - mean)), [matrix @ x >= 0]).solve(
+        cvxpy.CLARABEL, tol_gap_abs=1e-11, tol_gap_rel=1e-11, tol_feas=1e-11
+    )
+    update = rows.T.numpy() @ DualProjWeighting()(rows @ rows.T).numpy()
+    assert np.linalg.norm(update - x.value) <= 1e-6 * np.linalg.norm(mean)
+
+
+@pytest.mark.parametrize("m, n", [(20, 60), (40, 25), (100, 30), (100, 400)])
+def test_mgda_against_a_convex_solver(m: int, n: int) -> None:
+    rows = jacobian(m, n, common=0.2)
+    weights = cvxpy.Variable(m, nonneg=True)
+    cvxpy.Problem(cvxpy.Minimize(cvxpy.sum_squares(rows.T.numpy() @ weights)), [cvxpy.sum(weights) == 1]).solve(
+        cvxpy.CLARABEL, tol_gap_abs=1e-11, tol_gap_rel=1e-11, tol_feas=1e-11
+    )
+    found = MGDAWeighting()(rows @ rows.T)
+    update, expected = rows.T @ found, rows.T @ torch.from_numpy(weights.value)
+    assert (update - expected).norm() <= 1e-6 * rows.norm(dim=1).max()
+    assert update.norm() <= expected.norm() * (1 + 1e-9) + 1e-12
+    # A certificate: no vertex of the hull is nearer.
+    assert (rows @ update - update @ update >= -1e-9 * rows.norm(dim=1) * rows.norm(dim=1).min()).all()
+
+
+@pytest.mark.parametrize("m, n", [(30, 12), (24, 23), (30, 5)])
+def test_upgrad_of_dependent_rows_meets_the_optimality_conditions(m: int, n: int) -> None:
+    rows = jacobian(m, n, common=0.3)
+    weights = cone_projection(rows @ rows.T, torch.eye(m, dtype=torch.float64))
+    corrections = weights - torch.eye(m, dtype=torch.float64)
+    updates = weights @ rows
+    lengths = rows.norm(dim=1)
+    assert (corrections >= 0).all()
+    assert (updates @ rows.T >= -1e-9 * lengths * lengths[:, None]).all()
+    assert ((updates @ rows.T) * corrections).abs().max() <= 1e-8 * (lengths**2).max()
