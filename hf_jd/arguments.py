@@ -74,8 +74,9 @@ class JDArguments:
     jd_keep_rows: str = field(
         default="auto",
         metadata={
-            "help": "Whether the engine keeps its rows in memory: `auto` (while they fit), `true`, `false`, or the "
-            "most they may take, such as `4GB`."
+            "help": "`true` keeps every row until the update; `false` keeps the layers' inputs and output gradients "
+            "instead, where those are smaller; `auto` or a size such as `4GB`: rows, if they fit in half of the free "
+            "memory or in that size. Several processes always keep rows."
         },
     )
     jd_check: bool = field(
@@ -110,7 +111,7 @@ class JDArguments:
             )
         self.build_weighting()
         self.keep_rows()
-        super().__post_init__()  # ty: ignore[unresolved-attribute]  # that of TrainingArguments
+        super().__post_init__()  # ty: ignore[missing-attribute]  # that of TrainingArguments
 
     @property
     def own_mean(self) -> bool:

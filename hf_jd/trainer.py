@@ -124,8 +124,9 @@ class JDTrainerMixin(_Host):
             The part of this process in the objectives' mean, in the units of Trainer's loss.
         """
         model.train()
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()  # Schedule-free optimizers have two modes.
+        to_train_mode = getattr(self.optimizer, "train", None)
+        if callable(to_train_mode):
+            to_train_mode()  # Schedule-free optimizers have two modes.
         if self.jd_args.jd_scope == "micro_batch":
             return Update(self, model, [inputs], num_items_in_batch).run()
         self._jd_seen += 1
@@ -147,6 +148,7 @@ class JDTrainerMixin(_Host):
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         column = self.jd_args.jd_group_column
+        assert self._signature_columns is not None
         if column is not None and column not in self._signature_columns:
             self._signature_columns.append(column)
 
@@ -179,15 +181,16 @@ class JDTrainerMixin(_Host):
 
     def trainable(self) -> list[nn.Parameter]:
         """The trainable parameters, in the same order on all processes."""
+        assert self.model is not None
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def engine(self) -> Engine:
         """The engine on today's model: `model_init` may have made another one."""
+        assert self.model is not None
         if self._jd_engine is None or self._jd_engine[0] is not self.model:
             if self._jd_engine is not None:
                 self._jd_engine[1].detach()
-            jd = self.jd_args
-            self._jd_engine = self.model, Engine(self.model, keep_rows=jd.keep_rows(), check=jd.jd_check)
+            self._jd_engine = (self.model, Engine(self.model, check=self.jd_args.jd_check))
         return self._jd_engine[1]
 
     def group_name(self, k: int) -> str:

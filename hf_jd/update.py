@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import psutil
 import torch
 from torch import Tensor, nn
 
@@ -52,7 +55,6 @@ class _Recorded(NamedTuple):
     rng_state: list[Tensor]
     """The random numbers of the pass, for a second one."""
     part: Part
-    """Without a graph."""
     jacobian: Jacobian | None
     broken: Tensor
     """[] how many instances were left out because their loss isn't finite."""
@@ -78,6 +80,9 @@ class Update:
         self.present = self._present_groups()
         scaler = trainer.accelerator.scaler
         self.scale = 1.0 if scaler is None else scaler.get_scale()
+        # A second pass can walk the graph of one micro-batch again; those of several would not fit in memory.
+        self.keep_graph = self.jd.jd_backward == "two_pass" and len(batches) == 1
+        self.materialise = self._rows_fit()
 
     def run(self) -> Tensor:
         """Adds the update to `.grad`.
@@ -124,6 +129,19 @@ class Update:
         ids = torch.cat([batch[GROUP_KEY] for batch in self.batches]).to(self.trainer.args.device).unique()
         return ids if self.jd.jd_scope == "micro_batch" else gather_uneven(ids)[0].unique()
 
+    def _rows_fit(self) -> bool:
+        """Whether rows are kept as they are, or as the layers' inputs and gradients where those are smaller."""
+        keep = self.jd.keep_rows()
+        if isinstance(keep, bool):
+            return keep
+        instances = sum(len(next(iter(batch.values()))) for batch in self.batches)
+        m = len(self.present) if self.kind.shared and self.present is not None else instances
+        device = self.trainer.args.device
+        if isinstance(keep, str):
+            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+            keep = free // 2
+        return m * sum(p.nbytes for p in self.trainer.trainable()) <= keep
+
     def _part(self, batch: Mapping[str, Any]) -> Part:
         """Runs a micro-batch forward: its part in the objectives, with a graph."""
         losses, counted, groups = self.trainer.unreduced_losses(self.model, batch)
@@ -151,21 +169,22 @@ class Update:
                 rng_state = _rng_state(device) if two_pass else []
                 part = self._part(batch)
             if part.counts.any():
-                jacobian = self.trainer.engine().compute_jacobian(part.losses * self.scale, part.segments)
-        return _Recorded(batch, rng_state, replace(part, losses=part.losses.detach()), jacobian, broken)
+                losses = part.losses * self.scale
+                jacobian = self.trainer.engine().compute_jacobian(losses, part.segments, self.materialise)
+        if not self.keep_graph:
+            part = replace(part, losses=part.losses.detach())
+        return _Recorded(batch, rng_state, part, jacobian, broken)
 
     def _joined(self, recorded: list[_Recorded]) -> tuple[Tensor, OwnRows]:
         """The objectives of this process's micro-batches: their table [m, 4], and their rows."""
         tables = [r.part.table() for r in recorded]
         jacobians = [r.jacobian for r in recorded if r.jacobian is not None]
-        jacobian = jacobians[0] if jacobians else None
         if self.kind.shared:
             table = torch.cat([torch.stack(tables).sum(0)[:, :-1], tables[0][:, -1:]], dim=1)
-            for other in jacobians[1:]:
-                jacobian = jacobian + other
+            jacobian = reduce(add, jacobians) if jacobians else None
         else:
             table = torch.cat(tables)
-            jacobian = Jacobian.cat(jacobians) if len(jacobians) > 1 else jacobian
+            jacobian = Jacobian.cat(jacobians) if jacobians else None
         rows = OwnRows if self.jd.jd_scope == "micro_batch" else AddedRows if self.kind.shared else GatheredRows
         return table, rows(jacobian, self.trainer.trainable())
 
@@ -188,7 +207,7 @@ class Update:
         return weights
 
     def _second_pass(self, recorded: list[_Recorded], weights: Tensor, usable: Tensor) -> None:
-        """Runs every micro-batch again, with the random numbers of its first pass, and descends sum_k w_k loss_k."""
+        """Descends sum_k w_k loss_k, of losses computed again with the random numbers of their first pass."""
         before = {p: p.grad for p in self.trainer.trainable()}
         for p in before:
             p.grad = None
@@ -196,9 +215,11 @@ class Update:
         for batch, rng_state, first, *_ in recorded:
             mine = slice(None) if self.kind.shared else slice(start, start + len(first.losses))
             start += len(first.losses)
-            _set_rng_state(rng_state, self.trainer.args.device)
             with self.trainer.accelerator.no_sync(self.model):
-                losses = self._part(batch).losses[usable[mine]]
+                if not self.keep_graph:
+                    _set_rng_state(rng_state, self.trainer.args.device)
+                part = first if self.keep_graph else self._part(batch)
+                losses = part.losses[usable[mine]]
                 if len(losses):
                     self.trainer.accelerator.backward((weights[mine][usable[mine]].to(losses) * losses).sum())
         gradients = {p: p.grad for p in before if p.grad is not None}

@@ -20,7 +20,7 @@ def loss_kind(model: nn.Module) -> str:
     Raises:
         ValueError: There is none.
     """
-    core: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # ty: ignore[call-non-callable]
+    core: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # ty: ignore[not-callable]
     kind = getattr(core, "loss_type", None)
     if kind is None and type(core).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         kind = "ForCausalLM"  # As GPT2LMHeadModel, whose name does not say it.

@@ -219,9 +219,21 @@ def test_an_engine_is_made_once(tmp_path, monkeypatch):
     made = []
     construct = Engine.__init__
     monkeypatch.setattr(Engine, "__init__", lambda self, *a, **k: made.append(k) or construct(self, *a, **k))
-    trainer = run(lora("gpt2"), arguments(tmp_path, jd_keep_rows="2GB", jd_check=False))
+    trainer = run(lora("gpt2"), arguments(tmp_path, jd_check=False))
     trainer.train()
-    assert made == [{"keep_rows": 2 * 10**9, "check": False}]
+    assert made == [{"check": False}]
+
+
+@pytest.mark.parametrize(("keep", "materialise"), [("auto", True), ("true", True), ("false", False), ("4KB", False)])
+def test_what_is_kept_of_rows(keep, materialise, tmp_path, monkeypatch):
+    asked = []
+    compute = Engine.compute_jacobian
+    monkeypatch.setattr(Engine, "compute_jacobian", lambda *args: asked.append(args[-1]) or compute(*args))
+    plain = run(lora("gpt2"), arguments(tmp_path))
+    asked.clear()
+    ours = run(lora("gpt2"), arguments(tmp_path, jd_keep_rows=keep))
+    assert asked == [materialise] * 4
+    assert relative(flat(ours.model), flat(plain.model)) < 1e-10
 
 
 def test_evaluation_is_trainers_and_leaves_the_metrics_of_training_alone(tmp_path):
