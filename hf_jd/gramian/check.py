@@ -78,7 +78,7 @@ class Checker:
                 entry = (parameter, meeting.layout, meeting.site.module.training)
                 gradient = expected.get(parameter)
                 relative, noise = _tolerance(parameter, [meeting])
-                size = 0.0 if gradient is None else float(gradient.norm()) / math.sqrt(gradient.numel())
+                size = 0.0 if gradient is None else float(gradient.norm()) / math.sqrt(max(1, gradient.numel()))
                 if size * relative > noise * typical:
                     meeting.site.proved.add(entry)
                 else:

@@ -1,5 +1,6 @@
 """Tiers 2 and 3: rows of what no closed form covers."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -45,7 +46,9 @@ def module_rows(
         return product(tuple(gradients))[0]
 
     given = [g for g in grad_outputs if g is not None]
-    with call.context():
+    with call.context(), warnings.catch_warnings():
+        # vmap loops inside where an operation has no batching rule, and says so: still one call of the module.
+        warnings.filterwarnings("ignore", message="There is a performance drop")
         if vectorised and segments.ids is None and segments.block == 1:
             # Inside vmap each instance is a batch of one.
             one = vmap(

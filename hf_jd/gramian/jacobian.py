@@ -51,7 +51,7 @@ class Jacobian:
             total += inner(bucket, bucket).to(device)
         for rows in self._unpacked().values():
             total += rows.gramian().to(device)
-        dtype = torch.float64 if any(p.dtype == torch.float64 for p in used) else torch.float32
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in self._rows) else torch.float32
         return ((total + total.T) / 2).to(dtype)
 
     def weighted_sum(self, weights: Tensor) -> dict[nn.Parameter, Tensor]:

@@ -5,6 +5,7 @@ time first. `candidates` lists, from shapes alone, every way in which a tensor c
 decides between them, and `arrange` brings the tensor to [N, ...] with a `Segments` that says whose each row is.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,13 @@ import torch
 from torch import Tensor
 
 NARROW = 256  # columns up to which a narrow side is repeated for each objective instead of sorting tokens
+
+
+SCATTERED = 3  # runs are too short to multiply one by one where writing rows for each costs this much more than sorting
+
+
+class UnsupportedError(ValueError):
+    """A layer that has no rows by its nature; the message says what to do."""
 
 
 class UnmappedError(Exception):
@@ -36,6 +44,7 @@ class Segments:
     block: int = 1
     _repeated: dict[tuple[str, int], "Segments"] = field(default_factory=dict, init=False, repr=False)
     _last: tuple[tuple, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
+    _neighbours: list[tuple[int, int, int]] | None = field(default=None, init=False, repr=False)
     _hot: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
@@ -110,12 +119,35 @@ class Segments:
         if self.ids is None:
             g, x = grad_output.reshape(self.objectives, -1, p), input.reshape(self.objectives, -1, d)
             return torch.bmm(g.transpose(1, 2), x)
-        g, lengths = self.contiguous(grad_output)
-        x, _ = self.contiguous(input)
-        rows = g.new_empty(self.objectives, p, d)
-        for row, g_k, x_k in zip(rows, g.split(lengths), x.split(lengths), strict=True):
-            torch.mm(g_k.T, x_k, out=row)
+        runs = self._runs(grad_output.shape[1])
+        g, x = grad_output.flatten(0, 1), input.flatten(0, 1)
+        if len(runs) * p * d > SCATTERED * len(x) * (p + d):
+            g, lengths = self.contiguous(grad_output)
+            x, _ = self.contiguous(input)
+            stops = list(itertools.accumulate(lengths))
+            runs = [(stop - n, stop, k) for k, (n, stop) in enumerate(zip(lengths, stops, strict=True)) if n]
+        rows, begun = g.new_empty(self.objectives, p, d), set()
+        for start, stop, k in runs:
+            if k in begun:
+                rows[k].addmm_(g[start:stop].T, x[start:stop])
+            else:
+                torch.mm(g[start:stop].T, x[start:stop], out=rows[k])
+            begun.add(k)
+        for k in set(range(self.objectives)) - begun:
+            rows[k].zero_()
         return rows
+
+    def _runs(self, tokens: int) -> list[tuple[int, int, int]]:
+        """(first token, last + 1, objective) of each run of neighbours; `tokens` in a leading row."""
+        if self._neighbours is None:
+            assert self.ids is not None
+            ids, counts = torch.unique_consecutive(self.ids.flatten(), return_counts=True)
+            stops = counts.cumsum(0).tolist()
+            self._neighbours = [
+                (stop - n, stop, k) for k, n, stop in zip(ids.tolist(), counts.tolist(), stops, strict=True) if k >= 0
+            ]
+        scale = 1 if self.by_token else tokens
+        return [(start * scale, stop * scale, k) for start, stop, k in self._neighbours]
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum of values [N, S, f] over the tokens of each objective: [R, f]."""

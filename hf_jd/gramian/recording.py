@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_jd.gramian.fallback import module_rows
-from hf_jd.gramian.layouts import Segments, UnmappedError, arrange
+from hf_jd.gramian.layouts import Segments, UnmappedError, UnsupportedError, arrange
 from hf_jd.gramian.plan import LOOPED, Plan, Site
 from hf_jd.gramian.rows import OuterRows, Rows
 from hf_jd.gramian.taps import Call, ModuleTap
@@ -131,12 +131,13 @@ class Recording:
         while True:
             try:
                 return self._try_method(site, layout, targets, call, inputs, grad_outputs)
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, UnsupportedError):
                 raise
             except UnmappedError:
                 return {}
-            except (RuntimeError, IndexError, TypeError, AttributeError):
-                # The method does not fit this call: the shapes of a closed form, or what vmap cannot trace.
+            except Exception:
+                # The method does not fit this call: the shapes of a closed form, what vmap cannot trace, a module that
+                # cannot be called again. The next one may, and the self-check has the last word.
                 if site.method == LOOPED:
                     return {}
                 site.fall_back()

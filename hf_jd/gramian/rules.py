@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from hf_jd.gramian.layouts import Segments, shared_features
+from hf_jd.gramian.layouts import Segments, UnsupportedError, shared_features
 from hf_jd.gramian.rows import DenseRows, OuterRows, Rows, SparseRows
 
 Rule = Callable[[nn.Module, Tensor, Tensor, Segments], dict[str, Rows]]
@@ -61,7 +61,7 @@ def transposed_linear(module: nn.Module, input: Tensor, grad_output: Tensor, seg
 def embedding(module: nn.Module, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
     """y = W[ids]: row e of the table gets the gradients of the tokens with id e; none for `padding_idx`."""
     if module.scale_grad_by_freq:
-        raise ValueError(
+        raise UnsupportedError(
             "nn.Embedding(scale_grad_by_freq=True) divides gradients by counts over the whole batch, so instances have "
             "no rows of their own; set scale_grad_by_freq=False."
         )
@@ -113,7 +113,7 @@ def group_norm(module: nn.Module, input: Tensor, grad_output: Tensor, segments: 
 def batch_norm(module: nn.Module, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
     """With stored statistics (evaluation mode) a scale and shift of each channel; input [N, C, *]."""
     if module.training or module.running_mean is None:
-        raise ValueError(
+        raise UnsupportedError(
             f"{type(module).__name__} in training mode normalises over the batch, so the loss of an instance depends "
             "on the others and has no row of its own; use GroupNorm or LayerNorm, or put the norm in evaluation mode."
         )
@@ -205,8 +205,8 @@ def recognise(module: nn.Module, input: Tensor) -> Rule | None:
             product = input @ weight if input.shape[-1] == weight.shape[0] else None
             if product is not None and _same(output, product if bias is None else product + bias):
                 return transposed_linear
-    except (RuntimeError, TypeError, ValueError):
-        return None  # A layer that cannot be called on this input alone: no closed form.
+    except Exception:
+        return None  # A layer that cannot be called on this input alone, for whatever reason: no closed form.
     return _scale_of(module, "weight", input) if bias is None else None
 
 
@@ -245,7 +245,7 @@ def _scale_of(module: nn.Module, name: str, input: Tensor) -> Rule | None:
         f = one if unit else zero
         if zero.shape != input.shape or not _same(at(probe, input), zero + probe * f) or not _same(one, zero + f):
             return None
-    except (RuntimeError, TypeError, ValueError, AttributeError):
+    except Exception:
         return None  # As above: no closed form.
 
     def scale(module: nn.Module, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
