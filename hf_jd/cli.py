@@ -1,0 +1,59 @@
+"""`hf-jd`: what did the user ask for?
+
+Nothing heavy is imported before a command is known, so that `hf-jd --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from types import TracebackType
+
+COMMANDS = {
+    "finetune": ("hf_jd.finetune.run", "Fine-tune a causal language model with Jacobian descent."),
+    "compare": ("hf_jd.finetune.compare", "Run the same fine-tuning by several methods, and compare them by task."),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Returns:
+        The exit code: 2 for what the user can mend, which is told in one sentence on stderr.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0 if arguments else 2
+    name, *rest = arguments
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=len(COMMANDS), cutoff=0.0)
+        print(f"hf-jd: error: Unknown command `{name}`; the commands are {', '.join(near)}.", file=sys.stderr)
+        return 2
+    try:
+        return import_module(COMMANDS[name][0]).main(rest)
+    except ValueError as error:
+        if not _is_for_users(error.__traceback__):
+            raise
+        print(f"hf-jd {name}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())
+    return f"usage: hf-jd COMMAND ...\n\nCommands (each has its own --help):\n{commands}"
+
+
+def _is_for_users(traceback: TracebackType | None) -> bool:
+    """Whether the error was raised by this package: another library's may be a fault, which needs its traceback."""
+    module = ""
+    while traceback is not None:
+        module = traceback.tb_frame.f_globals.get("__name__", "")
+        traceback = traceback.tb_next
+    return module.partition(".")[0] == "hf_jd" or module == "__main__"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

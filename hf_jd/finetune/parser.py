@@ -1,0 +1,74 @@
+"""Flags, or one YAML or JSON file and flags that override it, to dataclasses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+
+
+class Parser(HfArgumentParser):
+    """Transformers' parser, which says in one sentence what is wrong."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises a ValueError instead of printing hundreds of flags and leaving.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(f"{message[0].upper()}{message[1:].rstrip('.')}.")
+
+    def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
+        """Parses `[FILE] --flag value ...` into the dataclasses.
+
+        Raises:
+            ValueError: A flag is unknown or has a value that isn't allowed, or the file can't be read.
+        """
+        flags = list(argv)
+        if flags and flags[0].endswith(CONFIG_SUFFIXES):
+            settings = read_settings(Path(flags.pop(0)))
+            for name in settings:
+                if name not in self._names():
+                    raise ValueError(f"The file has an unknown flag `{name}`{self._nearest(name)}.")
+            self.set_defaults(**settings)
+        try:
+            parsed: tuple[Any, ...] = self.parse_args_into_dataclasses(
+                flags, return_remaining_strings=True, look_for_args_file=False
+            )
+        except (ValueError, ImportError) as error:  # ImportError: bf16 and the like, where they can't be had.
+            raise ValueError(str(error)) from error
+        if unknown := parsed[-1]:
+            raise ValueError(f"Unknown flag `{unknown[0]}`{self._nearest(unknown[0].partition('=')[0])}.")
+        return parsed[:-1]
+
+    def _names(self) -> list[str]:
+        return [action.dest for action in self._actions]
+
+    def _nearest(self, name: str) -> str:
+        near = get_close_matches(name.lstrip("-").replace("-", "_"), self._names(), n=1)
+        return f"; the nearest is `--{near[0]}`" if near else "; --help lists all of them"
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Reads a YAML or JSON file of settings by name.
+
+    Raises:
+        ValueError: It can't be read, or isn't such a file.
+    """
+    try:
+        text = path.read_text("utf-8")
+        settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise ValueError(f"The file {path} can't be read: {error.strerror}.") from error
+    except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"The file {path} is malformed: {' '.join(str(error).split())}.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"The file {path} has to hold settings as `name: value`.")
+    return settings

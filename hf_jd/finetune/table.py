@@ -1,0 +1,104 @@
+"""Measurements -> one table, as markdown that is aligned for a terminal, too."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+
+from hf_jd.finetune.results import Results
+
+_NONE = ""
+_Cell = Callable[[Results, str], float | None]
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table, whose columns are as wide as their widest cell."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    texts = []
+    for line in [lines[0], rule, *lines[1:]]:
+        others = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
+        texts.append(f"| {' | '.join([line[0].ljust(widths[0]), *others])} |")
+    return "\n".join(texts)
+
+
+def evaluation_table(results: Results) -> str:
+    """One run's tasks: loss and accuracy before (where that was evaluated) and after."""
+    before = any(found[0].step == 0 and len(found) > 1 for found in results.evaluations.values())
+    rows = []
+    for task in results.tasks:
+        first, last = results.evaluations[task][0], results.evaluations[task][-1]
+        shown = [first, last] if before else [last]
+        cells = [f"{e.loss:.3f}" for e in shown] + [f"{e.accuracy:.1%}" for e in shown]
+        rows.append([task, *cells, *_training_cells(results, task)])
+    times = ["before", "after"] if before else ["after"]
+    header = ["task", *(f"loss {when}" for when in times), *(f"accuracy {when}" for when in times)]
+    return markdown([*header, *(["weight", f"steps against it, of {results.steps}"] if results.weights else [])], rows)
+
+
+def _training_cells(results: Results, task: str) -> list[str]:
+    if not results.weights:
+        return []
+    weight, against = results.mean_weight(task), results.steps_against(task)
+    return [_NONE if weight is None else f"{weight:.1%}", _NONE if against is None else f"{against:.0f}"]
+
+
+def comparison_table(
+    runs: Mapping[str, Sequence[Results]], watched: Mapping[str, Sequence[Results]], stock: str | None
+) -> str:
+    """All that `hf-jd compare` shows.
+
+    Args:
+        runs: The runs of each configuration, one a seed.
+        watched: Runs that make the same steps as a configuration of `runs`, and measure what that can't.
+        stock: The configuration that the others' times are compared with, if any.
+    """
+    first = next(iter(runs.values()))[0]
+    tasks = first.tasks
+    width = len(tasks) + 1
+
+    def line(name: str, cells: Sequence[str]) -> list[str]:
+        return [name, *cells, *[_NONE] * (width - len(cells))]
+
+    def block(title: str, cell: _Cell, form: str, watch: bool = False) -> list[list[str]]:
+        found = []
+        for name, seeds in runs.items():
+            measured = watched.get(name, seeds) if watch else seeds
+            cells = [spread([cell(results, task) for results in measured], form) for task in tasks]
+            if any(cells):
+                found.append(line(name, cells))
+        return [line(f"**{title}**", []), *found] if found else []
+
+    before = {task: first.evaluations[task][0] for task in tasks}
+    loss = block("validation loss", lambda r, task: r.evaluations[task][-1].loss, ".2f")
+    loss.insert(1, line("before training", [f"{before[task].loss:.2f}" for task in tasks]))
+    for row, seeds in zip(loss[2:], runs.values(), strict=True):
+        row[-1] = _time(seeds, runs.get(stock or "", ()))
+    accuracy = block("accuracy", lambda r, task: r.evaluations[task][-1].accuracy, ".1%")
+    accuracy.insert(1, line("before training", [f"{before[task].accuracy:.1%}" for task in tasks]))
+    accuracy.insert(2, line("always the most frequent token", [f"{before[task].majority:.1%}" for task in tasks]))
+    against = block(f"steps against the task, of {first.steps}", Results.steps_against, ".0f", watch=True)
+    weight = block("share of the weights", Results.mean_weight, ".1%", watch=True)
+    return markdown(["", *tasks, "time a step"], [*loss, *accuracy, *against, *weight])
+
+
+def _time(seeds: Sequence[Results], stock: Sequence[Results]) -> str:
+    """The median step, as seconds and as a ratio to stock's."""
+    ours = [results.step_time for results in seeds if results.step_time is not None]
+    theirs = [results.step_time for results in stock if results.step_time is not None]
+    if not ours:
+        return _NONE
+    seconds = statistics.median(ours)
+    return f"{seconds:.2f} s" + (f", x {seconds / statistics.median(theirs):.2f}" if theirs else "")
+
+
+def spread(values: Sequence[float | None], form: str) -> str:
+    """The mean over seeds and, where there are several, the standard deviation."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return _NONE
+    mean = format(statistics.fmean(known), form)
+    if len(known) == 1:
+        return mean
+    return f"{mean} ± {format(statistics.stdev(known), form)}"
