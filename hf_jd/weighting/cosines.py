@@ -2,34 +2,48 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
 
 SINGULAR = 1e-10  # smallest squared pivot of a matrix of cosines whose rank is beyond doubt
+EPSILON = float(np.finfo(np.float64).eps)
+
+Array = Any
+"""A tensor or a numpy array: what takes one takes the other, and gives the same back."""
 
 
-def cosine_matrix(gramian: Tensor, lengths: Tensor) -> Tensor:
+def cosine_matrix(gramian: Array, lengths: Array) -> Array:
     """Scales G [m, m] to a unit diagonal, positive semi-definite; a zero row is given the cosine 0 with every other."""
-    inverse = torch.where(lengths > 0, 1 / lengths, 0)
-    cosines = (gramian * inverse).mul_(inverse[:, None]).clamp_(-1, 1)
-    cosines.fill_diagonal_(1)
-    return _semidefinite(cosines)
+    inverse = (lengths > 0) / (lengths + (lengths == 0))
+    cosines = (gramian * inverse * inverse[:, None]).clip(-1, 1)
+    cosines.reshape(-1)[:: len(cosines) + 1] = 1
+    return cosines if _definite(cosines) else _semidefinite(cosines)
 
 
-def _semidefinite(matrix: Tensor) -> Tensor:
+def _definite(matrix: np.ndarray | Tensor) -> bool:
+    if isinstance(matrix, Tensor):
+        return not torch.linalg.cholesky_ex(matrix).info
+    try:
+        np.linalg.cholesky(matrix)
+    except np.linalg.LinAlgError:
+        return False
+    return True
+
+
+def _semidefinite(matrix: Array) -> Array:
     """Removes the negative eigenvalues that rounding left in a Gramian of low precision.
 
     They show how large its errors are, so positive ones of that size mean as little and go too.
     """
-    _, failed = torch.linalg.cholesky_ex(matrix)
-    if not failed:
-        return matrix
-    values, vectors = torch.linalg.eigh(matrix)
+    linalg = np.linalg if isinstance(matrix, np.ndarray) else torch.linalg
+    values, vectors = linalg.eigh(matrix)
     noise = -values[0]
-    if noise <= values[-1] * len(values) * torch.finfo(values.dtype).eps:
+    if noise <= values[-1] * len(values) * EPSILON:
         return matrix
-    return (vectors * torch.where(values > noise, values, 0)) @ vectors.mT
+    return (vectors * (values * (values > noise))) @ vectors.T
 
 
 def cosine_factor(cosines: np.ndarray) -> np.ndarray:
@@ -42,7 +56,7 @@ def cosine_factor(cosines: np.ndarray) -> np.ndarray:
         pass
     values, vectors = np.linalg.eigh(cosines)
     # A negative eigenvalue shows how large the errors in G are; below that, a positive one means as little.
-    noise = max(-values[0], values[-1] * len(values) * np.finfo(float).eps)
+    noise = max(-values[0], values[-1] * len(values) * EPSILON)
     kept = values > noise
     return vectors[:, kept] * np.sqrt(values[kept])
 
@@ -54,7 +68,7 @@ def solve_semidefinite(matrix: Tensor, right: Tensor) -> Tensor:
     if not failed and pivots.amin() >= SINGULAR * pivots.amax():
         return torch.cholesky_solve(right[:, None], factor)[:, 0]
     values, vectors = torch.linalg.eigh(matrix)
-    noise = torch.maximum(-values[0], values[-1] * len(values) * torch.finfo(values.dtype).eps)
+    noise = torch.maximum(-values[0], values[-1] * len(values) * EPSILON)
     return vectors @ (torch.where(values > noise, 1 / values, 0) * (vectors.mT @ right))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +33,12 @@ def nearest_point(
         The solution, or None where rounding, or the problem, leaves no point that meets the constraints.
     """
     try:
-        solution = quadprog.solve_qp(np.eye(len(target)), target, constraints, bounds, equalities, True)
+        solution = quadprog.solve_qp(_identity(len(target)), target, constraints, bounds, equalities, True)
     except ValueError:
         return None
     return Nearest(solution[0], solution[4])
+
+
+@lru_cache(maxsize=8)
+def _identity(size: int) -> np.ndarray:
+    return np.eye(size)

@@ -1,0 +1,157 @@
+"""Times weightings against torchjd's and against quadprog called directly: `python scripts/benchmark.py weightings`.
+
+Every entry is the median of interleaved runs, in milliseconds: each round runs all contestants once, so that a busy
+machine slows them alike. `--json FILE` keeps the numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import quadprog  # ty: ignore[import-not-found]  # a compiled module without types
+import torch
+from torch import Tensor
+
+from hf_jd.weighting import WEIGHTINGS, build_weighting
+
+Contestant = Callable[[Tensor], object]
+
+
+def gramian(kind: str, m: int, generator: torch.Generator) -> Tensor:
+    """Makes a Gramian [m, m] of rows of 4 m numbers: `random`, with a common direction, or with decaying spectrum."""
+    rows = torch.randn(m, 4 * m, generator=generator, dtype=torch.float64)
+    if kind == "correlated":
+        rows += 0.5 * torch.randn(4 * m, generator=generator, dtype=torch.float64)
+    if kind == "weakly correlated":
+        rows += 0.15 * torch.randn(4 * m, generator=generator, dtype=torch.float64)
+    if kind == "decaying":
+        rows *= torch.arange(1, 4 * m + 1) ** -0.7
+    return rows @ rows.T
+
+
+KINDS = ("random", "correlated", "weakly correlated", "decaying")
+
+
+def direct_quadprog(gramian: Tensor) -> np.ndarray:
+    """Solves UPGrad's problems as they are written, one call of quadprog each."""
+    matrix = gramian.numpy()
+    identity = np.eye(len(matrix))
+    zero = np.zeros(len(matrix))
+    return sum(quadprog.solve_qp(matrix, zero, identity, row, 0)[0] for row in identity) / len(matrix)
+
+
+def contestants(name: str, m: int) -> dict[str, Contestant]:
+    """Returns ours, torchjd's (if it has the method) and direct quadprog (for UPGrad)."""
+    arguments = {"weights": [1.0] * m} if name == "constant" else {}
+    found: dict[str, Contestant] = {"hf_jd": build_weighting(name, **arguments)}
+    theirs = torchjd_weighting(name, m)
+    if theirs is not None:
+        found["torchjd"] = theirs
+    if name == "upgrad":
+        found["quadprog"] = direct_quadprog
+    return found
+
+
+def torchjd_weighting(name: str, m: int) -> Contestant | None:
+    """Builds torchjd's weighting of the same method and parameters; None if it has none that reads a Gramian."""
+    from torchjd import aggregation
+
+    if importlib.util.find_spec("qpsolvers") is None:
+        raise SystemExit("torchjd's projections need qpsolvers: pip install qpsolvers")
+    arguments = {
+        "upgrad": {},
+        "dualproj": {},
+        "mgda": {},
+        "cagrad": {"c": 0.5},
+        "aligned_mtl": {},
+        "imtl_g": {},
+        "fairgrad": {"alpha": 1.0},
+        "pcgrad": {},
+        "gradvac": {},
+        "pcd": {},
+        "krum": {"n_byzantine": 1},
+        "random": {},
+        "constant": {"weights": torch.ones(m, dtype=torch.float64)},
+        "mean": {},
+        "sum": {},
+    }
+    if name not in arguments:
+        return None
+    return getattr(aggregation, WEIGHTINGS[name].__name__)(**arguments[name])
+
+
+def medians(runs: dict[str, Contestant], matrices: list[Tensor], seconds: float, rounds: int) -> dict[str, float]:
+    """Runs all contestants by turns, up to `rounds` times or for `seconds`; returns their medians in milliseconds.
+
+    A contestant that takes more than a fifth of the time by itself is left out after its first two runs.
+    """
+    times: dict[str, list[float]] = {label: [] for label in runs}
+    begin = time.perf_counter()
+    for i in range(rounds + 1):
+        for label, run in runs.items():
+            if len(times[label]) > 1 and statistics.median(times[label]) > seconds / 5:
+                continue
+            start = time.perf_counter()
+            run(matrices[i % len(matrices)])
+            times[label].append(time.perf_counter() - start)
+        if i and time.perf_counter() - begin > seconds:
+            break
+    # The first run warms up.
+    return {label: 1e3 * statistics.median(values[1:] or values) for label, values in times.items()}
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """Formats the rows as a markdown table."""
+    columns = list(rows[0])
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join([*lines, *("| " + " | ".join(_cell(row[c]) for c in columns) + " |" for row in rows)])
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the benchmark and prints a table; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--weightings", nargs="+", default=["upgrad", "dualproj", "mgda"], help="names, or all")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[8, 32, 64, 128, 256])
+    parser.add_argument("--kinds", nargs="+", default=["random", "correlated"], choices=KINDS)
+    parser.add_argument("--gramians", type=Path, help="a file of torch.save with a list of Gramians, instead")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each line of the table")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args(argv)
+    names = list(WEIGHTINGS) if arguments.weightings == ["all"] else arguments.weightings
+    generator = torch.Generator().manual_seed(0)
+    inputs: list[tuple[str, list[Tensor]]]
+    if arguments.gramians:
+        inputs = [(arguments.gramians.name, [g.double() for g in torch.load(arguments.gramians)])]
+    else:
+        inputs = [(k, [gramian(k, m, generator) for _ in range(5)]) for m in arguments.sizes for k in arguments.kinds]
+    rows: list[dict[str, object]] = []
+    for name in names:
+        for kind, matrices in inputs:
+            for threads in arguments.threads:
+                torch.set_num_threads(threads)
+                m = len(matrices[0])
+                runs = contestants(name, m)
+                if getattr(runs["hf_jd"], "reads", "gramian") == "losses":
+                    continue
+                found = medians(runs, matrices, arguments.seconds, arguments.rounds)
+                ratio = found["torchjd"] / found["hf_jd"] if "torchjd" in found else None
+                rows.append({"weighting": name, "Gramians": kind, "m": m, "threads": threads}
+                            | {f"{label}, ms": found.get(label) for label in ("hf_jd", "torchjd", "quadprog")}
+                            | {"torchjd / hf_jd": ratio})  # fmt: skip
+                print(table(rows[-1:]).splitlines()[-1] if len(rows) > 1 else table(rows), flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1))
+    return 0
