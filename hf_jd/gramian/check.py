@@ -7,12 +7,13 @@ add up to the gradient and are still wrong.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from hf_jd.gramian.recording import Meeting, Recording
+from hf_jd.gramian.recording import Batch, Meeting, Recording
+from hf_jd.gramian.taps import Call, ModuleTap
 
 # How far apart the two sides may be: relative to the parameter's own gradient, and relative to the typical gradient of
 # the model, below which a parameter's gradient is rounding noise (a bias that softmax cancels) and proves nothing.
@@ -87,18 +88,27 @@ class Checker:
     def diagnose(
         self,
         recording: Recording,
-        suspects: set[nn.Parameter],
         lost: set[nn.Parameter],
+        leaking: set[nn.Module],
         names: Mapping[nn.Parameter, str],
     ) -> None:
         """Tells a model that mixes instances from parameters that only need another tier.
 
-        Where instances mix, everything before that point is wrong in every layout and by every method, and everything
-        after it is right. Raises ValueError that names the place.
+        Where instances mix, everything before that point is wrong in every layout and by every method, and the gradient
+        of one loss reaches the rows of other instances there; everything after it is right.
+
+        Args:
+            recording: The backward as it was first read.
+            lost: Parameters that no method but tier 3 gets right.
+            leaking: Modules at whose output the gradient of one loss reached rows of others (`LeakRecording`).
+            names: Of the parameters.
+
+        Raises:
+            ValueError: Instances mix; names the place.
         """
         forward = list(dict.fromkeys(meeting.site.module for meeting in reversed(recording.meetings)))
-        failing = {meeting.site.module for p in lost for meeting in recording.met.get(p, ())}
-        if not failing or all(isinstance(module, nn.Embedding) for module in failing):
+        failing = leaking & {meeting.site.module for p in lost for meeting in recording.met.get(p, ())}
+        if not failing:
             return
         last = max(i for i, module in enumerate(forward) if module in failing)
         before = {p for m in recording.meetings if m.site.module in forward[: last + 1] for p in m.targets.values()}
@@ -113,6 +123,34 @@ class Checker:
             "batch or in-batch negatives (take them out of the per-instance losses), statistics over the batch. "
             "To take the losses as they are, differentiate them one by one: Engine(..., batch_dim=None)."
         )
+
+
+class LeakRecording:
+    """A backward of one loss alone, in the place of a `Recording`: which modules does it reach through others' rows?
+
+    Args:
+        batch: The instances of the step.
+        objective: Whose loss it is.
+    """
+
+    busy = False
+
+    def __init__(self, batch: Batch, objective: int):
+        self.leaking: set[nn.Module] = set()
+        self._batch, self._objective = batch, objective
+
+    def record(
+        self, tap: ModuleTap, call: Call, inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor | None]
+    ) -> None:
+        """Looks at the rows of other instances. A table, or what repeats over the batch, says nothing of mixing."""
+        g = next((g for g in grad_outputs if g is not None), None)
+        if g is None or g.dim() < 2 or len(g) != self._batch.instances or isinstance(tap.module, nn.Embedding):
+            return
+        segments = self._batch.segments
+        own = torch.arange(len(g)) == self._objective if segments.ids is None else segments.ids == self._objective
+        others = ~(own.any(1) if own.dim() == 2 else own)
+        if bool(g[others.to(g.device)].any()):
+            self.leaking.add(tap.module)
 
 
 def _tolerance(parameter: nn.Parameter, meetings: Iterable[Meeting]) -> tuple[float, float]:

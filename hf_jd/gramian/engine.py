@@ -7,7 +7,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from hf_jd.gramian.check import Checker
+from hf_jd.gramian.check import Checker, LeakRecording
 from hf_jd.gramian.coverage import Coverage
 from hf_jd.gramian.jacobian import Jacobian
 from hf_jd.gramian.layouts import Segments
@@ -82,7 +82,7 @@ class Engine:
         self._coverage.scan()
 
     @property
-    def recording(self) -> Recording | None:
+    def recording(self) -> Recording | LeakRecording | None:
         """The backward under way, which taps report to."""
         return self._passes.recording
 

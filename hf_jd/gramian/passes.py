@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from hf_jd.gramian.check import Checker
+from hf_jd.gramian.check import Checker, LeakRecording
 from hf_jd.gramian.coverage import Coverage
 from hf_jd.gramian.fallback import individual_rows
 from hf_jd.gramian.graph import Differentiator, walk
@@ -14,6 +14,7 @@ from hf_jd.gramian.recording import Batch, Recording
 from hf_jd.gramian.rows import Rows
 
 ATTEMPTS = 12  # passes of one self-check: each one takes back a wrong decision of every parameter that has one left
+MIXING_TESTS = 32  # losses differentiated alone when instances are suspected to mix
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Passes:
     """
 
     def __init__(self, plan: Plan, coverage: Coverage, checker: Checker | None, sentinel: Tensor):
-        self.recording: Recording | None = None
+        self.recording: Recording | LeakRecording | None = None
         self._plan, self._coverage, self._checker, self._sentinel = plan, coverage, checker, sentinel
         self._reentrant: bool | None = None  # None: the graph was not looked at yet
         self._absent: set[nn.Parameter] = set()
@@ -145,9 +146,23 @@ class Passes:
         else:
             self._plan.individual |= wrong
             recording = self._record(losses, differentiator, first.batch, first.materialise, first.gramian_only, probe)
-        checker.diagnose(first, suspects, {p for p in suspects if p not in recording.probed}, self._coverage.names)
+        lost = suspects & (self._plan.individual | recording.unmapped)
+        if lost:
+            checker.diagnose(first, lost, self._leaking(losses, differentiator, first.batch), self._coverage.names)
         checker.approve(recording, expected)
         return recording
+
+    def _leaking(self, losses: Tensor, differentiator: Differentiator, batch: Batch) -> set[nn.Module]:
+        """The modules at which the gradient of one loss reaches rows of other instances."""
+        found: set[nn.Module] = set()
+        for objective, loss in enumerate(losses[:MIXING_TESTS]):
+            self.recording = LeakRecording(batch, objective)
+            try:
+                differentiator.gradients(loss, [self._sentinel])
+            finally:
+                found |= self.recording.leaking
+                self.recording = None
+        return found
 
     def _complete(
         self, losses: Tensor, differentiator: Differentiator, recording: Recording, reached: set[nn.Parameter]
