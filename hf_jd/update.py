@@ -76,6 +76,10 @@ class Update:
         self.model = model
         self.batches = batches
         self.num_items = num_items
+        self.alone = self.jd.jd_scope == "micro_batch"
+        self.micro_batches = trainer.current_gradient_accumulation_steps if self.alone else len(batches)
+        # How many updates like this one are averaged, unless the losses already hold their share of the whole.
+        self.parts = self.micro_batches * process_count() if self.alone else 1
         self.kind = OBJECTIVES[self.jd.jd_objectives]
         self.present = self._present_groups()
         scaler = trainer.accelerator.scaler
@@ -96,10 +100,9 @@ class Update:
         gramian = rows.gramian() / self.scale**2
         usable = objectives.usable(gramian)
         factors = objectives.factors(usable)
-        broken = add_over_processes(torch.stack([r.broken for r in recorded]).sum())
-        broken += (~usable[objectives.counts > 0]).sum()
-        self.trainer.jd_metrics.add({"jd/non_finite": broken.double()})
-        weights = self._weigh(gramian, objectives, usable, factors) * factors
+        share = 1 if objectives.normalised else 1 / self.parts
+        broken = self._count_broken(recorded, objectives, usable)
+        weights = self._weigh(gramian, objectives, usable, factors) * factors * share
         if self.trainer.accelerator.scaler is not None and broken:
             # An overflow has to stay in `.grad`: GradScaler then skips the step and lowers its scale.
             accumulate({p: torch.full_like(p, torch.inf) for p in self.trainer.trainable()})
@@ -108,8 +111,16 @@ class Update:
             accumulate(rows.weighted_sum(weights, usable))
         else:
             self._second_pass(recorded, weights[rows.mine], usable[rows.mine])
-        mean = (factors / usable.sum().clamp(min=1))[rows.mine] * own[:, 0]
+        mean = (factors * share / usable.sum().clamp(min=1))[rows.mine] * own[:, 0]
         return mean[usable[rows.mine]].sum().to(self.trainer.args.device) * process_count()
+
+    def _count_broken(self, recorded: list[_Recorded], objectives: Objectives, usable: Tensor) -> Tensor:
+        """How many instances and objectives are left out because they aren't finite; the same on all processes."""
+        instances = torch.stack([r.broken for r in recorded]).sum()
+        rows = (objectives.counts > 0).logical_and(~usable).sum()
+        broken = add_over_processes(instances + rows) if self.alone else add_over_processes(instances) + rows
+        self.trainer.jd_metrics.add({"jd/non_finite": broken.double()})
+        return broken
 
     def _present_groups(self) -> Tensor | None:
         """The sorted ids [K] of the groups that are weighed together; None without a group column."""
@@ -127,7 +138,7 @@ class Update:
                     f"{', '.join(f'`{name}`' for name in self.trainer.jd_group_names or [])}."
                 )
         ids = torch.cat([batch[GROUP_KEY] for batch in self.batches]).to(self.trainer.args.device).unique()
-        return ids if self.jd.jd_scope == "micro_batch" else gather_uneven(ids)[0].unique()
+        return ids if self.alone else gather_uneven(ids)[0].unique()
 
     def _rows_fit(self) -> bool:
         """Whether rows are kept as they are, or as the layers' inputs and gradients where those are smaller."""
@@ -152,7 +163,7 @@ class Update:
                 f"There are losses of {len(losses)} rows for {len(groups)} examples, so no row's group is known: use a "
                 "collator that pads instead of packing."
             )
-        denominator = self.trainer.denominator(losses, counted, self.num_items, len(self.batches))
+        denominator = self.trainer.denominator(losses, counted, self.num_items, self.micro_batches)
         return self.kind.split(losses, counted, groups, groups if self.present is None else self.present, denominator)
 
     def _record(self, batch: Mapping[str, Any]) -> _Recorded:
@@ -185,7 +196,7 @@ class Update:
         else:
             table = torch.cat(tables)
             jacobian = Jacobian.cat(jacobians) if jacobians else None
-        rows = OwnRows if self.jd.jd_scope == "micro_batch" else AddedRows if self.kind.shared else GatheredRows
+        rows = OwnRows if self.alone else AddedRows if self.kind.shared else GatheredRows
         return table, rows(jacobian, self.trainer.trainable())
 
     def _weigh(self, gramian: Tensor, objectives: Objectives, usable: Tensor, factors: Tensor) -> Tensor:

