@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +15,21 @@ CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 class Parser(HfArgumentParser):
-    """Transformers' parser, which says in one sentence what is wrong."""
+    """Transformers' parser, which says in one sentence what is wrong.
+
+    Args:
+        prepare: Changes the flags, by name, before dataclasses are made of them: where one stands for another.
+    """
+
+    def __init__(self, *args: Any, prepare: Callable[[dict[str, Any]], None], **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._prepare = prepare
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parses the flags, and prepares them; see argparse."""
+        found, unknown = super().parse_known_args(args, namespace)
+        self._prepare(vars(found))
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         """Raises a ValueError instead of printing hundreds of flags and leaving.

@@ -50,20 +50,23 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, RunArgume
         usage="%(prog)s [FILE.yaml] [--flag value ...]",
         description="Fine-tune a causal language model with Jacobian descent. The file holds flags as `name: value`.",
         allow_abbrev=False,
+        prepare=_prepare,
     )
     model, data, run, training = parser.parse(argv)
-    if training.output_dir is None:
-        raise ValueError("--output_dir is missing: where is the model to be saved?")
-    if not data.train_file and not data.dataset_name:
-        data.task_column = data.task_column or training.jd_group_column or EXAMPLE_TASK_COLUMN
-    data.task_column = data.task_column or training.jd_group_column
-    training.jd_group_column = training.jd_group_column or data.task_column
-    if data.task_column != training.jd_group_column:
-        raise ValueError(
-            f"--task_column is `{data.task_column}` and --jd_group_column is `{training.jd_group_column}`: they mean "
-            "the same, so give one of them."
-        )
     return model, data, run, training
+
+
+def _prepare(flags: dict[str, Any]) -> None:
+    """Makes one of --task_column and --jd_group_column, which each stand for the other."""
+    if flags["output_dir"] is None:
+        raise ValueError("--output_dir is missing: where is the model to be saved?")
+    task, group = flags["task_column"], flags["jd_group_column"]
+    if task and group and task != group:
+        raise ValueError(
+            f"--task_column is `{task}` and --jd_group_column is `{group}`: they mean the same, so give one of them."
+        )
+    embedded = not flags["train_file"] and not flags["dataset_name"]
+    flags["task_column"] = flags["jd_group_column"] = task or group or (EXAMPLE_TASK_COLUMN if embedded else None)
 
 
 def finetune(model: ModelArguments, data: DataArguments, run: RunArguments, training: JDTrainingArguments) -> Results:

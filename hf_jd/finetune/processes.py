@@ -1,0 +1,76 @@
+"""Commands -> runs in processes, some at a time."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+_SECONDS_BETWEEN_LOOKS = 0.2
+USER_ERROR = 2
+"""The exit code of what a user can mend."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Attributes:
+        name: What people call it.
+        command: What is run.
+        log: Where all that it prints is written.
+    """
+
+    name: str
+    command: Sequence[str]
+    log: Path
+
+
+def run_jobs(jobs: Sequence[Job], processes: int, environment: Mapping[str, str]) -> None:
+    """Runs all jobs, `processes` at a time, in their order, and prints when each is done.
+
+    Raises:
+        ValueError: A run ended with what the user can mend; the message is the run's own.
+        RuntimeError: A run failed otherwise.
+    """
+    waiting = list(jobs)
+    running: list[tuple[Job, subprocess.Popen, float]] = []
+    done = 0
+    try:
+        while waiting or running:
+            while waiting and len(running) < max(1, processes):
+                running.append(_start(waiting.pop(0), environment))
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            for entry in [entry for entry in running if entry[1].poll() is not None]:
+                running.remove(entry)
+                job, process, start = entry
+                if process.returncode != 0:
+                    raise _failure(job, process.returncode)
+                done += 1
+                print(f"[{done}/{len(jobs)}] {job.name}: {time.monotonic() - start:.0f} s", flush=True)
+    finally:
+        for _, process, _ in running:
+            process.kill()
+            process.wait()
+
+
+def _start(job: Job, environment: Mapping[str, str]) -> tuple[Job, subprocess.Popen, float]:
+    with job.log.open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            job.command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", **environment},
+        )
+    return job, process, time.monotonic()
+
+
+def _failure(job: Job, code: int) -> Exception:
+    lines = job.log.read_text("utf-8", errors="replace").strip().splitlines()
+    if code == USER_ERROR and lines:
+        return ValueError(f"{job.name}: {lines[-1].partition('error: ')[2] or lines[-1]}")
+    return RuntimeError(f"The run {job.name!r} failed with exit code {code}: see {job.log}\n" + "\n".join(lines[-20:]))
