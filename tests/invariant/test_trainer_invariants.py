@@ -55,6 +55,8 @@ def test_mean_is_trainer(name, accumulation, kind, tmp_path, jacobians):
         {"max_grad_norm": 0.0},
         {"torch_empty_cache_steps": 1},
         {"neftune_noise_alpha": 5.0},
+        {"include_num_input_tokens_seen": "non_padding"},
+        {"activation_checkpointing": True},
         {"jd_scope": "micro_batch"},
         {"jd_backward": "two_pass"},
     ],
@@ -91,6 +93,14 @@ def test_mean_is_trainer_where_the_model_takes_no_token_count(kind, scope, tmp_p
     # A mean of float32 losses and a sum of quotients round differently.
     assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
     assert relative(logged(ours, "loss"), logged(theirs, "loss")) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mean_is_trainer_in_bfloat16(kind, tmp_path):
+    theirs = stock(lora("llama").float(), tmp_path, bf16=True)
+    ours = run(lora("llama").float(), arguments(tmp_path, jd_weighting="mean", bf16=True, **KINDS[kind]))
+    assert relative(flat(ours.model), flat(theirs.model)) < 1e-3
+    assert relative(flat(theirs.model), flat(lora("llama").float())) > 1e-2
 
 
 class Stream(torch.utils.data.IterableDataset):
