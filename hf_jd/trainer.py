@@ -8,6 +8,7 @@ optimizer, schedule, logging, evaluation and checkpoints remain Trainer's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,10 @@ from hf_jd.gramian import Engine
 from hf_jd.losses import LOSSES, check_mean, loss_kind
 from hf_jd.metrics import Averages
 from hf_jd.update import JDState, Update
+from hf_jd.weighting import Stateful
+
+WEIGHTING_FILE = "jd_weighting.pt"
+"""What a weighting remembers of past steps, in each checkpoint."""
 
 _Host = Trainer if TYPE_CHECKING else object
 
@@ -107,6 +112,8 @@ class JDTrainerMixin(_Host):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains, after a look at what can't work; see Trainer."""
         self._check_setup()
+        if isinstance(self.weighting, Stateful):
+            self.weighting.reset()
         self.engine()  # Hooks must be there before anything compiles the model.
         return super().train(*args, **kwargs)
 
@@ -144,6 +151,17 @@ class JDTrainerMixin(_Host):
         if "loss" in logs or "train_loss" in logs:
             logs.update(self.jd_metrics.take())
         super().log(logs, *args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if isinstance(self.weighting, Stateful) and self.args.should_save:
+            torch.save(self.weighting.state_dict(), Path(output_dir) / WEIGHTING_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        file = None if checkpoint is None else Path(checkpoint) / WEIGHTING_FILE
+        if isinstance(self.weighting, Stateful) and file is not None and file.is_file():
+            self.weighting.load_state_dict(torch.load(file))
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

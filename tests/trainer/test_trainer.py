@@ -277,13 +277,16 @@ def test_the_state_of_the_last_step_is_there_for_callbacks(tmp_path):
     assert len({id(state) for state in states}) == 4
 
 
-def test_resuming_gives_the_same_parameters(tmp_path):
-    whole = run(lora("gpt2", dropout=0.1), arguments(tmp_path / "a", max_steps=6, **TASK))
-    settings = {"save_strategy": "steps", "save_steps": 3, **TASK}
-    run(lora("gpt2", dropout=0.1), arguments(tmp_path / "b", max_steps=6, **settings))
+@pytest.mark.parametrize("weighting", ["upgrad", "gradvac", "dwa"])
+def test_resuming_gives_the_same_parameters(weighting, tmp_path):
+    # The last two remember past steps and draw random numbers, or read losses.
+    flags = {"max_steps": 6, "per_device_train_batch_size": 4, "jd_weighting": weighting, **TASK}
+    saving = {"save_strategy": "steps", "save_steps": 3, **flags}
+    whole = run(lora("gpt2", dropout=0.1), arguments(tmp_path / "a", **flags))
+    run(lora("gpt2", dropout=0.1), arguments(tmp_path / "b", **saving))
     resumed = JDTrainer(
         lora("gpt2", dropout=0.1),
-        arguments(tmp_path / "b", max_steps=6, **settings),
+        arguments(tmp_path / "b", **saving),
         train_dataset=examples(),
         data_collator=collate,
     )
