@@ -1,0 +1,309 @@
+"""Writes docs/weightings.md and its pictures from `WEIGHTINGS`: `python scripts/build_weightings_doc.py`.
+
+What a class's docstring says is taken from there. `FACTS` and the prose below hold only what compares methods. A test
+checks that the page is the one this script would write.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hf_jd.weighting import WEIGHTINGS, Stateful, Weighting, build_weighting
+
+DOCS = Path(__file__).parents[1] / "docs"
+PICTURES = "images/weightings"
+
+# For each method: what is proved of the update, and the cost of the weights besides the Gramian's.
+FACTS: dict[str, tuple[str, str]] = {
+    "upgrad": ("non-conflicting; linear under scaling; the mean without conflict", "m problems, m² to m³ each"),
+    "dualproj": ("non-conflicting; nearest to the mean; the mean without conflict", "one problem, m² to m³"),
+    "mgda": ("non-conflicting; 0 where Pareto stationary", "m³, a few times"),
+    "cagrad": ("best worst objective within c of the mean; non-conflicting for c ≥ 1", "m³, a few times"),
+    "aligned_mtl": ("condition number 1", "m³"),
+    "imtl_g": ("equal projections on all rows", "m³"),
+    "config": ("equal cosines with all rows; non-conflicting for independent rows", "m³"),
+    "nash_mtl": ("every row makes progress, or w = 0; invariant to each row's scale", "m³, ten times"),
+    "fairgrad": ("every row makes progress, or w = 0", "m³, ten times"),
+    "pcgrad": ("non-conflicting for m = 2 only", "m³"),
+    "gradvac": ("none for one step", "m³"),
+    "pcd": ("the other objectives' progress, where possible", "one problem, m² to m³"),
+    "cr_mogm": ("those of an average of updates' weights", "the other's"),
+    "krum": ("robust to `n_byzantine` corrupt rows", "m²"),
+    "random": ("none", "m"),
+    "constant": ("none", "m"),
+    "mean": ("the stock step", "m"),
+    "sum": ("m times the stock step", "m"),
+    "uncertainty": ("none", "m"),
+    "dwa": ("none", "m"),
+    "rlw": ("none", "m"),
+    "stch": ("follows the largest loss as mu goes to 0", "m"),
+    "group_dro": ("follows the worst mixture of groups", "m"),
+}
+
+INTRODUCTION = """\
+# Weightings
+
+*This page is written by `scripts/build_weightings_doc.py` from the list `WEIGHTINGS` and its classes; change those.*
+
+A weighting turns the Gramian G = J Jᵀ [m, m] of a step's objectives into weights w [m]; the update is Jᵀ w. Choose one
+with `--jd_weighting NAME`, or in Python:
+
+```python
+from hf_jd.weighting import UPGradWeighting, build_weighting
+
+weights = UPGradWeighting()(gramian)  # [m], dtype and device of the Gramian
+weighting = build_weighting("cagrad", c=0.4)
+```
+
+Any callable G → w is a weighting, so an own function, or one of TorchJD's objects, will do as well. Below, gᵢ is row
+i of J, p the preference vector (1/m each by default), and an update d *conflicts* with row i if ⟨gᵢ, d⟩ < 0.
+
+## Which one, when
+
+| You want | Take |
+|---|---|
+| no objective sacrificed, and the stock step wherever there is no conflict | `upgrad` |
+| the same, but as near to the mean as can be, at a fraction of the cost for many objectives | `dualproj` |
+| a Pareto stationary point, however slowly: the shortest row decides | `mgda` |
+| a compromise that one number sets, between the mean and the worst objective | `cagrad` |
+| objectives whose gradients differ in size by orders of magnitude, all to count the same | `nash_mtl`, `config` |
+| one objective before all others, which are still to make progress | `pcd` |
+| robustness to a few corrupt objectives | `krum` |
+| less noise in the weights, with any of these | `cr_mogm` around it |
+| a fair baseline | `mean` (the same losses, the same code), `random` |
+| a baseline that needs no Gramian, at the cost of the stock step | `uncertainty`, `dwa`, `rlw`, `stch`, `group_dro` |
+
+Do not take `pcgrad`, `gradvac` or `aligned_mtl` for a guarantee: from three objectives on their updates may conflict
+with rows, as the second picture shows for `pcgrad`. `imtl_g` may even go against all of them.
+"""
+
+PICTURE_TEXT = """\
+## What they do, in pictures
+
+Two rows (black) that conflict, the first three times as long as the second. Shaded: the dual cone, the directions
+that conflict with neither. Red: a method's update (shortened where it would leave the picture). In its first step
+`gradvac` is `pcgrad`.
+
+![Updates of two conflicting rows]({pictures}/two.png)
+
+Three rows in space: directions on a map (a central projection of the sphere). The shaded triangle is the dual cone; an
+update that has crossed a side conflicts with that side's row. Lengths are not shown.
+
+![Directions of the updates of three rows]({pictures}/three.png)
+"""
+
+DEPARTURES = """\
+## Numerics
+
+All is computed in float64, whatever the Gramian's dtype. Rows are scaled to unit length before any decision, so every
+tolerance is a cosine: multiplying all losses by 1e-8, or one row by 1e6, changes no decision, and there are no
+`norm_eps` or `reg_eps` to set. Every projection is verified by its optimality conditions (to 1e-10, as a cosine),
+goes to another solver if it fails, and ends in an error that shows the eigenvalues if all do. Where rows are
+dependent, many weights give one update, and the ones of minimum norm (each measured in lengths of its row) are
+returned: the weights are a function of G, and follow a permutation of the objectives. Negative eigenvalues that a
+Gramian of low precision has are set to 0, and so are positive ones of the same size.
+
+## Where TorchJD 0.18 gives something else
+
+Each has a test in `tests/weighting/test_torchjd.py`. Otherwise the results agree.
+
+- **UPGrad, DualProj**: TorchJD divides G by its trace and adds 1e-4 to the diagonal, so that short rows may be stepped
+  against; a Gramian of trace below 1e-4 counts as zero, and the mean is returned, conflicting or not. Here the
+  projection is exact at any scale.
+- **MGDA**: TorchJD stops after 100 steps of the Frank-Wolfe method. Here it is the shortest vector.
+- **CAGrad**: TorchJD's `norm_eps` takes small Gramians for zero, and short mixtures for Pareto stationary ones. Here
+  the problem is solved exactly. A zero row, which no update can serve, is left out instead of stopping the step.
+- **Krum**: the paper's score sums *squared* distances; TorchJD's sums distances.
+- **IMTL-G**: TorchJD compares the sum of v, which has a unit, with 1e-12, and gives zero weights to long rows.
+- **Nash-MTL**: TorchJD solves for G divided by its Frobenius norm, approximately, and does not scale back, so that
+  before `max_norm` its updates are longer than the paper's by the root of that norm. Here G w = 1/w is solved exactly;
+  `n_tasks` and `optim_niter` have nothing left to set, and objectives may come and go.
+- **GradVac, PCD**: no epsilon. PCD's primary objective may be named, and the moving averages of both follow names.
+- **PCGrad, GradVac, Random**: the random orders and weights come from a generator with a seed of its own.
+- **DWA**: a window of steps stands for the paper's epoch.
+- **Uncertainty**: the log-variances are learnt by the weighting itself, by implicit gradient descent, as the model's
+  optimizer does not know them.
+
+## What is not here
+
+They need more than G, or than losses at one point:
+
+- **GradDrop, TrimmedMean** decide for each parameter by itself, by the signs or the order of its m gradients: no
+  weights.
+- **GradNorm** takes gradients at a chosen layer and learns its weights by differentiating those gradients' norms.
+- **ExcessMTL** keeps squared gradients of every parameter for every objective, m n numbers.
+- **FAMO** needs the losses of the same batch again after the step: a second forward.
+- **MoDo, SDMGrad** multiply Jacobians of two or three independent batches.
+- **IMTL-L** learns loss scales with the model's optimizer; `uncertainty` is close to it.
+"""
+
+
+def page() -> str:
+    """Returns the text of docs/weightings.md."""
+    parts = [
+        INTRODUCTION,
+        PICTURE_TEXT.format(pictures=PICTURES),
+        "## All of them\n",
+        _table(),
+        "",
+        "## Each of them\n",
+    ]
+    parts += [_section(name, cls) for name, cls in WEIGHTINGS.items()]
+    return "\n".join([*parts, DEPARTURES])
+
+
+def _table() -> str:
+    lines = ["| name | reads | remembers | what it guarantees | cost | parameters |", "|---|---|---|---|---|---|"]
+    for name, cls in WEIGHTINGS.items():
+        reads = "another's" if name == "cr_mogm" else _build(name, 3).reads
+        parameters = ", ".join(f"`{p}`" for p in inspect.signature(cls).parameters)
+        remembers = "yes" if issubclass(cls, Stateful) else ""
+        guarantee, cost = FACTS[name]
+        lines.append(f"| [`{name}`](#{name}) | {reads} | {remembers} | {guarantee} | {cost} | {parameters} |")
+    return "\n".join(lines)
+
+
+def _section(name: str, cls: type[Weighting]) -> str:
+    text = inspect.cleandoc(cls.__doc__ or "")
+    body, _, references = text.partition("References:\n")
+    body, _, attributes = body.partition("Attributes:\n")
+    lines = [f"### {name}\n", f"`{cls.__name__}`. {_escaped(body.strip())}\n"]
+    weights = inspect.cleandoc(cls.weigh.__doc__ or "").split("\n")[0]
+    lines.append(f"Weights: {weights[0].lower()}{_escaped(weights[1:])}\n")
+    documented = dict(_items(_inherited_attributes(cls)) + _items(attributes))
+    for parameter in inspect.signature(cls).parameters.values():
+        required = parameter.default is parameter.empty
+        default = "required" if required else f"default `{parameter.default!r}`"
+        lines.append(f"- `{parameter.name}` ({default}): {_escaped(documented[parameter.name])}")
+    if inspect.signature(cls).parameters:
+        lines.append("")
+    if references:
+        lines.append(f"*{' '.join(references.split())}*\n")
+    return "\n".join(lines)
+
+
+def _inherited_attributes(cls: type[Weighting]) -> str:
+    docs = [inspect.cleandoc(base.__doc__ or "") for base in cls.__mro__[1:] if issubclass(base, Weighting)]
+    return "\n".join(doc.partition("Attributes:\n")[2].partition("References:\n")[0] for doc in docs)
+
+
+def _items(attributes: str) -> list[tuple[str, str]]:
+    """Splits an Attributes section; of the same name the first comes last, and so counts in a dict."""
+    found = re.findall(r"^ *(\w+): (.*(?:\n {8}.*)*)", attributes, flags=re.M)
+    return [(name, " ".join(text.split())) for name, text in reversed(found)]
+
+
+def _escaped(text: str) -> str:
+    """Escapes what markdown would take for itself; indented lines are formulas, which it leaves alone."""
+    lines = text.split("\n")
+    return "\n".join(line if line.startswith("    ") else _escaped_line(line) for line in lines)
+
+
+def _escaped_line(line: str) -> str:
+    pieces = line.split("`")  # every second one is code
+    return "`".join(piece if i % 2 else re.sub(r"([<*])", r"\\\1", piece) for i, piece in enumerate(pieces))
+
+
+def _build(name: str, m: int) -> Weighting:
+    return build_weighting(name, **({"weights": [1.0] * m} if name == "constant" else {}))
+
+
+def _drawn(m: int) -> list[str]:
+    """The methods worth drawing: those that read the Gramian and have a direction of their own."""
+    skipped = {"cr_mogm", "random", "constant", "sum", "gradvac"} | ({"krum"} if m < 4 else set())
+    return [name for name in WEIGHTINGS if name not in skipped and _build(name, m).reads == "gramian"]
+
+
+def draw_two(path: Path) -> None:
+    """Draws each method's update of two conflicting rows, a panel a method."""
+    from matplotlib import pyplot as plt
+
+    rows = torch.tensor([[3.0, 0.6], [-0.62, 0.78]], dtype=torch.float64)
+    names = _drawn(2)
+    figure, axes = plt.subplots(3, 4, figsize=(10, 5.6), sharex=True, sharey=True)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, name in zip(axes.flat, names, strict=False):
+        cone = torch.stack([_orthogonal(rows[0], rows[1]), _orthogonal(rows[1], rows[0])])
+        corners = [[0.0, 0.0], *(9 * cone).tolist()]
+        axis.fill(*zip(*corners, strict=True), color="#dce9f5", lw=0)
+        for row in rows:
+            _arrow(axis, row, "black")
+        update = rows.T @ _build(name, 2)(rows @ rows.T)
+        _arrow(axis, update * min(1.0, 3 / update.norm().item()), "#d62728")
+        axis.set(xlim=(-1.3, 3.3), ylim=(-0.3, 2.6), aspect="equal", title=name)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def _orthogonal(row: Tensor, other: Tensor) -> Tensor:
+    """The unit vector orthogonal to the row, on the side of the other: a side of the dual cone in the plane."""
+    side = torch.stack([-row[1], row[0]]) / row.norm()
+    return side if side @ other > 0 else -side
+
+
+def _arrow(axis: object, vector: Tensor, color: str) -> None:
+    x, y = vector.tolist()
+    axis.annotate("", (x, y), (0, 0), arrowprops={"arrowstyle": "-|>", "color": color, "lw": 1.8})  # ty: ignore
+
+
+def draw_three(path: Path) -> None:
+    """Draws the directions of all methods' updates of three rows on one map (a central projection of the sphere)."""
+    from matplotlib import pyplot as plt
+
+    rows = torch.tensor([[-2.08, 1.93, -2.07], [2.89, 1.14, 0.43], [-0.21, -0.04, 0.54]], dtype=torch.float64)
+    corners = torch.linalg.inv(rows).T
+    corners /= corners.norm(dim=1, keepdim=True)
+    centre = corners.sum(dim=0) / corners.sum(dim=0).norm()
+    right = torch.linalg.cross(torch.tensor([0.0, 1, 0], dtype=torch.float64), centre)
+    right /= right.norm()
+    up = torch.linalg.cross(centre, right)
+
+    def place(direction: Tensor) -> tuple[float, float]:
+        scale = direction @ centre
+        return (direction @ right / scale).item(), (direction @ up / scale).item()
+
+    figure, axis = plt.subplots(figsize=(8.6, 6))
+    axis.fill(*zip(*[place(c) for c in corners], strict=True), color="#dce9f5", lw=1, ec="#7aa6cf")
+    middle = torch.tensor([place(c) for c in corners]).mean(dim=0)
+    for i in range(3):
+        side = torch.tensor([place(c) for j, c in enumerate(corners) if j != i]).mean(dim=0)
+        outside = side + 0.13 * (side - middle) / (side - middle).norm()
+        axis.annotate(f"against g{i + 1}", tuple(outside.tolist()), ha="center", va="center", color="#3b6ea5")
+    axis.margins(0.25, 0.08)
+    colors = plt.get_cmap("tab20").colors  # ty: ignore
+    for i, name in enumerate(_drawn(3)):
+        position = place(rows.T @ _build(name, 3)(rows @ rows.T))
+        marker = "osD^vP*Xph<>d"[i % 13]
+        axis.plot(*position, marker, color=colors[2 * i % 20], ms=9, mec="black", mew=0.5, label=name, ls="none")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axis.set_aspect("equal")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Writes the page and its pictures."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.parse_args()
+    import matplotlib
+
+    matplotlib.use("Agg")
+    (DOCS / PICTURES).mkdir(parents=True, exist_ok=True)
+    (DOCS / "weightings.md").write_text(page())
+    draw_two(DOCS / PICTURES / "two.png")
+    draw_three(DOCS / PICTURES / "three.png")
+
+
+if __name__ == "__main__":
+    main()
