@@ -1,0 +1,261 @@
+"""Brute force: one backward an objective, and the comparison of an engine with it, parameter by parameter."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from hf_jd.gramian import Engine, Jacobian
+
+EXACT, SINGLE = 1e-8, 3e-6  # relative; the second where a layer computes in float32 by itself
+TIER_3 = ".*Freeze them if they matter little.*"
+
+Rows = dict[nn.Parameter, Tensor | None]
+
+
+def brute_rows(losses: Tensor, parameters: Sequence[nn.Parameter]) -> Rows:
+    """d loss / d parameter, one plain backward an objective; `.grad` is put back.
+
+    Args:
+        losses: Of any shape; rows follow `losses.flatten()`.
+        parameters: Those wanted; one that no loss depends on gets None.
+    """
+    saved = {p: p.grad for p in parameters}
+    collected: dict[nn.Parameter, list[Tensor | None]] = {p: [] for p in parameters}
+    for loss in losses.flatten():
+        for p in parameters:
+            p.grad = None
+        loss.backward(retain_graph=True)
+        for p in parameters:
+            gradient = None if p.grad is None else p.grad.detach().clone()
+            collected[p].append(gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient)
+    for p, gradient in saved.items():
+        p.grad = gradient
+    rows: Rows = {}
+    for p, column in collected.items():
+        used = any(g is not None for g in column)
+        rows[p] = torch.stack([torch.zeros_like(p) if g is None else g for g in column]).flatten(1) if used else None
+    return rows
+
+
+def brute_gramian(rows: Rows, shape: Sequence[int]) -> Tensor:
+    """The generalised Gramian, shape + reversed(shape), of rows in the order of `losses.flatten()`."""
+    total = sum(r.double() @ r.double().T for r in rows.values() if r is not None)
+    n = len(shape)
+    return total.view(*shape, *shape).permute(*range(n), *reversed(range(n, 2 * n)))
+
+
+def brute_update(rows: Rows, weights: Tensor) -> Rows:
+    """J^T w by parameter, shaped like it."""
+    flat = weights.flatten()
+    return {p: None if r is None else (flat.to(r) @ r).view(p.shape) for p, r in rows.items()}
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """Norm of the difference, relative to the larger of the norms."""
+    ours, theirs = ours.double(), theirs.double()
+    scale = max(float(ours.norm()), float(theirs.norm()))
+    return float((ours - theirs).norm()) / scale if scale else 0.0
+
+
+def wrong_parameters(
+    names: dict[nn.Parameter, str], ours: Rows, theirs: Rows, tolerance: float, scale: Rows | None = None
+) -> list[str]:
+    """One line a wrong parameter: its name, shape and error.
+
+    An error counts relative to the parameter's own rows (`scale`: also where they cancel in an update), or, where those
+    are rounding noise (the bias of a key, which softmax cancels), to 1e-5 of the largest parameter's.
+    """
+    scale = theirs if scale is None else scale
+    largest = max((float(t.norm()) for t in scale.values() if t is not None), default=0.0)
+    found = []
+    for p, name in names.items():
+        mine, other = ours.get(p), theirs.get(p)
+        if mine is None and other is None:
+            continue
+        mine = torch.zeros_like(other) if mine is None else mine
+        other = torch.zeros_like(mine) if other is None else other
+        error = float((mine.double() - other.double()).norm())
+        own = float(other.norm()) if scale.get(p) is None else float(scale[p].norm())
+        if not error <= tolerance * max(own, 1e-5 * largest):
+            found.append(f"{name} {list(p.shape)}: error {error:.1e} of {float(other.norm()):.1e}")
+    return found
+
+
+class SinglePrecision(TorchFunctionMode):
+    """Sees whether a forward computes in less than float64 on the way to its outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self.seen:
+            leaves = [result] if isinstance(result, Tensor) else pytree.tree_leaves(result)
+            for leaf in leaves:
+                if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point():
+                    self.seen = self.seen or leaf.dtype != torch.float64
+        return result
+
+
+def trainable(*modules: nn.Module) -> dict[nn.Parameter, str]:
+    """Trainable parameters and their names."""
+    names: dict[nn.Parameter, str] = {}
+    for module in modules:
+        for name, p in module.named_parameters():
+            if p.requires_grad:
+                names.setdefault(p, name)
+    return names
+
+
+def perturb(parameters: Iterable[nn.Parameter], size: float = 0.05) -> None:
+    """A step of some optimizer: every parameter moves, zeros too."""
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(size * torch.randn_like(p))
+
+
+def jacobian_rows(jacobian: Jacobian, losses: Tensor, batch_dim: int | None = 0) -> Rows:
+    """The engine's rows, in the order of `losses.flatten()`."""
+    used = set(jacobian.used)
+    rows: Rows = {p: jacobian.rows(p) if p in used else None for p in jacobian.parameters}
+    if batch_dim == 0 and losses.dim() > 1:
+        order = torch.arange(losses.numel()).view(losses[0].numel(), len(losses)).T.flatten()
+        rows = {p: None if r is None else r[order] for p, r in rows.items()}
+    return rows
+
+
+def check_step(
+    engine: Engine,
+    names: dict[nn.Parameter, str],
+    losses: Tensor,
+    segments: Tensor | None = None,
+    tolerance: float = EXACT,
+    keep_rows: Sequence[bool | str | int] = (True, False),
+    expected: Rows | None = None,
+) -> list[str]:
+    """What is wrong in one step of an engine, one line each: rows, Gramian, update; in each mode.
+
+    Args:
+        engine: The engine.
+        names: The parameters that count.
+        losses: With their graph.
+        segments: For the engine.
+        tolerance: Relative.
+        keep_rows: The modes to go through.
+        expected: Rows known otherwise; else brute force on the same graph.
+    """
+    expected = brute_rows(losses, list(names)) if expected is None else expected
+    found = []
+    jacobian = engine.compute_jacobian(losses, segments)
+    found += [f"rows: {w}" for w in wrong_parameters(names, jacobian_rows(jacobian, losses), expected, tolerance)]
+    factors = engine.compute_jacobian(losses, segments, materialise=False)
+    found += [f"factors: {w}" for w in wrong_parameters(names, jacobian_rows(factors, losses), expected, tolerance)]
+    gramian = brute_gramian(expected, losses.shape)
+    flat = factors.gramian()
+    if relative(flat, jacobian.gramian()) > tolerance:
+        found.append(f"Gramian of factors: error {relative(flat, jacobian.gramian()):.1e}")
+    configured = engine.keep_rows
+    for mode in keep_rows:
+        engine.keep_rows = mode
+        weights = torch.rand(losses.shape, dtype=torch.float64) + 0.5
+        ours = engine.compute_gramian(losses, segments)
+        if ours.shape != gramian.shape:
+            found.append(f"keep_rows={mode}: Gramian of shape {list(ours.shape)}, not {list(gramian.shape)}")
+        elif not relative(ours, gramian) <= tolerance:
+            found.append(f"keep_rows={mode}: Gramian's error {relative(ours, gramian):.1e}")
+        if len(losses) > 1 and not found and not float(gramian.norm()) > 0:
+            found.append("the Gramian is zero: the case proves nothing")
+        for i, p in enumerate(names):  # Some have a gradient before, some have none.
+            p.grad = torch.ones_like(p) if i % 2 else None
+        engine.accumulate_grad(weights.to(losses))
+        update = brute_update(expected, weights.to(losses))
+        mine: Rows = {p: p.grad if not i % 2 else p.grad - 1 for i, p in enumerate(names)}
+        update = {p: torch.zeros_like(p) if u is None and i % 2 else u for i, (p, u) in enumerate(update.items())}
+        found += [f"keep_rows={mode}: update: {w}" for w in wrong_parameters(names, mine, update, tolerance, expected)]
+        for p in names:
+            p.grad = None
+    engine.keep_rows = configured
+    return found
+
+
+def assert_engine_right(
+    modules: nn.Module | Sequence[nn.Module],
+    losses_fn: Callable[[int], Tensor],
+    *,
+    steps: int = 2,
+    segments: Callable[[int], Tensor] | None = None,
+    tolerance: float | None = None,
+    engine: Engine | None = None,
+    keep_rows: Sequence[bool | str | int] = (True, False),
+    own_graph: bool = True,
+    **options: Any,
+) -> dict[str, int]:
+    """Runs an engine for some steps and compares all it says with brute force.
+
+    Args:
+        modules: What the engine is made for.
+        losses_fn: The losses of a step, from a forward of its own. Called once before the engine exists, for the rows
+            of the first step, after the same seed.
+        steps: Parameters change between steps.
+        segments: Of a step.
+        tolerance: Relative; None: from the dtypes that the forward computes in.
+        engine: An engine already made.
+        keep_rows: The modes to go through.
+        own_graph: Whether the rows of the first step are also taken from a forward without the engine's hooks.
+        options: Of `Engine`.
+
+    Returns:
+        The tiers of the last step.
+    """
+    modules = [modules] if isinstance(modules, nn.Module) else list(modules)
+    names = trainable(*modules)
+    untouched = None
+    if own_graph and engine is None:
+        torch.manual_seed(0)
+        with SinglePrecision() as precision:
+            losses = losses_fn(0)
+        if tolerance is None:
+            tolerance = SINGLE if precision.seen else EXACT
+        untouched = brute_rows(losses, list(names))
+        assert all(bool(r.isfinite().all()) for r in untouched.values() if r is not None), "the model's own gradient"
+    tolerance = EXACT if tolerance is None else tolerance
+    engine = Engine(*modules, **options) if engine is None else engine
+    found = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", TIER_3)
+        for step in range(steps):
+            torch.manual_seed(step)
+            losses = losses_fn(step)
+            ids = segments(step) if segments is not None else None
+            expected = brute_rows(losses, list(names))
+            if step == 0 and untouched is not None:
+                with_hooks = wrong_parameters(names, expected, untouched, tolerance)
+                found += [f"step 0: hooks change the gradient: {w}" for w in with_hooks]
+            wrong = check_step(engine, names, losses, ids, tolerance, keep_rows, expected)
+            found += [f"step {step}: {w}" for w in wrong]
+            perturb(names)
+    tiers = engine.tiers()
+    assert not found, f"{len(found)} wrong (tiers: {tiers_line(tiers)}):\n" + "\n".join(found[:60])
+    return tiers
+
+
+def tiers_line(tiers: dict[str, int]) -> str:
+    """How many parameters each tier brought, and which ones beyond the first."""
+    counts = {tier: sum(1 for t in tiers.values() if t == tier) for tier in sorted(set(tiers.values()))}
+    beyond = [f"{name}:{tier}" for name, tier in tiers.items() if tier > 1]
+    return f"{counts} {' '.join(beyond[:12])}"
+
+
+def closed_share(modules: nn.Module, tiers: dict[str, int]) -> float:
+    """The share of trainable elements, among those that losses depend on, whose rows came by closed rules."""
+    elements = {name: p.numel() for p, name in trainable(modules).items() if tiers[name]}
+    closed = sum(n for name, n in elements.items() if tiers[name] == 1)
+    return closed / sum(elements.values())
