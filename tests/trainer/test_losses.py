@@ -1,0 +1,65 @@
+"""Unreduced losses against the reduced ones of transformers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.trainer_pt_utils import LabelSmoother
+
+from hf_jd.losses import causal_lm, check_mean
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 6, 11, generator=generator)
+    labels = torch.randint(0, 11, (3, 6), generator=generator)
+    labels[0, :3] = -100
+    labels[2, 4:] = -100
+    return logits, labels
+
+
+def test_the_sum_is_that_of_the_models_loss(batch):
+    logits, labels = batch
+    losses, counted = causal_lm(logits, labels)
+    assert (losses[~counted] == 0).all()
+    torch.testing.assert_close(losses.sum() / counted.sum(), ForCausalLMLoss(logits, labels, 11))
+    torch.testing.assert_close(losses.sum() / 7, ForCausalLMLoss(logits, labels, 11, num_items_in_batch=7))
+
+
+def test_the_sum_is_that_of_the_label_smoother(batch):
+    logits, labels = batch
+    losses, counted = causal_lm(logits, labels, label_smoothing=0.3)
+    smoothed = LabelSmoother(0.3)({"logits": logits}, labels, shift_labels=True)
+    torch.testing.assert_close(losses.sum() / counted.sum(), smoothed)
+
+
+def test_labels_that_are_shifted_already(batch):
+    logits, labels = batch
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    for ours, theirs in zip(causal_lm(logits, labels, shifted), causal_lm(logits, labels), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_virtual_tokens_come_before_the_labels(batch):
+    logits, labels = batch
+    # As PEFT does: the prompt's labels are ignored, and its last token predicts the first real one.
+    longer = torch.cat([torch.full((3, 2), -100), labels], dim=1)
+    prompted = torch.cat([torch.randn(3, 2, 11), logits], dim=1)
+    for ours, theirs in zip(causal_lm(prompted, labels), causal_lm(prompted, longer), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_logits_that_do_not_belong_to_the_labels(batch):
+    logits, labels = batch
+    with pytest.raises(ValueError, match="don't belong to labels"):
+        causal_lm(logits[:2], labels)
+
+
+def test_a_mean_with_another_part_is_found(batch):
+    losses, counted = causal_lm(*batch)
+    mean = losses.sum() / counted.sum()
+    check_mean(losses, counted, mean)
+    with pytest.raises(ValueError, match="a part that no token owns"):
+        check_mean(losses, counted, mean * 1.01)
