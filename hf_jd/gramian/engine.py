@@ -159,7 +159,7 @@ class Engine:
             return
         instance_last = weights.flatten(1).T if self.batch_dim == 0 and weights.dim() > 1 else weights
         for parameter, gradient in step.jacobian.weighted_sum(instance_last.flatten()).items():
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def tiers(self) -> dict[str, int]:
         """The tier that brought each parameter's rows in the last step, by name.

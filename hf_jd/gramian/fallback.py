@@ -2,14 +2,18 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from hf_jd.gramian.graph import Differentiator
-from hf_jd.gramian.layouts import Segments
+from hf_jd.gramian.layouts import Segments, shared_features
 from hf_jd.gramian.rows import DenseRows, Rows
+from hf_jd.gramian.rules import outer
 from hf_jd.gramian.taps import Call
 
 
@@ -65,6 +69,59 @@ def module_rows(
             ]
             rows = {name: torch.stack([r[name] for r in each]) for name in targets}
     return {name: DenseRows(r.flatten(1).to(targets[name].dtype), targets[name].shape) for name, r in rows.items()}
+
+
+class _LinearMaps(TorchFunctionMode):
+    """While a module runs, cuts the graph at each F.linear by one of its weights, and keeps (weight, input, output)."""
+
+    def __init__(self, weights: Sequence[nn.Parameter]):
+        super().__init__()
+        self.met: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        self._weights = weights
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and len(args) >= 2 and any(args[1] is weight for weight in self._weights):
+            rest = [None if t is None else t.detach() for t in args[2:]]
+            output = func(args[0].detach(), args[1].detach(), *rest, **(kwargs or {})).requires_grad_()
+            self.met.append((args[1], args[0].detach(), output))
+            return output
+        return func(*args, **(kwargs or {}))
+
+
+def linear_rows(
+    module: nn.Module,
+    targets: Mapping[str, nn.Parameter],
+    call: Call,
+    tensors: Sequence[Tensor],
+    grad_outputs: Sequence[Tensor | None],
+    segments: Segments,
+) -> dict[str, Rows]:
+    """Tier 2 for modules that read weights as F.linear(x, W) themselves (routers): one more forward for all.
+
+    Args:
+        module: The module.
+        targets: The weights [p, d] below it whose rows are wanted; each must be met in exactly one such call.
+        call: How it was called.
+        tensors: The tensors it was called with.
+        grad_outputs: Gradients of its outputs, batch first.
+        segments: Whose each leading row is.
+
+    Raises:
+        RuntimeError: A target that is used in another way; the caller passes on.
+    """
+    with call.context(), torch.enable_grad(), _LinearMaps(list(targets.values())) as maps:
+        args, kwargs = call.arguments(list(tensors))
+        outputs = call.float_outputs(module(*args, **kwargs))
+    used = [weight for weight, _, _ in maps.met]
+    if len(used) != len(targets) or {id(w) for w in used} != {id(p) for p in targets.values()}:
+        raise RuntimeError("a parameter is not used as the weight of one linear map")
+    pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None]
+    gradients = torch.autograd.grad([o for o, _ in pairs], [y for _, _, y in maps.met], [g for _, g in pairs])
+    rows = {
+        id(weight): outer(shared_features(g), shared_features(x), segments, weight.shape)
+        for (weight, x, _), g in zip(maps.met, gradients, strict=True)
+    }
+    return {name: rows[id(parameter)] for name, parameter in targets.items()}
 
 
 def individual_rows(

@@ -9,6 +9,7 @@ from hf_jd.gramian.check import Checker, LeakRecording
 from hf_jd.gramian.coverage import Coverage
 from hf_jd.gramian.fallback import individual_rows
 from hf_jd.gramian.graph import Differentiator, walk
+from hf_jd.gramian.layouts import UnsupportedError
 from hf_jd.gramian.plan import Plan
 from hf_jd.gramian.recording import Batch, Recording
 from hf_jd.gramian.rows import Rows
@@ -101,6 +102,9 @@ class Passes:
             try:
                 absent = [p for p in self._absent if p in self._coverage.names]
                 gradients = differentiator.gradients(losses.sum(), [self._sentinel, *absent])
+            except UnsupportedError as error:
+                name = self._coverage.names[next(iter(recording.meetings[-1].targets.values()))]
+                raise UnsupportedError(f"{name}: {error}") from None
             finally:
                 self.recording = None
             recording.reached = {p for p, g in zip(absent, gradients[1:], strict=True) if g is not None}

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from hf_jd.gramian.layouts import candidates
+from hf_jd.gramian.routed import experts, is_experts
 from hf_jd.gramian.rules import Rule, recognise
 from hf_jd.gramian.taps import ModuleTap
 
-VECTORISED, LOOPED = "vmap", "loop"
+LINEAR, VECTORISED, LOOPED = "linear", "vmap", "loop"
 
 
 @dataclass(eq=False)
@@ -22,7 +23,7 @@ class Site:
 
     Attributes:
         module: The module.
-        method: A closed rule, or the module's vjp: "vmap" or "loop".
+        method: A closed rule, or the module's vjp: through its linear maps, by "vmap", or in a "loop".
         layout: How its tensors hold the batch; None: not yet decided, or no layout fits.
         rejected: Layouts that were tried in vain with this method.
         proved: (parameter, layout, training) that a self-check has proved.
@@ -37,8 +38,9 @@ class Site:
     vacuous: dict[tuple[nn.Parameter, str | None, bool], int] = field(default_factory=dict)
 
     def fall_back(self) -> None:
-        """From a closed form to vmap, from vmap to the loop."""
-        self.method = LOOPED if self.method == VECTORISED else VECTORISED
+        """From a closed form to the module's linear maps, to vmap, to the loop."""
+        ladder = {LINEAR: VECTORISED, VECTORISED: LOOPED}
+        self.method = ladder[self.method] if isinstance(self.method, str) else LINEAR
         self.rejected.clear()
 
     def choose_layout(self, lead: Sequence[int], instances: int) -> str | None:
@@ -83,7 +85,7 @@ class Plan:
         """
         key = (tap.module, rank, conclusive)
         if key not in self._sites:
-            self._sites[key] = Site(tap.module, self._rule(tap, inputs) or VECTORISED)
+            self._sites[key] = Site(tap.module, self._rule(tap, inputs) or LINEAR)
         return self._sites[key]
 
     def reject(self, parameter: nn.Parameter, sites: Iterable[Site]) -> None:
@@ -99,6 +101,8 @@ class Plan:
         module = tap.module
         if type(module) in self.rules:
             return self.rules[type(module)]
+        if is_experts(module, inputs):
+            return experts
         if len(inputs) != 1 or any("." in name for name in tap.targets):
             return None
         return recognise(module, inputs[0])

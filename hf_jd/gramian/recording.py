@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from hf_jd.gramian.fallback import module_rows
+from hf_jd.gramian.fallback import linear_rows, module_rows
 from hf_jd.gramian.layouts import Segments, UnmappedError, UnsupportedError, arrange
-from hf_jd.gramian.plan import LOOPED, Plan, Site
+from hf_jd.gramian.plan import LINEAR, LOOPED, Plan, Site
 from hf_jd.gramian.rows import OuterRows, Rows
 from hf_jd.gramian.taps import Call, ModuleTap
 
@@ -153,8 +153,11 @@ class Recording:
     ) -> dict[str, Rows]:
         found: dict[str, Rows] = {}
         if callable(site.method):
-            (g, x), segments = arrange(layout, self.batch.segments, self.batch.instances, grad_outputs[0], inputs[0])
-            found = site.method(site.module, x, g, segments)
+            (g, *xs), segments = arrange(layout, self.batch.segments, self.batch.instances, grad_outputs[0], *inputs)
+            found = site.method(site.module, xs[0] if len(xs) == 1 else xs, g, segments)
+            for name, rows in found.items():
+                if name in targets and not rows.fits(targets[name], segments.objectives):
+                    raise RuntimeError(f"the rule's rows of {name} have another shape than the parameter")
         for name, parameter in targets.items():
             self.tiers[parameter] = 1 if name in found else 2
         rest = {name: p for name, p in targets.items() if name not in found}
@@ -164,8 +167,11 @@ class Recording:
                 raise UnmappedError
             first = next(g for g in grad_outputs if g is not None)
             _, segments = arrange(layout, self.batch.segments, self.batch.instances, first)
-            vectorised = site.method != LOOPED
-            found |= module_rows(site.module, rest, call, inputs, grad_outputs, segments, vectorised)
+            again = (site.module, rest, call, inputs, grad_outputs, segments)
+            if site.method == LINEAR:
+                found |= linear_rows(*again)
+            else:
+                found |= module_rows(*again, vectorised=site.method != LOOPED)
         return found
 
     def _add(self, parameter: nn.Parameter, rows: Rows) -> None:

@@ -69,6 +69,10 @@ class Rows(ABC):
     def nbytes(self) -> int:
         """Bytes held."""
 
+    def fits(self, parameter: Tensor, objectives: int) -> bool:
+        """Whether these are `objectives` rows of the parameter."""
+        return self.shape == parameter.shape and self.objectives == objectives
+
 
 class DenseRows(Rows):
     """Materialised rows [R, numel]."""
@@ -100,6 +104,9 @@ class DenseRows(Rows):
     @property
     def nbytes(self) -> int:
         return self.rows.nbytes
+
+    def fits(self, parameter: Tensor, objectives: int) -> bool:
+        return super().fits(parameter, objectives) and self.rows.shape[1] == parameter.numel()
 
 
 class SparseRows(Rows):

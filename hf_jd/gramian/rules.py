@@ -4,13 +4,14 @@ A rule is a pure function
 
     rule(module, input, grad_output, segments) -> {name of a parameter of the module: Rows}
 
-of the layer's input [N, ...] and output gradient [N, ...], batch first, and of whose each of the N leading rows is. It
-may leave out names; what no rule covers passes to the next tier. `RULES` maps exact types to rules; pass
-`Engine(model, rules={**RULES, MyLayer: my_rule})` to add one. Layers that are not in it are recognised by behaviour
-(`recognise`): a probe of the layer itself decides, not its class name.
+of the layer's input [N, ...] (a list where it was called with several tensors) and output gradient [N, ...], batch
+first, and of whose each of the N leading rows is. It may leave out names; what no rule covers passes to the next tier.
+`RULES` maps exact types to rules; pass `Engine(model, rules={**RULES, MyLayer: my_rule})` to add one. Layers that are
+not in it are recognised by behaviour (`recognise`): a probe of the layer itself decides, not its class name.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from hf_jd.gramian.layouts import Segments, UnsupportedError, shared_features
 from hf_jd.gramian.rows import DenseRows, OuterRows, Rows, SparseRows
 
-Rule = Callable[[nn.Module, Tensor, Tensor, Segments], dict[str, Rows]]
+Rule = Callable[[nn.Module, Any, Tensor, Segments], dict[str, Rows]]
 
 
 def outer(grad_output: Tensor, input: Tensor, segments: Segments, shape: torch.Size) -> Rows:

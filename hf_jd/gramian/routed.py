@@ -1,0 +1,152 @@
+"""Rows of a mixture of experts: 3-D parameters [E, p, d], each token sent to a few of the E experts.
+
+The layer's own routing indices say which expert saw which token; the experts are computed once more, for all tokens
+together, to meet input and output gradient of their two linear maps.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from hf_jd.gramian.layouts import Segments
+from hf_jd.gramian.rows import DenseRows, Rows, accumulation_dtype
+
+
+class RoutedRows(Rows):
+    """Rows as factors: expert e's part of row i is the sum of g_t x_t^T over the tokens t of objective i sent to e.
+
+    Args:
+        grad_output: [n, p], tokens sorted by expert.
+        input: [n, d], likewise.
+        owners: Objective of each token [n].
+        lengths: Tokens of each expert.
+        objectives: R.
+    """
+
+    def __init__(self, grad_output: Tensor, input: Tensor, owners: Tensor, lengths: list[int], objectives: int):
+        self.grad_output, self.input, self.owners, self.lengths = grad_output, input, owners, lengths
+        self.objectives, self.device = objectives, input.device
+        self.shape = torch.Size((len(lengths), grad_output.shape[1], input.shape[1]))
+
+    def _experts(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(g [n_e, p], x [n_e, d], owners [n_e]) of each expert."""
+        parts = (self.grad_output, self.input, self.owners)
+        return list(zip(*(part.split(self.lengths) for part in parts), strict=True))
+
+    def dense(self) -> Tensor:
+        rows = self.input.new_zeros(self.objectives, *self.shape)
+        for e, (g, x, owners) in enumerate(self._experts()):
+            for i in owners.unique().tolist():
+                mine = owners == i
+                rows[i, e] = g[mine].T @ x[mine]
+        return rows.flatten(1)
+
+    def gramian(self) -> Tensor:
+        """Expert by expert, the ghost form sum((x x^T) * (g g^T)) over pairs of tokens."""
+        total = self.input.new_zeros(self.objectives, self.objectives, dtype=torch.float64)
+        dtype = accumulation_dtype(self.input)
+        for g, x, owners in self._experts():
+            g, x = g.to(dtype), x.to(dtype)
+            products = ((x @ x.T) * (g @ g.T)).double()
+            member = torch.nn.functional.one_hot(owners, self.objectives).double()
+            total += member.T @ products @ member
+        return total
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        factors = weights.to(self.grad_output.dtype)[self.owners, None]
+        return torch.stack(
+            [(g * f).T @ x for (g, x, _), f in zip(self._experts(), factors.split(self.lengths), strict=True)]
+        )
+
+    def select(self, index: Tensor) -> Rows:
+        position = torch.full((self.objectives,), -1, device=index.device)
+        position[index] = torch.arange(len(index), device=index.device)
+        owners = position[self.owners]
+        kept = owners >= 0
+        lengths = [int(part.sum()) for part in kept.split(self.lengths)]
+        return RoutedRows(self.grad_output[kept], self.input[kept], owners[kept], lengths, len(index))
+
+    def scaled(self, factors: Tensor) -> Rows:
+        g = self.grad_output * factors.to(self.grad_output.dtype)[self.owners, None]
+        return RoutedRows(g, self.input, self.owners, self.lengths, self.objectives)
+
+    def __add__(self, other: Rows) -> Rows:
+        if not isinstance(other, RoutedRows):
+            return DenseRows(self.dense(), self.shape) + other
+        return self._joined(other, other.owners, self.objectives)
+
+    def below(self, other: Rows) -> Rows:
+        if not isinstance(other, RoutedRows):
+            return DenseRows(self.dense(), self.shape).below(other)
+        return self._joined(other, other.owners + self.objectives, self.objectives + other.objectives)
+
+    def _joined(self, other: "RoutedRows", owners: Tensor, objectives: int) -> "RoutedRows":
+        def merged(a: Tensor, b: Tensor) -> Tensor:
+            pairs = zip(a.split(self.lengths), b.split(other.lengths), strict=True)
+            return torch.cat([part for pair in pairs for part in pair])
+
+        lengths = [a + b for a, b in zip(self.lengths, other.lengths, strict=True)]
+        g, x = merged(self.grad_output, other.grad_output), merged(self.input, other.input)
+        return RoutedRows(g, x, merged(self.owners, owners), lengths, objectives)
+
+    @property
+    def nbytes(self) -> int:
+        return self.grad_output.nbytes + self.input.nbytes + self.owners.nbytes
+
+
+def is_experts(module: nn.Module, inputs: Sequence[Tensor]) -> bool:
+    """Whether a module is transformers' layer of experts: 3-D up and down projections, and routing in its inputs."""
+    known = ("has_gate", "has_bias", "is_transposed", "down_proj")
+    return (
+        len(inputs) == 3
+        and all(hasattr(module, name) for name in known)
+        and isinstance(module.down_proj, nn.Parameter)
+        and module.down_proj.dim() == 3
+        and not getattr(module, "has_post_expert_norm", False)
+    )
+
+
+def experts(module: nn.Module, inputs: Sequence[Tensor], grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
+    """y_t = sum_c r_tc D_e a(U_e x_t + b_e) over the experts e of token t: rows of U, D and their biases.
+
+    Args:
+        module: The layer.
+        inputs: Tokens [N, d], the experts of each [N, k], and their routing weights [N, k].
+        grad_output: [N, d].
+        segments: Of the N tokens.
+    """
+    index = next(t for t in inputs if not t.is_floating_point())
+    hidden = next(t for t in inputs if t.is_floating_point() and t.shape != index.shape)
+    routing = next(t for t in inputs if t is not hidden and t is not index)
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    up, down = getattr(module, up_name), module.down_proj
+    owners = segments.token_ids((len(hidden), 1)).to(hidden.device).expand(*index.shape).flatten()
+    kept = ((owners >= 0) & (index.flatten() < len(up))).nonzero().squeeze(1)
+    chosen = kept[torch.argsort(index.flatten()[kept], stable=True)]
+    expert, owners, tokens = index.flatten()[chosen], owners[chosen], chosen // index.shape[1]
+    lengths = torch.bincount(expert, minlength=len(up)).tolist()
+
+    def through(values: Tensor, weights: Tensor, transposed: bool) -> Tensor:
+        parts = zip(values.split(lengths), weights, strict=True)
+        return torch.cat([part @ (w if transposed else w.T).to(values.dtype) for part, w in parts])
+
+    x = hidden[tokens]
+    pre = through(x, up, module.is_transposed)
+    if module.has_bias:
+        pre = pre + getattr(module, up_name + "_bias")[expert].to(pre.dtype)
+    with torch.enable_grad():
+        pre.requires_grad_()
+        activated = module._apply_gate(pre) if module.has_gate else module.act_fn(pre)
+    g_down = (grad_output[tokens] * routing.flatten()[chosen][:, None]).to(x.dtype)
+    g_up = torch.autograd.grad(activated, pre, through(g_down, down, not module.is_transposed))[0]
+    found: dict[str, Rows] = {}
+    for name, g, value in ((up_name, g_up, x), ("down_proj", g_down, activated.detach())):
+        g, value = (value, g) if module.is_transposed else (g, value)
+        found[name] = RoutedRows(g, value, owners, lengths, segments.objectives)
+    if module.has_bias:
+        slots = owners * len(up) + expert
+        for name, g in ((up_name + "_bias", g_up), ("down_proj_bias", g_down)):
+            rows = g.new_zeros(segments.objectives * len(up), g.shape[1]).index_add_(0, slots, g)
+            found[name] = DenseRows(rows.view(segments.objectives, -1), getattr(module, name).shape)
+    return {name: rows for name, rows in found.items() if getattr(module, name).requires_grad}
