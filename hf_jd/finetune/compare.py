@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
     print(f"\n{table}\n")
     for note in _notes(runs, twins):
         print(note)
-    draw(runs, folder / PICTURE)
+    draw(runs, twins, folder / PICTURE)
     print(f"Saved in {folder}: {TABLE}, {RESULTS}, {PICTURE}, and the runs.")
     return 0
 

@@ -15,6 +15,7 @@ from datasets import Dataset, DatasetDict, load_dataset
 from hf_jd.collator import is_missing
 from hf_jd.finetune.arguments import DataArguments
 from hf_jd.finetune.example import example_data
+from hf_jd.finetune.sentences import first_sentence
 
 EXAMPLE_TASK_COLUMN = "task"
 
@@ -46,7 +47,7 @@ def _load_dataset(name: str, data: DataArguments) -> DatasetDict:
     try:
         found = load_dataset(name, data.dataset_config)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"The data set `{name}` can't be loaded: {' '.join(str(error).split())}") from error
+        raise ValueError(f"The data set `{name}` can't be loaded: {first_sentence(error)}") from error
     wanted = {"train": data.train_split, "validation": data.validation_split or "validation"}
     for split in wanted.values():
         if split not in found and not (split == "validation" and data.validation_split is None):
@@ -75,7 +76,7 @@ def read_file(path: Path) -> Dataset:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8.") from error
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{path} is malformed: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path} is malformed: {first_sentence(error)}") from error
 
 
 def _read_json(path: Path) -> Dataset:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from hf_jd.finetune.arguments import ModelArguments
 from hf_jd.finetune.example import MODEL, example_path
+from hf_jd.finetune.sentences import first_sentence
 
 
 def model_path(model: ModelArguments) -> str:
@@ -37,7 +38,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)  # ty: ignore[invalid-assignment]
     except (OSError, ValueError) as error:
-        raise ValueError(f"The tokenizer of `{path}` can't be loaded: {_first_sentence(error)}") from error
+        raise ValueError(f"The tokenizer of `{path}` can't be loaded: {first_sentence(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
@@ -53,7 +54,7 @@ def load_model(path: str, model: ModelArguments) -> nn.Module:
     try:
         loaded = AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype)
     except (OSError, ValueError) as error:
-        raise ValueError(f"The model `{path}` can't be loaded: {_first_sentence(error)}") from error
+        raise ValueError(f"The model `{path}` can't be loaded: {first_sentence(error)}") from error
     if model.full:
         return loaded
     targets = model.lora_target_modules
@@ -67,9 +68,4 @@ def load_model(path: str, model: ModelArguments) -> nn.Module:
     try:
         return get_peft_model(loaded, config)
     except ValueError as error:
-        raise ValueError(f"LoRA can't be added to `{path}`: {_first_sentence(error)}") from error
-
-
-def _first_sentence(error: Exception) -> str:
-    """The first sentence of a library's message: what follows is advice for its own callers."""
-    return " ".join(str(error).split()).partition(". ")[0].rstrip(".") + "."
+        raise ValueError(f"LoRA can't be added to `{path}`: {first_sentence(error)}") from error

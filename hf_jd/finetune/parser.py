@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from hf_jd.finetune.sentences import first_sentence
+
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 
@@ -82,7 +84,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"The file {path} can't be read: {error.strerror}.") from error
     except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"The file {path} is malformed: {' '.join(str(error).split())}.") from error
+        raise ValueError(f"The file {path} is malformed: {first_sentence(error)}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"The file {path} has to hold settings as `name: value`.")
     return settings

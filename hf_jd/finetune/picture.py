@@ -13,35 +13,43 @@ from hf_jd.finetune.results import Results
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_WINDOW = 5
+_COLORS = ("#8dd3c7", "#ffd92f", "#fb8072", "#80b1d3", "#bebada", "#b3de69", "#fccde5", "#d9d9d9")
+"""Of the tasks; other ones than those of the configurations' lines."""
+_WINDOW = 8
 """Steps over which the shares are averaged: those of a single batch jump."""
 
 
-def draw(runs: Mapping[str, Sequence[Results]], path: Path) -> None:
-    """Draws the curves of all configurations, as means over seeds, into a PNG; says so where matplotlib is missing."""
+def draw(runs: Mapping[str, Sequence[Results]], twins: Mapping[str, Sequence[Results]], path: Path) -> None:
+    """Draws the curves of all configurations, as means over seeds, into a PNG; says so where matplotlib is missing.
+
+    Args:
+        runs: The runs of each configuration, one a seed.
+        twins: Runs that make the same steps as a configuration of `runs`, and measure what that can't.
+        path: The PNG.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         print("There is no picture: install matplotlib with `pip install 'hf-jd[plot]'`.")
         return
     from matplotlib.figure import Figure
 
     tasks = next(iter(runs.values()))[0].tasks
-    weighted = {name: seeds for name, seeds in runs.items() if seeds[0].weights}
+    weighted = {name: twins.get(name, seeds) for name, seeds in runs.items()}
+    weighted = {name: seeds for name, seeds in weighted.items() if seeds[0].weights}
     columns = max(len(tasks), len(weighted))
-    figure = Figure(figsize=(3.1 * columns, 6.4), layout="constrained")
+    figure = Figure(figsize=(3.2 * columns, 3.4 * (2 if weighted else 1)), layout="constrained")
     axes = figure.subplots(2 if weighted else 1, columns, squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=False):
         _draw_losses(axis, task, runs)
-    for axis, (name, seeds) in zip(axes[-1] if weighted else [], weighted.items(), strict=False):
+    for axis, (name, seeds) in zip(axes[-1], weighted.items(), strict=False):
         _draw_weights(axis, name, seeds, tasks)
     for row, used in zip(axes, (len(tasks), len(weighted)), strict=False):
         for axis in row[used:]:
             axis.set_visible(False)
     axes[0][0].set_ylabel("validation loss")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 4), frameon=False)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False)
     if weighted:
         axes[-1][0].set_ylabel("share of the weights")
-        axes[-1][len(weighted) - 1].legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False, fontsize="small")
+        figure.legend(*axes[-1][0].get_legend_handles_labels(), loc="outside lower center", ncols=8, frameon=False)
     figure.savefig(path, dpi=130)
 
 
@@ -66,7 +74,7 @@ def _draw_weights(axis: Axes, name: str, seeds: Sequence[Results], tasks: Sequen
         found = [dict(results.weights.get(task, [])) for results in seeds]
         by_step = [statistics.fmean(of_seed.get(step, 0.0) for of_seed in found) for step in steps]
         shares.append([statistics.fmean(by_step[max(0, i - _WINDOW + 1) : i + 1]) for i in range(len(by_step))])
-    axis.stackplot(list(steps), shares, labels=list(tasks), alpha=0.85)
+    axis.stackplot(list(steps), shares, labels=list(tasks), alpha=0.8, colors=_COLORS)
     axis.set_title(name, fontsize="medium")
     axis.set_xlabel("step")
     axis.set_ylim(0, 1)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, DatasetDict
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -79,8 +80,8 @@ def finetune(model: ModelArguments, data: DataArguments, run: RunArguments, trai
         ValueError: Something is wrong with the data, the model or the folder; nothing is left behind then.
     """
     with _output_folder(run, training) as folder:
-        examples = load_examples(data)
         path = model_path(model)
+        examples = load_examples(data)
         trainer = _trainer(path, model, data, run, training, examples)
         if not training.resume_from_checkpoint and trainer.is_world_process_zero():
             _remove_run(folder)
@@ -112,6 +113,7 @@ def _trainer(
     tokenized = {split: tokenize(examples[split], tokenizer, data) for split in examples}
     if training.label_names is None:
         training.label_names = ["labels"]  # PEFT's models hide the signature that Trainer reads them from.
+    training.dataloader_pin_memory &= torch.accelerator.is_available()  # Torch warns where it can't be done.
     validation = tokenized.get("validation")
     timers: list[Any] = [StepTimer(Path(training.output_dir or ""))] if run.time_steps else []
     return (Trainer if run.stock else JDTrainer)(

@@ -1,0 +1,124 @@
+"""`hf-jd finetune` on the embedded model, end to end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_jd.finetune.example import MODEL, example_path
+from hf_jd.finetune.results import Results
+
+
+@pytest.fixture(scope="module")
+def lora_run(finetune, train_file, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "lora"
+    return finetune(folder, "--validation_file", str(train_file), "--eval_on_start", "--eval_strategy", "epoch")
+
+
+def test_adapter_is_trained_and_reloads(lora_run):
+    tensors = load_file(lora_run / "adapter_model.safetensors")
+    assert max(tensor.abs().max() for name, tensor in tensors.items() if "lora_B" in name) > 0
+    tokenizer = AutoTokenizer.from_pretrained(lora_run)
+    model = AutoPeftModelForCausalLM.from_pretrained(lora_run)
+    ids = tokenizer("Once upon a time", return_tensors="pt").input_ids
+    with torch.no_grad(), model.disable_adapter():
+        before = model(input_ids=ids).logits
+    with torch.no_grad():
+        after = model(input_ids=ids).logits
+    assert after.dtype == torch.float32
+    assert (after - before).abs().max() > 1e-4
+
+
+def test_evaluation_weights_and_conflicts_are_by_task(lora_run):
+    results = Results.read(lora_run)
+    assert results.tasks == ["story", "sum"]
+    assert results.steps == 2
+    for task in results.tasks:
+        assert [evaluation.step for evaluation in results.evaluations[task]] == [0, 2]
+        assert 0 <= results.evaluations[task][-1].accuracy <= 1
+        assert results.steps_against(task) in (0, 1, 2)
+    assert sum(results.mean_weight(task) or 0 for task in results.tasks) == pytest.approx(1)
+
+
+def test_card_tells_the_weighting_and_the_results(lora_run):
+    card = (lora_run / "README.md").read_text("utf-8")
+    assert "the weighting `upgrad`, with one objective for each instance" in card
+    assert "| story |" in card
+    assert "loss before" in card
+    assert card.startswith("---\n")
+    assert str(lora_run.parent) not in card
+
+
+def test_full_finetuning_saves_the_model(finetune, tmp_path):
+    folder = finetune(tmp_path / "full", "--full", "--jd_objectives", "group", "--jd_group_reduction", "mean")
+    trained = AutoModelForCausalLM.from_pretrained(folder)
+    before = AutoModelForCausalLM.from_pretrained(example_path(MODEL))
+    assert (trained.model.norm.weight - before.model.norm.weight).abs().max() > 0
+    assert "All parameters of" in (folder / "README.md").read_text("utf-8")
+
+
+def test_flags_override_the_file(finetune, tmp_path):
+    config = tmp_path / "recipe.yaml"
+    config.write_text("jd_weighting: mgda\nlora_r: 2\nlora_target_modules: [q_proj, v_proj]\nlearning_rate: 3e-3\n")
+    folder = finetune(tmp_path / "run", "--lora_r", "3", config=config)
+    adapter = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    assert adapter["r"] == 3
+    assert set(adapter["target_modules"]) == {"q_proj", "v_proj"}
+    assert "`mgda`" in (folder / "README.md").read_text("utf-8")
+
+
+def test_stock_trainer_and_mean_make_the_same_model(finetune, tmp_path):
+    stock = load_file(finetune(tmp_path / "stock", "--stock") / "adapter_model.safetensors")
+    mean = load_file(finetune(tmp_path / "mean", "--jd_weighting", "mean") / "adapter_model.safetensors")
+    # In float32 AdamW turns rounding of tiny gradients into steps; exactness is tested in float64 elsewhere.
+    for name, tensor in stock.items():
+        assert (mean[name] - tensor).abs().mean() < 1e-5
+    assert "transformers' `Trainer`" in (tmp_path / "stock" / "README.md").read_text("utf-8")
+
+
+def test_resumes_its_own_newest_checkpoint(finetune, tmp_path):
+    whole = finetune(tmp_path / "run", "--save_strategy", "steps", "--save_steps", "1")
+    before = load_file(whole / "adapter_model.safetensors")
+    shutil.rmtree(whole / "checkpoint-2")
+    resumed = finetune(whole, "--save_strategy", "steps", "--save_steps", "1", "--resume_from_checkpoint", "last")
+    after = load_file(resumed / "adapter_model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_overwriting_removes_the_other_run(finetune, tmp_path):
+    folder = finetune(tmp_path / "run", "--save_strategy", "steps", "--save_steps", "2")
+    (folder / "notes.txt").write_text("mine")
+    finetune(folder, "--overwrite_output_dir")
+    assert not (folder / "checkpoint-2").exists()
+    assert (folder / "notes.txt").exists()
+
+
+@pytest.mark.slow
+def test_script_runs_under_accelerate_with_two_processes(train_file, tmp_path):
+    script = Path(__file__).parents[2] / "scripts" / "finetune.py"
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    flags = ["--train_file", train_file, "--validation_file", train_file, "--task_column", "task", "--max_length", "16"]
+    sizes = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--use_cpu", "--disable_tqdm", "true"]
+    command = [*launch, "--main_process_port", "0", script, *flags, *sizes, "--output_dir", tmp_path / "run"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert Results.read(tmp_path / "run").steps == 2
+    assert done.stdout.count("Saved in") == 1

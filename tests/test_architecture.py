@@ -1,0 +1,84 @@
+"""The house's rules: which room may import which, and how long a file or a function may be."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LINES_OF_A_FILE = 400
+LINES_OF_A_FUNCTION = 50
+
+HUGGING_FACE = {"transformers", "datasets", "accelerate", "peft", "trl", "huggingface_hub"}
+ISLANDS = {"gramian", "weighting", "losses", "metrics"}
+
+# What each room must not import: of the others' packages, and of hf_jd's own rooms.
+FORBIDDEN_PACKAGES = {"gramian": HUGGING_FACE, "weighting": HUGGING_FACE, "metrics": HUGGING_FACE}
+FORBIDDEN_ROOMS = {island: {"*"} - {island} for island in ISLANDS} | {
+    "trainer": {"finetune", "cli"},
+    "arguments": {"trainer", "finetune", "cli", "gramian", "losses", "metrics"},
+    "distributed": {"trainer", "arguments", "finetune", "cli", "weighting", "losses"},
+    "objectives": {"trainer", "arguments", "finetune", "cli", "gramian", "weighting"},
+    "collator": {"trainer", "arguments", "finetune", "cli", "gramian", "weighting"},
+}
+# In tests and benchmarks only.
+REFERENCES = {"torchjd", "cvxpy", "pytest", "hypothesis"}
+
+
+def files(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room(module: str) -> str | None:
+    """The part of hf_jd that a module belongs to; None for another package's."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "hf_jd" and len(parts) > 1 else None
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", files("hf_jd"), ids=named)
+def test_imports_go_one_way(path):
+    own = path.relative_to(ROOT / "hf_jd").parts[0].removesuffix(".py")
+    found = set(imports(path))
+    packages = {module.partition(".")[0] for module in found}
+    assert not packages & (FORBIDDEN_PACKAGES.get(own, set()) | REFERENCES)
+    rooms = {other for module in found if (other := room(module)) is not None} - {own}
+    forbidden = FORBIDDEN_ROOMS.get(own, set())
+    assert not (rooms if "*" in forbidden else rooms & forbidden)
+
+
+@pytest.mark.parametrize("path", files("scripts"), ids=named)
+def test_scripts_know_only_the_package(path):
+    assert not {"tests", "examples"} & {module.partition(".")[0] for module in imports(path)}
+
+
+@pytest.mark.parametrize("path", files("hf_jd", "scripts", "tests"), ids=named)
+def test_files_and_functions_are_short(path):
+    text = path.read_text("utf-8")
+    assert len(text.splitlines()) <= LINES_OF_A_FILE
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            assert length <= LINES_OF_A_FUNCTION, f"{node.name} has {length} lines"
+
+
+def test_the_embedded_example_is_not_in_the_wheel():
+    text = (ROOT / "pyproject.toml").read_text("utf-8")
+    assert 'packages = ["hf_jd"]' in text
+    assert (ROOT / "examples" / "NOTICE.md").exists()
