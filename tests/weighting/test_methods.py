@@ -346,3 +346,32 @@ def test_random_weights_are_a_distribution() -> None:
     close(draws.sum(dim=1), torch.ones(2000, dtype=torch.float64))
     assert (draws.mean(dim=0) - 1 / 3).abs().max() < 0.02
     assert draws.std(dim=0).min() > 0.15
+
+
+def test_mgda_shares_its_weight_among_zero_rows() -> None:
+    rows = torch.tensor([[1.0, 0], [0, 0], [-1, 0], [0, 0]], dtype=torch.float64)
+    assert MGDAWeighting()(rows @ rows.T).tolist() == [0, 0.5, 0, 0.5]
+
+
+def test_cr_mogm_resets_what_it_wraps() -> None:
+    weighting = CRMOGMWeighting(weighting="random", alpha=0.5)
+    gramian = torch.eye(3, dtype=torch.float64)
+    draws = [weighting(gramian) for _ in range(3)]
+    weighting.reset()
+    assert all(torch.equal(weighting(gramian), draw) for draw in draws)
+
+
+def test_pcd_normalises_by_moving_averages() -> None:
+    """A row that was long before counts as short now: its constraint asks for less of the progress it could make."""
+    rows = torch.tensor([[1.0, 0], [-0.5, 1]], dtype=torch.float64)
+    fresh = PCDWeighting(tau=0.5, beta=0.9)(rows @ rows.T)
+    weighting = PCDWeighting(tau=0.5, beta=0.9)
+    scale = torch.tensor([1.0, 10.0], dtype=torch.float64)
+    weighting(rows @ rows.T * torch.outer(scale, scale))
+    later = weighting(rows @ rows.T)
+    average = (0.9 * 0.1 * 125 + 0.1 * 1.25) / (1 - 0.9**2)
+    h = torch.stack([rows[0], rows[1] / average**0.5])
+    short = torch.relu(0.5 * h[1] @ h[1] - h[0] @ h[1]) / (h[1] @ h[1])
+    direction = h[0] + short * h[1]
+    close(rows.T @ later, direction / direction.norm())
+    assert not torch.allclose(later, fresh)
