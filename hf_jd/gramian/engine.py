@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import psutil
 import torch
@@ -61,7 +62,7 @@ class Engine:
         self,
         *modules: nn.Module,
         batch_dim: int | None = 0,
-        keep_rows: bool | int | str = "auto",
+        keep_rows: bool | int | Literal["auto"] = "auto",
         rules: Mapping[type[nn.Module], Rule] = RULES,
         check: bool = True,
     ):
@@ -199,7 +200,9 @@ class Engine:
             return "rows"
         if self.keep_rows is False:
             return "gramian"
-        budget = _free_memory(losses.device) * FREE_MEMORY_SHARE if self.keep_rows == "auto" else self.keep_rows
+        budget = self.keep_rows
+        if isinstance(budget, str):
+            budget = int(_free_memory(losses.device) * FREE_MEMORY_SHARE)
         parameters = self._coverage.names
         size = max((p.element_size() for p in parameters), default=4)
         if len(losses) * sum(p.nbytes for p in parameters) <= budget:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_jd.gramian.rows import CHUNK, DenseRows, Rows, inner
+from hf_jd.gramian.rows import CHUNK, DenseRows, Rows, combine, inner
 
 BUCKET = 4 * 1024 * 1024  # elements of one bucket of small rows: few large kernels instead of one a parameter
 
@@ -58,7 +58,7 @@ class Jacobian:
         """J^T w for weights [R], by parameter and in its dtype; without those that no objective depends on."""
         sums = {}
         for parameters, bucket in self._packed():
-            total = weights.to(bucket) @ bucket
+            total = combine(weights.to(bucket.device), bucket)
             parts = total.split([p.numel() for p in parameters])
             sums.update({p: part.view(p.shape) for p, part in zip(parameters, parts, strict=True)})
         for parameter, rows in self._unpacked().items():
@@ -118,21 +118,28 @@ class Jacobian:
     def _packed(self) -> list[tuple[list[nn.Parameter], Tensor]]:
         """Small dense rows side by side in buckets; the parameters' rows become views of them."""
         if self._buckets is None:
-            self._buckets = []
-            small = [p for p, rows in self._rows.items() if isinstance(rows, DenseRows) and p.numel() < CHUNK]
-            kinds = dict.fromkeys((p.device, self._rows[p].dense().dtype) for p in small)
-            for kind in kinds:
-                self._pack([p for p in small if (p.device, self._rows[p].dense().dtype) == kind])
+            small = {p: r for p, r in self._rows.items() if isinstance(r, DenseRows) and p.numel() < CHUNK}
+            kinds: dict[tuple, list[nn.Parameter]] = {}
+            for p, rows in small.items():
+                kinds.setdefault((rows.device, rows.rows.dtype), []).append(p)
+            self._buckets = [self._pack(part) for kind in kinds.values() for part in _split(kind, BUCKET // len(self))]
         return self._buckets
 
-    def _pack(self, parameters: list[nn.Parameter]) -> None:
-        while parameters:
-            size, count = 0, 0
-            while count < len(parameters) and (count == 0 or size + parameters[count].numel() * len(self) <= BUCKET):
-                size += parameters[count].numel() * len(self)
-                count += 1
-            head, parameters = parameters[:count], parameters[count:]
-            bucket = torch.cat([self.rows(p) for p in head], dim=1)
-            for p, view in zip(head, bucket.split([p.numel() for p in head], dim=1), strict=True):
-                self._rows[p] = DenseRows(view, p.shape)
-            self._buckets.append((head, bucket))
+    def _pack(self, parameters: list[nn.Parameter]) -> tuple[list[nn.Parameter], Tensor]:
+        bucket = torch.cat([self.rows(p) for p in parameters], dim=1)
+        for p, view in zip(parameters, bucket.split([p.numel() for p in parameters], dim=1), strict=True):
+            self._rows[p] = DenseRows(view, p.shape)
+        return parameters, bucket
+
+
+def _split(parameters: Sequence[nn.Parameter], columns: int) -> list[list[nn.Parameter]]:
+    """Consecutive parameters in parts of at most `columns` columns, or of one parameter."""
+    parts: list[list[nn.Parameter]] = []
+    room = 0
+    for parameter in parameters:
+        if not parts or parameter.numel() > room:
+            parts.append([])
+            room = columns
+        parts[-1].append(parameter)
+        room -= parameter.numel()
+    return parts

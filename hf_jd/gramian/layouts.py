@@ -224,7 +224,7 @@ def arrange(layout: str, base: Segments, instances: int, *tensors: Tensor) -> tu
     if layout.startswith("axis"):
         axis = int(layout[4:])
         moved = [t.movedim(axis, 0) if axis else t for t in tensors]
-        if base.by_token and (moved[0].dim() < 2 or moved[0].shape[1] != base.ids.shape[1]):
+        if base.ids is not None and base.by_token and moved[0].shape[1:2] != base.ids.shape[1:]:
             raise UnmappedError
         return moved, base
     return list(tensors), base.repeated(layout, tensors[0].shape[0] // instances, tensors[0].device)

@@ -152,8 +152,9 @@ class Recording:
         grad_outputs: Sequence[Tensor | None],
     ) -> dict[str, Rows]:
         found: dict[str, Rows] = {}
-        if callable(site.method):
-            (g, *xs), segments = arrange(layout, self.batch.segments, self.batch.instances, grad_outputs[0], *inputs)
+        first = next(g for g in grad_outputs if g is not None)
+        if not isinstance(site.method, str):
+            (g, *xs), segments = arrange(layout, self.batch.segments, self.batch.instances, first, *inputs)
             found = site.method(site.module, xs[0] if len(xs) == 1 else xs, g, segments)
             for name, rows in found.items():
                 if name in targets and not rows.fits(targets[name], segments.objectives):
@@ -165,7 +166,6 @@ class Recording:
             # The module is called again on its own tensors, so the batch must lead them.
             if layout.startswith("axis") and layout != "axis0":
                 raise UnmappedError
-            first = next(g for g in grad_outputs if g is not None)
             _, segments = arrange(layout, self.batch.segments, self.batch.instances, first)
             again = (site.module, rest, call, inputs, grad_outputs, segments)
             if site.method == LINEAR:

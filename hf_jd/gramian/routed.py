@@ -5,6 +5,7 @@ together, to meet input and output gradient of their two linear maps.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +96,7 @@ class RoutedRows(Rows):
         return self.grad_output.nbytes + self.input.nbytes + self.owners.nbytes
 
 
-def is_experts(module: nn.Module, inputs: Sequence[Tensor]) -> bool:
+def is_experts(module: Any, inputs: Sequence[Tensor]) -> bool:
     """Whether a module is transformers' layer of experts: 3-D up and down projections, and routing in its inputs."""
     known = ("has_gate", "has_bias", "is_transposed", "down_proj")
     return (
@@ -107,7 +108,7 @@ def is_experts(module: nn.Module, inputs: Sequence[Tensor]) -> bool:
     )
 
 
-def experts(module: nn.Module, inputs: Sequence[Tensor], grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
+def experts(module: Any, inputs: Sequence[Tensor], grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
     """y_t = sum_c r_tc D_e a(U_e x_t + b_e) over the experts e of token t: rows of U, D and their biases.
 
     Args:

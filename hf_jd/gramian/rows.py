@@ -5,7 +5,7 @@ else; `jacobian.py` puts the parameters of a model together.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,14 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
     for a_c, b_c in zip(a.split(CHUNK, dim=1), b.split(CHUNK, dim=1), strict=True):
         total += a_c.to(accumulation_dtype(a)) @ b_c.to(accumulation_dtype(b)).T
     return total
+
+
+def combine(weights: Tensor, rows: Tensor) -> Tensor:
+    """w^T rows for weights [R] and rows [R, n]: [n], in the rows' dtype; half-precision rows in float32, by chunks."""
+    if accumulation_dtype(rows) == rows.dtype:
+        return weights.to(rows.dtype) @ rows
+    parts = [weights.float() @ part.float() for part in rows.split(CHUNK, dim=1)]
+    return torch.cat([part.to(rows.dtype) for part in parts])
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
@@ -87,7 +95,7 @@ class DenseRows(Rows):
         return inner(self.rows, self.rows)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        return (weights.to(self.rows.dtype) @ self.rows).view(self.shape)
+        return combine(weights, self.rows).view(self.shape)
 
     def select(self, index: Tensor) -> Rows:
         return DenseRows(self.rows[index], self.shape)
@@ -273,8 +281,10 @@ class SumRows(Rows):
     """A table used as embedding and as head: sparse rows plus outer rows, kept apart with exact cross terms."""
 
     def __init__(self, parts: list[Rows]):
-        self.outer = _total([part for part in parts if isinstance(part, OuterRows)])
-        self.sparse = _total([part for part in parts if isinstance(part, SparseRows)])
+        outer = [part for part in parts if isinstance(part, OuterRows)]
+        sparse = [part for part in parts if isinstance(part, SparseRows)]
+        self.outer: Any = sum(outer[1:], start=outer[0])
+        self.sparse: Any = sum(sparse[1:], start=sparse[0])
         self.shape, self.objectives, self.device = self.outer.shape, self.outer.objectives, self.outer.device
 
     def dense(self) -> Tensor:
@@ -305,10 +315,3 @@ class SumRows(Rows):
     @property
     def nbytes(self) -> int:
         return self.outer.nbytes + self.sparse.nbytes
-
-
-def _total(parts: Sequence[Rows]) -> Rows:
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from hf_jd.gramian.layouts import Segments, UnsupportedError, shared_features
 from hf_jd.gramian.rows import DenseRows, OuterRows, Rows, SparseRows
 
-Rule = Callable[[nn.Module, Any, Tensor, Segments], dict[str, Rows]]
+Rule = Callable[[Any, Any, Tensor, Segments], dict[str, Rows]]
 
 
 def outer(grad_output: Tensor, input: Tensor, segments: Segments, shape: torch.Size) -> Rows:
@@ -39,7 +39,7 @@ def _sum(values: Tensor, segments: Segments, parameter: Tensor) -> Rows:
     return DenseRows(segments.sum(values).to(parameter.dtype), parameter.shape)
 
 
-def linear(module: nn.Module, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
+def linear(module: nn.Linear, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
     """y = x W^T + b: rows sum_t g_t x_t^T and sum_t g_t."""
     g, rows = shared_features(grad_output), {}
     if module.weight.requires_grad:
@@ -49,7 +49,7 @@ def linear(module: nn.Module, input: Tensor, grad_output: Tensor, segments: Segm
     return rows
 
 
-def transposed_linear(module: nn.Module, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
+def transposed_linear(module: Any, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
     """y = x W + b (transformers' Conv1D): rows sum_t x_t g_t^T and sum_t g_t."""
     g, rows = shared_features(grad_output), {}
     if module.weight.requires_grad:
@@ -59,7 +59,7 @@ def transposed_linear(module: nn.Module, input: Tensor, grad_output: Tensor, seg
     return rows
 
 
-def embedding(module: nn.Module, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
+def embedding(module: nn.Embedding, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
     """y = W[ids]: row e of the table gets the gradients of the tokens with id e; none for `padding_idx`."""
     if module.scale_grad_by_freq:
         raise UnsupportedError(
@@ -76,7 +76,7 @@ def embedding(module: nn.Module, input: Tensor, grad_output: Tensor, segments: S
     return {"weight": SparseRows(owners[kept], ids[kept], values, segments.objectives, module.weight.shape)}
 
 
-def layer_norm(module: nn.Module, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
+def layer_norm(module: nn.LayerNorm, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
     """y = x_hat w + b: rows sum_t g_t x_hat_t and sum_t g_t."""
     features, rows = len(module.normalized_shape), {}
     g = shared_features(grad_output, features)
@@ -88,7 +88,7 @@ def layer_norm(module: nn.Module, input: Tensor, grad_output: Tensor, segments: 
     return rows
 
 
-def rms_norm(module: nn.Module, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
+def rms_norm(module: nn.RMSNorm, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
     """y = x_hat w: rows sum_t g_t x_hat_t."""
     features = len(module.normalized_shape)
     x_hat = F.rms_norm(input, module.normalized_shape, eps=module.eps)
@@ -96,7 +96,7 @@ def rms_norm(module: nn.Module, input: Tensor, grad_output: Tensor, segments: Se
     return {"weight": _sum(values, segments, module.weight)}
 
 
-def _channels(module: nn.Module, x_hat: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
+def _channels(module: Any, x_hat: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
     """Rows of a scale and shift of each channel; tensors [N, C, *]."""
     rows = {}
     if module.weight is not None and module.weight.requires_grad:
@@ -106,12 +106,12 @@ def _channels(module: nn.Module, x_hat: Tensor, grad_output: Tensor, segments: S
     return rows
 
 
-def group_norm(module: nn.Module, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
+def group_norm(module: nn.GroupNorm, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
     """As `layer_norm`, over groups of channels; input [N, C, *]."""
     return _channels(module, F.group_norm(input, module.num_groups, eps=module.eps), grad_output, segments)
 
 
-def batch_norm(module: nn.Module, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
+def batch_norm(module: Any, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
     """With stored statistics (evaluation mode) a scale and shift of each channel; input [N, C, *]."""
     if module.training or module.running_mean is None:
         raise UnsupportedError(
@@ -122,7 +122,7 @@ def batch_norm(module: nn.Module, input: Tensor, grad_output: Tensor, segments: 
     return _channels(module, x_hat, grad_output, segments)
 
 
-def convolution(module: nn.Module, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
+def convolution(module: Any, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
     """nn.Conv1d/2d/3d: each objective's weight gradient, all instances as groups of one convolution."""
     rows = {}
     if module.weight.requires_grad:
@@ -148,7 +148,7 @@ def convolution(module: nn.Module, input: Tensor, grad_output: Tensor, segments:
     return rows
 
 
-def _conv_weight(module: nn.Module, input: Tensor, grad_output: Tensor, padding: tuple, copies: int) -> Tensor:
+def _conv_weight(module: Any, input: Tensor, grad_output: Tensor, padding: tuple, copies: int) -> Tensor:
     shape = (copies * module.weight.shape[0], *module.weight.shape[1:])
     _, gradient, _ = torch.ops.aten.convolution_backward(
         grad_output,
@@ -195,7 +195,7 @@ def recognise(module: nn.Module, input: Tensor) -> Rule | None:
     names = [name for name, _ in module.named_parameters()]
     if next(module.children(), None) is not None or "weight" not in names or not set(names) <= {"weight", "bias"}:
         return _scale_of(module, names[0], input) if len(names) == 1 and "." not in names[0] else None
-    weight, bias = module.weight, module.bias if "bias" in names else None
+    weight, bias = module.get_parameter("weight"), module.get_parameter("bias") if "bias" in names else None
     try:
         output = module(input)
         if weight.dim() == 2 and not input.is_floating_point():
@@ -216,7 +216,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(torch.allclose(a, b.to(a.dtype), rtol=tolerance, atol=tolerance))
 
 
-def _scaled_embedding(module: nn.Module, ids: Tensor, output: Tensor) -> Rule | None:
+def _scaled_embedding(module: Any, ids: Tensor, output: Tensor) -> Rule | None:
     """c W[ids] (the scaled word embeddings of BART, Gemma, M2M): the rows of an embedding, times c."""
     plain = F.embedding(ids, module.weight)
     if plain.shape != output.shape or not bool(plain.abs().sum() > 0):
