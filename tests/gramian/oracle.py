@@ -48,7 +48,7 @@ def brute_gramian(rows: Rows, shape: Sequence[int]) -> Tensor:
     """The generalised Gramian, shape + reversed(shape), of rows in the order of `losses.flatten()`."""
     total = sum(r.double() @ r.double().T for r in rows.values() if r is not None)
     n = len(shape)
-    return total.view(*shape, *shape).permute(*range(n), *reversed(range(n, 2 * n)))
+    return total.view([*shape, *shape]).permute([*range(n), *reversed(range(n, 2 * n))])
 
 
 def brute_update(rows: Rows, weights: Tensor) -> Rows:

@@ -52,7 +52,6 @@ def test_rule_that_raises_passes_to_the_next_tier():
     assert set(tiers.values()) == {2}
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="the check compares rows of any shape")
 def test_rule_of_wrong_shape_passes_to_the_next_tier():
     def narrow(module, input, grad_output, segments):
         return {"weight": DenseRows(torch.zeros(B, 3, dtype=torch.float64), torch.Size([3]))}
@@ -247,11 +246,8 @@ def test_vacuous_start_is_proved_later():
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("adapters", [True, False], ids=["LoRA", "full"])
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bfloat16"])
-def test_no_false_alarm_in_bfloat16(seed: int, adapters: bool, autocast: bool, request: pytest.FixtureRequest):
+def test_no_false_alarm_in_bfloat16(seed: int, adapters: bool, autocast: bool):
     """Padding alone moves rows by 5e-3 there: no parameter may lose its closed rule, and no model be called mixed."""
-    if autocast and not adapters:
-        reason = "norms under autocast are held to float32's tolerance"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=UserWarning, reason=reason))
     model = tiny_llama(seed)
     model = with_lora(model, seed, warm=True) if adapters else model
     model = model.float() if autocast else model.bfloat16()
