@@ -86,6 +86,8 @@ def _worst_mixture(cosines: np.ndarray, offsets: np.ndarray, slopes: np.ndarray,
         gaps = slopes + radius * (cosines @ multiples) - value * offsets
         wrong = np.where(support, multiples < 0, gaps < -_TOLERANCE)
         if not wrong.any():
+            if abs(multiples @ cosines @ multiples - 1) > 1e-9:
+                break
             return multiples
         support ^= wrong
     return _bisect(cosines, offsets, slopes, radius)
@@ -105,10 +107,8 @@ def _stationary(
     a, q = np.linalg.solve(system, np.stack([o[support], b[support]], axis=1)).T
     # From t = (v a - q) / radius, its length gives v: a quadratic equation, whose larger root has o^T t > 0.
     square, cross, free = o[support] @ a, o[support] @ q, b[support] @ q - radius**2
-    discriminant = cross**2 - square * free
-    if discriminant < 0:
-        return None
-    value = (cross + discriminant**0.5) / square
+    # Too large a support may have none: its best value without the length then says which rows leave.
+    value = (cross + max(cross**2 - square * free, 0.0) ** 0.5) / square
     multiples[support] = (value * a - q) / radius
     return value
 
