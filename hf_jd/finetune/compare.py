@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_jd.finetune.example import example_data, example_path
-from hf_jd.finetune.parser import CONFIG_SUFFIXES, read_settings
+from hf_jd.finetune.parser import read_settings, split_settings
 from hf_jd.finetune.picture import draw
 from hf_jd.finetune.processes import Job, run_jobs
 from hf_jd.finetune.results import Results
@@ -66,35 +66,72 @@ class Plan:
         return next((name for name, flags in self.configurations.items() if flags.get("stock")), None)
 
 
+@dataclass(frozen=True)
+class Run:
+    """One run of a comparison.
+
+    Attributes:
+        configuration: The name of its configuration.
+        twin: Whether it only measures what a stock run can't.
+        settings: All its flags, by name.
+    """
+
+    configuration: str
+    twin: bool
+    settings: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return f"{self.configuration}{' (twin)' * self.twin}, seed {self.settings['seed']}"
+
+    @property
+    def folder(self) -> Path:
+        """Where it is saved."""
+        return Path(self.settings["output_dir"])
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs `hf-jd compare` with these arguments.
 
     Returns:
         The exit code.
     """
-    arguments, flags = _parser().parse_known_args(list(argv))
-    if flags and flags[0].endswith(CONFIG_SUFFIXES):
-        plan = Plan.read(Path(flags.pop(0)))
-    else:
-        plan = Plan.read(example_path(DEFAULT))
+    flags, file = split_settings(argv)
+    arguments, flags = _parser().parse_known_args(flags)
+    plan = Plan.read(example_path(DEFAULT) if file is None else file)
     folder = Path(arguments.output_dir)
+    runs = _runs(plan, folder, arguments.seeds)
+    for run in runs:  # What is wrong with them is better said now than in an hour.
+        _, data, _, _ = parse(flags, run.settings)
+        if data.train_file and not data.validation_file:
+            raise ValueError("--validation_file is missing: on what is the comparison to be made?")
+    example = not (data.train_file or data.dataset_name)
     _make_folder(folder, arguments.overwrite)
     try:
-        runs, twins = _run(plan, flags, folder, arguments)
+        _run_all(runs, flags, _write_example(folder / "data") if example else {}, arguments.processes)
     except ValueError:
         shutil.rmtree(folder)
         raise
-    table = comparison_table(runs, twins, plan.stock())
-    (folder / TABLE).write_text(table + "\n", "utf-8")
-    everything = {name: [asdict(results) for results in seeds] for name, seeds in {**runs, **_named(twins)}.items()}
-    plain = {"base": plan.base, "configurations": plan.configurations, "flags": flags, "runs": everything}
-    (folder / RESULTS).write_text(json.dumps(plain, indent=1) + "\n", "utf-8")
-    print(f"\n{table}\n")
-    for note in _notes(runs, twins):
-        print(note)
-    draw(runs, twins, folder / PICTURE)
-    print(f"Saved in {folder}: {TABLE}, {RESULTS}, {PICTURE}, and the runs.")
+    _report(plan, flags, runs, folder)
     return 0
+
+
+def _report(plan: Plan, flags: list[str], runs: list[Run], folder: Path) -> None:
+    """Prints and saves what the runs measured."""
+    found: dict[str, list[Results]] = {name: [] for name in plan.configurations}
+    twins: dict[str, list[Results]] = {}
+    for run in runs:
+        (twins if run.twin else found).setdefault(run.configuration, []).append(Results.read(run.folder))
+    table = comparison_table(found, twins, plan.stock())
+    (folder / TABLE).write_text(table + "\n", "utf-8")
+    everything = {"plan": asdict(plan), "flags": flags}
+    for kind, by_name in (("runs", found), ("twins", twins)):
+        everything[kind] = {name: [asdict(results) for results in seeds] for name, seeds in by_name.items()}
+    (folder / RESULTS).write_text(json.dumps(everything, indent=1) + "\n", "utf-8")
+    print("\n".join(["", table, "", *_notes(found, twins)]))
+    draw(found, twins, folder / PICTURE)
+    print(f"Saved in {folder}: {TABLE}, {RESULTS}, {PICTURE}, and the runs.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -124,37 +161,29 @@ def _make_folder(folder: Path, overwrite: bool) -> None:
     (folder / "runs").mkdir(parents=True)
 
 
-def _run(
-    plan: Plan, flags: list[str], folder: Path, arguments: argparse.Namespace
-) -> tuple[dict[str, list[Results]], dict[str, list[Results]]]:
-    """Runs everything; returns the configurations' results and those of stock ones' twins, one a seed."""
-    shared = {**plan.base, "logging_steps": 1, "time_steps": True, "disable_tqdm": True}
-    if not {"train_file", "dataset_name"} & plan.base.keys() and not {"--train_file", "--dataset_name"} & set(flags):
-        shared.update(_write_example(folder / "data"))
-    configurations = {name: (name, own) for name, own in plan.configurations.items()}
-    for name, own in plan.configurations.items():
-        if own.get("stock"):
-            configurations[f"{name} (twin)"] = (name, {**own, **_TWIN})
+def _runs(plan: Plan, folder: Path, seeds: int) -> list[Run]:
+    if seeds < 1:
+        raise ValueError(f"--seeds is {seeds}; give at least 1.")
+    shared = {"eval_on_start": True, **plan.base, "logging_steps": 1, "time_steps": True, "disable_tqdm": True}
+    runs = []
+    for seed in range(seeds):
+        kinds = [(name, False, flags) for name, flags in plan.configurations.items()]
+        kinds += [(name, True, {**flags, **_TWIN}) for name, _, flags in kinds if flags.get("stock")]
+        for name, twin, flags in kinds:
+            place = folder / "runs" / f"{_file_name(name)}{'-twin' * twin}-{seed}"
+            runs.append(Run(name, twin, {**shared, **flags, "seed": seed, "output_dir": str(place)}))
+    return runs
+
+
+def _run_all(runs: list[Run], flags: list[str], example: dict[str, str], processes: int) -> None:
     jobs = []
-    for seed in range(arguments.seeds):
-        for name, (_, own) in configurations.items():
-            place = folder / "runs" / f"{_file_name(name)}-{seed}"
-            settings = {**shared, **own, "seed": seed, "output_dir": str(place)}
-            place.mkdir()
-            (place / "flags.json").write_text(json.dumps(settings, indent=1) + "\n", "utf-8")
-            parse([str(place / "flags.json"), *flags])  # What is wrong with them is better said now than in an hour.
-            command = [sys.executable, "-m", "hf_jd.cli", "finetune", str(place / "flags.json"), *flags]
-            jobs.append(Job(f"{name}, seed {seed}", command, place / "log.txt"))
-    run_jobs(jobs, arguments.processes, {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
-    found: dict[str, list[Results]] = {}
-    for job in jobs:
-        found.setdefault(job.name.rpartition(", ")[0], []).append(Results.read(job.log.parent))
-    twins = {name: found[key] for key, (name, _) in configurations.items() if key != name}
-    return {name: found[name] for name in plan.configurations}, twins
-
-
-def _named(twins: dict[str, list[Results]]) -> dict[str, list[Results]]:
-    return {f"{name} (twin)": seeds for name, seeds in twins.items()}
+    for run in runs:
+        run.folder.mkdir()
+        file = run.folder / "flags.json"
+        file.write_text(json.dumps({**run.settings, **example}, indent=1) + "\n", "utf-8")
+        command = [sys.executable, "-m", "hf_jd.cli", "finetune", str(file), *flags]
+        jobs.append(Job(run.name, command, run.folder / "log.txt"))
+    run_jobs(jobs, processes, {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
 
 
 def _write_example(folder: Path) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,7 +13,7 @@ from transformers import HfArgumentParser
 
 from hf_jd.finetune.sentences import first_sentence
 
-CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 class Parser(HfArgumentParser):
@@ -41,22 +41,23 @@ class Parser(HfArgumentParser):
         """
         raise ValueError(f"{message[0].upper()}{message[1:].rstrip('.')}.")
 
-    def parse(self, argv: Sequence[str]) -> tuple[Any, ...]:
-        """Parses `[FILE] --flag value ...` into the dataclasses.
+    def parse(self, flags: Sequence[str], settings: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Parses into the dataclasses.
+
+        Args:
+            flags: `--flag value ...`.
+            settings: Values by the flags' names, which the flags override.
 
         Raises:
-            ValueError: A flag is unknown or has a value that isn't allowed, or the file can't be read.
+            ValueError: A flag is unknown or has a value that isn't allowed.
         """
-        flags = list(argv)
-        if flags and flags[0].endswith(CONFIG_SUFFIXES):
-            settings = read_settings(Path(flags.pop(0)))
-            for name in settings:
-                if name not in self._names():
-                    raise ValueError(f"The file has an unknown flag `{name}`{self._nearest(name)}.")
-            self.set_defaults(**settings)
+        for name in settings:
+            if name not in self._names():
+                raise ValueError(f"Unknown flag `{name}` in the file{self._nearest(name)}.")
+        self.set_defaults(**settings)
         try:
             parsed: tuple[Any, ...] = self.parse_args_into_dataclasses(
-                flags, return_remaining_strings=True, look_for_args_file=False
+                list(flags), return_remaining_strings=True, look_for_args_file=False
             )
         except (ValueError, ImportError) as error:  # ImportError: bf16 and the like, where they can't be had.
             raise ValueError(str(error)) from error
@@ -70,6 +71,12 @@ class Parser(HfArgumentParser):
     def _nearest(self, name: str) -> str:
         near = get_close_matches(name.lstrip("-").replace("-", "_"), self._names(), n=1)
         return f"; the nearest is `--{near[0]}`" if near else "; --help lists all of them"
+
+
+def split_settings(argv: Sequence[str]) -> tuple[list[str], Path | None]:
+    """Splits `[FILE] --flag value ...` into flags and the file, if there is one."""
+    flags = list(argv)
+    return (flags[1:], Path(flags[0])) if flags and flags[0].endswith(_SUFFIXES) else (flags, None)
 
 
 def read_settings(path: Path) -> dict[str, Any]:

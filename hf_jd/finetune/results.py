@@ -43,6 +43,7 @@ class Results:
             no example are in neither.
         steps: How many steps were made.
         step_times: Seconds for each step, where they were measured.
+        logs: How many times weights and conflicts were logged.
     """
 
     evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
@@ -50,7 +51,7 @@ class Results:
     against: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     steps: int = 0
     step_times: list[float] = field(default_factory=list)
-    _logs: int = 0
+    logs: int = 0
 
     @classmethod
     def read(cls, folder: Path) -> Results:
@@ -75,7 +76,7 @@ class Results:
     def _add_step(self, entry: dict[str, Any]) -> None:
         """Takes in a log of training; where it is of several steps, these are taken for one."""
         measured = {name: value for name, value in entry.items() if name.startswith(("jd/weight/", "jd/against/"))}
-        self._logs += bool(measured)
+        self.logs += bool(measured)
         for name, value in measured.items():
             kind, task = name.removeprefix("jd/").split("/", 1)
             series = self.weights if kind == "weight" else self.against
@@ -112,4 +113,4 @@ class Results:
         return None if share is None else share * self.steps
 
     def _over_steps(self, series: dict[str, list[tuple[int, float]]], task: str) -> float | None:
-        return sum(value for _, value in series[task]) / self._logs if task in series else None
+        return sum(value for _, value in series[task]) / self.logs if task in series else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from hf_jd.finetune.card import write_card
 from hf_jd.finetune.data import EXAMPLE_TASK_COLUMN, load_examples
 from hf_jd.finetune.measures import StepTimer, predicted_tokens, token_metrics
 from hf_jd.finetune.model import load_model, load_tokenizer, model_path
-from hf_jd.finetune.parser import Parser
+from hf_jd.finetune.parser import Parser, read_settings, split_settings
 from hf_jd.finetune.results import Results
 from hf_jd.finetune.table import evaluation_table
 from hf_jd.finetune.tokens import tokenize
@@ -34,12 +34,15 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         The exit code.
     """
-    finetune(*parse(argv))
+    flags, file = split_settings(argv)
+    finetune(*parse(flags, {} if file is None else read_settings(file)))
     return 0
 
 
-def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, RunArguments, JDTrainingArguments]:
-    """Parses flags, or a file and flags.
+def parse(
+    flags: Sequence[str], settings: Mapping[str, Any]
+) -> tuple[ModelArguments, DataArguments, RunArguments, JDTrainingArguments]:
+    """Parses flags, which override settings by name.
 
     Raises:
         ValueError: Something in them isn't allowed.
@@ -53,7 +56,7 @@ def parse(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, RunArgume
         allow_abbrev=False,
         prepare=_prepare,
     )
-    model, data, run, training = parser.parse(argv)
+    model, data, run, training = parser.parse(flags, settings)
     return model, data, run, training
 
 

@@ -45,42 +45,51 @@ def _training_cells(results: Results, task: str) -> list[str]:
 
 
 def comparison_table(
-    runs: Mapping[str, Sequence[Results]], watched: Mapping[str, Sequence[Results]], stock: str | None
+    runs: Mapping[str, Sequence[Results]], twins: Mapping[str, Sequence[Results]], stock: str | None
 ) -> str:
     """All that `hf-jd compare` shows.
 
     Args:
         runs: The runs of each configuration, one a seed.
-        watched: Runs that make the same steps as a configuration of `runs`, and measure what that can't.
+        twins: Runs that make the same steps as a configuration of `runs`, and measure what that can't.
         stock: The configuration that the others' times are compared with, if any.
+
+    Raises:
+        ValueError: Nothing was evaluated.
     """
     first = next(iter(runs.values()))[0]
     tasks = first.tasks
-    width = len(tasks) + 1
+    if not tasks:
+        raise ValueError("Nothing was evaluated: the data has no examples to evaluate on.")
+    start = [first.evaluations[task][0] for task in tasks]
+    known = all(evaluation.step == 0 for evaluation in start)
+    watched = {**runs, **twins}
+    loss = _block(runs, tasks, lambda r, task: r.evaluations[task][-1].loss, ".2f")
+    for row, seeds in zip(loss, runs.values(), strict=True):
+        row.append(_time(seeds, runs.get(stock or "", ())))
+    accuracy = _block(runs, tasks, lambda r, task: r.evaluations[task][-1].accuracy, ".1%")
+    sections = {
+        "validation loss": [["before training", *(f"{e.loss:.2f}" for e in start)]] * known + loss,
+        "accuracy": [
+            *[["before training", *(f"{e.accuracy:.1%}" for e in start)]] * known,
+            ["always the most frequent token", *(f"{e.majority:.1%}" for e in start)],
+            *accuracy,
+        ],
+        f"steps against the task, of {first.steps}": _block(watched, tasks, Results.steps_against, ".0f"),
+        "share of the weights": _block(watched, tasks, Results.mean_weight, ".1%"),
+    }
+    header = ["", *tasks, "time a step"]
+    rows = [row for title, lines in sections.items() if lines for row in ([f"**{title}**"], *lines)]
+    return markdown(header, [[*row, *[_NONE] * (len(header) - len(row))] for row in rows])
 
-    def line(name: str, cells: Sequence[str]) -> list[str]:
-        return [name, *cells, *[_NONE] * (width - len(cells))]
 
-    def block(title: str, cell: _Cell, form: str, watch: bool = False) -> list[list[str]]:
-        found = []
-        for name, seeds in runs.items():
-            measured = watched.get(name, seeds) if watch else seeds
-            cells = [spread([cell(results, task) for results in measured], form) for task in tasks]
-            if any(cells):
-                found.append(line(name, cells))
-        return [line(f"**{title}**", []), *found] if found else []
-
-    before = {task: first.evaluations[task][0] for task in tasks}
-    loss = block("validation loss", lambda r, task: r.evaluations[task][-1].loss, ".2f")
-    loss.insert(1, line("before training", [f"{before[task].loss:.2f}" for task in tasks]))
-    for row, seeds in zip(loss[2:], runs.values(), strict=True):
-        row[-1] = _time(seeds, runs.get(stock or "", ()))
-    accuracy = block("accuracy", lambda r, task: r.evaluations[task][-1].accuracy, ".1%")
-    accuracy.insert(1, line("before training", [f"{before[task].accuracy:.1%}" for task in tasks]))
-    accuracy.insert(2, line("always the most frequent token", [f"{before[task].majority:.1%}" for task in tasks]))
-    against = block(f"steps against the task, of {first.steps}", Results.steps_against, ".0f", watch=True)
-    weight = block("share of the weights", Results.mean_weight, ".1%", watch=True)
-    return markdown(["", *tasks, "time a step"], [*loss, *accuracy, *against, *weight])
+def _block(runs: Mapping[str, Sequence[Results]], tasks: Sequence[str], cell: _Cell, form: str) -> list[list[str]]:
+    """A row for each configuration that measured this, a cell for each task."""
+    rows = [
+        [name, *(spread([cell(results, task) for results in seeds], form) for task in tasks)]
+        for name, seeds in runs.items()
+    ]
+    return [row for row in rows if any(row[1:])]
 
 
 def _time(seeds: Sequence[Results], stock: Sequence[Results]) -> str:

@@ -40,7 +40,8 @@ def test_compares_end_to_end(plan, tmp_path, capsys):
     assert table.count("| stock Trainer ") == 4  # loss, accuracy and, by its twin, conflicts and shares
     assert "x 1.00" in table
     results = json.loads((folder / "results.json").read_text("utf-8"))
-    assert set(results["runs"]) == {"stock Trainer", "by task", "stock Trainer (twin)"}
+    assert set(results["runs"]) == {"stock Trainer", "by task"}
+    assert set(results["twins"]) == {"stock Trainer"}
     assert (folder / "picture.png").read_bytes().startswith(b"\x89PNG")
     apart = float(printed.partition("final losses differ by ")[2].split()[0])
     assert apart < 1e-3
