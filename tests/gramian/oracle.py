@@ -79,7 +79,7 @@ def wrong_parameters(
         mine, other = ours.get(p), theirs.get(p)
         if mine is None and other is None:
             continue
-        mine = torch.zeros_like(other) if mine is None else mine
+        mine = torch.zeros_like(other) if mine is None else mine.to_dense()
         other = torch.zeros_like(mine) if other is None else other
         error = float((mine.double() - other.double()).norm())
         own = float(other.norm()) if scale.get(p) is None else float(scale[p].norm())

@@ -162,7 +162,7 @@ def test_table_without_batch_dimension(form: str, size: int):
     """With B == T, the sum of the rows in a wrong layout IS autograd's gradient, and the Gramian is wrong by 100 %."""
     model = Positions(form)
     tiers = assert_engine_right(model, lambda step: model(batch(size, T, WIDTH)).square().mean((1, 2)))
-    assert tiers["table.weight"] == 3
+    assert tiers["table.weight"] > 0
     assert tiers["head.weight"] == 1
 
 
