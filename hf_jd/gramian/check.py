@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from hf_jd.gramian.layouts import candidates
 from hf_jd.gramian.recording import Batch, Meeting, Recording
 from hf_jd.gramian.taps import Call, ModuleTap
 
@@ -142,9 +143,11 @@ class LeakRecording:
     def record(
         self, tap: ModuleTap, call: Call, inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor | None]
     ) -> None:
-        """Looks at the rows of other instances. A table, or what repeats over the batch, says nothing of mixing."""
+        """Looks at the rows of other instances; a table, or a tensor whose batch may be elsewhere, proves nothing."""
         g = next((g for g in grad_outputs if g is not None), None)
-        if g is None or g.dim() < 2 or len(g) != self._batch.instances or isinstance(tap.module, nn.Embedding):
+        if g is None or g.dim() < 2 or isinstance(tap.module, nn.Embedding):
+            return
+        if candidates(g.shape[:-1], self._batch.instances) != ["axis0"]:
             return
         segments = self._batch.segments
         own = torch.arange(len(g)) == self._objective if segments.ids is None else segments.ids == self._objective

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import nn
 
-from hf_jd.gramian.taps import ModuleTap
+from hf_jd.gramian.taps import InputTap, ModuleTap
 
 
 class Coverage:
@@ -29,11 +29,18 @@ class Coverage:
         self._make_tap = make_tap
         self._taps: dict[nn.Module, tuple[ModuleTap, torch.utils.hooks.RemovableHandle]] = {}
         self._climbed: dict[nn.Parameter, int] = {}
+        self._inputs = InputTap()
+        self._input_handles = [m.register_forward_pre_hook(self._inputs, with_kwargs=True) for m in modules]
 
     @property
     def taps(self) -> list[ModuleTap]:
         """The taps in place."""
         return [tap for tap, _ in self._taps.values()]
+
+    @property
+    def sizes(self) -> set[tuple[int, int]]:
+        """(axis, size) of the first two dimensions of the modules' input tensors since the last Gramian."""
+        return self._inputs.sizes
 
     def parameters(self) -> list[nn.Parameter]:
         """All parameters of the modules, frozen ones too."""
@@ -64,7 +71,9 @@ class Coverage:
                     if holder is not None:
                         targets[modules[holder]][full[len(holder) + 1 :] if holder else full] = parameter
         for module in self._taps.keys() - targets.keys():
-            self._taps.pop(module)[1].remove()
+            tap, handle = self._taps.pop(module)
+            tap.targets = {}  # A graph built before may still report to it.
+            handle.remove()
         for module, found in targets.items():
             if module not in self._taps:
                 tap = self._make_tap(module)
@@ -79,12 +88,13 @@ class Coverage:
 
     def forget_forwards(self) -> None:
         """Starts to count forwards anew."""
+        self._inputs.sizes.clear()
         for tap in self.taps:
             tap.calls = tap.elements = 0
 
     def remove(self) -> None:
         """Takes all taps away."""
-        for _, handle in self._taps.values():
+        for handle in [*self._input_handles, *(handle for _, handle in self._taps.values())]:
             handle.remove()
         self._taps.clear()
 

@@ -219,7 +219,7 @@ class Engine:
             gramian = gramian.view(k, m, k, m).permute(1, 0, 3, 2)
         gramian = gramian.reshape(shape + shape)
         n = len(shape)
-        return gramian.permute(*range(n), *reversed(range(n, 2 * n)))
+        return gramian.permute([*range(n), *reversed(range(n, 2 * n))])
 
 
 def _check_losses(losses: Tensor, batch_dim: int | None, segments: Tensor | None, trainable: bool) -> None:

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from hf_jd.gramian.graph import Differentiator
 from hf_jd.gramian.layouts import Segments, shared_features
 from hf_jd.gramian.rows import DenseRows, Rows
-from hf_jd.gramian.rules import outer
+from hf_jd.gramian.rules import check_buffers, outer
 from hf_jd.gramian.taps import Call
 
 
@@ -24,6 +24,7 @@ def module_rows(
     tensors: Sequence[Tensor],
     grad_outputs: Sequence[Tensor | None],
     segments: Segments,
+    axis: int,
     vectorised: bool,
 ) -> dict[str, Rows]:
     """Tier 2: the vector-Jacobian product of one module's own forward, repeated objective by objective.
@@ -32,23 +33,25 @@ def module_rows(
         module: The module, called again with the inputs of its call.
         targets: The parameters below it whose rows are wanted, by name.
         call: How it was called.
-        tensors: The tensors it was called with; those that share the N leading rows of the output gradients are split.
-        grad_outputs: Gradients of its outputs, batch first.
-        segments: Whose each leading row is; not by token.
+        tensors: The tensors it was called with; those that share the N rows of the output gradients are split.
+        grad_outputs: Gradients of its outputs.
+        segments: Whose each of the N rows is; not by token.
+        axis: The dimension that holds the N rows.
         vectorised: One `vmap` over instances, where each has a row; else a loop over objectives.
     """
-    lead = next(len(g) for g in grad_outputs if g is not None)
-    batched = [t.dim() > 0 and len(t) == lead for t in tensors]
+    lead = next(g.shape[axis] for g in grad_outputs if g is not None)
+    batched = [t.dim() > axis and t.shape[axis] == lead for t in tensors]
 
     def outputs(parameters: dict[str, Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
         args, kwargs = call.arguments(inputs)
-        result = call.float_outputs(functional_call(module, parameters, args, kwargs))
+        result = call.float_outputs(functional_call(module, {**parameters, **buffers}, args, kwargs))
         return tuple(o for o, g in zip(result, grad_outputs, strict=True) if g is not None)
 
     def row(inputs: list[Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
         product = vjp(lambda parameters: outputs(parameters, inputs), {n: p.detach() for n, p in targets.items()})[1]
         return product(tuple(gradients))[0]
 
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     given = [g for g in grad_outputs if g is not None]
     with call.context(), warnings.catch_warnings():
         # vmap loops inside where an operation has no batching rule, and says so: still one call of the module.
@@ -57,18 +60,25 @@ def module_rows(
             # Inside vmap each instance is a batch of one.
             one = vmap(
                 lambda inputs, gradients: row(
-                    [t[None] if b else t for t, b in zip(inputs, batched, strict=True)], [g[None] for g in gradients]
+                    [t.unsqueeze(axis) if b else t for t, b in zip(inputs, batched, strict=True)],
+                    [g.unsqueeze(axis) for g in gradients],
                 ),
-                in_dims=([0 if b else None for b in batched], [0] * len(given)),
+                in_dims=([axis if b else None for b in batched], [axis] * len(given)),
             )
             rows = one(list(tensors), given)
         else:
             each = [
-                row([t[i] if b else t for t, b in zip(tensors, batched, strict=True)], [g[i] for g in given])
-                for i in segments.members()
+                row(
+                    [t.index_select(axis, i) if b else t for t, b in zip(tensors, batched, strict=True)],
+                    [g.index_select(axis, i) for g in given],
+                )
+                for i in (members.to(given[0].device) for members in segments.members())
             ]
             rows = {name: torch.stack([r[name] for r in each]) for name in targets}
-    return {name: DenseRows(r.flatten(1).to(targets[name].dtype), targets[name].shape) for name, r in rows.items()}
+    check_buffers(module, buffers)
+    return {
+        name: DenseRows(r.reshape(len(r), -1).to(targets[name].dtype), targets[name].shape) for name, r in rows.items()
+    }
 
 
 class _LinearMaps(TorchFunctionMode):
@@ -95,6 +105,7 @@ def linear_rows(
     tensors: Sequence[Tensor],
     grad_outputs: Sequence[Tensor | None],
     segments: Segments,
+    axis: int,
 ) -> dict[str, Rows]:
     """Tier 2 for modules that read weights as F.linear(x, W) themselves (routers): one more forward for all.
 
@@ -103,22 +114,27 @@ def linear_rows(
         targets: The weights [p, d] below it whose rows are wanted; each must be met in exactly one such call.
         call: How it was called.
         tensors: The tensors it was called with.
-        grad_outputs: Gradients of its outputs, batch first.
-        segments: Whose each leading row is.
+        grad_outputs: Gradients of its outputs.
+        segments: Whose each of the N rows is.
+        axis: The dimension that holds the N rows.
 
     Raises:
         RuntimeError: A target that is used in another way; the caller passes on.
     """
     with call.context(), torch.enable_grad(), _LinearMaps(list(targets.values())) as maps:
         args, kwargs = call.arguments(list(tensors))
-        outputs = call.float_outputs(module(*args, **kwargs))
+        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        outputs = call.float_outputs(functional_call(module, buffers, args, kwargs))
+    check_buffers(module, buffers)
     used = [weight for weight, _, _ in maps.met]
     if len(used) != len(targets) or {id(w) for w in used} != {id(p) for p in targets.values()}:
         raise RuntimeError("a parameter is not used as the weight of one linear map")
     pairs = [(o, g) for o, g in zip(outputs, grad_outputs, strict=True) if g is not None]
     gradients = torch.autograd.grad([o for o, _ in pairs], [y for _, _, y in maps.met], [g for _, g in pairs])
     rows = {
-        id(weight): outer(shared_features(g), shared_features(x), segments, weight.shape)
+        id(weight): outer(
+            shared_features(g.movedim(axis, 0)), shared_features(x.movedim(axis, 0)), segments, weight.shape
+        )
         for (weight, x, _), g in zip(maps.met, gradients, strict=True)
     }
     return {name: rows[id(parameter)] for name, parameter in targets.items()}
@@ -140,5 +156,5 @@ def individual_rows(
         rows[parameter] = None
         if any(g is not None for g in column):
             dense = [torch.zeros_like(parameter) if g is None else g.to_dense() if g.is_sparse else g for g in column]
-            rows[parameter] = DenseRows(torch.stack(dense).flatten(1), parameter.shape)
+            rows[parameter] = DenseRows(torch.stack(dense).reshape(len(losses), -1), parameter.shape)
     return rows

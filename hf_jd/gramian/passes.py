@@ -70,9 +70,15 @@ class Passes:
             rows = individual_rows(differentiator, losses, list(self._coverage.names))
             used = {p: r for p, r in rows.items() if r is not None}
             return Outcome(used, None, dict.fromkeys(used, 3))
-        recording = self._record(losses, differentiator, batch, materialise, gramian_only)
-        reached, found_reentrant = self._unmet(losses, differentiator, recording)
-        if found_reentrant:
+        try:
+            recording = self._record(losses, differentiator, batch, materialise, gramian_only)
+            self._check_length(losses, batch, recording)
+            reached = self._unmet(losses, differentiator, recording)
+        except RuntimeError:
+            # Reentrant checkpointing was switched on since the graph was looked at: it refuses, or hides modules.
+            if self._reentrant is not False or not walk(losses)[0]:
+                raise
+            self._reentrant = None
             return self.run(losses, batch, materialise, gramian_only)
         if self._checker is not None:
             recording = self._prove(losses, differentiator, recording)
@@ -107,25 +113,38 @@ class Passes:
                 raise UnsupportedError(f"{name}: {error}") from None
             finally:
                 self.recording = None
+            recording.finish()
             recording.reached = {p for p, g in zip(absent, gradients[1:], strict=True) if g is not None}
             if recording.shared == shared:
                 return recording
             shared = recording.shared
 
-    def _unmet(self, losses: Tensor, differentiator: Differentiator, recording: Recording) -> tuple[set, bool]:
-        """Parameters that have gradients although no tap met them; and whether a reentrant checkpoint hid them."""
+    def _unmet(self, losses: Tensor, differentiator: Differentiator, recording: Recording) -> set[nn.Parameter]:
+        """Parameters with gradients that no tap met. Raises RuntimeError where a reentrant checkpoint hides them."""
         names, individual, met = self._coverage.names, self._plan.individual, recording.met
         reached = recording.reached - met.keys()
         missing = [p for p in names if p not in met and p not in individual and p not in self._absent]
         if missing:
             if self._reentrant is False and walk(losses)[0]:
-                self._reentrant = None
-                return set(), True
+                raise RuntimeError("a reentrant checkpoint hides modules")
             gradients = differentiator.gradients(losses.sum(), missing)
             reached |= {p for p, g in zip(missing, gradients, strict=True) if g is not None}
         self._absent = {p for p in names if p not in met and p not in individual and p not in reached}
         self._coverage.climb(reached)
-        return reached, False
+        return reached
+
+    def _check_length(self, losses: Tensor, batch: Batch, recording: Recording) -> None:
+        """Raises where no input of the model can hold as many instances as there are losses or segments."""
+        seen = self._coverage.sizes
+        fits = any(size % batch.instances == 0 if axis == 0 else size == batch.instances for axis, size in seen)
+        if not seen or fits or any(m.layout is not None or m.site.rejected for m in recording.meetings):
+            return
+        sizes = ", ".join(str(size) for axis, size in sorted(seen) if axis == 0)
+        raise ValueError(
+            f"{batch.instances} instances were given (losses of shape {list(losses.shape)}), but the first dimensions "
+            f"of the model's inputs are {sizes}: give one loss an instance of the batch, in its order, or segments [B] "
+            "that say whose each instance is."
+        )
 
     def _prove(self, losses: Tensor, differentiator: Differentiator, recording: Recording) -> Recording:
         """Compares the rows with autograd; takes back decisions until they are right or none is left."""
@@ -142,9 +161,7 @@ class Passes:
             recording = self._record(losses, differentiator, first.batch, first.materialise, first.gramian_only, probe)
             wrong = checker.wrong(recording, expected)
             suspects |= wrong
-            met = recording.met
-            for parameter in wrong:
-                self._plan.reject(parameter, [meeting.site for meeting in met[parameter]])
+            self._plan.reject({p: [m.site for m in meetings] for p, meetings in recording.met.items() if p in wrong})
             if not wrong:
                 break
         else:
@@ -174,6 +191,11 @@ class Passes:
         """Adds the rows that only one differentiation an objective brings, and says what that costs."""
         names = self._coverage.names
         individual = [p for p in names if p in self._plan.individual or p in recording.unmapped or p in reached]
+        if not recording.meetings and not individual:
+            raise ValueError(
+                "the losses depend on no trainable parameter of the engine's modules: compute them with those modules, "
+                "and unfreeze some of their parameters."
+            )
         rows: dict[nn.Parameter, Rows] = {p: r for p, r in recording.rows.items() if p not in recording.unmapped}
         tiers = {p: recording.tiers[p] for p in recording.tiers if p not in recording.unmapped}
         if individual:

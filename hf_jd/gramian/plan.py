@@ -4,7 +4,7 @@ Decisions are tried in order (closed rule in each layout that shapes allow, then
 then one differentiation an objective) and kept once the self-check has proved them.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -88,14 +88,24 @@ class Plan:
             self._sites[key] = Site(tap.module, self._rule(tap, inputs) or LINEAR)
         return self._sites[key]
 
-    def reject(self, parameter: nn.Parameter, sites: Iterable[Site]) -> None:
-        """Takes back one decision behind a parameter's wrong rows; once none is left, the parameter goes to tier 3."""
-        for site in sites:
-            if site.layout is not None:
-                site.rejected.add(site.layout)
-                site.layout = None
-                return
-        self.individual.add(parameter)
+    def reject(self, wrong: Mapping[nn.Parameter, Sequence[Site]]) -> None:
+        """Takes back one decision behind each parameter's wrong rows; where none is left, it goes to tier 3.
+
+        Args:
+            wrong: The parameters and the sites where they were met. Parameters that share a site share its decision.
+        """
+        taken_back: set[Site] = set()
+        for parameter, sites in wrong.items():
+            if not taken_back.isdisjoint(sites):
+                continue
+            site = next((site for site in sites if site.layout is not None), None)
+            if site is None:
+                self.individual.add(parameter)
+                continue
+            assert site.layout is not None
+            site.rejected.add(site.layout)
+            site.layout = None
+            taken_back.add(site)
 
     def _rule(self, tap: ModuleTap, inputs: Sequence[Tensor]) -> Rule | None:
         module = tap.module

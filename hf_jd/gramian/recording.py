@@ -35,12 +35,14 @@ class Meeting:
         site: The module, and how its rows are formed.
         layout: How its tensors held the batch; None where no layout fits.
         dtype: Of the output gradient.
+        leading: First dimension of the output gradient.
     """
 
     targets: Mapping[str, nn.Parameter]
     site: Site
     layout: str | None
     dtype: torch.dtype
+    leading: int
 
 
 class Recording:
@@ -86,6 +88,8 @@ class Recording:
         self.busy = False
         self._plan = plan
         self._dropped: set[nn.Parameter] = set()
+        self._embedded: list[Tensor] = []
+        self._unbatched: list[tuple[Site, Mapping[str, nn.Parameter], Tensor, Tensor]] = []
 
     @property
     def met(self) -> dict[nn.Parameter, list[Meeting]]:
@@ -108,10 +112,34 @@ class Recording:
             return
         site = self._plan.site(tap, first.dim(), self.batch.segments.objectives > 1, inputs)
         layout = site.choose_layout(first.shape[:-1] or first.shape, self.batch.instances)
-        self.meetings.append(Meeting(targets, site, layout, first.dtype))
+        self.meetings.append(Meeting(targets, site, layout, first.dtype, len(first)))
+        if layout is None and not isinstance(site.method, str) and len(inputs) == 1:
+            self._unbatched.append((site, targets, inputs[0], first))
+            return
+        if isinstance(site.module, nn.Embedding):
+            self._embedded.append(first)
         self.busy = True
         found = {} if layout is None else self._rows(site, layout, targets, call, inputs, grad_outputs)
         self.busy = False
+        self._take(targets, found)
+
+    def finish(self) -> None:
+        """Forms the rows of inputs without a batch dimension, once all gradients are known.
+
+        Position embeddings are added to word embeddings, so the gradient that reaches them is that of the word
+        embeddings summed over the batch: where such a twin was met, it has the rows that the sum has lost.
+        """
+        for site, targets, x, g in self._unbatched:
+            twin = next((t for t in self._embedded if _is_sum_of(g, t, self.batch.instances)), None)
+            found: dict[str, Rows] = {}
+            if twin is not None and not isinstance(site.method, str):
+                one = x if x.shape[0] == 1 else x[None]
+                with torch.no_grad():
+                    found = site.method(site.module, one.expand(len(twin), *one.shape[1:]), twin, self.batch.segments)
+            self.tiers.update(dict.fromkeys((targets[name] for name in found if name in targets), 1))
+            self._take(targets, found)
+
+    def _take(self, targets: Mapping[str, nn.Parameter], found: Mapping[str, Rows]) -> None:
         for name, parameter in targets.items():
             if name in found:
                 self._add(parameter, found[name])
@@ -163,11 +191,9 @@ class Recording:
             self.tiers[parameter] = 1 if name in found else 2
         rest = {name: p for name, p in targets.items() if name not in found}
         if rest:
-            # The module is called again on its own tensors, so the batch must lead them.
-            if layout.startswith("axis") and layout != "axis0":
-                raise UnmappedError
             _, segments = arrange(layout, self.batch.segments, self.batch.instances, first)
-            again = (site.module, rest, call, inputs, grad_outputs, segments)
+            axis = int(layout[4:]) if layout.startswith("axis") else 0
+            again = (site.module, rest, call, inputs, grad_outputs, segments, axis)
             if site.method == LINEAR:
                 found |= linear_rows(*again)
             else:
@@ -188,3 +214,13 @@ class Recording:
         self._dropped.add(parameter)
         part = rows.gramian()
         self.gramian = part if self.gramian is None else self.gramian + part
+
+
+def _is_sum_of(total: Tensor, parts: Tensor, instances: int) -> bool:
+    """Whether a gradient [1, T, d] or [T, d] is that of B instances [B, T, d], added up."""
+    if len(parts) != instances or parts.shape[1:] != total.shape[total.dim() - parts.dim() + 1 :]:
+        return False
+    if total.numel() * instances != parts.numel():
+        return False
+    added = parts.sum(0).view(total.shape)
+    return bool((added - total).norm() <= 0.02 * total.norm())

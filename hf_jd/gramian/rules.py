@@ -196,8 +196,10 @@ def recognise(module: nn.Module, input: Tensor) -> Rule | None:
     if next(module.children(), None) is not None or "weight" not in names or not set(names) <= {"weight", "bias"}:
         return _scale_of(module, names[0], input) if len(names) == 1 and "." not in names[0] else None
     weight, bias = module.get_parameter("weight"), module.get_parameter("bias") if "bias" in names else None
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     try:
-        output = module(input)
+        output = functional_call(module, buffers, (input,))
+        check_buffers(module, buffers)
         if weight.dim() == 2 and not input.is_floating_point():
             return _scaled_embedding(module, input, output)
         if weight.dim() == 2:
@@ -209,6 +211,12 @@ def recognise(module: nn.Module, input: Tensor) -> Rule | None:
     except Exception:
         return None  # A layer that cannot be called on this input alone, for whatever reason: no closed form.
     return _scale_of(module, "weight", input) if bias is None else None
+
+
+def check_buffers(module: nn.Module, copies: Mapping[str, Tensor]) -> None:
+    """Raises RuntimeError where a second call changed the copies of a module's buffers: its forward has a memory."""
+    if any(not torch.equal(copies[name], buffer) for name, buffer in module.named_buffers()):
+        raise RuntimeError("the module's forward changes its buffers, so that another call computes something else")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -236,12 +244,15 @@ def _scale_of(module: nn.Module, name: str, input: Tensor) -> Rule | None:
     if weight.dim() != 1 or not input.is_floating_point():
         return None
 
+    buffers = {key: buffer.clone() for key, buffer in module.named_buffers()}
+
     def at(value: Tensor, x: Tensor) -> Tensor:
-        return functional_call(module, {name: value}, (x,))
+        return functional_call(module, {name: value, **buffers}, (x,))
 
     try:
         zero, one = at(torch.zeros_like(weight), input), at(torch.ones_like(weight), input)
         probe = torch.linspace(-1, 2, len(weight), dtype=weight.dtype, device=weight.device)
+        check_buffers(module, buffers)
         unit = 1.0 if _same(zero, torch.zeros_like(zero)) else 0.0
         f = one if unit else zero
         if zero.shape != input.shape or not _same(at(probe, input), zero + probe * f) or not _same(one, zero + f):

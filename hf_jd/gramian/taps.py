@@ -127,6 +127,22 @@ class ModuleTap:
         return pytree.tree_unflatten(outputs, output_spec)
 
 
+class InputTap:
+    """A forward pre-hook that notes the first two dimensions of a module's input tensors."""
+
+    def __init__(self) -> None:
+        self.sizes: set[tuple[int, int]] = set()
+
+    def __reduce__(self) -> tuple:
+        return _NoTap, ()
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            for leaf in pytree.tree_leaves((args, kwargs)):
+                if isinstance(leaf, Tensor):
+                    self.sizes.update(enumerate(leaf.shape[:2]))
+
+
 class _NoTap:
     """What a tap becomes in a copy of the model: a hook that does nothing."""
 
