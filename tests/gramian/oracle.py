@@ -39,8 +39,10 @@ def brute_rows(losses: Tensor, parameters: Sequence[nn.Parameter]) -> Rows:
         p.grad = gradient
     rows: Rows = {}
     for p, column in collected.items():
-        used = any(g is not None for g in column)
-        rows[p] = torch.stack([torch.zeros_like(p) if g is None else g for g in column]).flatten(1) if used else None
+        rows[p] = None
+        if any(g is not None for g in column):
+            dense = [torch.zeros_like(p) if g is None else g for g in column]
+            rows[p] = torch.stack(dense).reshape(len(column), -1)
     return rows
 
 

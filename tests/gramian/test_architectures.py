@@ -863,18 +863,10 @@ IMAGES: dict[str, Callable[[], nn.Module]] = {
     "circular": lambda: Plain(nn.Conv2d(3, 2, 3, padding=1, padding_mode="circular")),
     "transposed convolution": lambda: Plain(nn.ConvTranspose2d(3, 2, 3)),
 }
-XFAIL: dict[str, str] = {
-    "free parameters": "E17: a parameter of shape []",
-}
 
 
 def cases(kinds: dict[str, Callable[[], nn.Module]]) -> list:
-    return [
-        pytest.param(
-            build, id=name, marks=[pytest.mark.xfail(strict=True, reason=XFAIL[name])] if name in XFAIL else []
-        )
-        for name, build in kinds.items()
-    ]
+    return [pytest.param(build, id=name) for name, build in kinds.items()]
 
 
 def build_in_float64(build: Callable[[], nn.Module], x: Tensor) -> nn.Module:
@@ -914,9 +906,7 @@ def test_of_vectors(build: Callable[[], nn.Module], size: int):
 
 @pytest.mark.parametrize("size", [4, 5, D], ids=["B=4", "B==T", "B==width"])
 @pytest.mark.parametrize("build", cases(SEQUENCES))
-def test_of_sequences(build: Callable[[], nn.Module], size: int, request: pytest.FixtureRequest):
-    if any(case in request.node.name for case in ("attention, time first-B==T", "LSTM, time first-B==T")):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="E19: called a mixing of instances"))
+def test_of_sequences(build: Callable[[], nn.Module], size: int):
     assert_right(build, size, 5, D)
 
 

@@ -140,7 +140,7 @@ TOKENWISE = {
     "functional": Functional,
     "stacked": Stacked,
     "keyword": Keyword,
-    "prelu": nn.PReLU,
+    "prelu": lambda w: nn.PReLU(),
     "relu": lambda w: nn.ReLU(),
     "relu in place": lambda w: nn.Sequential(nn.Linear(w, w), nn.ReLU(inplace=True)),
     "tanh": lambda w: nn.Tanh(),
