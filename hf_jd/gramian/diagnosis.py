@@ -1,0 +1,78 @@
+"""Which parameters' rows are right on a model, by which tier, and what to do: for a person who asks before training."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from hf_jd.gramian.check import HALF_TOLERANCE, TOLERANCE
+from hf_jd.gramian.engine import Engine
+
+SETTLING_STEPS = 3  # parameters whose owner is not called find their holder within these
+ADVICE = {
+    0: "no objective depends on it: freeze it, or check that the loss uses it",
+    1: "closed form: costs what autograd's own weight gradient would",
+    2: "its module is called again for the rows: a little dearer than a closed form",
+    3: "one differentiation an objective, each step: freeze it, or give Engine a rule for its layer",
+}
+
+
+@dataclass(frozen=True)
+class RowCheck:
+    """The finding for one parameter.
+
+    Attributes:
+        name: Of the parameter.
+        tier: 1: closed form; 2: module by module; 3: objective by objective; 0: no objective depends on it.
+        error: Norm of the difference to rows by autograd, one objective at a time, relative to the larger norm.
+        right: Whether the error is within the dtype's tolerance.
+        advice: What to do.
+    """
+
+    name: str
+    tier: int
+    error: float
+    right: bool
+    advice: str
+
+    def __str__(self) -> str:
+        verdict = "right" if self.right else "WRONG"
+        return f"{self.name}: tier {self.tier}, {verdict} (error {self.error:.1e}); {self.advice}"
+
+
+def check_rows(model: nn.Module, losses_fn: Callable[..., Tensor]) -> list[RowCheck]:
+    """Compares the engine's rows of each trainable parameter with autograd's, one backward an objective.
+
+    Args:
+        model: The model; its `.grad` and hooks are left as they were.
+        losses_fn: Returns losses [m], one an instance, from a new forward; called with the model, or without arguments
+            if it takes none. Called a few times: parameters without a called owner need some steps to find their tier.
+
+    Returns:
+        One finding a trainable parameter, in the model's order.
+
+    Raises:
+        ValueError: As `Engine.compute_gramian`: no trainable parameter, instances that mix, ...
+    """
+    takes_model = len(inspect.signature(losses_fn).parameters) > 0
+    engine, oracle = Engine(model), Engine(model, batch_dim=None)
+    try:
+        for _ in range(SETTLING_STEPS):
+            losses = losses_fn(model) if takes_model else losses_fn()
+            jacobian = engine.compute_jacobian(losses)
+        expected = oracle.compute_jacobian(losses)
+        tiers = engine.tiers()
+    finally:
+        engine.detach()
+        oracle.detach()
+    typical = max(float(expected.rows(p).norm()) / max(1, p.numel()) ** 0.5 for p in expected.parameters)
+    findings = []
+    for (name, tier), parameter in zip(tiers.items(), jacobian.parameters, strict=True):
+        ours, theirs = jacobian.rows(parameter).double(), expected.rows(parameter).double()
+        difference, scale = float((ours - theirs).norm()), max(float(ours.norm()), float(theirs.norm()))
+        relative, noise = TOLERANCE.get(parameter.dtype, HALF_TOLERANCE)
+        right = difference <= relative * scale + noise * typical * max(1, parameter.numel()) ** 0.5
+        advice = ADVICE[tier] if right else "rows are not autograd's: report it, and freeze the parameter meanwhile"
+        findings.append(RowCheck(name, tier, difference / scale if scale else 0.0, right, advice))
+    return findings
