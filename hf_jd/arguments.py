@@ -16,6 +16,7 @@ _CHOICES = {
     "jd_group_reduction": ("share", "mean"),
     "jd_backward": ("one_pass", "two_pass"),
     "jd_scope": ("global", "micro_batch"),
+    "jd_extra_losses": ("mean", "error"),
 }
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -83,6 +84,14 @@ class JDArguments:
         default=True,
         metadata={
             "help": "Prove on the first step, with one more backward pass, that the Jacobian and losses are right."
+        },
+    )
+    jd_extra_losses: str = field(
+        default="mean",
+        metadata={
+            "help": "What becomes of the part of the model's own loss that no token or instance owns, such as a "
+            "router's balancing loss: `mean` adds it to the objectives' mean, as Trainer does, and no weighting sees "
+            "it; `error` stops."
         },
     )
     jd_scope: str = field(

@@ -48,6 +48,13 @@ class JDState:
     losses: Tensor
 
 
+class Extra(NamedTuple):
+    """The part of a micro-batch's loss that no token or instance owns: [] its value, and its gradient."""
+
+    value: Tensor
+    gradients: dict[nn.Parameter, Tensor]
+
+
 class _Recorded(NamedTuple):
     """A micro-batch after its first pass."""
 
@@ -58,6 +65,7 @@ class _Recorded(NamedTuple):
     jacobian: Jacobian | None
     broken: Tensor
     """[] how many instances were left out because their loss isn't finite."""
+    extra: Extra | None
 
 
 class Update:
@@ -111,8 +119,24 @@ class Update:
             accumulate(rows.weighted_sum(weights, usable))
         else:
             self._second_pass(recorded, weights[rows.mine], usable[rows.mine])
+        extra = self._add_extra(recorded)
         mean = (factors * share / usable.sum().clamp(min=1))[rows.mine] * own[:, 0]
-        return mean[usable[rows.mine]].sum().to(self.trainer.args.device) * process_count()
+        return (mean[usable[rows.mine]].sum().to(self.trainer.args.device) + extra) * process_count()
+
+    def _add_extra(self, recorded: list[_Recorded]) -> Tensor:
+        """Adds the mean over micro-batches and processes of what no token or instance owns; its part of this process.
+
+        Trainer adds the micro-batches' instead of averaging them, where the model normalises its other losses itself.
+        """
+        share = 1 / (self.micro_batches * process_count())
+        extras = [r.extra for r in recorded if r.extra is not None]
+        total: dict[nn.Parameter, Tensor] = {}
+        for extra in extras:
+            for p, gradient in extra.gradients.items():
+                total[p] = total[p] + share * gradient if p in total else share * gradient
+        if add_over_processes(torch.tensor(float(self.trainer.has_extra), device=self.trainer.args.device)):
+            accumulate(add_gradients(total, self.trainer.trainable()))
+        return sum((share * extra.value for extra in extras), torch.zeros((), device=self.trainer.args.device))
 
     def _count_broken(self, recorded: list[_Recorded], objectives: Objectives, usable: Tensor) -> Tensor:
         """How many instances and objectives are left out because they aren't finite; the same on all processes."""
@@ -153,9 +177,9 @@ class Update:
             keep = free // 2
         return m * sum(p.nbytes for p in self.trainer.trainable()) <= keep
 
-    def _part(self, batch: Mapping[str, Any]) -> Part:
-        """Runs a micro-batch forward: its part in the objectives, with a graph."""
-        losses, counted, groups = self.trainer.unreduced_losses(self.model, batch)
+    def _part(self, batch: Mapping[str, Any]) -> tuple[Part, Tensor | None]:
+        """Runs a micro-batch forward: its part in the objectives, and what no instance owns, with a graph."""
+        losses, counted, groups, extra = self.trainer.unreduced_losses(self.model, batch)
         if groups is None:
             groups = torch.full((len(losses),), -1, device=losses.device)
         if len(groups) != len(losses):
@@ -164,27 +188,41 @@ class Update:
                 "collator that pads instead of packing."
             )
         denominator = self.trainer.denominator(losses, counted, self.num_items, self.micro_batches)
-        return self.kind.split(losses, counted, groups, groups if self.present is None else self.present, denominator)
+        present = groups if self.present is None else self.present
+        return self.kind.split(losses, counted, groups, present, denominator), extra
 
     def _record(self, batch: Mapping[str, Any]) -> _Recorded:
         """Runs a micro-batch forward, and backward to its rows, which come multiplied by `scale`."""
         device, two_pass = self.trainer.args.device, self.jd.jd_backward == "two_pass"
         rng_state = _rng_state(device) if two_pass else []
-        jacobian = None
+        jacobian = own = None
         with self.trainer.accelerator.no_sync(self.model):
-            part = self._part(batch)
+            part, extra = self._part(batch)
             broken = (~part.finite).sum()
             if broken and part.finite.any():
                 # NaN times 0 is NaN, in a backward pass too: the others have to be computed without those instances.
                 batch = _selected(batch, part.finite)
                 rng_state = _rng_state(device) if two_pass else []
-                part = self._part(batch)
+                part, extra = self._part(batch)
+            if extra is not None and extra.isfinite():
+                own = Extra(extra.detach(), self._plain_gradients(extra * self.scale))
             if part.counts.any():
                 losses = part.losses * self.scale
                 jacobian = self.trainer.engine().compute_jacobian(losses, part.segments, self.materialise)
         if not self.keep_graph:
             part = replace(part, losses=part.losses.detach())
-        return _Recorded(batch, rng_state, part, jacobian, broken)
+        return _Recorded(batch, rng_state, part, jacobian, broken, own)
+
+    def _plain_gradients(self, loss: Tensor) -> dict[nn.Parameter, Tensor]:
+        """The gradient of a loss; its graph is kept, and `.grad` left as it was."""
+        before = {p: p.grad for p in self.trainer.trainable()}
+        for p in before:
+            p.grad = None
+        loss.backward(retain_graph=True)  # Reentrant checkpointing can't differentiate in any other way.
+        gradients = {p: p.grad for p in before if p.grad is not None}
+        for p, gradient in before.items():
+            p.grad = gradient
+        return gradients
 
     def _joined(self, recorded: list[_Recorded]) -> tuple[Tensor, OwnRows]:
         """The objectives of this process's micro-batches: their table [m, 4], and their rows."""
@@ -229,7 +267,7 @@ class Update:
             with self.trainer.accelerator.no_sync(self.model):
                 if not self.keep_graph:
                     _set_rng_state(rng_state, self.trainer.args.device)
-                part = first if self.keep_graph else self._part(batch)
+                part = first if self.keep_graph else self._part(batch)[0]
                 losses = part.losses[usable[mine]]
                 if len(losses):
                     self.trainer.accelerator.backward((weights[mine][usable[mine]].to(losses) * losses).sum())

@@ -1,0 +1,28 @@
+"""Masked language modelling: the tokens that were masked are predicted."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_jd.losses.cross_entropy import cross_entropy
+
+
+def masked_lm(
+    outputs: Mapping[str, Any], inputs: Mapping[str, Any], model: nn.Module, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """The loss of each masked token.
+
+    Args:
+        outputs: `logits` [B, T, V].
+        inputs: `labels` [B, T], -100 for the tokens that weren't masked.
+        model: Unused.
+        label_smoothing: Between 0 and 1.
+
+    Returns:
+        The losses [B, T] and where they count (bool), the same shape.
+
+    Raises:
+        ValueError: The logits and labels don't belong together.
+    """
+    return cross_entropy(outputs["logits"], inputs["labels"], label_smoothing)

@@ -1,0 +1,38 @@
+"""Extractive question answering: where the answer starts and ends."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def question_answering(
+    outputs: Mapping[str, Any], inputs: Mapping[str, Any], model: nn.Module, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """The losses of each instance's start and end, so that their mean is that of ForQuestionAnsweringLoss.
+
+    That is the mean of two means, over the starts and over the ends that lie inside the input. Where these are of
+    different numbers, each loss is multiplied by (starts + ends) / (2 starts), or / (2 ends).
+
+    Args:
+        outputs: `start_logits` and `end_logits` [B, T].
+        inputs: `start_positions` and `end_positions` [B]; those of T and more are ignored.
+        model: Unused.
+        label_smoothing: Unused, as in Trainer, which smooths `labels` only.
+
+    Returns:
+        The losses [B, 2], and where they count [B, 2] (bool).
+    """
+    losses, counted = [], []
+    for name in ("start", "end"):
+        logits = outputs[f"{name}_logits"]
+        length = logits.shape[1]
+        positions = inputs[f"{name}_positions"].view(-1).to(logits.device).clamp(0, length)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        losses.append(F.cross_entropy(logits, positions, ignore_index=length, reduction="none"))
+        counted.append(positions < length)
+    found = torch.stack(counted, dim=1)
+    each = found.sum(0)
+    return torch.stack(losses, dim=1) * (each.sum() / (2 * each.clamp(min=1))), found
