@@ -30,6 +30,8 @@ def _method(kind: str, **settings: Any) -> Callable[[], peft.PeftConfig]:
     return lambda: config(**{"task_type": TaskType.CAUSAL_LM, **settings})
 
 
+# Lily averages its router's probabilities over the batch, so its instances mix.
+MIXING: dict[str, Callable[[], peft.PeftConfig]] = {"lily": _method("LILY", r=3)}
 METHODS: dict[str, Callable[[], peft.PeftConfig]] = {
     "lora": _method("LORA", r=3),
     "lora-all-linear": _method("LORA", r=3, target_modules="all-linear"),
@@ -61,7 +63,6 @@ METHODS: dict[str, Callable[[], peft.PeftConfig]] = {
     "hira": _method("HIRA", r=3),
     "hra": _method("HRA", r=4),
     "ia3": _method("IA3", feedforward_modules=["down_proj"]),
-    "lily": _method("LILY", r=3),
     "ln-tuning": _method("LN_TUNING", target_modules=["input_layernorm", "norm"]),
     "loha": _method("LOHA", r=3),
     "lokr": _method("LOKR", r=3),
@@ -96,7 +97,7 @@ def tuned(method: str, tied: bool, seed: int = 0) -> PeftModel:
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Of adapters that cannot be merged, of CUDA extensions.
-        return get_peft_model(base, METHODS[method]()).double().eval()
+        return get_peft_model(base, (METHODS | MIXING)[method]()).double().eval()
 
 
 def extra_inputs(method: str, batch: int) -> dict[str, torch.Tensor]:
