@@ -258,14 +258,13 @@ class JDTrainerMixin(_Host):
         if self._jd_has_extra is None and losses.detach()[counted].isfinite().all():
             self._jd_has_extra = found or outputs.get("aux_loss") is not None
             if self._jd_has_extra:
-                own = f"{outputs['loss'].item():.6g}, of which the losses of its tokens or instances leave"
-                own = f"The model's own loss is {own} {left.item():.3g} over"
+                own = f"The model's own loss is {outputs['loss'].item():.6g}, {left.item():.3g} of it not its tokens'"
                 if self.jd_args.jd_extra_losses == "error":
                     raise ValueError(
                         f"{own}: it has a part that no token owns, such as a router's balancing loss. Switch that off, "
                         "override `compute_losses`, or add it to the mean with --jd_extra_losses mean."
                     )
-                logger.warning(f"{own}. That part is added to the mean of the objectives, and no weighting sees it.")
+                logger.warning(f"{own}: that part is added to the mean of the objectives, and no weighting sees it.")
         if self._jd_has_extra:
             self._jd_extra_loss = left
 

@@ -34,5 +34,6 @@ def question_answering(
         losses.append(F.cross_entropy(logits, positions, ignore_index=length, reduction="none"))
         counted.append(positions < length)
     found = torch.stack(counted, dim=1)
-    each = found.sum(0)
-    return torch.stack(losses, dim=1) * (each.sum() / (2 * each.clamp(min=1))), found
+    values = torch.stack(losses, dim=1)
+    each = found.sum(0).to(values.dtype)
+    return values * (each.sum() / (2 * each.clamp(min=1))), found

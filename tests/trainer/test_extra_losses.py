@@ -1,0 +1,65 @@
+"""What no token owns is never dropped: a mixture of experts, whose router has a loss of its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from hf_jd import JDTrainer
+from tests.models import VOCABULARY
+from tests.trainer.runs import arguments, examples, flat, logged, relative, run, stock
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*further passes now"),
+    pytest.mark.filterwarnings("ignore:.*backward pass"),
+]
+GROUP = {"jd_objectives": "group", "jd_group_column": "task"}
+
+
+def mixtral(coefficient: float = 0.5) -> MixtralForCausalLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"num_key_value_heads": 2, "num_local_experts": 4, "output_router_logits": coefficient > 0}
+    config = MixtralConfig(vocab_size=VOCABULARY, **sizes, **experts, router_aux_loss_coef=coefficient)
+    config._experts_implementation = "eager"  # The grouped one has no float64.
+    return MixtralForCausalLM(config).double()
+
+
+@pytest.mark.parametrize("own", [{}, GROUP, {"jd_backward": "two_pass"}], ids=["instance", "group", "two-pass"])
+def test_mean_is_trainer(own, tmp_path):
+    flags = {"per_device_train_batch_size": 4, "max_steps": 3}
+    theirs = stock(mixtral(), tmp_path, **flags)
+    ours = run(mixtral(), arguments(tmp_path, jd_weighting="mean", **flags, **own))
+    assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
+    assert relative(logged(ours, "loss"), logged(theirs, "loss")) < 1e-6
+    without = stock(mixtral(0.0), tmp_path, **flags)
+    assert relative(flat(without.model), flat(theirs.model)) > 1e-3
+
+
+def test_a_small_part_is_not_taken_for_rounding(tmp_path):
+    theirs = stock(mixtral(1e-7), tmp_path, max_steps=1)
+    ours = run(mixtral(1e-7), arguments(tmp_path, jd_weighting="mean", max_steps=1))
+    assert ours.has_extra
+    assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
+
+
+def test_micro_batches_are_averaged(tmp_path):
+    """Trainer adds the balancing losses of the micro-batches up: here, equal batches give the update of one of them."""
+    data = examples(2) * 3
+    args = [
+        arguments(tmp_path, max_steps=1, optim="sgd", gradient_accumulation_steps=n, jd_weighting="mean")
+        for n in (1, 3)
+    ]
+    models = [run(mixtral(), a, d, _InOrder).model for a, d in zip(args, (data[:2], data), strict=True)]
+    assert relative(flat(models[1]), flat(models[0])) < 1e-6
+
+
+class _InOrder(JDTrainer):
+    def _get_train_sampler(self, train_dataset=None):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def test_the_weighting_does_not_see_it(tmp_path):
+    states = [run(mixtral(c), arguments(tmp_path, max_steps=1)).jd_state for c in (0.5, 0.0)]
+    assert relative(states[0].gramian, states[1].gramian) < 1e-6
