@@ -68,7 +68,7 @@ def test_scripts_know_only_the_package(path):
     assert not {"tests", "examples"} & {module.partition(".")[0] for module in imports(path)}
 
 
-@pytest.mark.parametrize("path", files("hf_jd", "scripts", "tests"), ids=named)
+@pytest.mark.parametrize("path", files("hf_jd", "scripts"), ids=named)
 def test_files_and_functions_are_short(path):
     text = path.read_text("utf-8")
     assert len(text.splitlines()) <= LINES_OF_A_FILE

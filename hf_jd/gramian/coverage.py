@@ -29,6 +29,8 @@ class Coverage:
         self._make_tap = make_tap
         self._taps: dict[nn.Module, tuple[ModuleTap, torch.utils.hooks.RemovableHandle]] = {}
         self._climbed: dict[nn.Parameter, int] = {}
+        self._tree: list[nn.Module] = []
+        self._scanned: list[tuple] | None = None
         self._inputs = InputTap()
         self._input_handles = [m.register_forward_pre_hook(self._inputs, with_kwargs=True) for m in modules]
 
@@ -56,6 +58,9 @@ class Coverage:
 
     def scan(self) -> None:
         """Reads what is trainable now, and sets taps and their targets accordingly."""
+        state = self._state()
+        if state == self._scanned:
+            return
         self.names = {}
         targets: dict[nn.Module, dict[str, nn.Parameter]] = defaultdict(dict)
         for i, root in enumerate(self._modules):
@@ -80,10 +85,23 @@ class Coverage:
                 handle = module.register_forward_hook(tap, with_kwargs=True, prepend=True)
                 self._taps[module] = tap, handle
             self._taps[module][0].targets = found
+        self._tree = [module for root in self._modules for module in root.modules()]
+        self._scanned = self._state()
+
+    def _state(self) -> list[tuple]:
+        """What a scan depends on; comparing it is many times cheaper than walking the tree of modules."""
+        return [
+            (
+                *map(id, m._modules.values()),
+                *((id(p), p.requires_grad) for p in m._parameters.values() if p is not None),
+            )
+            for m in self._tree
+        ]
 
     def climb(self, parameters: Iterable[nn.Parameter]) -> None:
         """The holders of these parameters were not called although they have gradients: look one module higher."""
         for parameter in parameters:
+            self._scanned = None
             self._climbed[parameter] = self._climbed.get(parameter, 0) + 1
 
     def forget_forwards(self) -> None:
@@ -97,6 +115,7 @@ class Coverage:
         for handle in [*self._input_handles, *(handle for _, handle in self._taps.values())]:
             handle.remove()
         self._taps.clear()
+        self._scanned = None
 
     def _holder(self, modules: dict[str, nn.Module], path: str, parameter: nn.Parameter) -> str | None:
         """The path of the module to tap; None above the root."""

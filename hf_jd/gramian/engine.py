@@ -264,6 +264,8 @@ def _batch(losses: Tensor, segments: Tensor | None) -> Batch:
     segments = segments.long().to(losses.device)
     if segments.dim() == 2 and bool((segments == segments[:, :1]).all()):
         segments = segments[:, 0].contiguous()
+    if segments.shape == (objectives,) and bool((segments == torch.arange(objectives, device=segments.device)).all()):
+        return Batch(objectives, Segments(objectives))
     return Batch(len(segments), Segments(objectives, segments))
 
 

@@ -41,44 +41,58 @@ def module_rows(
     """
     lead = next(g.shape[axis] for g in grad_outputs if g is not None)
     batched = [t.dim() > axis and t.shape[axis] == lead for t in tensors]
-
-    def outputs(parameters: dict[str, Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
-        args, kwargs = call.arguments(inputs)
-        result = call.float_outputs(functional_call(module, {**parameters, **buffers}, args, kwargs))
-        return tuple(o for o, g in zip(result, grad_outputs, strict=True) if g is not None)
-
-    def row(inputs: list[Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
-        product = vjp(lambda parameters: outputs(parameters, inputs), {n: p.detach() for n, p in targets.items()})[1]
-        return product(tuple(gradients))[0]
-
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     given = [g for g in grad_outputs if g is not None]
+    again = _Repeated(module, targets, call, [g is not None for g in grad_outputs])
+
+    def one(inputs: list[Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
+        # Inside vmap each instance is a batch of one.
+        inputs = [t.unsqueeze(axis) if b else t for t, b in zip(inputs, batched, strict=True)]
+        return again.row(inputs, [g.unsqueeze(axis) for g in gradients])
+
+    def some(members: Tensor) -> dict[str, Tensor]:
+        index = members.to(given[0].device)
+        inputs = [t.index_select(axis, index) if b else t for t, b in zip(tensors, batched, strict=True)]
+        return again.row(inputs, [g.index_select(axis, index) for g in given])
+
     with call.context(), warnings.catch_warnings():
         # vmap loops inside where an operation has no batching rule, and says so: still one call of the module.
         warnings.filterwarnings("ignore", message="There is a performance drop")
         if vectorised and segments.ids is None and segments.block == 1:
-            # Inside vmap each instance is a batch of one.
-            one = vmap(
-                lambda inputs, gradients: row(
-                    [t.unsqueeze(axis) if b else t for t, b in zip(inputs, batched, strict=True)],
-                    [g.unsqueeze(axis) for g in gradients],
-                ),
-                in_dims=([axis if b else None for b in batched], [axis] * len(given)),
-            )
-            rows = one(list(tensors), given)
+            in_dims = ([axis if b else None for b in batched], [axis] * len(given))
+            rows = vmap(one, in_dims=in_dims)(list(tensors), given)
         else:
-            each = [
-                row(
-                    [t.index_select(axis, i) if b else t for t, b in zip(tensors, batched, strict=True)],
-                    [g.index_select(axis, i) for g in given],
-                )
-                for i in (members.to(given[0].device) for members in segments.members())
-            ]
-            rows = {name: torch.stack([r[name] for r in each]) for name in targets}
-    check_buffers(module, buffers)
+            each = [some(members) for members in segments.members()]
+            rows = {name: torch.stack([row[name] for row in each]) for name in targets}
+    check_buffers(module, again.buffers)
     return {
         name: DenseRows(r.reshape(len(r), -1).to(targets[name].dtype), targets[name].shape) for name, r in rows.items()
     }
+
+
+class _Repeated:
+    """A module that is called again, on copies of its buffers, to differentiate it.
+
+    Args:
+        module: The module.
+        targets: The parameters of interest, by name below it.
+        call: How it was called.
+        used: Which of its outputs have a gradient.
+    """
+
+    def __init__(self, module: nn.Module, targets: Mapping[str, nn.Parameter], call: Call, used: Sequence[bool]):
+        self.buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        self._module, self._call, self._used = module, call, used
+        self._parameters = {name: p.detach() for name, p in targets.items()}
+
+    def row(self, inputs: list[Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
+        """The vector-Jacobian product for output gradients, by parameter."""
+
+        def outputs(parameters: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            args, kwargs = self._call.arguments(inputs)
+            result = functional_call(self._module, {**parameters, **self.buffers}, args, kwargs)
+            return tuple(o for o, used in zip(self._call.float_outputs(result), self._used, strict=True) if used)
+
+        return vjp(outputs, self._parameters)[1](tuple(gradients))[0]
 
 
 class _LinearMaps(TorchFunctionMode):

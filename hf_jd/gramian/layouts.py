@@ -14,9 +14,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-NARROW = 256  # columns up to which a narrow side is repeated for each objective instead of sorting tokens
-
-
 SCATTERED = 3  # runs are too short to multiply one by one where writing rows for each costs this much more than sorting
 
 
@@ -45,7 +42,6 @@ class Segments:
     _repeated: dict[tuple[str, int], "Segments"] = field(default_factory=dict, init=False, repr=False)
     _last: tuple[tuple, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
     _neighbours: list[tuple[int, int, int]] | None = field(default=None, init=False, repr=False)
-    _hot: Tensor | None = field(default=None, init=False, repr=False)
 
     @property
     def by_token(self) -> bool:
@@ -90,22 +86,6 @@ class Segments:
             self._last = key, tensor, tensor.index_select(0, order)
         return self._last[2]
 
-    def _outer_narrow(self, grad_output: Tensor, input: Tensor) -> Tensor:
-        """`outer` where one side is narrow (LoRA): its columns once for each objective, zero elsewhere; no sorting."""
-        p, d = grad_output.shape[-1], input.shape[-1]
-        narrow, wide = (grad_output, input) if p <= d else (input, grad_output)
-        owned = self._one_hot(narrow.dtype)[..., None] * narrow.unsqueeze(-2)
-        rows = owned.flatten(-2).flatten(0, 1).T @ wide.flatten(0, 1)
-        rows = rows.view(self.objectives, narrow.shape[-1], wide.shape[-1])
-        return rows if p <= d else rows.transpose(1, 2)
-
-    def _one_hot(self, dtype: torch.dtype) -> Tensor:
-        if self._hot is None or self._hot.dtype != dtype:
-            assert self.ids is not None
-            hot = torch.nn.functional.one_hot(self.ids + 1, self.objectives + 1)[..., 1:].to(dtype)
-            self._hot = hot if self.by_token else hot[:, None]
-        return self._hot
-
     def outer(self, grad_output: Tensor, input: Tensor) -> Tensor:
         """Rows [R, p, d] of a linear map: sum of g_t x_t^T over the tokens of each objective.
 
@@ -114,11 +94,12 @@ class Segments:
             input: [N, S, d], of the same dtype.
         """
         p, d = grad_output.shape[-1], input.shape[-1]
-        if self.ids is not None and min(p, d) * self.objectives <= NARROW:
-            return self._outer_narrow(grad_output, input)
         if self.ids is None:
             g, x = grad_output.reshape(self.objectives, -1, p), input.reshape(self.objectives, -1, d)
             return torch.bmm(g.transpose(1, 2), x)
+        if not self.by_token and p * d <= input.shape[1] * (p + d):
+            # Rows of instances that are smaller than the layer's own tensors (LoRA): nothing is sorted or copied.
+            return self.reduce(torch.bmm(grad_output.transpose(1, 2), input))
         runs = self._runs(grad_output.shape[1])
         g, x = grad_output.flatten(0, 1), input.flatten(0, 1)
         if len(runs) * p * d > SCATTERED * len(x) * (p + d):

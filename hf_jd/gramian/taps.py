@@ -98,6 +98,14 @@ class ModuleTap:
         return _NoTap, ()
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """Taps the outputs of a forward with gradient."""
+        if torch.compiler.is_compiling():
+            # The backward reports to the engine: a compiled graph has to break here.
+            return torch.compiler.disable(self.tap)(args, kwargs, output)
+        return self.tap(args, kwargs, output)
+
+    def tap(self, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """The tapped outputs; None leaves them as they are."""
         engine = self.engine()
         if engine is None or not torch.is_grad_enabled() or (engine.recording is not None and engine.recording.busy):
             return None
