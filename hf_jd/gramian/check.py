@@ -91,6 +91,7 @@ class Checker:
         recording: Recording,
         lost: set[nn.Parameter],
         leaking: set[nn.Module],
+        expected: Mapping[nn.Parameter, Tensor | None],
         names: Mapping[nn.Parameter, str],
     ) -> None:
         """Tells a model that mixes instances from parameters that only need another tier.
@@ -102,6 +103,7 @@ class Checker:
             recording: The backward as it was first read.
             lost: Parameters that no method but tier 3 gets right.
             leaking: Modules at whose output the gradient of one loss reached rows of others (`LeakRecording`).
+            expected: The gradient of each parameter; what has none says nothing.
             names: Of the parameters.
 
         Raises:
@@ -113,7 +115,7 @@ class Checker:
             return
         last = max(i for i, module in enumerate(forward) if module in failing)
         before = {p for m in recording.meetings if m.site.module in forward[: last + 1] for p in m.targets.values()}
-        if before - lost:
+        if any((gradient := expected.get(p)) is not None and bool(gradient.any()) for p in before - lost):
             return
         named = {m.site.module: f"{_owner(names, m)} ({type(m.site.module).__name__})" for m in recording.meetings}
         place = f"after {named[forward[last]]}"

@@ -31,7 +31,8 @@ class Coverage:
         self._climbed: dict[nn.Parameter, int] = {}
         self._tree: list[nn.Module] = []
         self._scanned: list[tuple] | None = None
-        self._inputs = InputTap()
+        self._wanted: dict[nn.Module, dict[str, nn.Parameter]] | None = None
+        self._inputs = InputTap(self.scan)
         self._input_handles = [m.register_forward_pre_hook(self._inputs, with_kwargs=True) for m in modules]
 
     @property
@@ -57,7 +58,25 @@ class Coverage:
         return {p for p, uses in met.items() if uses > 1}
 
     def scan(self) -> None:
-        """Reads what is trainable now, and sets taps and their targets accordingly."""
+        """Reads what is trainable now, and sets taps accordingly.
+
+        Only before a forward or after a backward: in between, a recomputed forward has to meet the same taps.
+        """
+        self.read()
+        if self._wanted is None:
+            return
+        for module in self._taps.keys() - self._wanted.keys():
+            self._taps.pop(module)[1].remove()
+        for module, found in self._wanted.items():
+            if module not in self._taps:
+                tap = self._make_tap(module)
+                handle = module.register_forward_hook(tap, with_kwargs=True, prepend=True)
+                self._taps[module] = tap, handle
+            self._taps[module][0].targets = found
+        self._wanted = None
+
+    def read(self) -> None:
+        """Reads what is trainable now: the names, and which taps the next `scan` sets."""
         state = self._state()
         if state == self._scanned:
             return
@@ -75,16 +94,7 @@ class Coverage:
                     holder = self._holder(modules, path, parameter)
                     if holder is not None:
                         targets[modules[holder]][full[len(holder) + 1 :] if holder else full] = parameter
-        for module in self._taps.keys() - targets.keys():
-            tap, handle = self._taps.pop(module)
-            tap.targets = {}  # A graph built before may still report to it.
-            handle.remove()
-        for module, found in targets.items():
-            if module not in self._taps:
-                tap = self._make_tap(module)
-                handle = module.register_forward_hook(tap, with_kwargs=True, prepend=True)
-                self._taps[module] = tap, handle
-            self._taps[module][0].targets = found
+        self._wanted = targets
         self._tree = [module for root in self._modules for module in root.modules()]
         self._scanned = self._state()
 
@@ -104,8 +114,9 @@ class Coverage:
             self._scanned = None
             self._climbed[parameter] = self._climbed.get(parameter, 0) + 1
 
-    def forget_forwards(self) -> None:
-        """Starts to count forwards anew."""
+    def finish_step(self) -> None:
+        """Sets the taps that the step has shown to be needed, and starts to count forwards anew."""
+        self.scan()
         self._inputs.sizes.clear()
         for tap in self.taps:
             tap.calls = tap.elements = 0

@@ -176,7 +176,7 @@ class Engine:
 
     def _vectors(self, losses: Tensor, segments: Tensor | None) -> Iterator[tuple[Tensor, Batch | None]]:
         """The vectors of losses that one backward each covers, with the instances behind them."""
-        self._coverage.scan()
+        self._coverage.read()
         _check_losses(losses, self.batch_dim, segments, bool(self._coverage.names))
         with torch.autocast(losses.device.type, enabled=False):
             if self.batch_dim is None:
@@ -185,7 +185,7 @@ class Engine:
                 batch = _batch(losses, segments)
                 for vector in losses.flatten(1).unbind(1) if losses.dim() > 1 else [losses]:
                     yield vector, batch
-        self._coverage.forget_forwards()
+        self._coverage.finish_step()
 
     def _gramian_only(self, losses: Tensor, segments: Tensor | None) -> Tensor:
         ((vector, batch),) = self._vectors(losses, segments)

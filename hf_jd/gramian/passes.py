@@ -174,7 +174,8 @@ class Passes:
             recording = self._record(losses, differentiator, first.batch, first.materialise, first.gramian_only, probe)
         lost = suspects & (self._plan.individual | recording.unmapped)
         if lost:
-            checker.diagnose(first, lost, self._leaking(losses, differentiator, first.batch), self._coverage.names)
+            leaking = self._leaking(losses, differentiator, first.batch)
+            checker.diagnose(first, lost, leaking, expected, self._coverage.names)
         checker.approve(recording, expected)
         seconds = time.perf_counter() - start
         logger.info("The rows were proved against autograd in %.2f s, %d backward passes.", seconds, attempts + 1)

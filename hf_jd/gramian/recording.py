@@ -106,8 +106,9 @@ class Recording:
         """Takes what a tap met in the backward. Raises nothing for what it cannot map: that is left to tier 3."""
         first = next((g for g in grad_outputs if g is not None), None)
         targets = tap.targets
-        if not self._plan.individual.isdisjoint(targets.values()):
-            targets = {name: p for name, p in targets.items() if p not in self._plan.individual}
+        individual = self._plan.individual
+        if any(p in individual or not p.requires_grad for p in targets.values()):
+            targets = {name: p for name, p in targets.items() if p not in individual and p.requires_grad}
         if first is None or not targets:
             return
         site = self._plan.site(tap, first.dim(), self.batch.segments.objectives > 1, inputs)

@@ -7,7 +7,7 @@ and prunes every weight gradient that rules replace.
 """
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -136,15 +136,23 @@ class ModuleTap:
 
 
 class InputTap:
-    """A forward pre-hook that notes the first two dimensions of a module's input tensors."""
+    """A forward pre-hook of an engine's modules: notes the first two dimensions of their input tensors.
 
-    def __init__(self) -> None:
+    Args:
+        before_forward: Called before each forward that is not a recomputation in a backward.
+    """
+
+    def __init__(self, before_forward: Callable[[], None]):
         self.sizes: set[tuple[int, int]] = set()
+        self._before_forward = before_forward
 
     def __reduce__(self) -> tuple:
         return _NoTap, ()
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+            return
+        self._before_forward()
         if torch.is_grad_enabled():
             for leaf in pytree.tree_leaves((args, kwargs)):
                 if isinstance(leaf, Tensor):
