@@ -65,6 +65,14 @@ class JDArguments:
             "Trainer; `mean` gives each group its own mean, so that all groups count the same."
         },
     )
+    jd_ascend: list[str] | None = field(
+        default=None,
+        metadata={
+            "nargs": "*",
+            "help": "Groups whose loss is to be raised instead of lowered, as for unlearning: their rows are negated, "
+            "and what is logged of their losses is not.",
+        },
+    )
     jd_backward: str = field(
         default="one_pass",
         metadata={
@@ -94,6 +102,13 @@ class JDArguments:
             "it; `error` stops."
         },
     )
+    jd_max_non_finite: int = field(
+        default=10,
+        metadata={
+            "help": "Stop when losses or gradients weren't finite in this many updates in a row. What isn't finite is "
+            "left out, so the parameters stay finite."
+        },
+    )
     jd_scope: str = field(
         default="global",
         metadata={
@@ -113,11 +128,15 @@ class JDArguments:
             if value not in choices:
                 near = get_close_matches(str(value), choices, n=len(choices), cutoff=0.0)
                 raise ValueError(f"--{name} is `{value}`; choose one of {_listed(tuple(near))}.")
+        if self.jd_max_non_finite < 1:
+            raise ValueError(f"--jd_max_non_finite is {self.jd_max_non_finite}; give 1 or more.")
         if self.jd_objectives == "group" and self.jd_group_column is None:
             raise ValueError(
                 "--jd_objectives group needs --jd_group_column, the column of the training set that names each "
                 "example's group."
             )
+        if self.jd_ascend and self.jd_group_column is None:
+            raise ValueError("--jd_ascend needs --jd_group_column, the column that names each example's group.")
         self.build_weighting()
         self.keep_rows()
         super().__post_init__()  # ty: ignore[missing-attribute]  # that of TrainingArguments

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config  # ty: ignore[unresolved-import]
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
 from hf_jd.arguments import JDArguments
+from hf_jd.checkpoints import STATE_FILE, check_room, check_writable, newest_whole, what_is_missing
 from hf_jd.collator import GROUP_KEY, GroupCollator, group_names
 from hf_jd.distributed import process_count
 from hf_jd.gramian import Engine
@@ -60,6 +62,9 @@ class JDTrainerMixin(_Host):
     """
 
     def __init__(self, *args: Any, weighting: Callable[[Tensor], Tensor] | None = None, **kwargs: Any):
+        arguments = kwargs.get("args", args[1] if len(args) > 1 else None)
+        if getattr(arguments, "should_save", False) and arguments.output_dir is not None:
+            check_writable(Path(arguments.output_dir))  # Trainer would answer with a traceback.
         super().__init__(*args, **kwargs)
         if not isinstance(self.args, JDArguments):
             raise ValueError(
@@ -82,6 +87,7 @@ class JDTrainerMixin(_Host):
         self._jd_extra_loss: Tensor | None = None
         self._jd_has_extra: bool | None = None
         self._jd_summed = False
+        self._jd_broken_in_a_row = 0
         if jd.jd_group_column is not None:
             if self.train_dataset is not None:
                 self.jd_group_names = group_names(self.train_dataset, jd.jd_group_column, jd.jd_groups)
@@ -134,13 +140,28 @@ class JDTrainerMixin(_Host):
 
     # ---- Trainer's side ----
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trains, after a look at what can't work; see Trainer."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains, after a look at what can't work; see Trainer.
+
+        Args:
+            resume_from_checkpoint: True takes the newest checkpoint that is whole, and says which it skipped.
+            args: Trainer's.
+            kwargs: Trainer's.
+
+        Raises:
+            ValueError: The run can't work, or too many updates in a row weren't finite.
+        """
         self._check_setup()
+        self._jd_broken_in_a_row = 0
+        if resume_from_checkpoint:
+            resume_from_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         if isinstance(self.weighting, Stateful):
             self.weighting.reset()
+        if self.args.torch_compile:
+            # The engine walks a graph, and keeps it for another walk: its buffers must not be given away.
+            functorch_config.donated_buffer = False
         self.engine()  # Hooks must be there before anything compiles the model.
-        return super().train(*args, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Keeps the micro-batches of an update, for `training_step`; see Trainer."""
@@ -176,6 +197,13 @@ class JDTrainerMixin(_Host):
         if "loss" in logs or "train_loss" in logs:
             logs.update(self.jd_metrics.take())
         super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # A checkpoint that is written over another one is not whole until it is finished.
+        run = Path(self._get_output_dir(trial=trial))
+        if self.args.should_save:
+            (run / f"checkpoint-{self.state.global_step}" / STATE_FILE).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -275,6 +303,38 @@ class JDTrainerMixin(_Host):
         total = losses.masked_fill(~counted, 0).sum()
         return total / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
 
+    def count_broken(self, broken: bool) -> None:
+        """Counts the updates in a row in which something wasn't finite, and stops after `--jd_max_non_finite`."""
+        self._jd_broken_in_a_row = self._jd_broken_in_a_row + 1 if broken else 0
+        if self._jd_broken_in_a_row >= self.jd_args.jd_max_non_finite:
+            raise ValueError(
+                f"{self._jd_broken_in_a_row} updates in a row had losses or gradients that aren't finite, the last one "
+                f"being {self.state.global_step + 1}; the parameters are finite still. Lower the learning rate, look "
+                "at the data that the log names, or allow more with --jd_max_non_finite."
+            )
+
+    def _checkpoint_to_resume(self, asked: str | bool) -> str | bool | None:
+        """The checkpoint that is asked for, or the newest whole one of the output directory."""
+        needed = []
+        if not self.args.save_only_model:
+            processes = range(self.args.world_size)
+            states = ["rng_state.pth"] if len(processes) == 1 else [f"rng_state_{i}.pth" for i in processes]
+            needed = ["optimizer.pt", "scheduler.pt", *states]
+            needed += [WEIGHTING_FILE] if isinstance(self.weighting, Stateful) else []
+        if not isinstance(asked, bool):
+            missing = what_is_missing(Path(asked), needed) if Path(asked).is_dir() else "there is no such directory"
+            if missing is not None:
+                logger.warning(f"The checkpoint `{asked}` can't be resumed as it was: {missing}.")
+            return asked
+        assert self.args.output_dir is not None
+        found, skipped = newest_whole(Path(self.args.output_dir), needed)
+        for name, missing in skipped.items():
+            logger.warning(f"Skipping {name}, which was not written to its end: {missing}.")
+        if found is None and skipped:
+            logger.warning("No checkpoint is whole: training starts at the beginning.")
+            return None
+        return True if found is None else str(found)
+
     def _check_setup(self) -> None:
         """Raises a ValueError for what can't be trained."""
         name = type(self).__name__
@@ -285,12 +345,22 @@ class JDTrainerMixin(_Host):
             )
         if not self.trainable():
             raise ValueError("The model has no trainable parameter: add an adapter, or unfreeze some parameters.")
+        unknown = set(self.jd_args.jd_ascend or []) - set(self.jd_group_names or self.jd_args.jd_ascend or [])
+        if unknown:
+            raise ValueError(
+                f"--jd_ascend names {', '.join(f'`{n}`' for n in sorted(unknown))}, which is no group of the training "
+                f"set; its groups are {', '.join(f'`{n}`' for n in self.jd_group_names or [])}."
+            )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(f"{name} does not work with FSDP or DeepSpeed yet: use DDP, one process a GPU.")
         if max(self.get_tp_size(), self.get_cp_size(), self.get_sp_size()) > 1:
             raise ValueError(f"{name} does not work with tensor, context or sequence parallelism yet: use DDP.")
         if self.args.use_liger_kernel:
             raise ValueError("Liger's fused loss keeps no loss of each token: switch --use_liger_kernel off.")
+        if self.args.should_save and self.args.save_strategy != "no" and self.args.output_dir is not None:
+            check_writable(Path(self.args.output_dir))
+            assert self.model is not None
+            check_room(Path(self.args.output_dir), self.model, hasattr(self.model, "peft_config"))
         optimizer = str(getattr(self.args.optim, "value", self.args.optim))
         if "lomo" in optimizer or "layerwise" in optimizer:
             raise ValueError(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import psutil
 import torch
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from hf_jd.collator import GROUP_KEY
 from hf_jd.distributed import (
@@ -30,6 +31,8 @@ from hf_jd.weighting import Weighting
 if TYPE_CHECKING:
     from hf_jd.trainer import JDTrainerMixin
 
+logger = logging.get_logger(__name__)
+
 
 @dataclass(frozen=True)
 class JDState:
@@ -39,7 +42,7 @@ class JDState:
         names: [m] the objectives' names: those of groups, or the positions of instances in the update.
         gramian: [m, m].
         weights: [m].
-        losses: [m] the objectives' values, whose mean is Trainer's loss.
+        losses: [m] the objectives' values, whose mean is Trainer's loss; those of `--jd_ascend` are negated.
     """
 
     names: list[str]
@@ -110,7 +113,8 @@ class Update:
         factors = objectives.factors(usable)
         share = 1 if objectives.normalised else 1 / self.parts
         broken = self._count_broken(recorded, objectives, usable)
-        weights = self._weigh(gramian, objectives, usable, factors) * factors * share
+        signed = factors * self._signs(objectives)
+        weights = self._weigh(gramian, objectives, usable, signed) * signed * share
         if self.trainer.accelerator.scaler is not None and broken:
             # An overflow has to stay in `.grad`: GradScaler then skips the step and lowers its scale.
             accumulate({p: torch.full_like(p, torch.inf) for p in self.trainer.trainable()})
@@ -122,6 +126,12 @@ class Update:
         extra = self._add_extra(recorded)
         mean = (factors * share / usable.sum().clamp(min=1))[rows.mine] * own[:, 0]
         return (mean[usable[rows.mine]].sum().to(self.trainer.args.device) + extra) * process_count()
+
+    def _signs(self, objectives: Objectives) -> Tensor:
+        """[M] -1 for the objectives of groups whose loss is to be raised, 1 for the others."""
+        raised = self.jd.jd_ascend or []
+        signs = [-1.0 if k >= 0 and self.trainer.group_name(k) in raised else 1.0 for k in objectives.groups.tolist()]
+        return torch.tensor(signs, dtype=torch.float64, device=objectives.table.device)
 
     def _add_extra(self, recorded: list[_Recorded]) -> Tensor:
         """Adds the mean over micro-batches and processes of what no token or instance owns; its part of this process.
@@ -144,7 +154,18 @@ class Update:
         rows = (objectives.counts > 0).logical_and(~usable).sum()
         broken = add_over_processes(instances + rows) if self.alone else add_over_processes(instances) + rows
         self.trainer.jd_metrics.add({"jd/non_finite": broken.double()})
+        if self.trainer.accelerator.scaler is None:  # An overflow is how GradScaler finds its scale.
+            self._report(objectives, usable)
+            self.trainer.count_broken(bool(broken))
         return broken
+
+    def _report(self, objectives: Objectives, usable: Tensor) -> None:
+        """Logs the objectives whose loss is finite, and row isn't."""
+        for k in (objectives.counts > 0).logical_and(~usable).nonzero().flatten().tolist():
+            group = int(objectives.groups[k])
+            named = f" (group `{self.trainer.group_name(group)}`)" if group >= 0 else ""
+            step = self.trainer.state.global_step + 1
+            logger.warning(f"Update {step}: the row of objective {k}{named} isn't finite, and is left out.")
 
     def _present_groups(self) -> Tensor | None:
         """The sorted ids [K] of the groups that are weighed together; None without a group column."""
@@ -199,6 +220,8 @@ class Update:
         with self.trainer.accelerator.no_sync(self.model):
             part, extra = self._part(batch)
             broken = (~part.finite).sum()
+            if broken:
+                self._report_instances(batch, part.finite)
             if broken and part.finite.any():
                 # NaN times 0 is NaN, in a backward pass too: the others have to be computed without those instances.
                 batch = _selected(batch, part.finite)
@@ -212,6 +235,14 @@ class Update:
         if not self.keep_graph:
             part = replace(part, losses=part.losses.detach())
         return _Recorded(batch, rng_state, part, jacobian, broken, own)
+
+    def _report_instances(self, batch: Mapping[str, Any], finite: Tensor) -> None:
+        """Logs the instances whose loss isn't finite."""
+        step = self.trainer.state.global_step + 1
+        for i in (~finite).nonzero().flatten().tolist():
+            groups = batch.get(GROUP_KEY)
+            named = "" if groups is None else f" (group `{self.trainer.group_name(int(groups[i]))}`)"
+            logger.warning(f"Update {step}: instance {i}{named} has a loss that isn't finite, and is left out.")
 
     def _plain_gradients(self, loss: Tensor) -> dict[nn.Parameter, Tensor]:
         """The gradient of a loss; its graph is kept, and `.grad` left as it was."""

@@ -30,6 +30,9 @@ from tests.trainer.runs import arguments, collate, examples, lora, run
         ({"jd_group_reduction": "sum"}, "--jd_group_reduction is `sum`"),
         ({"jd_backward": "two"}, "--jd_backward is `two`; choose one of `two_pass`, `one_pass`"),
         ({"jd_scope": "batch"}, "--jd_scope is `batch`; choose one of `micro_batch`, `global`"),
+        ({"jd_ascend": ["code"]}, "--jd_ascend needs --jd_group_column"),
+        ({"jd_extra_losses": "drop"}, "--jd_extra_losses is `drop`; choose one of .*`mean`"),
+        ({"jd_max_non_finite": 0}, "--jd_max_non_finite is 0; give 1 or more"),
         ({"jd_keep_rows": "lots"}, "--jd_keep_rows is `lots`; give `auto`, `true`, `false`, or a size"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -54,13 +57,19 @@ def test_every_flag_is_parsed_and_documented():
     (args,) = parser.parse_args_into_dataclasses([*line.split(), "--report_to", "none", "--use_cpu"])
     assert (args.jd_weighting, args.jd_groups, args.jd_check) == ("mgda", ["a", "b"], False)
     actions = [action for action in parser._actions if any("--jd_" in option for option in action.option_strings)]
-    assert len(actions) == 11
+    assert len(actions) == 13
     assert all(action.help for action in actions)
 
 
 def test_arguments_without_the_flags(tmp_path):
     with pytest.raises(ValueError, match="use JDTrainingArguments"):
         JDTrainer(lora("gpt2"), arguments(tmp_path, TrainingArguments))
+
+
+def test_a_group_to_ascend_that_is_none(tmp_path):
+    args = arguments(tmp_path, jd_group_column="task", jd_ascend=["coed"])
+    with pytest.raises(ValueError, match="--jd_ascend names `coed`.* its groups are `chat`, `code`, `docs`"):
+        run(lora("gpt2"), args)
 
 
 def test_no_trainable_parameter(tmp_path):

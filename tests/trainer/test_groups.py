@@ -157,3 +157,28 @@ class TestErrors:
     def test_packed_examples_have_no_group(self, tmp_path):
         with pytest.raises(ValueError, match="pads instead of packing"):
             run(lora("gpt2"), arguments(tmp_path, **TASK), data_collator=DataCollatorWithFlattening())
+
+
+@pytest.mark.parametrize("objectives", ["instance", "group"])
+@pytest.mark.parametrize("backward", ["one_pass", "two_pass"])
+def test_a_group_whose_loss_is_to_be_raised(objectives, backward, tmp_path):
+    flags = {"per_device_train_batch_size": 6, "max_steps": 1, "optim": "sgd", "jd_weighting": "mean"}
+    flags |= {"jd_group_column": "task", "jd_objectives": objectives, "jd_backward": backward, "max_grad_norm": 0.0}
+    start = flat(lora("gpt2", warm=True))
+
+    def step(**more):
+        trainer = run(lora("gpt2", warm=True), arguments(tmp_path, **flags, **more))
+        return flat(trainer.model) - start, trainer
+
+    down, stock = step()
+    mixed, raised = step(jd_ascend=["code"])
+    up, _ = step(jd_ascend=["code", "docs", "chat"])
+    assert relative(up, -down) < 1e-6
+    assert relative(mixed, down) > 1e-2
+    for key in ("loss", "jd/loss/code"):
+        assert logged(raised, key) == logged(stock, key) > 0
+    sign = [(-1 if name == "code" else 1) for name in raised.jd_state.names] if objectives == "group" else None
+    if sign is not None:
+        torch.testing.assert_close(
+            raised.jd_state.gramian, stock.jd_state.gramian * torch.tensor(sign).outer(torch.tensor(sign))
+        )

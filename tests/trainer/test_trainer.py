@@ -117,6 +117,27 @@ def test_means_of_micro_batches_that_are_weighed_alone_are_averaged(tmp_path):
     assert relative(logged(three, "loss"), logged(one, "loss")) < 1e-6
 
 
+@pytest.mark.parametrize("kind", ["token", "instance"])
+def test_a_loss_function_may_return_unreduced_losses(kind, tmp_path):
+    def unreduced(outputs, labels, num_items_in_batch=None):
+        logits, targets = outputs.logits[:, :-1], labels[:, 1:]
+        counted = targets != -100
+        tokens = torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        return (tokens, counted) if kind == "token" else tokens.sum(1)
+
+    def reduced(outputs, labels, num_items_in_batch=None):
+        losses = unreduced(outputs, labels)
+        return losses[0].sum() / num_items_in_batch if kind == "token" else losses.mean()
+
+    data = examples()
+    flags = {"max_steps": 5, "gradient_accumulation_steps": 3 if kind == "token" else 1}
+    theirs = run(lora("gpt2"), arguments(tmp_path, TrainingArguments, **flags), compute_loss_func=reduced)
+    ours = run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", **flags), compute_loss_func=unreduced)
+    assert relative(flat(ours.model), flat(theirs.model)) < 1e-10
+    assert relative(logged(ours, "loss"), logged(theirs, "loss")) < 1e-6
+    assert 0 < ours.evaluate(data)["eval_loss"] < (5 if kind == "token" else 50)
+
+
 def test_own_losses_of_instances_are_exact_over_accumulation(tmp_path):
     class Own(JDTrainer):
         def compute_losses(self, model, inputs):

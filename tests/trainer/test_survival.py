@@ -1,0 +1,137 @@
+"""What a run survives: kills, half-written checkpoints, losses that aren't finite; and what it refuses beforehand."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_jd import JDTrainer
+from hf_jd.checkpoints import newest_whole
+from tests.trainer.runs import arguments, examples, flat, logged, lora, relative, run
+
+ROOT = Path(__file__).parents[2]
+FILES = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
+
+
+def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
+    command = [sys.executable, "-m", "tests.trainer.survivor", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    logs = {path.parent.name: path.read_text() for path in tmp_path.glob("*/log.txt")}
+    assert sum(found.pop("killed")) >= 3
+    found.pop("files")
+    assert all(found.values()), (found, logs)
+    assert "Skipping checkpoint-9, which was not written to its end: its trainer_state.json is cut" in logs["write-6"]
+    assert "it has no trainer_state.json" in logs["write-1"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run")
+    run(lora("gpt2"), arguments(directory, save_strategy="steps", save_steps=2))
+    return directory
+
+
+@pytest.mark.parametrize("name", [*FILES, "adapter_model.safetensors", "trainer_state.json"])
+@pytest.mark.parametrize("how", ["gone", "cut off"])
+def test_a_checkpoint_that_lacks_something_is_skipped(name, how, finished):
+    file = finished / "checkpoint-4" / name
+    content = file.read_bytes()
+    assert newest_whole(finished, FILES) == (finished / "checkpoint-4", {})
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content[: len(content) // 2])
+    found, skipped = newest_whole(finished, FILES)
+    file.write_bytes(content)
+    assert found == finished / "checkpoint-2"
+    assert list(skipped) == ["checkpoint-4"]
+    assert "weights" in skipped["checkpoint-4"] or name in skipped["checkpoint-4"]
+
+
+def test_without_any_whole_checkpoint_training_starts_anew(tmp_path, caplog):
+    (tmp_path / "checkpoint-2").mkdir()
+    trainer = JDTrainer(lora("gpt2"), arguments(tmp_path), train_dataset=examples())
+    assert trainer._checkpoint_to_resume(True) is None
+    assert "starts at the beginning" in caplog.text
+
+
+def test_a_checkpoint_written_over_another_one_is_not_whole_until_its_end(tmp_path, monkeypatch):
+    flags = {"save_strategy": "steps", "save_steps": 2}
+    run(lora("gpt2"), arguments(tmp_path, **flags))
+
+    def fail(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(JDTrainer, "_save_rng_state", fail)
+    with pytest.raises(OSError, match="no space left"):
+        run(lora("gpt2"), arguments(tmp_path, **flags))
+    assert newest_whole(tmp_path, FILES)[0] == tmp_path / "checkpoint-4"
+    assert not (tmp_path / "checkpoint-2" / "trainer_state.json").exists()
+
+
+def test_an_output_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    args = arguments(tmp_path / "file" / "run", save_strategy="steps")
+    with pytest.raises(ValueError, match=r"can't be written \(.*\): name another one with --output_dir"):
+        JDTrainer(lora("gpt2"), args)
+
+
+def test_a_disk_without_room_for_a_checkpoint(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    with pytest.raises(ValueError, match="1e-06 GB left, and a checkpoint takes about"):
+        run(lora("gpt2"), arguments(tmp_path, save_strategy="steps"))
+    run(lora("gpt2"), arguments(tmp_path, max_steps=1))
+
+
+class Broken(JDTrainer):
+    """Instance 1 of some updates has no finite loss."""
+
+    steps: tuple[int, ...] = ()
+
+    def compute_losses(self, model, inputs):
+        losses, counted = super().compute_losses(model, inputs)
+        if self.state.global_step in self.steps and len(losses) == 2:
+            losses = losses * torch.tensor([[1.0], [torch.nan]])
+        return losses, counted
+
+
+def broken(*steps: int) -> type:
+    return type("Broken", (Broken,), {"steps": steps})
+
+
+def test_updates_that_are_not_finite_in_a_row_end_the_run(tmp_path, caplog):
+    model = lora("gpt2")
+    args = arguments(tmp_path, max_steps=9, jd_max_non_finite=3, jd_group_column="task")
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(ValueError, match="3 updates in a row .* the last one being 7.*--jd_max_non_finite"),
+    ):
+        run(model, args, cls=broken(1, 2, 4, 5, 6))
+    assert flat(model).isfinite().all()
+    assert "Update 2: instance 1 (group `" in caplog.text
+
+
+def test_updates_that_are_not_finite_now_and_then_do_not(tmp_path):
+    args = arguments(tmp_path, max_steps=7, jd_max_non_finite=3)
+    trainer = run(lora("gpt2"), args, cls=broken(1, 2, 4, 5))
+    assert logged(trainer, "jd/non_finite").tolist() == [0, 1, 1, 0, 1, 1, 0]
+
+
+@pytest.mark.parametrize("own", [{}, {"jd_objectives": "group", "jd_group_column": "task"}], ids=["instance", "group"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_model(own, tmp_path):
+    flags = {"max_steps": 2, "jd_weighting": "upgrad", **own}
+    plain = run(lora("gpt2", warm=True), arguments(tmp_path, **flags))
+    compiled = arguments(tmp_path, torch_compile=True, torch_compile_backend="aot_eager", **flags)
+    assert relative(flat(run(lora("gpt2", warm=True), compiled).model), flat(plain.model)) < 1e-9
