@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
-from torch._functorch import config as functorch_config  # ty: ignore[unresolved-import]
+from torch._functorch import config as functorch_config
 from transformers import Seq2SeqTrainer, Trainer
 from transformers.utils import logging
 
@@ -159,7 +159,7 @@ class JDTrainerMixin(_Host):
             self.weighting.reset()
         if self.args.torch_compile:
             # The engine walks a graph, and keeps it for another walk: its buffers must not be given away.
-            functorch_config.donated_buffer = False
+            functorch_config.donated_buffer = False  # ty: ignore[invalid-assignment]
         self.engine()  # Hooks must be there before anything compiles the model.
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

@@ -1,0 +1,144 @@
+"""What JDTrainer costs beside Trainer: LoRA fine-tuning on the same data, in interleaved processes.
+
+Each round starts one process a configuration, one after the other. Each trains the same random Llama, and answers how
+long its steps took (without the first ones, with the self-check), how much resident memory its process had at most,
+and how much of that training had added. A ratio is the median over rounds of its number by Trainer's in the same round.
+
+    python scripts/benchmark.py trainer                 the table: 200 steps
+    python scripts/benchmark.py trainer --steps 20 --rounds 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from hf_jd import JDTrainer, JDTrainingArguments
+
+VOCABULARY = 1024
+BATCH = 16
+GROUPS = 4
+WARM_UP = 3  # steps that aren't timed: the self-check, and what is set up once
+GROUP = {"jd_objectives": "group", "jd_group_column": "task"}
+CONFIGURATIONS: dict[str, dict[str, Any] | None] = {
+    "Trainer": None,
+    f"upgrad, instance (m = {BATCH})": {"jd_weighting": "upgrad"},
+    f"upgrad, group (K = {GROUPS})": {"jd_weighting": "upgrad", **GROUP},
+    "mean, instance": {"jd_weighting": "mean"},
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints the table.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(prog="benchmark.py trainer", description=__doc__.split("\n")[0])
+    parser.add_argument("--steps", type=int, default=200, help="steps of each run")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each configuration")
+    parser.add_argument("--hidden", type=int, default=256, help="the model's width")
+    parser.add_argument("--layers", type=int, default=4, help="the model's layers")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of an example")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.steps <= WARM_UP or args.rounds < 1:
+        parser.error(f"--steps has to be more than {WARM_UP}, and --rounds at least 1")
+    if args.one:
+        print(json.dumps(measure(CONFIGURATIONS[args.one], args)))
+        return 0
+    rounds = [{name: _in_a_process(name, args) for name in CONFIGURATIONS} for _ in range(args.rounds)]
+    print(table(rounds))
+    return 0
+
+
+def measure(flags: dict[str, Any] | None, args: argparse.Namespace) -> dict[str, float]:
+    """Trains one configuration in this process: the median step in seconds, and the memory it added in bytes."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    clock = _Clock()
+    with tempfile.TemporaryDirectory() as directory:
+        common: dict[str, Any] = {
+            "output_dir": directory,
+            "per_device_train_batch_size": BATCH,
+            "max_steps": args.steps,
+        }
+        common |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+        common |= {"logging_steps": max(args.steps // 4, 1), "dataloader_pin_memory": False}
+        model, data = _model(args), _data(args)
+        before = psutil.Process().memory_info().rss
+        if flags is None:
+            trainer = Trainer(model, TrainingArguments(**common), train_dataset=data, callbacks=[clock])
+        else:
+            trainer = JDTrainer(model, JDTrainingArguments(**common, **flags), train_dataset=data, callbacks=[clock])
+        trainer.train()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"step": statistics.median(clock.steps[WARM_UP:]), "added": peak - before, "peak": peak}
+
+
+class _Clock(TrainerCallback):
+    """How long each step took, from its first micro-batch to the optimizer's end."""
+
+    def __init__(self):
+        self.steps: list[float] = []
+        self.begin = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Starts the clock."""
+        self.begin = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Reads it."""
+        self.steps.append(time.perf_counter() - self.begin)
+
+
+def table(rounds: list[dict[str, dict[str, float]]]) -> str:
+    """The rounds as a markdown table."""
+    lines = ["| | step [ms] | wall / Trainer | peak / Trainer | added / Trainer |", "|---|---|---|---|---|"]
+    for name in CONFIGURATIONS:
+        step = statistics.median(found[name]["step"] for found in rounds)
+        ratios = [
+            statistics.median(found[name][key] / found["Trainer"][key] for found in rounds)
+            for key in ("step", "peak", "added")
+        ]
+        lines.append(f"| {name} | {step * 1e3:.1f} | " + " | ".join(f"{ratio:.3f}" for ratio in ratios) + " |")
+    return "\n".join(lines)
+
+
+def _in_a_process(name: str, args: argparse.Namespace) -> dict[str, float]:
+    options = [f"--{key}={getattr(args, key)}" for key in ("steps", "hidden", "layers", "tokens")]
+    script = Path(__file__).parents[1] / "benchmark.py"
+    command = [sys.executable, "-W", "ignore", str(script), "trainer", f"--one={name}", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{name} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _model(args: argparse.Namespace) -> Any:
+    sizes = {"hidden_size": args.hidden, "intermediate_size": args.hidden * 8 // 3, "num_hidden_layers": args.layers}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes, **heads, max_position_embeddings=args.tokens))
+    return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def _data(args: argparse.Namespace) -> list[dict[str, Any]]:
+    ids = torch.randint(0, VOCABULARY, (8 * BATCH, args.tokens)).tolist()
+    return [{"input_ids": row, "labels": row, "task": f"task {i % GROUPS}"} for i, row in enumerate(ids)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
