@@ -7,7 +7,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check 
 REQUIREMENTS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test style quality docs bench clean
+.PHONY: help demo test fuzz style quality docs bench clean
 
 help:  ## Lists the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ demo: $(VENV)/.demo  ## Installs, then trains the embedded model four ways side 
 
 test: $(VENV)/.dev  ## Installs, then runs the tests.
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.dev  ## Tries 300 random small models against brute force.
+	HF_JD_FUZZ=300 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/gramian/test_fuzz.py
 
 style: $(VENV)/.dev  ## Formats the code, and mends what can be mended by itself.
 	$(BIN)/ruff check --fix

@@ -85,7 +85,7 @@ def finetune(model: ModelArguments, data: DataArguments, run: RunArguments, trai
     with _output_folder(run, training) as folder:
         path = model_path(model)
         examples = load_examples(data)
-        trainer = _trainer(path, model, data, run, training, examples)
+        trainer = build_trainer(path, model, data, run, training, examples)
         if not training.resume_from_checkpoint and trainer.is_world_process_zero():
             _remove_run(folder)
         trainer.train(resume_from_checkpoint=_checkpoint(training))
@@ -102,7 +102,7 @@ def finetune(model: ModelArguments, data: DataArguments, run: RunArguments, trai
     return Results.read(folder)
 
 
-def _trainer(
+def build_trainer(
     path: str,
     model: ModelArguments,
     data: DataArguments,

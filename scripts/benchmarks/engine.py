@@ -1,8 +1,8 @@
 """What a step of the engine costs, as a ratio to a plain forward and backward of the same model.
 
 Each case builds a random Llama of float32 and times, interleaved in one run, one thread: a plain step (mean loss,
-`.backward()`), the engine's one-pass and two-pass steps, TorchJD's engine, and one backward an objective. A ratio is the
-median over rounds of (its time / the plain step's time in the same round); the spread is the quartiles'.
+`.backward()`), the engine's one-pass and two-pass steps, TorchJD's engine, and one backward an objective. A ratio is
+the median over rounds of (its time / the plain step's time in the same round); the spread is the quartiles'.
 
     python scripts/benchmark.py engine                  the table
     python scripts/benchmark.py engine --quick          three cases
