@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_jd.gramian import Engine, Jacobian
+from hf_jd.gramian.layouts import Segments
 from tests.gramian.oracle import (
     EXACT,
     SINGLE,
@@ -232,6 +233,16 @@ def test_a_group_absent_from_the_batch_has_a_row_of_zeros():
     gramian = assert_gramian(Engine(model), losses, model, segments=ids)
     assert not gramian[1].any()
     assert not gramian[3].any()
+
+
+def test_tokens_of_no_objective_count_for_none():
+    segments = Segments(2, torch.tensor([[0, -1, 1], [1, 1, -1]]))
+    values = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])[..., None]
+    assert segments.sum(values).flatten().tolist() == [1.0, 28.0]
+    assert segments.outer(values, torch.ones_like(values)).flatten().tolist() == [1.0, 28.0]
+    instances = Segments(2, torch.tensor([-1, 1]))
+    assert instances.sum(values).flatten().tolist() == [0.0, 56.0]
+    assert instances.reduce(values.squeeze(-1)).tolist() == [[0.0, 0.0, 0.0], [8.0, 16.0, 32.0]]
 
 
 # Rows kept or not.
@@ -490,6 +501,40 @@ def test_checkpointing_of_some_layers(checkpointed: dict[int, bool]):
     assert_engine_right(model, lambda step: model(batch(B, 4, seed=step)).square().sum(1), steps=3)
 
 
+@pytest.mark.parametrize("keep_rows", [True, False])
+def test_reentrant_checkpointing_leaves_gradients_alone(keep_rows: bool):
+    """There a plain backward runs, and `.grad` is put back: of parameters outside the engine and of inputs too."""
+    model = Blocks({1: True})
+    engine = Engine(model.blocks, keep_rows=keep_rows)
+    kept = {p: torch.ones_like(p) if i % 2 else None for i, p in enumerate(model.parameters())}
+    for p, gradient in kept.items():
+        p.grad = gradient
+    x = batch(B, 4).requires_grad_()
+    for _ in range(2):
+        engine.compute_gramian(model(x).square().sum(1))
+        assert x.grad is None
+        for p, gradient in kept.items():
+            assert p.grad is gradient
+            assert gradient is None or bool((gradient == 1).all())
+
+
+@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="E21: a tap is set between two Gramians of one forward")
+def test_checkpointed_layer_whose_part_is_never_called():
+    """A tap set for the parent between two Gramians of one forward would change what its recomputation saves."""
+    torch.manual_seed(0)
+    model = nn.ModuleList(
+        [nn.Linear(4, 4), nn.TransformerEncoderLayer(4, 1, 5, dropout=0.0, batch_first=True)]
+    ).double()
+    for p in (model[1].self_attn.in_proj_weight, model[1].self_attn.in_proj_bias):
+        p.requires_grad_(False)
+
+    def losses(step: int) -> Tensor:
+        y = checkpoint(model[1], model[0](batch(B, T, 4, seed=step)), use_reentrant=False)
+        return (y - torch.arange(4).sin()).square().sum((1, 2))
+
+    assert_engine_right(model, losses, steps=3)
+
+
 def test_checkpointing_switched_on_and_off():
     model = Blocks({})
     engine = Engine(model)
@@ -513,6 +558,19 @@ def test_autocast_bfloat16():
     assert relative(gramian, expected) < 0.05
     engine.accumulate_grad(torch.ones(4))
     assert all(p.grad.dtype == torch.float32 for p in trainable(model))
+
+
+@pytest.mark.xfail(strict=True, reason="E22: products of rows run in the caller's autocast")
+def test_gramian_inside_autocast():
+    """Rows are formed in the dtypes of the backward, also where the caller forgot to leave autocast."""
+    model = mlp().float()
+    engine = Engine(model)
+    losses = model(batch(B, 4).float()).square().sum(1)
+    outside = engine.compute_gramian(losses)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = engine.compute_gramian(losses)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, outside)
 
 
 def test_float16_with_loss_scaling():
