@@ -135,7 +135,7 @@ def _model(args: argparse.Namespace) -> Any:
     return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-def _data(args: argparse.Namespace) -> list[dict[str, Any]]:
+def _data(args: argparse.Namespace) -> Any:
     ids = torch.randint(0, VOCABULARY, (8 * BATCH, args.tokens)).tolist()
     return [{"input_ids": row, "labels": row, "task": f"task {i % GROUPS}"} for i, row in enumerate(ids)]
 
