@@ -23,10 +23,13 @@ FREE_MEMORY_SHARE = 0.5  # of the device's free memory, what `keep_rows="auto"` 
 
 @dataclass
 class _Step:
-    """What `accumulate_grad` needs of the last `compute_gramian`: the rows, or the losses for a second backward."""
+    """What `accumulate_grad` needs of the last `compute_gramian`: the rows, or the losses for a second backward.
 
-    losses: Tensor
-    jacobian: Jacobian | None
+    Losses hold the graph, and so all activations: they are not kept beside rows.
+    """
+
+    shape: torch.Size
+    kept: Jacobian | Tensor
     versions: dict[nn.Parameter, int]
 
 
@@ -110,7 +113,7 @@ class Engine:
             jacobian = self.compute_jacobian(losses, segments, materialise=mode == "rows")
             gramian = jacobian.gramian()
         versions = {p: p._version for p in self._coverage.names}
-        self._step = _Step(losses, jacobian, versions)
+        self._step = _Step(losses.shape, losses if jacobian is None else jacobian, versions)
         return self._generalized(gramian, losses)
 
     def compute_jacobian(self, losses: Tensor, segments: Tensor | None = None, materialise: bool = True) -> Jacobian:
@@ -144,10 +147,10 @@ class Engine:
         step = self._step
         if step is None:
             raise ValueError("accumulate_grad needs the rows of a batch: call compute_gramian(losses) first.")
-        if weights.shape != step.losses.shape:
+        if weights.shape != step.shape:
             raise ValueError(
                 f"weights have shape {list(weights.shape)}; the losses of the last Gramian have "
-                f"{list(step.losses.shape)}, and each takes one weight."
+                f"{list(step.shape)}, and each takes one weight."
             )
         changed = [self._coverage.names.get(p, "?") for p, version in step.versions.items() if p._version != version]
         if changed:
@@ -155,11 +158,11 @@ class Engine:
                 f"{len(changed)} parameter(s) have changed since compute_gramian (first: {changed[0]}): call "
                 "accumulate_grad before the optimizer's step, or compute the Gramian again."
             )
-        if step.jacobian is None:
-            torch.autograd.backward(step.losses, weights.to(step.losses), retain_graph=True)
+        if isinstance(step.kept, Tensor):
+            torch.autograd.backward(step.kept, weights.to(step.kept), retain_graph=True)
             return
         instance_last = weights.flatten(1).T if self.batch_dim == 0 and weights.dim() > 1 else weights
-        for parameter, gradient in step.jacobian.weighted_sum(instance_last.flatten()).items():
+        for parameter, gradient in step.kept.weighted_sum(instance_last.flatten()).items():
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def tiers(self) -> dict[str, int]:

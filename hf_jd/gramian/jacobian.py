@@ -47,10 +47,11 @@ class Jacobian:
         used = self.used
         device = used[0].device if used else torch.device("cpu")
         total = torch.zeros(len(self), len(self), dtype=torch.float64, device=device)
-        for _, bucket in self._packed():
-            total += inner(bucket, bucket).to(device)
-        for rows in self._unpacked().values():
-            total += rows.gramian().to(device)
+        with torch.autocast(device.type, enabled=False):
+            for _, bucket in self._packed():
+                total += inner(bucket, bucket).to(device)
+            for rows in self._unpacked().values():
+                total += rows.gramian().to(device)
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in self._rows) else torch.float32
         return ((total + total.T) / 2).to(dtype)
 
@@ -58,11 +59,13 @@ class Jacobian:
         """J^T w for weights [R], by parameter and in its dtype; without those that no objective depends on."""
         sums = {}
         for parameters, bucket in self._packed():
-            total = combine(weights.to(bucket.device), bucket)
+            with torch.autocast(bucket.device.type, enabled=False):
+                total = combine(weights.to(bucket.device), bucket)
             parts = total.split([p.numel() for p in parameters])
             sums.update({p: part.view(p.shape) for p, part in zip(parameters, parts, strict=True)})
         for parameter, rows in self._unpacked().items():
-            sums[parameter] = rows.weighted_sum(weights.to(parameter.device))
+            with torch.autocast(parameter.device.type, enabled=False):
+                sums[parameter] = rows.weighted_sum(weights.to(parameter.device))
         return {p: sums[p].to(p.dtype) for p in self._rows if p in sums}
 
     def dense(self) -> Tensor:

@@ -91,6 +91,7 @@ class ModuleTap:
         self.module = module
         self.targets: Mapping[str, nn.Parameter] = {}
         self.calls = 0
+        self._met_forward = False
         self.elements = 0
 
     def __reduce__(self) -> tuple:
@@ -106,6 +107,10 @@ class ModuleTap:
 
     def tap(self, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """The tapped outputs; None leaves them as they are."""
+        if torch._C._current_graph_task_id() == -1:
+            self._met_forward = True
+        elif not self._met_forward:
+            return None  # A recomputation has to save what its forward saved, and this tap came later.
         engine = self.engine()
         if engine is None or not torch.is_grad_enabled() or (engine.recording is not None and engine.recording.busy):
             return None
