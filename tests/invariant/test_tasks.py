@@ -45,6 +45,7 @@ def test_mean_is_trainer(name, case, tmp_path):
     assert relative(logged(ours, "grad_norm"), logged(theirs, "grad_norm")) < 100 * tolerance
     assert relative(logged(ours, "loss"), logged(theirs, "loss")) < 1e-6
     assert len(ours.jd_state.gramian) > 1
+    assert not ours.has_extra, "what losses lack would be added to their mean, and hide that they are wrong"
     assert logged(ours, "jd/non_finite").sum() == 0
 
 

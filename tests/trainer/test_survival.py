@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 FILES = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
     command = [sys.executable, "-m", "tests.trainer.survivor", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
@@ -128,6 +129,7 @@ def test_updates_that_are_not_finite_now_and_then_do_not(tmp_path):
     assert logged(trainer, "jd/non_finite").tolist() == [0, 1, 1, 0, 1, 1, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("own", [{}, {"jd_objectives": "group", "jd_group_column": "task"}], ids=["instance", "group"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_model(own, tmp_path):
