@@ -32,7 +32,8 @@ class Coverage:
         self._tree: list[nn.Module] = []
         self._scanned: list[tuple] | None = None
         self._wanted: dict[nn.Module, dict[str, nn.Parameter]] | None = None
-        self._inputs = InputTap(self.scan)
+        self._fresh = False
+        self._inputs = InputTap(self._before_forward)
         self._input_handles = [m.register_forward_pre_hook(self._inputs, with_kwargs=True) for m in modules]
 
     @property
@@ -77,6 +78,8 @@ class Coverage:
 
     def read(self) -> None:
         """Reads what is trainable now: the names, and which taps the next `scan` sets."""
+        if self._fresh and all(p.requires_grad for p in self.names):
+            return  # The forward that has just been made has read it.
         state = self._state()
         if state == self._scanned:
             return
@@ -108,6 +111,11 @@ class Coverage:
             for m in self._tree
         ]
 
+    def _before_forward(self) -> None:
+        self._fresh = False
+        self.scan()
+        self._fresh = True
+
     def climb(self, parameters: Iterable[nn.Parameter]) -> None:
         """The holders of these parameters were not called although they have gradients: look one module higher."""
         for parameter in parameters:
@@ -116,7 +124,10 @@ class Coverage:
 
     def finish_step(self) -> None:
         """Sets the taps that the step has shown to be needed, and starts to count forwards anew."""
-        self.scan()
+        if self._scanned is None or self._wanted is not None:
+            self._fresh = False
+            self.scan()
+        self._fresh = False
         self._inputs.sizes.clear()
         for tap in self.taps:
             tap.calls = tap.elements = 0

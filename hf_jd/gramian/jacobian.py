@@ -5,9 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_jd.gramian.rows import CHUNK, DenseRows, Rows, combine, inner
+from hf_jd.gramian.rows import DenseRows, Rows, combine, inner
 
 BUCKET = 4 * 1024 * 1024  # elements of one bucket of small rows: few large kernels instead of one a parameter
+SMALL, SMALL_ON_CPU = 1024 * 1024, 16 * 1024  # elements of rows that go into buckets
 
 
 class Jacobian:
@@ -121,7 +122,7 @@ class Jacobian:
     def _packed(self) -> list[tuple[list[nn.Parameter], Tensor]]:
         """Small dense rows side by side in buckets; the parameters' rows become views of them."""
         if self._buckets is None:
-            small = {p: r for p, r in self._rows.items() if isinstance(r, DenseRows) and p.numel() < CHUNK}
+            small = {p: r for p, r in self._rows.items() if isinstance(r, DenseRows) and r.rows.numel() <= _worth(r)}
             kinds: dict[tuple, list[nn.Parameter]] = {}
             for p, rows in small.items():
                 kinds.setdefault((rows.device, rows.rows.dtype), []).append(p)
@@ -133,6 +134,11 @@ class Jacobian:
         for p, view in zip(parameters, bucket.split([p.numel() for p in parameters], dim=1), strict=True):
             self._rows[p] = DenseRows(view, p.shape)
         return parameters, bucket
+
+
+def _worth(rows: Rows) -> int:
+    """Elements up to which copying rows side by side costs less than kernels of their own."""
+    return SMALL_ON_CPU if rows.device.type == "cpu" else SMALL
 
 
 def _split(parameters: Sequence[nn.Parameter], columns: int) -> list[list[nn.Parameter]]:

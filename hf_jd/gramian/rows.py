@@ -18,6 +18,8 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
     Half-precision rows are multiplied in float32.
     """
+    if a.shape[1] <= CHUNK:
+        return (a.to(accumulation_dtype(a)) @ b.to(accumulation_dtype(b)).T).double()
     total = a.new_zeros(len(a), len(b), dtype=torch.float64)
     for a_c, b_c in zip(a.split(CHUNK, dim=1), b.split(CHUNK, dim=1), strict=True):
         total += a_c.to(accumulation_dtype(a)) @ b_c.to(accumulation_dtype(b)).T
