@@ -26,7 +26,8 @@ def test_help_imports_nothing_heavy():
 
 def test_unknown_command(capsys):
     assert main(["finetun"]) == 2
-    assert capsys.readouterr().err == "hf-jd: error: Unknown command `finetun`; the commands are finetune, doctor, compare.\n"
+    error = capsys.readouterr().err
+    assert error == "hf-jd: error: Unknown command `finetun`; the commands are finetune, doctor, compare.\n"
 
 
 def test_no_command(capsys):
