@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+NARROW = 4  # rows of single instances are formed and added up where they are this much smaller than the layer's tensors
 SCATTERED = 3  # runs are too short to multiply one by one where writing rows for each costs this much more than sorting
 
 
@@ -97,8 +98,8 @@ class Segments:
         if self.ids is None:
             g, x = grad_output.reshape(self.objectives, -1, p), input.reshape(self.objectives, -1, d)
             return torch.bmm(g.transpose(1, 2), x)
-        if not self.by_token and p * d <= input.shape[1] * (p + d):
-            # Rows of instances that are smaller than the layer's own tensors (LoRA): nothing is sorted or copied.
+        if not self.by_token and NARROW * p * d <= input.shape[1] * (p + d):
+            # Rows of instances that are far smaller than the layer's own tensors (LoRA): nothing is sorted or cut.
             return self.reduce(torch.bmm(grad_output.transpose(1, 2), input))
         runs = self._runs(grad_output.shape[1])
         g, x = grad_output.flatten(0, 1), input.flatten(0, 1)
