@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hf_jd.arguments import JDArguments, JDSeq2SeqTrainingArguments, JDTrainingArguments
     from hf_jd.gramian import Engine, Jacobian
-    from hf_jd.trainer import JDSeq2SeqTrainer, JDTrainer, JDTrainerMixin
-    from hf_jd.update import JDState
+    from hf_jd.trainer import JDSeq2SeqTrainer, JDState, JDTrainer, JDTrainerMixin
     from hf_jd.weighting import WEIGHTINGS, build_weighting
 
 _ROOMS = {
@@ -16,7 +15,7 @@ _ROOMS = {
     "JDArguments": "arguments",
     "JDSeq2SeqTrainer": "trainer",
     "JDSeq2SeqTrainingArguments": "arguments",
-    "JDState": "update",
+    "JDState": "trainer",
     "JDTrainer": "trainer",
     "JDTrainerMixin": "trainer",
     "JDTrainingArguments": "arguments",

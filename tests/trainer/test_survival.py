@@ -15,6 +15,7 @@ import torch
 
 from hf_jd import JDTrainer
 from hf_jd.checkpoints import newest_whole
+from hf_jd.trainer.resuming import checkpoint_to_resume
 from tests.trainer.runs import arguments, examples, flat, logged, lora, relative, run
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +63,7 @@ def test_a_checkpoint_that_lacks_something_is_skipped(name, how, finished):
 def test_without_any_whole_checkpoint_training_starts_anew(tmp_path, caplog):
     (tmp_path / "checkpoint-2").mkdir()
     trainer = JDTrainer(lora("gpt2"), arguments(tmp_path), train_dataset=examples())
-    assert trainer._checkpoint_to_resume(True) is None
+    assert checkpoint_to_resume(trainer, True) is None
     assert "starts at the beginning" in caplog.text
 
 

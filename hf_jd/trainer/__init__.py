@@ -1,0 +1,6 @@
+"""What happens in one step of Jacobian descent, inside Hugging Face's Trainer: the bridge between all rooms."""
+
+from hf_jd.trainer.mixin import JDSeq2SeqTrainer, JDTrainer, JDTrainerMixin
+from hf_jd.trainer.weighing import JDState
+
+__all__ = ["JDSeq2SeqTrainer", "JDState", "JDTrainer", "JDTrainerMixin"]

@@ -1,0 +1,33 @@
+"""`.grad`, where a stream that ended in mid-accumulation may have left something: added to, or left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+
+def accumulate(gradients: Mapping[nn.Parameter, Tensor]) -> None:
+    """Adds to `.grad`."""
+    for p, gradient in gradients.items():
+        p.grad = gradient if p.grad is None else p.grad + gradient
+
+
+@contextmanager
+def set_aside(parameters: Iterable[nn.Parameter]) -> Generator[dict[nn.Parameter, Tensor]]:
+    """Gives backward passes a `.grad` of their own.
+
+    Yields:
+        An empty dict, which holds their gradients at the end; `.grad` is then as it was before.
+    """
+    before = {p: p.grad for p in parameters}
+    for p in before:
+        p.grad = None
+    found: dict[nn.Parameter, Tensor] = {}
+    try:
+        yield found
+        found.update({p: p.grad for p in before if p.grad is not None})
+    finally:
+        for p, gradient in before.items():
+            p.grad = gradient

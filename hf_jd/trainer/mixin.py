@@ -1,0 +1,186 @@
+"""`JDTrainer`: what happens in one step of Jacobian descent, inside Hugging Face's Trainer.
+
+Trainer hands over all micro-batches of an update at once (`get_batch_samples`). They are kept until the last of them
+reaches `training_step`; there all of them run: losses -> objectives -> rows -> Gramian -> weights -> `.grad`. Clipping,
+optimizer, schedule, logging, evaluation and checkpoints remain Trainer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._functorch import config as functorch_config
+from transformers import Seq2SeqTrainer, Trainer
+
+from hf_jd.arguments import JDArguments
+from hf_jd.checkpoints import STATE_FILE, check_writable
+from hf_jd.collator import GroupCollator, group_names
+from hf_jd.gramian import Engine
+from hf_jd.metrics import Averages
+from hf_jd.trainer.forward import LossesMixin, without_groups
+from hf_jd.trainer.resuming import checkpoint_to_resume, load_weighting, save_weighting
+from hf_jd.trainer.setup import check_setup
+from hf_jd.trainer.update import Update
+from hf_jd.trainer.weighing import JDState
+from hf_jd.weighting import Stateful
+
+
+class JDTrainerMixin(LossesMixin):
+    """Jacobian descent for any subclass of Trainer, to be placed left of it.
+
+    Args:
+        weighting: Any callable from a Gramian [m, m] to weights [m]; by default the one that `--jd_weighting` names.
+
+    All other arguments are Trainer's; `args` has to hold the --jd_* flags (`JDTrainingArguments`).
+    """
+
+    def __init__(self, *args: Any, weighting: Callable[[Tensor], Tensor] | None = None, **kwargs: Any):
+        arguments = kwargs.get("args", args[1] if len(args) > 1 else None)
+        if getattr(arguments, "should_save", False) and arguments.output_dir is not None:
+            check_writable(Path(arguments.output_dir))  # Trainer would answer with a traceback.
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, JDArguments):
+            raise ValueError(
+                f"The arguments of {type(self).__name__} are {type(self.args).__name__}, without the --jd_* flags: use "
+                "JDTrainingArguments."
+            )
+        self.jd_args = self.args
+        jd = self.jd_args
+        self.weighting = weighting or jd.build_weighting()
+        self.jd_state: JDState | None = None
+        self.jd_metrics = Averages()
+        self._jd_batches: list[Mapping[str, Any]] = []
+        self._jd_seen = 0
+        self._jd_engine: tuple[nn.Module, Engine] | None = None
+        self.jd_group_names: list[str] | None = None
+        self._jd_broken_in_a_row = 0
+        if jd.jd_group_column is not None:
+            if self.train_dataset is not None:
+                self.jd_group_names = group_names(self.train_dataset, jd.jd_group_column, jd.jd_groups)
+            self.data_collator = GroupCollator(self.data_collator, jd.jd_group_column, self.jd_group_names)
+
+    # ---- Trainer's side ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains, after a look at what can't work; see Trainer.
+
+        Args:
+            resume_from_checkpoint: True takes the newest checkpoint that is whole, and says which it skipped.
+            args: Trainer's.
+            kwargs: Trainer's.
+
+        Raises:
+            ValueError: The run can't work, or too many updates in a row weren't finite.
+        """
+        check_setup(self)
+        self._jd_broken_in_a_row = 0
+        if resume_from_checkpoint:
+            resume_from_checkpoint = checkpoint_to_resume(self, resume_from_checkpoint)
+        if isinstance(self.weighting, Stateful):
+            self.weighting.reset()
+        if self.args.torch_compile:
+            # The engine walks a graph, and keeps it for another walk: its buffers must not be given away.
+            functorch_config.donated_buffer = False  # ty: ignore[invalid-assignment]
+        self.engine()  # Hooks must be there before anything compiles the model.
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Keeps the micro-batches of an update, for `training_step`; see Trainer."""
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._jd_batches = list(batches)
+        self._jd_seen = 0
+        return batches, num_items_in_batch
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Runs the whole update at its last micro-batch, and answers 0 until then.
+
+        Returns:
+            The part of this process in the objectives' mean, in the units of Trainer's loss.
+        """
+        model.train()
+        to_train_mode = getattr(self.optimizer, "train", None)
+        if callable(to_train_mode):
+            to_train_mode()  # Schedule-free optimizers have two modes.
+        if self.jd_args.jd_scope == "micro_batch":
+            return Update(self, model, [inputs], num_items_in_batch).run()
+        self._jd_seen += 1
+        if self._jd_seen < len(self._jd_batches):
+            return torch.zeros((), device=self.args.device)
+        batches, self._jd_batches = self._jd_batches or [inputs], []
+        return Update(self, model, batches, num_items_in_batch).run()
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Predicts, without the groups' ids; see Trainer."""
+        return super().prediction_step(model, without_groups(inputs), *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Adds the metrics under `jd/` to the logs of training; see Trainer."""
+        if "loss" in logs or "train_loss" in logs:
+            logs.update(self.jd_metrics.take())
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # A checkpoint that is written over another one is not whole until it is finished.
+        run = Path(self._get_output_dir(trial=trial))
+        if self.args.should_save:
+            (run / f"checkpoint-{self.state.global_step}" / STATE_FILE).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            save_weighting(self.weighting, Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            load_weighting(self.weighting, Path(checkpoint))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        column = self.jd_args.jd_group_column
+        assert self._signature_columns is not None
+        if column is not None and column not in self._signature_columns:
+            self._signature_columns.append(column)
+
+    # ---- What an update needs ----
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The trainable parameters, in the same order on all processes."""
+        assert self.model is not None
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def engine(self) -> Engine:
+        """The engine on today's model: `model_init` may have made another one."""
+        assert self.model is not None
+        if self._jd_engine is None or self._jd_engine[0] is not self.model:
+            if self._jd_engine is not None:
+                self._jd_engine[1].detach()
+            self._jd_engine = (self.model, Engine(self.model, check=self.jd_args.jd_check))
+        return self._jd_engine[1]
+
+    def group_name(self, k: int) -> str:
+        """The name of the group with the id k."""
+        return str(k) if self.jd_group_names is None else self.jd_group_names[k]
+
+    def count_broken(self, broken: bool) -> None:
+        """Counts the updates in a row in which something wasn't finite, and stops after `--jd_max_non_finite`."""
+        self._jd_broken_in_a_row = self._jd_broken_in_a_row + 1 if broken else 0
+        if self._jd_broken_in_a_row >= self.jd_args.jd_max_non_finite:
+            raise ValueError(
+                f"{self._jd_broken_in_a_row} updates in a row had losses or gradients that aren't finite, the last one "
+                f"being {self.state.global_step + 1}; the parameters are finite still. Lower the learning rate, look "
+                "at the data that the log names, or allow more with --jd_max_non_finite."
+            )
+
+
+class JDTrainer(JDTrainerMixin, Trainer):
+    """`Trainer` with Jacobian descent; its `args` are `JDTrainingArguments`."""
+
+
+class JDSeq2SeqTrainer(JDTrainerMixin, Seq2SeqTrainer):
+    """`Seq2SeqTrainer` with Jacobian descent; its `args` are `JDSeq2SeqTrainingArguments`."""

@@ -1,0 +1,42 @@
+"""Two passes: the weighted losses, computed again, through `accelerator.backward`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_jd.distributed import add_gradients
+from hf_jd.trainer.gradients import accumulate, set_aside
+from hf_jd.trainer.recording import Recorded, Recorder
+
+
+def second_pass(recorder: Recorder, recorded: Sequence[Recorded], weights: Tensor, usable: Tensor) -> None:
+    """Descends sum_k w_k loss_k, of losses computed again with the random numbers of their first pass.
+
+    Args:
+        recorder: Who recorded.
+        recorded: The micro-batches of this process after their first pass.
+        weights: [m] of this process's objectives.
+        usable: [m] (bool); other losses or rows may be NaN, and are not touched.
+    """
+    trainer, start = recorder.trainer, 0
+    with set_aside(trainer.trainable()) as gradients:
+        for batch, rng_state, first, *_ in recorded:
+            mine = slice(None) if recorder.kind.shared else slice(start, start + len(first.losses))
+            start += len(first.losses)
+            with trainer.accelerator.no_sync(recorder.model):
+                if not recorder.keep_graph:
+                    _set_rng_state(rng_state, trainer.args.device)
+                part = first if recorder.keep_graph else recorder.part(batch)[0]
+                losses = part.losses[usable[mine]]
+                if len(losses):
+                    trainer.accelerator.backward((weights[mine][usable[mine]].to(losses) * losses).sum())
+    accumulate(add_gradients(gradients, trainer.trainable()))
+
+
+def _set_rng_state(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[1], device)

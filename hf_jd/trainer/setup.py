@@ -1,0 +1,45 @@
+"""What can't be trained, said before training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_jd.checkpoints import check_room, check_writable
+
+if TYPE_CHECKING:
+    from hf_jd.trainer.mixin import JDTrainerMixin
+
+
+def check_setup(trainer: JDTrainerMixin) -> None:
+    """Raises a ValueError for what can't be trained."""
+    name = type(trainer).__name__
+    if trainer.args.n_gpu > 1:
+        raise ValueError(
+            f"{name} does not work under DataParallel ({trainer.args.n_gpu} GPUs in one process): start one process a "
+            "GPU with `accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
+        )
+    if not trainer.trainable():
+        raise ValueError("The model has no trainable parameter: add an adapter, or unfreeze some parameters.")
+    unknown = set(trainer.jd_args.jd_ascend or []) - set(trainer.jd_group_names or trainer.jd_args.jd_ascend or [])
+    if unknown:
+        raise ValueError(
+            f"--jd_ascend names {', '.join(f'`{n}`' for n in sorted(unknown))}, which is no group of the training "
+            f"set; its groups are {', '.join(f'`{n}`' for n in trainer.jd_group_names or [])}."
+        )
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError(f"{name} does not work with FSDP or DeepSpeed yet: use DDP, one process a GPU.")
+    if max(trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size()) > 1:
+        raise ValueError(f"{name} does not work with tensor, context or sequence parallelism yet: use DDP.")
+    if trainer.args.use_liger_kernel:
+        raise ValueError("Liger's fused loss keeps no loss of each token: switch --use_liger_kernel off.")
+    if trainer.args.should_save and trainer.args.save_strategy != "no" and trainer.args.output_dir is not None:
+        check_writable(Path(trainer.args.output_dir))
+        assert trainer.model is not None
+        check_room(Path(trainer.args.output_dir), trainer.model, hasattr(trainer.model, "peft_config"))
+    optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
+    if "lomo" in optimizer or "layerwise" in optimizer:
+        raise ValueError(
+            f"The optimizer `{optimizer}` steps inside the backward pass, before any weights are known: choose "
+            "another one with --optim."
+        )
