@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from hf_jd.arguments import JDArguments
 from hf_jd.collator import GROUP_KEY
-from hf_jd.distributed import process_count
+from hf_jd.distributed.processes import process_count
 from hf_jd.losses import LOSSES, bare, check_targets, is_summed, loss_kind, model_inputs, rest
 
 logger = logging.get_logger(__name__)

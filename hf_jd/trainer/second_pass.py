@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_jd.distributed import add_gradients
+from hf_jd.distributed.gradients import add_gradients
 from hf_jd.trainer.gradients import accumulate, set_aside
 from hf_jd.trainer.recording import Recorded, Recorder
 

@@ -13,15 +13,9 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_jd.collator import GROUP_KEY
-from hf_jd.distributed import (
-    AddedRows,
-    GatheredRows,
-    OwnRows,
-    add_gradients,
-    add_over_processes,
-    gather_uneven,
-    process_count,
-)
+from hf_jd.distributed.gradients import add_gradients
+from hf_jd.distributed.processes import add_over_processes, gather_uneven, process_count
+from hf_jd.distributed.rows import AddedRows, GatheredRows, OwnRows
 from hf_jd.gramian import Jacobian
 from hf_jd.objectives import OBJECTIVES, Objectives
 from hf_jd.trainer.gradients import accumulate

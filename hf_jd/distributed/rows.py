@@ -1,0 +1,184 @@
+"""The rows of all processes -> one Gramian, and one update.
+
+Bytes that each of W processes sends in an update, with n trainable elements of b bytes, and f = (W - 1) / W, the share
+of a tensor that leaves a process (2 f in an all-reduce, which is a reduce-scatter and an all-gather):
+
+| objectives | rows | Gramian | update | update of sharded parameters |
+|---|---|---|---|---|
+| instances, m_r on this process, M together | f b m_r n | 2 f 8 M^2 | 2 f b n | f b n |
+| K groups | f b K n | 2 f 8 K^2 | f b n | 0 |
+
+Plain data parallelism sends 2 f b n for its gradient, with shards f b n. The numbers of a step that are known of each
+objective (32 bytes) and of each parameter (8 bytes) are gathered besides.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributed, nn
+
+from hf_jd.distributed.columns import Bucket, Piece, buckets, offsets
+from hf_jd.distributed.gradients import Gradients, Sent, add_gradients, in_turn, used_flags
+from hf_jd.distributed.processes import add_over_processes, gather, gather_uneven, process_count, rank
+from hf_jd.gramian import Jacobian
+from hf_jd.gramian.rows import combine, inner
+
+
+class OwnRows:
+    """Rows that this process weighs by itself; only the updates are added up.
+
+    Args:
+        jacobian: The rows [m_r, n] of this process, None where it has none.
+        parameters: All trainable parameters, in the same order everywhere.
+    """
+
+    def __init__(self, jacobian: Jacobian | None, parameters: list[nn.Parameter]):
+        self.jacobian = jacobian
+        self.parameters = parameters
+        self._own = set() if jacobian is None else set(jacobian.used)
+        self.mine = slice(None)
+        self._used: list[nn.Parameter] | None = None
+
+    def table(self, table: Tensor) -> Tensor:
+        """What is known of the objectives [m_r, c] -> [M, c], of all that are weighed together."""
+        return table
+
+    def gramian(self) -> Tensor:
+        """[M, M], the same on all processes that weigh together."""
+        if self.jacobian is None:
+            return torch.zeros(0, 0, dtype=torch.float64, device=self.parameters[0].device)
+        return self.jacobian.gramian()
+
+    def weighted_sum(self, weights: Tensor, usable: Tensor) -> dict[nn.Parameter, Tensor]:
+        """The update sum_k w_k row_k over the usable objectives of all processes.
+
+        Args:
+            weights: [M].
+            usable: [M] (bool); other rows may be NaN, and are not touched.
+        """
+        weights, usable = weights[self.mine], usable[self.mine]
+        gradients = {}
+        if self.jacobian is not None and usable.any():
+            everything = bool(usable.all())
+            jacobian = self.jacobian if everything else self.jacobian.select(usable.nonzero().flatten())
+            gradients = jacobian.weighted_sum(weights if everything else weights[usable])
+        return add_gradients(gradients, self.parameters, self._used)
+
+    def _flags(self) -> Tensor:
+        """[P] which parameters some objective of this process depends on."""
+        return used_flags(self._own, self.parameters)
+
+    def _set_used(self, flags: Tensor) -> None:
+        self._used = [p for p, flag in zip(self.parameters, flags.tolist(), strict=True) if flag]
+
+    def _pack(self, part: list[Piece], packed: Tensor) -> None:
+        """Copies columns of the rows into `packed` [m_r, C], which holds zeros."""
+        if self.jacobian is not None:
+            for (p, start, stop), where in offsets(part):
+                if p in self._own:
+                    packed[:, where] = self.jacobian.rows(p)[:, start:stop]
+
+
+class GatheredRows(OwnRows):
+    """Objectives of which each process has its own, weighed all together.
+
+    Each process gets all M rows of the columns that it owns, and adds its part to the Gramian; in the end it weighs its
+    own rows, and the updates are added up.
+    """
+
+    def table(self, table: Tensor) -> Tensor:
+        """[M, c]: the processes' objectives, one below the other."""
+        if process_count() == 1:
+            return table
+        heads = gather(torch.cat([torch.tensor([len(table)]).to(table), self._flags().to(table)]))
+        self._set_used(heads[:, 1:].sum(0))
+        self._lengths = heads[:, 0].long().tolist()
+        table, self.mine = gather_uneven(table, self._lengths)
+        return table
+
+    def gramian(self) -> Tensor:
+        """[M, M], of the rows of all processes."""
+        if process_count() == 1:
+            return super().gramian()
+        assert self._used is not None
+        total = sum(self._lengths)
+        gramian = torch.zeros(total, total, dtype=torch.float64, device=self.parameters[0].device)
+        cut = buckets(self._used, process_count(), max(self._lengths))
+        for _, rows in in_turn(self._exchange(bucket) for bucket in cut):
+            gramian += inner(rows, rows)
+        return _symmetric(add_over_processes(gramian))
+
+    def _exchange(self, bucket: Bucket) -> Sent:
+        """The rows [m_r, C] of this process are sent by columns; the rows [M, C / W] of all processes arrive."""
+        own, width = self._lengths[rank()], bucket.widths[rank()]
+        sizes = [own * w for w in bucket.widths]
+        flat = torch.zeros(sum(sizes), dtype=bucket.dtype, device=bucket.device)
+        for part, packed in zip(bucket.parts, flat.split(sizes), strict=True):
+            self._pack(part, packed.view(own, -1) if own else packed[None])
+        rows = flat.new_empty(sum(self._lengths), width)
+        received = [m * width for m in self._lengths]
+        work = distributed.all_to_all_single(rows.view(-1), flat, received, sizes, async_op=True)
+        return Sent(bucket, rows, work, flat)
+
+
+class AddedRows(OwnRows):
+    """Objectives that all processes share: their rows [K, n] are added up.
+
+    Each process gets the sums [K, n / W] of the columns that it owns, adds its part to the Gramian, and weighs them;
+    the update is gathered.
+    """
+
+    def table(self, table: Tensor) -> Tensor:
+        """[K, 4]: losses, sums and counts added up; the groups are the same everywhere."""
+        if process_count() == 1:
+            return table
+        known, self._objectives = table[:, :-1], len(table)
+        sums = add_over_processes(torch.cat([known.flatten(), self._flags().to(table)]))
+        self._set_used(sums[known.numel() :])
+        return torch.cat([sums[: known.numel()].view(known.shape), table[:, -1:]], dim=1)
+
+    def gramian(self) -> Tensor:
+        """[K, K], of the rows' sums."""
+        if process_count() == 1:
+            return super().gramian()
+        assert self._used is not None
+        self._sums: list[tuple[Bucket, Tensor]] = []
+        gramian = torch.zeros(self._objectives, self._objectives, dtype=torch.float64, device=self.parameters[0].device)
+        cut = buckets(self._used, process_count(), self._objectives)
+        for bucket, rows in in_turn(self._exchange(bucket) for bucket in cut):
+            gramian += inner(rows, rows)
+            self._sums.append((bucket, rows))
+        self.jacobian = None  # Each process keeps 1/W of the sums.
+        return _symmetric(add_over_processes(gramian))
+
+    def weighted_sum(self, weights: Tensor, usable: Tensor) -> dict[nn.Parameter, Tensor]:
+        """The update sum_k w_k row_k, of which each process weighs its columns; see `OwnRows.weighted_sum`."""
+        if process_count() == 1:
+            return super().weighted_sum(weights, usable)
+        if not usable.any():
+            return {}
+        assert self._used is not None
+        update = Gradients(self._used)
+        for bucket, columns in in_turn(self._weigh(*sums, weights, usable) for sums in self._sums):
+            update.put(bucket, columns)
+        return update.by_parameter()
+
+    def _exchange(self, bucket: Bucket) -> Sent:
+        """The rows [K, C] of this process are sent by columns; the sums [K, C / W] over all processes arrive."""
+        flat = bucket.zeros(process_count(), self._objectives)
+        for part, packed in zip(bucket.parts, flat, strict=True):
+            self._pack(part, packed)
+        sums = torch.empty_like(flat[0])
+        return Sent(bucket, sums, distributed.reduce_scatter_single(sums.view(-1), flat.view(-1), async_op=True), flat)
+
+    def _weigh(self, bucket: Bucket, sums: Tensor, weights: Tensor, usable: Tensor) -> Sent:
+        """The update's columns of this process, gathered from all where the parameters are whole."""
+        own = combine(weights, sums) if usable.all() else combine(weights[usable], sums[usable])
+        if bucket.sharded:
+            return Sent(bucket, own, None, own)
+        columns = own.new_empty(process_count(), len(own))
+        return Sent(bucket, columns, distributed.all_gather_single(columns.view(-1), own, async_op=True), own)
+
+
+def _symmetric(gramian: Tensor) -> Tensor:
+    return (gramian + gramian.T) / 2

@@ -1,0 +1,131 @@
+"""What the processes of the tests run; each function returns what `multiprocessing` can send."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainingArguments
+
+from hf_jd import JDTrainer, JDTrainingArguments
+from hf_jd.distributed import columns
+from tests.distributed.counting import counted
+from tests.models import tiny_gpt2, tiny_llama, with_lora
+from tests.trainer.runs import TASKS, arguments, collate, examples, flat
+
+GROUP = {"jd_objectives": "group", "jd_group_column": "task"}
+MODELS = {
+    "lora": lambda: with_lora(tiny_gpt2(), warm=True),
+    "full": tiny_gpt2,
+    "wide": lambda: tiny_gpt2(n_embd=64),
+    "lora32": lambda: with_lora(tiny_gpt2(), warm=True).float(),
+    "llama": lambda: with_lora(tiny_llama(), warm=True),
+}
+
+
+def token_losses(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+    """Unreduced losses [B, T] in the model's own dtype, which Trainer's own loss would compute in float32."""
+    shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    losses = F.cross_entropy(outputs.logits.transpose(1, 2), shifted, reduction="none", ignore_index=-100)
+    return losses, shifted != -100
+
+
+def reduced_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+    """The same as one number, for the stock Trainer."""
+    return token_losses(outputs, labels)[0].sum() / num_items_in_batch
+
+
+class InOrder(Trainer):
+    """Takes the examples in their order, so that the global batches don't depend on the number of processes."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(self.train_dataset)
+
+
+class Ours(JDTrainer, InOrder):
+    """JDTrainer, in order; some examples have losses, or only gradients, that aren't finite."""
+
+    spoiled: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def compute_losses(self, model, inputs):
+        losses, counted = super().compute_losses(model, inputs)
+        if self.spoiled is not None:
+            losses = self.spoiled(losses, inputs["input_ids"])
+        return losses, counted
+
+
+def spoil_loss(losses: Tensor, ids: Tensor) -> Tensor:
+    """Losses that are NaN for the instances whose first token is even and below 16."""
+    return losses.masked_fill(_spoiled(ids), torch.nan)
+
+
+def spoil_row(losses: Tensor, ids: Tensor) -> Tensor:
+    """The same losses, with infinite gradients for these instances."""
+    spoiled = _spoiled(ids)
+    return losses + torch.where(spoiled, losses - losses.detach(), 1).sqrt() - (~spoiled).to(losses)
+
+
+def _spoiled(ids: Tensor) -> Tensor:
+    return ((ids[:, :1] % 2 == 0) & (ids[:, :1] < 16)).expand(-1, ids.shape[1])
+
+
+def train(
+    model: str = "lora",
+    batch: int = 4,
+    n: int = 23,
+    stock: bool = False,
+    even: bool = False,
+    steps: int = 10,
+    bucket: int | None = None,
+    unlabelled: tuple[int, ...] = (5,),
+    tasks: str = "",
+    spoiled: str | None = None,
+    **flags: Any,
+) -> dict[str, Any]:
+    """Trains for some steps: the parameters, what was logged, and the collectives that were called.
+
+    Args:
+        model: One of `MODELS`.
+        batch: The global batch.
+        n: How many examples there are.
+        stock: Whether the stock Trainer trains.
+        even: Whether the last batch is filled by repeating examples.
+        steps: How many.
+        bucket: Bytes of a bucket.
+        unlabelled: The examples without labels.
+        tasks: The group of each example, by its number, where it isn't the usual one.
+        spoiled: A function of this module that makes losses or rows infinite.
+        flags: Of the arguments.
+    """
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    data = examples(n, unlabelled=unlabelled)
+    for example, digit in zip(data, tasks, strict=False):
+        example["task"] = TASKS[int(digit)]
+    columns.BUCKET_BYTES = bucket or 32 * 1024 * 1024
+    with tempfile.TemporaryDirectory() as directory, counted() as calls:
+        args = arguments(
+            directory,
+            TrainingArguments if stock else JDTrainingArguments,
+            per_device_train_batch_size=batch // processes,
+            max_steps=steps,
+            max_grad_norm=0.5,
+            accelerator_config={"even_batches": even},
+            **flags,
+        )
+        trainer = (InOrder if stock else Ours)(
+            MODELS[model](),
+            args,
+            train_dataset=data,
+            data_collator=collate,
+            compute_loss_func=reduced_loss if stock else token_losses,
+        )
+        if spoiled is not None:
+            trainer.spoiled = globals()[spoiled]
+        trainer.train()
+    history = [{k: v for k, v in entry.items() if "runtime" not in k} for entry in trainer.state.log_history[:-1]]
+    return {"parameters": flat(trainer.model).numpy(), "history": history, "calls": calls}

@@ -1,0 +1,95 @@
+"""Processes that are started once, and run one case after another together (gloo)."""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import queue
+import socket
+import traceback
+import warnings
+from datetime import timedelta
+from typing import Any
+
+SECONDS = 120
+
+
+class Pool:
+    """W processes that train together.
+
+    Args:
+        processes: W.
+        timeout: Seconds after which a collective that a process waits for in vain fails.
+    """
+
+    def __init__(self, processes: int, timeout: float = SECONDS):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.distributed.cases"])
+        port = free_port()
+        self.answers = context.Queue()
+        self.requests = [context.Queue() for _ in range(processes)]
+        self.processes = [
+            context.Process(target=serve, args=(r, processes, port, timeout, q, self.answers), daemon=True)
+            for r, q in enumerate(self.requests)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def ask(self, case: str, **arguments: Any) -> None:
+        """Starts a function of `tests.distributed.cases` on all processes."""
+        for requests in self.requests:
+            requests.put((case, arguments))
+
+    def run(self, case: str, **arguments: Any) -> list[Any]:
+        """What a function of `tests.distributed.cases` returned on each process."""
+        self.ask(case, **arguments)
+        found = dict(self.answers.get(timeout=SECONDS) for _ in self.processes)
+        for failed, answer in found.values():
+            assert not failed, answer
+        return [found[r][1] for r in range(len(found))]
+
+    def answer(self, seconds: float) -> tuple[int, tuple[bool, Any]] | None:
+        """The next (rank, (failed, answer)) within some seconds."""
+        try:
+            return self.answers.get(timeout=seconds)
+        except queue.Empty:
+            return None
+
+    def end(self) -> None:
+        """Ends the processes."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def serve(rank: int, processes: int, port: int, timeout: float, requests: Any, answers: Any) -> None:
+    """What each process does."""
+    warnings.simplefilter("ignore")
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "ACCELERATE_USE_CPU": "true",
+    }
+    import torch
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    cases = importlib.import_module("tests.distributed.cases")
+    while True:
+        case, arguments = requests.get()
+        try:
+            answers.put((rank, (False, getattr(cases, case)(**arguments))))
+        except BaseException as error:
+            answers.put((rank, (True, f"{error!r}\n{traceback.format_exc()}")))
+
+
+def free_port() -> int:
+    """A port of this machine that is free."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

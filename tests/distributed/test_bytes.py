@@ -1,0 +1,27 @@
+"""What the collectives send is what the documents say, to 1 %."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed.cases import GROUP
+
+STEPS = 3
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["instance", "group", "stock"])
+def test_bytes_are_those_of_the_model(kind, processes, pools):
+    flags = {"instance": {}, "group": GROUP, "stock": {"stock": True}}[kind]
+    settings = {"model": "wide", "batch": 8, "n": 24, "steps": STEPS, "unlabelled": (), **flags}
+    found = pools(processes).run("train", **settings)
+    n, share = found[0]["parameters"].size, (processes - 1) / processes
+    m, k, itemsize = 8, 3, 8
+    expected = {
+        "instance": share * itemsize * n * (m / processes + 2) + 2 * share * 8 * m**2,
+        "group": share * itemsize * n * (k + 1) + 2 * share * 8 * k**2,
+        "stock": 0.0,
+    }[kind]
+    for result in found:
+        sent = sum(call.sent for call in result["calls"]) / STEPS
+        assert sent == pytest.approx(expected, rel=0.01, abs=2000 if kind == "stock" else 0)

@@ -1,0 +1,91 @@
+"""W processes give what one gives on the same global batches, and the stock Trainer's step under `mean`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.distributed.cases import GROUP
+
+INSTANCE = {"jd_objectives": "instance"}
+KINDS = {
+    "instance-lora": ({**INSTANCE, "model": "lora"}, 1e-10),
+    "group-lora": ({**GROUP, "model": "lora"}, 1e-10),
+    "group-full": ({**GROUP, "model": "full"}, 1e-10),
+    "instance-float32": ({**INSTANCE, "model": "lora32"}, 1e-6),
+    "group-float32-norms": ({**GROUP, "model": "llama"}, 1e-6),
+}
+
+
+def relative(ours, theirs):
+    return np.linalg.norm(ours["parameters"] - theirs["parameters"]) / np.linalg.norm(theirs["parameters"])
+
+
+def assert_logged_alike(ours, theirs):
+    assert len(ours["history"]) == len(theirs["history"]) == 10
+    for our, their in zip(ours["history"], theirs["history"], strict=True):
+        assert our == {key: pytest.approx(value, rel=1e-5, abs=1e-6) for key, value in their.items()}
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("processes", [2, 4])
+def test_many_processes_are_one(processes, kind, accumulated, pools, alone):
+    configuration, tolerance = KINDS[kind]
+    # 23 examples are batches of 4, ..., 4 and 3: over two processes the last is of 2 and 1. Four get one example each.
+    n = 23 if processes == 2 else 24
+    configuration = {**configuration, "n": n, "gradient_accumulation_steps": accumulated}
+    many = pools(processes).run("train", **configuration, bucket=5000)
+    one = alone(**configuration)
+    for result in many:
+        assert (result["parameters"] == many[0]["parameters"]).all()
+        assert [c.name for c in result["calls"]] == [c.name for c in many[0]["calls"]]
+    assert relative(many[0], one) < tolerance
+    assert_logged_alike(many[0], one)
+
+
+def test_uneven_batches_of_four_processes(pools, alone):
+    # Batches of 8, 8 and 7: two instances on each process, and one on the last.
+    configuration = {"batch": 8, "n": 23, **GROUP}
+    many = pools(4).run("train", **configuration)
+    assert relative(many[3], alone(**configuration)) < 1e-10
+
+
+@pytest.mark.parametrize("own", [INSTANCE, GROUP], ids=["instance", "group"])
+@pytest.mark.parametrize("accumulated", [1, 3])
+@pytest.mark.parametrize("even", [False, True], ids=["uneven", "filled"])
+def test_mean_is_stock_ddp(even, accumulated, own, pools):
+    # The last batch is filled by repeating the first examples, which then count once more, as they do in Trainer.
+    common = {"even": even, "n": 23 if not even else 21, "gradient_accumulation_steps": accumulated}
+    stock = pools(2).run("train", stock=True, **common)[0]
+    ours = pools(2).run("train", jd_weighting="mean", **common, **own)[0]
+    assert relative(ours, stock) < 1e-10
+    for our, their in zip(ours["history"], stock["history"], strict=True):
+        assert {key: our[key] for key in their} == pytest.approx(their, rel=1e-6)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_groups_on_some_processes_only(processes, pools, alone):
+    # With batches of 4, the first two examples are on the first process of two: "chat" is on one process only, and the
+    # second batch has no group that all processes share.
+    configuration = {**GROUP, "n": 24, "tasks": "00112101221000001111", "unlabelled": (2, 3, 5)}
+    many = pools(processes).run("train", **configuration)
+    one = alone(**configuration)
+    assert relative(many[-1], one) < 1e-10
+    assert_logged_alike(many[0], one)
+
+
+@pytest.mark.parametrize("own", [INSTANCE, GROUP], ids=["instance", "group"])
+@pytest.mark.parametrize(
+    ("spoiled", "backward"), [("spoil_loss", "one_pass"), ("spoil_loss", "two_pass"), ("spoil_row", "one_pass")]
+)
+def test_what_is_not_finite_on_one_process_is_left_out_by_all(backward, spoiled, own, pools, alone):
+    configuration = {**own, "spoiled": spoiled, "jd_backward": backward, "gradient_accumulation_steps": 2, "steps": 6}
+    many = pools(2).run("train", **configuration)
+    one = alone(**configuration)
+    assert [c.name for c in many[0]["calls"]] == [c.name for c in many[1]["calls"]]
+    assert np.isfinite(one["parameters"]).all()
+    assert relative(many[0], one) < 1e-10
+    left_out = [entry["jd/non_finite"] for entry in one["history"]]
+    assert sum(left_out) > 0
+    assert [entry["jd/non_finite"] for entry in many[1]["history"]] == left_out
