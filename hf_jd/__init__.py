@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hf_jd.arguments import JDArguments, JDSeq2SeqTrainingArguments, JDTrainingArguments
     from hf_jd.gramian import Engine, Jacobian
+    from hf_jd.sft import JDSFTConfig, JDSFTTrainer
     from hf_jd.trainer import JDSeq2SeqTrainer, JDState, JDTrainer, JDTrainerMixin
     from hf_jd.weighting import WEIGHTINGS, build_weighting
 
@@ -13,6 +14,8 @@ _ROOMS = {
     "WEIGHTINGS": "weighting",
     "Engine": "gramian",
     "JDArguments": "arguments",
+    "JDSFTConfig": "sft",
+    "JDSFTTrainer": "sft",
     "JDSeq2SeqTrainer": "trainer",
     "JDSeq2SeqTrainingArguments": "arguments",
     "JDState": "trainer",
@@ -27,6 +30,8 @@ __all__ = [
     "WEIGHTINGS",
     "Engine",
     "JDArguments",
+    "JDSFTConfig",
+    "JDSFTTrainer",
     "JDSeq2SeqTrainer",
     "JDSeq2SeqTrainingArguments",
     "JDState",

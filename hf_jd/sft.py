@@ -1,0 +1,122 @@
+"""`JDSFTTrainer`: Jacobian descent inside TRL's SFTTrainer, for those who have installed `hf-jd[trl]`.
+
+TRL's own `compute_loss` runs, so its metrics are its own; the tokens' losses are read from what the model returned to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import logging
+
+from hf_jd.arguments import JDArguments
+from hf_jd.losses import bare, causal_lm
+from hf_jd.trainer import JDTrainerMixin
+
+try:
+    from trl import SFTConfig, SFTTrainer
+except ImportError as error:
+    raise ImportError(f"JDSFTTrainer needs TRL ({error}): pip install 'hf-jd[trl]'.") from error
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class JDSFTConfig(JDArguments, SFTConfig):
+    """`SFTConfig` with the flags of Jacobian descent."""
+
+
+class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
+    """`SFTTrainer` with Jacobian descent; its `args` are a `JDSFTConfig`, all else is SFTTrainer's.
+
+    TRL multiplies the hidden states by the weight of the language model's head without calling that module, so no tap
+    meets it. Where the head is trained, the losses are computed from the logits instead, as any other trainer does.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        given = kwargs.get("args", args[1] if len(args) > 1 else None)
+        if not isinstance(given, JDSFTConfig):
+            raise ValueError(
+                f"The arguments of {type(self).__name__} are {type(given).__name__}, without the flags of both TRL's "
+                "SFT and Jacobian descent: use JDSFTConfig."
+            )
+        self._jd_warned_of_logits = False
+        super().__init__(*args, **kwargs)
+
+    def compute_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor]:
+        """The loss of each token [B, T], as TRL's `loss_type` has it, and which of them count; see JDTrainerMixin."""
+        core = bare(self.accelerator.unwrap_model(model))
+        trains_head = self._trains_head(core)
+        if self.jd_again:
+            outputs = self._outputs_again(model, inputs, trains_head)
+        else:
+            outputs = self._outputs_of_trl(model, inputs, core, trains_head)
+        if self.jd_loss_func is not None:
+            return self.user_losses(outputs, inputs)
+        losses, counted = self._token_losses(outputs, inputs)
+        if self.aux_loss_enabled and not self._smoothing and self._jd_has_extra is not False:
+            mean = losses.masked_fill(~counted, 0).sum() / counted.sum()
+            whole = mean + self.router_aux_loss_coef * outputs["aux_loss"]
+            self._keep_extra(losses, counted, {"loss": whole, "aux_loss": outputs["aux_loss"]})
+        return losses, counted
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Runs the update, with TRL's offloading of activations where that is on; see JDTrainerMixin."""
+        with self.maybe_activation_offload_context:
+            return super().training_step(*args, **kwargs)
+
+    @property
+    def _smoothing(self) -> float:
+        return self.args.label_smoothing_factor if self.args.loss_type == "nll" else 0.0
+
+    def _trains_head(self, core: Any) -> bool:
+        """Whether TRL would read a trained weight behind the taps' back; says once what the logits cost."""
+        if self.jd_loss_func is not None or self._smoothing:
+            return False  # TRL computes the logits itself.
+        trained = any(p.requires_grad for p in core.get_output_embeddings().parameters())
+        if trained and not self._jd_warned_of_logits:
+            self._jd_warned_of_logits = True
+            logger.warning(
+                "The head of the language model is trained, and TRL's fused loss reads its weight past the module: the "
+                "losses are computed from the logits, which take memory, and TRL runs one more forward pass without "
+                "gradient for its metrics. Freeze the head (and the embeddings, if they are tied) if it matters little."
+            )
+        return trained
+
+    def _outputs_of_trl(self, model: nn.Module, inputs: Mapping[str, Any], core: Any, trains_head: bool) -> Any:
+        """What the model returned to TRL's `compute_loss`, with a graph."""
+        found: list[Any] = []
+        hook = core.register_forward_hook(lambda _, __, out: found.append(out) if torch.is_grad_enabled() else None)
+        own = self.compute_loss_func
+        if trains_head:
+            # A user's function is how TRL is asked for logits; what it returns is not used.
+            self.compute_loss_func = lambda outputs, *_, **__: outputs["logits"].new_zeros(())
+        try:
+            super(JDTrainerMixin, self).compute_loss(model, dict(inputs))
+        finally:
+            hook.remove()
+            self.compute_loss_func = own
+        return found[0]
+
+    def _outputs_again(self, model: nn.Module, inputs: Mapping[str, Any], trains_head: bool) -> Mapping[str, Any]:
+        """What the model returns for a batch that TRL has counted: its metrics are gathered over processes, once."""
+        call = {**inputs, "use_cache": False}
+        if self.aux_loss_enabled:
+            call["output_router_logits"] = True
+        if trains_head or self._smoothing or self.jd_loss_func is not None:
+            return model(**{key: value for key, value in call.items() if key != "labels"})
+        return model(**call, fused_lm_head=True)
+
+    def _token_losses(self, outputs: Mapping[str, Any], inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        if outputs.get("log_probs") is not None:
+            losses, counted = -outputs["log_probs"], outputs["label_mask"]
+        else:
+            losses, counted = causal_lm(outputs, inputs, self.model, self._smoothing)
+        if self.args.loss_type == "dft":
+            losses = losses * (-losses.detach()).exp()  # arXiv 2508.05629
+        return losses, counted
+

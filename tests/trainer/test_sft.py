@@ -1,0 +1,176 @@
+"""JDSFTTrainer is TRL's SFTTrainer under `mean`: parameters and everything that is logged."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch import nn
+from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+from hf_jd import JDSFTConfig, JDSFTTrainer, JDTrainingArguments
+from tests.models import tiny_llama
+from tests.trainer.runs import flat, logged, relative
+
+ROOT = Path(__file__).parents[2]
+TOKENIZER = AutoTokenizer.from_pretrained(ROOT / "examples" / "stories15m")
+TEXTS = [
+    ("Once upon a time", ", there was a little girl."),
+    ("Tom went to the park", " with his mom. He was happy."),
+    ("1 + 2 =", " 3"),
+    ("Lily was very sad.", " She wanted to play with her big red ball."),
+    ("2 + 2 =", " 4"),
+    ("The sun", " was hot, and the cat was big."),
+    ("3 + 2 =", " 5, and 2 + 3 is too."),
+]
+DATA = Dataset.from_list([{"prompt": p, "completion": c, "task": f"t{i % 3}"} for i, (p, c) in enumerate(TEXTS)])
+LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+
+
+def llama(**config) -> nn.Module:
+    return tiny_llama(vocab_size=len(TOKENIZER), max_position_embeddings=64, **config).float()
+
+
+def mixtral() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {"num_key_value_heads": 2, "num_local_experts": 3, "router_aux_loss_coef": 0.1}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=len(TOKENIZER), **sizes, **experts))
+
+
+def trained(cls: type, model: nn.Module, directory: Path, data: Dataset = DATA, **settings) -> SFTTrainer:
+    config = JDSFTConfig if cls is JDSFTTrainer else SFTConfig
+    args = config(
+        output_dir=str(directory),
+        **{
+            "use_cpu": True,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "max_steps": 10,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "report_to": "none",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "activation_checkpointing": False,
+            "bf16": False,
+            "max_length": 64,
+            **settings,
+        },
+    )
+    torch.manual_seed(0)
+    trainer = cls(model, args, train_dataset=data, processing_class=TOKENIZER)
+    trainer.train()
+    return trainer
+
+
+def is_stock(build, directory: Path, **settings) -> tuple[SFTTrainer, SFTTrainer]:
+    own = {key: settings.pop(key) for key in list(settings) if key.startswith("jd_")}
+    theirs = trained(SFTTrainer, build(), directory, **settings)
+    ours = trained(JDSFTTrainer, build(), directory, jd_weighting="mean", **own, **settings)
+    assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
+    moved = relative(flat(theirs.model), flat(build())) if not isinstance(build(), str) else 1
+    assert moved > 1e-3
+    for key in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"):
+        assert relative(logged(ours, key), logged(theirs, key)) < 1e-5, key
+        assert len(logged(ours, key)) == 10
+    return ours, theirs
+
+
+def with_lora(**config):
+    return lambda: get_peft_model(llama(), LoraConfig(**{**LORA.to_dict(), **config}))
+
+
+KINDS = {"instance": {"jd_objectives": "instance"}, "group": {"jd_objectives": "group", "jd_group_column": "task"}}
+
+
+def build_lora() -> nn.Module:
+    torch.manual_seed(1)
+    return get_peft_model(llama(), LORA)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mean_is_sft_with_lora(kind, tmp_path):
+    ours, _ = is_stock(build_lora, tmp_path, **KINDS[kind])
+    assert len(ours.jd_state.gramian) > 1
+
+
+@pytest.mark.filterwarnings("ignore:.*label_smoothing_factor:FutureWarning")
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"completion_only_loss": False},
+        {"label_smoothing_factor": 0.1},
+        {"loss_type": "dft"},
+        {"jd_backward": "two_pass"},
+        {"activation_checkpointing": True},
+        {"optim": "sgd", "learning_rate": 1.0},
+    ],
+    ids=lambda flags: next(iter(flags)),
+)
+def test_mean_is_sft_with_flags(flags, tmp_path):
+    is_stock(build_lora, tmp_path, **flags)
+
+
+@pytest.mark.filterwarnings("ignore:.*further passes now")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_mean_is_sft_with_a_trained_head(kind, tied, tmp_path, caplog):
+    is_stock(lambda: llama(tie_word_embeddings=tied), tmp_path, **KINDS[kind], jd_check=False)
+    assert caplog.text.count("one more forward pass without gradient") == 1
+
+
+def test_mean_is_sft_with_a_saved_head(tmp_path):
+    def build():
+        torch.manual_seed(1)
+        return get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+
+    ours, _ = is_stock(build, tmp_path)
+    assert any(p in ours.engine()._coverage.names for n, p in ours.model.named_parameters() if "lm_head" in n)
+
+
+def test_mean_is_sft_with_a_prompt(tmp_path):
+    def build():
+        torch.manual_seed(1)
+        return get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+
+    with pytest.warns(UserWarning, match="further passes now"):
+        is_stock(build, tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*further passes now")
+def test_mean_is_sft_with_a_balancing_loss(tmp_path):
+    # TRL averages it over the micro-batches, as JDTrainer does.
+    ours, theirs = is_stock(mixtral, tmp_path)
+    assert ours.has_extra
+    assert relative(logged(ours, "aux_loss"), logged(theirs, "aux_loss")) < 1e-5
+
+
+def test_rows_are_instances(tmp_path):
+    trainer = trained(JDSFTTrainer, build_lora(), tmp_path, jd_weighting="upgrad", max_steps=1)
+    assert trainer.jd_state.gramian.shape == (4, 4)
+
+
+def test_arguments_of_another_kind_are_refused(tmp_path):
+    args = JDTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match="use JDSFTConfig"):
+        JDSFTTrainer(llama(), args, train_dataset=DATA, processing_class=TOKENIZER)
+
+
+def test_hf_jd_does_not_import_trl():
+    code = "import sys, hf_jd; hf_jd.JDTrainer; assert 'trl' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_without_trl_the_error_says_what_to_install():
+    code = "import sys; sys.modules['trl'] = None\nimport hf_jd\nhf_jd.JDSFTTrainer"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "pip install 'hf-jd[trl]'" in done.stderr.splitlines()[-1]
