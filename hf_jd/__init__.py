@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hf_jd.arguments import JDArguments, JDSeq2SeqTrainingArguments, JDTrainingArguments
     from hf_jd.gramian import Engine, Jacobian
-    from hf_jd.sft import JDSFTConfig, JDSFTTrainer
     from hf_jd.trainer import JDSeq2SeqTrainer, JDState, JDTrainer, JDTrainerMixin
+    from hf_jd.trainer.sft import JDSFTConfig, JDSFTTrainer
     from hf_jd.weighting import WEIGHTINGS, build_weighting
 
 _ROOMS = {
     "WEIGHTINGS": "weighting",
     "Engine": "gramian",
     "JDArguments": "arguments",
-    "JDSFTConfig": "sft",
-    "JDSFTTrainer": "sft",
+    "JDSFTConfig": "trainer.sft",
+    "JDSFTTrainer": "trainer.sft",
     "JDSeq2SeqTrainer": "trainer",
     "JDSeq2SeqTrainingArguments": "arguments",
     "JDState": "trainer",

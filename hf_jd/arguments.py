@@ -8,6 +8,7 @@ from difflib import get_close_matches
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
+from hf_jd.contradictions import check_flags
 from hf_jd.objectives import OBJECTIVES
 from hf_jd.weighting import WEIGHTINGS, Weighting, build_weighting
 
@@ -17,6 +18,7 @@ _CHOICES = {
     "jd_backward": ("one_pass", "two_pass"),
     "jd_scope": ("global", "micro_batch"),
     "jd_extra_losses": ("mean", "error"),
+    "jd_sampler": ("trainer", "stratified"),
 }
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -63,6 +65,14 @@ class JDArguments:
         metadata={
             "help": "`share` keeps each group's share of the tokens, so that the objectives' mean is the loss of "
             "Trainer; `mean` gives each group its own mean, so that all groups count the same."
+        },
+    )
+    jd_sampler: str = field(
+        default="trainer",
+        metadata={
+            "help": "The order of the examples: `trainer` is that of `--train_sampling_strategy`; `stratified` gives "
+            "each update its share of every group of `--jd_group_column`, within one example, over micro-batches and "
+            "processes."
         },
     )
     jd_ascend: list[str] | None = field(
@@ -130,13 +140,7 @@ class JDArguments:
                 raise ValueError(f"--{name} is `{value}`; choose one of {_listed(tuple(near))}.")
         if self.jd_max_non_finite < 1:
             raise ValueError(f"--jd_max_non_finite is {self.jd_max_non_finite}; give 1 or more.")
-        if self.jd_objectives == "group" and self.jd_group_column is None:
-            raise ValueError(
-                "--jd_objectives group needs --jd_group_column, the column of the training set that names each "
-                "example's group."
-            )
-        if self.jd_ascend and self.jd_group_column is None:
-            raise ValueError("--jd_ascend needs --jd_group_column, the column that names each example's group.")
+        check_flags(self)
         self.build_weighting()
         self.keep_rows()
         super().__post_init__()  # ty: ignore[missing-attribute]  # that of TrainingArguments

@@ -75,15 +75,28 @@ def group_names(dataset: Any, column: str, known: list[str] | None = None) -> li
         raise _missing_column(column, columns)
     if known or not hasattr(dataset, "__len__"):
         return known
-    names = set()
-    for row, value in enumerate(_values(dataset, column, columns)):
+    return sorted(set(group_of_each(dataset, column)))
+
+
+def group_of_each(dataset: Any, column: str) -> list[str]:
+    """The name of each example's group.
+
+    Args:
+        dataset: A Dataset or a list of examples.
+        column: The name of the group column.
+
+    Raises:
+        ValueError: The column doesn't exist, or an example has no value in it.
+    """
+    names = []
+    for row, value in enumerate(_values(dataset, column, getattr(dataset, "column_names", None))):
         if is_missing(value):
             raise ValueError(
                 f"Row {row} of the training set has no value in the group column `{column}`: fill it in, or leave "
                 "the row out."
             )
-        names.add(str(value))
-    return sorted(names)
+        names.append(str(value))
+    return names
 
 
 def _values(dataset: Any, column: str, columns: list[str] | None) -> Iterable[Any]:

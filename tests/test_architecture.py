@@ -22,6 +22,8 @@ FORBIDDEN_ROOMS = {island: {"*"} - {island} for island in ISLANDS} | {
     "arguments": {"trainer", "finetune", "cli", "gramian", "losses", "metrics"},
     "distributed": {"trainer", "arguments", "finetune", "cli", "weighting", "losses"},
     "objectives": {"trainer", "arguments", "finetune", "cli", "gramian", "weighting"},
+    "contradictions": {"trainer", "finetune", "cli", "gramian", "losses", "metrics"},
+    "sampler": {"*"},
     "collator": {"trainer", "arguments", "finetune", "cli", "gramian", "weighting"},
 }
 # In tests and benchmarks only.

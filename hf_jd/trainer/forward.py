@@ -49,6 +49,7 @@ class LossesMixin(Host):
         self._jd_extra_loss: Tensor | None = None
         self._jd_has_extra: bool | None = None
         self._jd_summed = False
+        self.jd_again = False
         self.jd_loss_func = self.compute_loss_func
         if self.jd_loss_func is not None:
             self.compute_loss_func = self._batch_loss
@@ -68,8 +69,7 @@ class LossesMixin(Host):
                 that no token owns, and `--jd_extra_losses` is `error`.
         """
         if self.jd_loss_func is not None:
-            outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
-            return _checked(self.jd_loss_func(outputs, inputs.get("labels"), num_items_in_batch=None))
+            return self.user_losses(model(**{k: v for k, v in inputs.items() if k != "labels"}), inputs)
         core = self.accelerator.unwrap_model(model)
         kind = loss_kind(core)
         check_targets(kind, inputs)
@@ -96,9 +96,14 @@ class LossesMixin(Host):
         mean = total.div(counted.sum() if denominator is None else denominator) * process_count()
         return mean if self._jd_extra_loss is None else mean + self._jd_extra_loss
 
-    def unreduced_losses(self, model: nn.Module, batch: Mapping[str, Any]) -> Forward:
-        """Runs a batch forward."""
-        self._jd_extra_loss = None
+    def user_losses(self, outputs: Any, inputs: Mapping[str, Any]) -> Any:
+        """What the user's `compute_loss_func` makes of the model's outputs, if that is unreduced."""
+        assert self.jd_loss_func is not None
+        return _checked(self.jd_loss_func(outputs, inputs.get("labels"), num_items_in_batch=None))
+
+    def unreduced_losses(self, model: nn.Module, batch: Mapping[str, Any], again: bool = False) -> Forward:
+        """Runs a batch forward; `again` where the update has met its examples before."""
+        self._jd_extra_loss, self.jd_again = None, again
         inputs = dict(self._prepare_inputs(batch))  # ty: ignore[invalid-argument-type]
         groups = inputs.pop(GROUP_KEY, None)
         with self.compute_loss_context_manager():

@@ -23,6 +23,7 @@ from hf_jd.gramian import Engine
 from hf_jd.metrics import Averages
 from hf_jd.trainer.forward import LossesMixin, without_groups
 from hf_jd.trainer.resuming import checkpoint_to_resume, load_weighting, save_weighting
+from hf_jd.trainer.sampling import stratified_sampler
 from hf_jd.trainer.setup import check_setup
 from hf_jd.trainer.update import Update
 from hf_jd.trainer.weighing import JDState
@@ -139,6 +140,11 @@ class JDTrainerMixin(LossesMixin):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_weighting(self.weighting, Path(checkpoint))
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.jd_args.jd_sampler == "trainer":
+            return super()._get_train_sampler(train_dataset)
+        return stratified_sampler(self, self.train_dataset if train_dataset is None else train_dataset)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

@@ -75,9 +75,9 @@ class Recorder:
         scaler = trainer.accelerator.scaler
         self.scale = 1.0 if scaler is None else scaler.get_scale()
 
-    def part(self, batch: Mapping[str, Any]) -> tuple[Part, Tensor | None]:
+    def part(self, batch: Mapping[str, Any], again: bool = False) -> tuple[Part, Tensor | None]:
         """Runs a micro-batch forward: its part in the objectives, and what no instance owns, with a graph."""
-        losses, counted, groups, extra = self.trainer.unreduced_losses(self.model, batch)
+        losses, counted, groups, extra = self.trainer.unreduced_losses(self.model, batch, again)
         if groups is None:
             groups = torch.full((len(losses),), -1, device=losses.device)
         if len(groups) != len(losses):
@@ -103,7 +103,7 @@ class Recorder:
                 # NaN times 0 is NaN, in a backward pass too: the others have to be computed without those instances.
                 batch = _selected(batch, part.finite)
                 rng_state = _rng_state(device) if two_pass else []
-                part, extra = self.part(batch)
+                part, extra = self.part(batch, again=True)
             if extra is not None and extra.isfinite():
                 own = Extra(extra.detach(), self._plain_gradients(extra * self.scale))
             if part.counts.any():

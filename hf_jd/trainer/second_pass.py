@@ -29,7 +29,7 @@ def second_pass(recorder: Recorder, recorded: Sequence[Recorded], weights: Tenso
             with trainer.accelerator.no_sync(recorder.model):
                 if not recorder.keep_graph:
                     _set_rng_state(rng_state, trainer.args.device)
-                part = first if recorder.keep_graph else recorder.part(batch)[0]
+                part = first if recorder.keep_graph else recorder.part(batch, again=True)[0]
                 losses = part.losses[usable[mine]]
                 if len(losses):
                     trainer.accelerator.backward((weights[mine][usable[mine]].to(losses) * losses).sum())

@@ -27,6 +27,11 @@ def check_setup(trainer: JDTrainerMixin) -> None:
             f"--jd_ascend names {', '.join(f'`{n}`' for n in sorted(unknown))}, which is no group of the training "
             f"set; its groups are {', '.join(f'`{n}`' for n in trainer.jd_group_names or [])}."
         )
+    if trainer.jd_args.jd_sampler != "trainer" and not hasattr(trainer.train_dataset, "__len__"):
+        raise ValueError(
+            f"--jd_sampler {trainer.jd_args.jd_sampler} orders the examples, and those of a stream come as they come: "
+            "use a dataset with a length, or --jd_sampler trainer."
+        )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError(f"{name} does not work with FSDP or DeepSpeed yet: use DDP, one process a GPU.")
     if max(trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size()) > 1:

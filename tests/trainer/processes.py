@@ -32,6 +32,29 @@ CONFIGURATIONS = {
 }
 
 
+RARE = [{**example, "task": "rare" if i in (2, 9) else "often"} for i, example in enumerate(DATA)]
+KEYS = {tuple(example["input_ids"][:4]): i for i, example in enumerate(RARE)}
+
+
+class Recorded(JDTrainer):
+    """Keeps the examples of each update, which their first four tokens tell apart."""
+
+    def get_batch_samples(self, *args):
+        found = super().get_batch_samples(*args)
+        rows = [KEYS[tuple(row[:4].tolist())] for batch in found[0] for row in batch["input_ids"]]
+        self.updates = [*getattr(self, "updates", []), rows]
+        return found
+
+
+def stratified(directory: Path, resume: str | bool = False, **flags) -> Recorded:
+    """Trains with the stratified sampler."""
+    settings = {"gradient_accumulation_steps": 3, "max_steps": 11, "jd_group_column": "task", "jd_objectives": "group"}
+    args = arguments(directory, jd_sampler="stratified", **{**settings, **flags})
+    trainer = Recorded(lora("gpt2", dropout=0.1), args, train_dataset=RARE, data_collator=collate)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
 class Sequential(JDTrainer):
     """Takes the examples in their order, so that the global batches don't depend on the number of processes."""
 
@@ -62,3 +85,8 @@ if __name__ == "__main__":
         result = train(output, size, **flags)
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         torch.save(result, output / f"{name}-{rank}.pt")
+    runs = output / "stratified"
+    whole = stratified(runs, save_strategy="steps", save_steps=1)
+    resumed = {step: stratified(runs, str(runs / f"checkpoint-{step}")) for step in (3, 4)}
+    found = {"updates": whole.updates, "resumed": {step: trainer.updates for step, trainer in resumed.items()}}
+    torch.save(found, output / f"stratified-{rank}.pt")

@@ -42,3 +42,18 @@ def test_two_processes_are_one(name, two_processes, tmp_path):
         # Processes that weigh alone log their own metrics.
         for key in ("loss", "grad_norm") if "micro-batch" in name else ours:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6), key
+
+
+def test_the_updates_of_two_processes_have_each_groups_share(two_processes):
+    first, second = (torch.load(two_processes / f"stratified-{rank}.pt") for rank in (0, 1))
+    # Two updates of 12 an epoch, for which one of the 23 examples comes twice.
+    for epoch in range(0, 10, 2):
+        updates = [a + b for a, b in zip(first["updates"], second["updates"], strict=True)][epoch : epoch + 2]
+        assert {i for update in updates for i in update} == set(range(23))
+        for update in updates:
+            assert len(update) == 12
+            assert abs(sum(i in (2, 9) for i in update) - 12 * 2 / 23) < 1
+    assert first["updates"][:2] != first["updates"][2:4]
+    for found in (first, second):
+        for step, resumed in found["resumed"].items():
+            assert resumed == found["updates"][step:]

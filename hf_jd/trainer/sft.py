@@ -1,6 +1,6 @@
 """`JDSFTTrainer`: Jacobian descent inside TRL's SFTTrainer, for those who have installed `hf-jd[trl]`.
 
-TRL's own `compute_loss` runs, so its metrics are its own; the tokens' losses are read from what the model returned to it.
+TRL's own `compute_loss` runs, so its metrics are its own; the tokens' losses are read from what the model returned.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers.utils import logging
 
 from hf_jd.arguments import JDArguments
 from hf_jd.losses import bare, causal_lm
-from hf_jd.trainer import JDTrainerMixin
+from hf_jd.trainer.mixin import JDTrainerMixin
 
 try:
     from trl import SFTConfig, SFTTrainer
@@ -37,6 +37,8 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
     meets it. Where the head is trained, the losses are computed from the logits instead, as any other trainer does.
     """
 
+    args: JDSFTConfig
+
     def __init__(self, *args: Any, **kwargs: Any):
         given = kwargs.get("args", args[1] if len(args) > 1 else None)
         if not isinstance(given, JDSFTConfig):
@@ -44,6 +46,7 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
                 f"The arguments of {type(self).__name__} are {type(given).__name__}, without the flags of both TRL's "
                 "SFT and Jacobian descent: use JDSFTConfig."
             )
+        _check_packing(given, "weighting" in kwargs or given.jd_weighting != "mean")
         self._jd_warned_of_logits = False
         super().__init__(*args, **kwargs)
 
@@ -57,7 +60,7 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
             outputs = self._outputs_of_trl(model, inputs, core, trains_head)
         if self.jd_loss_func is not None:
             return self.user_losses(outputs, inputs)
-        losses, counted = self._token_losses(outputs, inputs)
+        losses, counted = self._token_losses(outputs, inputs, core)
         if self.aux_loss_enabled and not self._smoothing and self._jd_has_extra is not False:
             mean = losses.masked_fill(~counted, 0).sum() / counted.sum()
             whole = mean + self.router_aux_loss_coef * outputs["aux_loss"]
@@ -96,7 +99,7 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
             # A user's function is how TRL is asked for logits; what it returns is not used.
             self.compute_loss_func = lambda outputs, *_, **__: outputs["logits"].new_zeros(())
         try:
-            super(JDTrainerMixin, self).compute_loss(model, dict(inputs))
+            SFTTrainer.compute_loss(self, model, dict(inputs))
         finally:
             hook.remove()
             self.compute_loss_func = own
@@ -111,12 +114,27 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
             return model(**{key: value for key, value in call.items() if key != "labels"})
         return model(**call, fused_lm_head=True)
 
-    def _token_losses(self, outputs: Mapping[str, Any], inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    def _token_losses(
+        self, outputs: Mapping[str, Any], inputs: Mapping[str, Any], core: nn.Module
+    ) -> tuple[Tensor, Tensor]:
         if outputs.get("log_probs") is not None:
             losses, counted = -outputs["log_probs"], outputs["label_mask"]
         else:
-            losses, counted = causal_lm(outputs, inputs, self.model, self._smoothing)
+            losses, counted = causal_lm(outputs, inputs, core, self._smoothing)
         if self.args.loss_type == "dft":
             losses = losses * (-losses.detach()).exp()  # arXiv 2508.05629
         return losses, counted
 
+
+def _check_packing(args: JDSFTConfig, weighs: bool) -> None:
+    """Raises a ValueError where several examples in one row would have to be told apart."""
+    if args.packing and args.jd_group_column is not None:
+        raise ValueError(
+            f"--packing drops the column `{args.jd_group_column}`, so no example's group is known: leave packing off."
+        )
+    one_row = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
+    if one_row and (weighs or args.jd_group_column is not None):
+        raise ValueError(
+            f"--{'packing' if args.packing else 'padding_free'} puts several examples into one row, so they are no "
+            "objectives of their own yet: leave it off, or watch with --jd_weighting mean."
+        )

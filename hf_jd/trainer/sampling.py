@@ -1,0 +1,37 @@
+"""The order of the training examples, where it is not Trainer's own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hf_jd.collator import group_of_each
+from hf_jd.sampler import StratifiedSampler
+
+if TYPE_CHECKING:
+    from hf_jd.trainer.mixin import JDTrainerMixin
+
+
+def stratified_sampler(trainer: JDTrainerMixin, dataset: Any) -> StratifiedSampler:
+    """The sampler of `--jd_sampler stratified`, for updates as Trainer and accelerate will make them.
+
+    accelerate gives the processes whole batches in turn, or, with `split_batches`, a piece of each. Where it would fill
+    up the last round of batches with the epoch's first examples, the sampler does so with a share of every group.
+    """
+    args, accelerator, column = trainer.args, trainer.accelerator, trainer.jd_args.jd_group_column
+    assert column is not None
+    processes, batch = args.world_size, trainer._train_batch_size
+    together = batch if accelerator.split_batches else batch * processes
+    length = len(dataset)
+    if args.dataloader_drop_last:
+        length -= length % together
+    elif processes > 1 and accelerator.even_batches:
+        length += -length % together
+    return StratifiedSampler(
+        group_of_each(dataset, column),
+        update_size=together * args.gradient_accumulation_steps,
+        batch_size=batch // processes if accelerator.split_batches else batch,
+        length=length,
+        seed=args.seed if args.data_seed is None else args.data_seed,
+        # accelerate tells a sampler the epoch, but not always on resuming: not behind two of its wrappers.
+        epoch=lambda: int(trainer.state.epoch or 0),
+    )
