@@ -90,3 +90,5 @@ if __name__ == "__main__":
     resumed = {step: stratified(runs, str(runs / f"checkpoint-{step}")) for step in (3, 4)}
     found = {"updates": whole.updates, "resumed": {step: trainer.updates for step, trainer in resumed.items()}}
     torch.save(found, output / f"stratified-{rank}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
