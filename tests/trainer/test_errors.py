@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 from transformers import (
@@ -14,7 +16,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_jd import JDTrainer, JDTrainingArguments
+from hf_jd import JDArguments, JDTrainer, JDTrainingArguments
 from tests.models import VOCABULARY
 from tests.trainer.runs import arguments, collate, examples, lora, run
 
@@ -57,7 +59,7 @@ def test_every_flag_is_parsed_and_documented():
     (args,) = parser.parse_args_into_dataclasses([*line.split(), "--report_to", "none", "--use_cpu"])
     assert (args.jd_weighting, args.jd_groups, args.jd_check) == ("mgda", ["a", "b"], False)
     actions = [action for action in parser._actions if any("--jd_" in option for option in action.option_strings)]
-    assert len(actions) == 13
+    assert len(actions) == len(fields(JDArguments))
     assert all(action.help for action in actions)
 
 

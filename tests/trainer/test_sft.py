@@ -42,7 +42,7 @@ def mixtral() -> nn.Module:
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
     experts = {"num_key_value_heads": 2, "num_local_experts": 3, "router_aux_loss_coef": 0.1}
-    return MixtralForCausalLM(MixtralConfig(vocab_size=len(TOKENIZER), **sizes, **experts)).double()
+    return MixtralForCausalLM(MixtralConfig(vocab_size=len(TOKENIZER), **sizes, **experts))
 
 
 def trained(cls: type, model: nn.Module, directory: Path, data: Dataset = DATA, **settings) -> SFTTrainer:
@@ -175,6 +175,7 @@ def test_the_flags_are_parsed_and_have_their_help(tmp_path):
     parser = HfArgumentParser(JDSFTConfig)
     (args,) = parser.parse_args_into_dataclasses(
         ["--output_dir", str(tmp_path), "--jd_weighting", "mgda", "--packing", "--use_cpu", "--bf16", "false"]
+        + ["--activation_checkpointing", "false"]
     )
     assert (args.jd_weighting, args.packing) == ("mgda", True)
     assert "How the objectives are weighted" in parser.format_help()
