@@ -14,6 +14,7 @@ from types import TracebackType
 COMMANDS = {
     "finetune": ("hf_jd.finetune.run", "Fine-tune a causal language model with Jacobian descent."),
     "compare": ("hf_jd.finetune.compare", "Run the same fine-tuning by several methods, and compare them by task."),
+    "estimate": ("hf_jd.estimate.command", "Calculate what a step costs on a model and hardware, before running it."),
     "doctor": ("hf_jd.finetune.doctor", "Check, before training, which parameters' gradients are had at which price."),
 }
 

@@ -1,0 +1,94 @@
+"""Operations and bytes -> seconds, on a device, with assumptions; and what fits into its memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hf_jd.estimate.cases import PARALLELISMS, Case
+from hf_jd.estimate.hardware import Hardware
+from hf_jd.estimate.held import memory, row_bytes
+from hf_jd.estimate.operations import forward_flops, gramian_flops, plain_flops, step_flops, update_flops
+from hf_jd.estimate.sent import gathered_bytes, plain_bytes, step_bytes
+from hf_jd.estimate.shapes import Shape
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What the time of a step is calculated with.
+
+    Attributes:
+        efficiency: Share of the device's operations a second that a model's step reaches.
+        link_efficiency: Share of a link's bytes a second that collectives reach.
+        node: Processes of one node.
+        memory_share: Share of the memory that a run may fill.
+    """
+
+    efficiency: float = 0.4
+    link_efficiency: float = 0.8
+    node: int = 8
+    memory_share: float = 0.9
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of a step: what is computed, the rows' way through memory, and what is sent and not hidden behind it."""
+
+    computing: float
+    rows: float
+    sending: float
+
+    @property
+    def total(self) -> float:
+        """One after the other."""
+        return self.computing + self.rows + self.sending
+
+
+def row_traffic(shape: Shape, case: Case) -> float:
+    """Bytes through a device's memory for rows: each is written once, and read for the Gramian and for the update.
+
+    With W processes they are copied to be sent, too, and what arrives is written and read: all of it for instances, 1 / W
+    of it for groups.
+    """
+    held = row_bytes(shape, case)
+    if case.processes == 1:
+        return 3 * held
+    arrived = held if case.groups is None else held / case.processes
+    return (3 + 1) * held + 2 * arrived
+
+
+def plain_time(shape: Shape, case: Case, hardware: Hardware, assumed: Assumptions) -> Time:
+    """Of a plain step. What is sent hides behind what is computed: behind the backward pass, or all of it with shards."""
+    flops = plain_flops(shape, case)
+    hidden = flops if PARALLELISMS[case.parallelism].weights else flops - forward_flops(shape, case)
+    rate = _rate(case, hardware) * assumed.efficiency
+    sending = plain_bytes(shape, case) / _speed(case, hardware, assumed)
+    return Time(flops / rate, 0.0, max(0.0, sending - hidden / rate))
+
+
+def step_time(shape: Shape, case: Case, hardware: Hardware, assumed: Assumptions) -> Time:
+    """Of an update by Jacobian descent. Nothing of rows hides: they are exchanged when the backward pass is over.
+
+    The Gramian and the update are computed in float32, at the same efficiency.
+    """
+    speed, rate = _speed(case, hardware, assumed), _rate(case, hardware) * assumed.efficiency
+    products = gramian_flops(shape, case) + (0 if case.two_pass else update_flops(shape, case))
+    computing = (step_flops(shape, case) - products) / rate
+    rows = products / (hardware.single_flops * assumed.efficiency) + row_traffic(shape, case) / hardware.bandwidth
+    hidden = gathered_bytes(shape, case) + (plain_bytes(shape, case) if case.two_pass else 0)
+    sending = (step_bytes(shape, case) - hidden) / speed + max(0.0, hidden / speed - computing)
+    return Time(computing, rows, sending)
+
+
+def _rate(case: Case, hardware: Hardware) -> float:
+    return hardware.half_flops if case.number_bytes == 2 else hardware.single_flops
+
+
+def _speed(case: Case, hardware: Hardware, assumed: Assumptions) -> float:
+    link = hardware.link if case.processes <= assumed.node else hardware.network
+    return link * assumed.link_efficiency
+
+
+def fits(shape: Shape, case: Case, hardware: Hardware, assumed: Assumptions) -> bool:
+    """Whether rows take at most half of what the rest leaves, which is what `--jd_keep_rows auto` lets them take."""
+    free = hardware.memory * assumed.memory_share - sum(memory(shape, case).values())
+    return row_bytes(shape, case) <= free / 2

@@ -1,0 +1,96 @@
+"""Small models, what a step of the engine really does on them, and the case that the cost model is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, PretrainedConfig
+
+from hf_jd.estimate.cases import Case
+from hf_jd.gramian import Engine
+
+VOCABULARY = 211
+_TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(
+        hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, **_TOKENS
+    ),
+    "llama, tied": LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, tie_word_embeddings=True, **_TOKENS
+    ),
+    "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **_TOKENS),
+}  # fmt: skip
+EXPERTS = MixtralConfig(
+    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    num_local_experts=4, num_experts_per_tok=2, **_TOKENS,
+)  # fmt: skip
+
+
+def _mv_flop(matrix: Any, vector: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * matrix[0] * matrix[1]
+
+
+class Counter(FlopCounterMode):
+    """Counts w^T J too, a product that torch's counter doesn't know."""
+
+    def __init__(self):
+        super().__init__(display=False, custom_mapping={torch.ops.aten.mv: _mv_flop})
+
+
+def build(config: PretrainedConfig, lora: int | None, seed: int = 0) -> nn.Module:
+    """The model; its inputs have gradients in all layers, as the cost model has it."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    if lora is not None:
+        model = get_peft_model(model, LoraConfig(r=lora, target_modules="all-linear", init_lora_weights=False))
+        model.enable_input_require_grads()
+    return model.eval()
+
+
+@dataclass
+class Counted:
+    """What was counted in one step: operations of a plain one, of the engine's parts, and the bytes of its rows."""
+
+    plain: int
+    gramian_and_rows: int
+    update: int
+    row_bytes: int
+
+
+def count(model: nn.Module, case: Case) -> Counted:
+    """Takes a plain step and one of the engine, of one micro-batch on one process."""
+    ids = torch.arange(case.batch * case.tokens).view(case.batch, case.tokens) % VOCABULARY
+    segments = None if case.groups is None else torch.arange(case.batch) * case.groups // case.batch
+    with Counter() as plain:
+        _losses(model, ids, None, case).mean().backward()
+    model.zero_grad()
+    engine = Engine(model, check=False)
+    engine.compute_jacobian(_losses(model, ids, segments, case), segments, case.materialise)  # Rules are found once.
+    with Counter() as rows:
+        jacobian = engine.compute_jacobian(_losses(model, ids, segments, case), segments, case.materialise)
+        held = jacobian.nbytes
+        jacobian.gramian()
+    with Counter() as update:
+        jacobian.weighted_sum(torch.ones(len(jacobian)))
+    return Counted(plain.get_total_flops(), rows.get_total_flops(), update.get_total_flops(), held)
+
+
+def _losses(model: nn.Module, ids: Tensor, segments: Tensor | None, case: Case) -> Tensor:
+    logits = model(input_ids=ids, use_cache=False).logits
+    losses = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none").mean(1)
+    if segments is None or case.groups is None:
+        return losses
+    return losses.new_zeros(case.groups).index_add(0, segments, losses)
+
+
+def numbers(**settings: Any) -> Mapping[str, Any]:
+    """Of a case whose tensors are all float32, as the small models' are."""
+    return {"number_bytes": 4, "trained_bytes": 4, **settings}
