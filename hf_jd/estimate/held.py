@@ -3,41 +3,50 @@
 from __future__ import annotations
 
 from hf_jd.estimate.cases import PARALLELISMS, Case
-from hf_jd.estimate.shapes import Matrix, Shape
+from hf_jd.estimate.shapes import Matrix, Shape, Table
 
 _ID_BYTES = 16  # of an embedding's owner and token, int64 each
 
 
-def as_factors(matrix: Matrix, case: Case) -> bool:
-    """Whether rows of a map stay factors, as `OuterRows.settled` decides.
+def kept_as(matrix: Matrix, case: Case) -> str:
+    """How the rows of a map are held, as the engine decides: "dense", or as their factors, input and output gradient.
 
-    Of S = T tokens for each of R = batch instances: R S (p + d) < 2 p d, where the ghost form is cheaper too; or
-    S (p + d) < p d, where rows need not be formed.
+    "factors", by `OuterRows.settled`, for instances of S = T tokens, R = batch of them in a backward pass: where
+    R S (p + d) < 2 p d and so the ghost form is cheaper too, or, where rows need not be formed, S (p + d) < p d.
+    "routed": those of an expert always.
     """
-    if case.groups is not None or matrix.routed:
-        return False
+    if matrix.count > 1:
+        return "routed"
     p, d, s = matrix.outputs, matrix.inputs, case.tokens
-    return case.batch * s * (p + d) < 2 * p * d or (not case.materialise and s * (p + d) < p * d)
+    smaller = case.batch * s * (p + d) < 2 * p * d or (not case.materialise and s * (p + d) < p * d)
+    return "factors" if case.groups is None and smaller else "dense"
 
 
-def row_bytes(shape: Shape, case: Case) -> int:
-    """Bytes of the rows of an update on one process: R n b, factors R T (p + d), and of a table only what was looked up.
+def row_bytes(shape: Shape, case: Case) -> float:
+    """Bytes of the rows of an update on one process.
 
-    A table's rows are counted as if no objective met a token twice.
+    R p d b for dense rows, N (p + d) numbers for factors, and of a table the entries that were looked up: counted as if
+    no objective met a token twice.
     """
-    total = case.rows * shape.vectors * case.trained_bytes
-    factors = False
+    total: float = case.rows * shape.vectors * case.trained_bytes
     for matrix in shape.trained:
-        if as_factors(matrix, case):
-            factors = True
-            total += case.rows * case.tokens * (matrix.outputs + matrix.inputs) * case.number_bytes
-        else:
+        p, d, kept = matrix.outputs, matrix.inputs, kept_as(matrix, case)
+        if kept == "dense":
             total += case.rows * matrix.elements * case.trained_bytes
+        else:
+            tokens = matrix.tokens(case.all_tokens)
+            total += tokens * (p + d) * case.number_bytes + (tokens * _ID_BYTES / 2 if kept == "routed" else 0)
     for table in shape.tables:
-        if not table.tied or factors:  # Dense rows of a tied head have the table's in them.
-            entries = min(case.all_tokens, case.rows * table.entries)
-            total += entries * (table.width * case.trained_bytes + _ID_BYTES)
+        if table.head is None or kept_as(table.head, case) != "dense":  # A head's dense rows have its table's in them.
+            total += looked_up(table, case) * (table.width * case.trained_bytes + _ID_BYTES)
     return total
+
+
+def looked_up(table: Table, case: Case) -> int:
+    """Entries in the rows of a table: of an objective each token once, or each position, if these are all different."""
+    if table.positions:
+        return case.rows * min(case.tokens, table.entries)
+    return min(case.all_tokens, case.rows * table.entries)
 
 
 def memory(shape: Shape, case: Case) -> dict[str, float]:

@@ -43,19 +43,26 @@ class Matrix:
         """Numbers in W, of all maps together."""
         return self.count * self.outputs * self.inputs
 
-    @property
-    def routed(self) -> bool:
-        """Whether it is an expert's."""
-        return self.share < 1
+    def tokens(self, tokens: int) -> float:
+        """How many of the tokens pass one of the maps, each time counted."""
+        return tokens * self.share * self.count
 
 
 @dataclass(frozen=True)
 class Table:
-    """A trained embedding table [entries, width]; `tied` where a matrix (the head) is the same parameter."""
+    """A trained embedding table.
+
+    Attributes:
+        entries: V.
+        width: d.
+        positions: Whether it is looked up by position instead of by token.
+        head: The linear map that is the same parameter, if there is one.
+    """
 
     entries: int
     width: int
-    tied: bool
+    positions: bool
+    head: Matrix | None
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,7 @@ def build_on_meta(config: PretrainedConfig, lora: int | None) -> nn.Module:
         return model
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT 0.21 reads a name that transformers 5 has replaced.
+            warnings.simplefilter("ignore")  # PEFT's, on what it sets by itself.
             return get_peft_model(model, LoraConfig(r=lora, target_modules="all-linear"))
     except ValueError as error:
         raise ValueError(f"LoRA can't be added to {type(model).__name__}: {_first_line(error)}") from error
@@ -151,14 +158,14 @@ def shape_of(model: nn.Module) -> Shape:
     whole: Any = model
     config = whole.config.get_text_config()
     head = whole.get_output_embeddings()
-    matrices, tables = list(_matrices(model, whole.config)), list(_tables(model, head))
+    tables = _tables(model, head, whole.get_input_embeddings())
     heads = getattr(config, "num_attention_heads", 0) or 0
     hidden = config.hidden_size
     width = heads * (getattr(config, "head_dim", None) or hidden // max(1, heads))
     parameters = list(model.parameters())
     return Shape(
         name=type(whole.get_base_model() if hasattr(whole, "get_base_model") else model).__name__,
-        matrices=tuple(matrices),
+        matrices=tuple(_matrices(model, whole.config)),
         tables=tuple(tables),
         vectors=sum(p.numel() for p in parameters if p.requires_grad and p.dim() < 2),
         parameters=sum(p.numel() for p in parameters),
@@ -188,12 +195,14 @@ def _matrices(model: nn.Module, config: PretrainedConfig) -> Iterator[Matrix]:
             yield Matrix(outputs, inputs, p.requires_grad, share, count)
 
 
-def _tables(model: nn.Module, head: nn.Module | None) -> Iterator[Table]:
+def _tables(model: nn.Module, head: Any, words: Any) -> Iterator[Table]:
     seen: set[nn.Parameter] = set()
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.weight.requires_grad and module.weight not in seen:
             seen.add(module.weight)
-            yield Table(*module.weight.shape, tied=getattr(head, "weight", None) is module.weight)
+            entries, width = module.weight.shape
+            tied = getattr(head, "weight", None) is module.weight
+            yield Table(entries, width, module is not words, Matrix(entries, width, True) if tied else None)
 
 
 def _experts(config: PretrainedConfig) -> tuple[int, int]:

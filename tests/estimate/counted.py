@@ -27,11 +27,18 @@ CONFIGS: dict[str, PretrainedConfig] = {
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, tie_word_embeddings=True, **_TOKENS
     ),
     "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **_TOKENS),
+    "mixtral": MixtralConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4, num_experts_per_tok=2, **_TOKENS,
+    ),
 }  # fmt: skip
-EXPERTS = MixtralConfig(
-    hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    num_local_experts=4, num_experts_per_tok=2, **_TOKENS,
-)  # fmt: skip
+FIRST_MAPS = {
+    "llama": [(48, 48), (24, 48), (24, 48)],
+    "llama, tied": [(64, 64)] * 3,
+    "gpt2": [(96, 32)],
+    "mixtral": [(32, 32), (16, 32), (16, 32)],
+}
+"""[p, d] of the maps that get an adapter and read the embeddings."""
 
 
 def _mv_flop(matrix: Any, vector: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -46,21 +53,21 @@ class Counter(FlopCounterMode):
 
 
 def build(config: PretrainedConfig, lora: int | None, seed: int = 0) -> nn.Module:
-    """The model; its inputs have gradients in all layers, as the cost model has it."""
+    """The model, in plain products: the counter knows no fused ones."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
     if lora is not None:
-        model = get_peft_model(model, LoraConfig(r=lora, target_modules="all-linear", init_lora_weights=False))
-        model.enable_input_require_grads()
+        settings = {"target_modules": "all-linear", "fan_in_fan_out": isinstance(config, GPT2Config)}
+        model = get_peft_model(model, LoraConfig(r=lora, init_lora_weights=False, **settings))
     return model.eval()
 
 
 @dataclass
 class Counted:
-    """What was counted in one step: operations of a plain one, of the engine's parts, and the bytes of its rows."""
+    """Operations of a plain step and of the engine's, in two parts, and the bytes of its rows."""
 
     plain: int
-    gramian_and_rows: int
+    jacobian_and_gramian: int
     update: int
     row_bytes: int
 
@@ -80,6 +87,7 @@ def count(model: nn.Module, case: Case) -> Counted:
         jacobian.gramian()
     with Counter() as update:
         jacobian.weighted_sum(torch.ones(len(jacobian)))
+    engine.detach()
     return Counted(plain.get_total_flops(), rows.get_total_flops(), update.get_total_flops(), held)
 
 
