@@ -24,8 +24,11 @@ FORBIDDEN_ROOMS = {island: {"*"} - {island} for island in ISLANDS} | {
     "objectives": {"trainer", "arguments", "finetune", "cli", "gramian", "weighting"},
     "contradictions": {"trainer", "finetune", "cli", "gramian", "losses", "metrics"},
     "sampler": {"*"},
+    "estimate": {"trainer", "arguments", "distributed", "gramian", "weighting", "losses", "metrics", "objectives"},
     "collator": {"trainer", "arguments", "finetune", "cli", "gramian", "weighting"},
 }
+# The formulas are plain numbers: only what reads a configuration knows models.
+FORMULAS = {"cases", "hardware", "held", "operations", "sent", "timing"}
 # In tests and benchmarks only.
 REFERENCES = {"torchjd", "cvxpy", "pytest", "hypothesis"}
 
@@ -63,6 +66,12 @@ def test_imports_go_one_way(path):
     rooms = {other for module in found if (other := room(module)) is not None} - {own}
     forbidden = FORBIDDEN_ROOMS.get(own, set())
     assert not (rooms if "*" in forbidden else rooms & forbidden)
+
+
+@pytest.mark.parametrize("name", sorted(FORMULAS))
+def test_formulas_of_costs_know_no_tensors(name):
+    packages = {module.partition(".")[0] for module in imports(ROOT / "hf_jd" / "estimate" / f"{name}.py")}
+    assert not packages & (HUGGING_FACE | {"torch"})
 
 
 @pytest.mark.parametrize("path", files("scripts"), ids=named)

@@ -40,11 +40,13 @@ class EstimateArguments:
         default="ddp", metadata={"help": f"Accelerate's engine: {', '.join(f'`{p}`' for p in PARALLELISMS)}."}
     )
     two_pass: bool = field(
-        default=False, metadata={"help": "As with --jd_backward two_pass. ZeRO is always so: it owns the backward pass."}
+        default=False,
+        metadata={"help": "As with --jd_backward two_pass. ZeRO is always so: it owns the backward pass."},
     )
     checkpointing: bool = field(default=False, metadata={"help": "Activation checkpointing."})
     dtype: str = field(
-        default="bfloat16", metadata={"help": f"Of frozen weights and activations: {', '.join(f'`{d}`' for d in _BYTES)}."}
+        default="bfloat16",
+        metadata={"help": f"Of frozen weights and activations: {', '.join(f'`{d}`' for d in _BYTES)}."},
     )
     trained_dtype: str = field(default="float32", metadata={"help": "Of trained weights, gradients and rows."})
     hardware: str = field(
@@ -182,7 +184,8 @@ def _one_pass(shape: Shape, case: Case, hardware: Hardware, assumed: Assumptions
     room = f"rows may take half of the {_size(free)} left"
     if fits(shape, case, hardware, assumed):
         return f"fits: {room}"
-    return f"does not fit: {room}; take groups, fewer instances an update, more processes, or LoRA"
+    lever = "fewer groups, rows of bfloat16" if case.groups else "groups, fewer instances an update"
+    return f"does not fit: {room}; take {lever}, or LoRA"
 
 
 def _sent(shape: Shape, case: Case) -> str:

@@ -65,7 +65,7 @@ def gramian_flops(shape: Shape, case: Case) -> float:
     """
     if case.processes > 1:
         return 2 * case.objectives**2 * shape.trainable / case.processes
-    r, s, total = case.rows, case.tokens, 2.0 * case.rows**2 * shape.vectors
+    r, total = case.rows, 2.0 * case.rows**2 * shape.vectors
     for matrix in shape.trained:
         p, d, kept = matrix.outputs, matrix.inputs, kept_as(matrix, case)
         tokens = matrix.tokens(case.all_tokens)
@@ -73,10 +73,10 @@ def gramian_flops(shape: Shape, case: Case) -> float:
             total += 2 * r * r * matrix.elements
         elif kept == "routed":
             total += 2 * tokens**2 / matrix.count * (p + d + r) + 2 * r * r * tokens
-        elif r * s * (p + d) <= (2 + r / s) * p * d:
-            total += 2 * tokens**2 * (p + d)
-        else:
+        elif _formed(matrix, case):
             total += product_flops(matrix, case) + 2 * r * r * p * d
+        else:
+            total += 2 * tokens**2 * (p + d)
     return total + sum(_table_flops(table, case) for table in shape.tables)
 
 
@@ -99,12 +99,30 @@ def update_flops(shape: Shape, case: Case) -> float:
     return total / case.processes if case.groups is not None else total
 
 
+def formed_flops(shape: Shape, case: Case) -> float:
+    """Those of the Gramian and the update that multiply factors, in the layers' own dtype, as rows are formed."""
+    if case.processes > 1 and case.groups is not None:
+        return 0.0
+    update = sum(product_flops(matrix, case) for matrix in shape.trained if kept_as(matrix, case) != "dense")
+    if case.processes > 1:
+        return update
+    return update + sum(product_flops(matrix, case) for matrix in shape.trained if _formed(matrix, case))
+
+
+def _formed(matrix: Matrix, case: Case) -> bool:
+    """Whether factors are multiplied out for the Gramian, as `OuterRows.gramian` decides."""
+    r, s, p, d = case.rows, case.tokens, matrix.outputs, matrix.inputs
+    return kept_as(matrix, case) == "factors" and r * s * (p + d) > (2 + r / s) * p * d
+
+
 def step_flops(shape: Shape, case: Case) -> float:
     """Forward, backward, rows, Gramian and update; or, in two passes, a plain step's backward instead of that update.
 
     The second pass starts from a new forward pass, unless there is one micro-batch only, whose graph is kept.
     """
-    first = forward_flops(shape, case) + backward_flops(shape, case) + row_flops(shape, case) + gramian_flops(shape, case)
+    first = (
+        forward_flops(shape, case) + backward_flops(shape, case) + row_flops(shape, case) + gramian_flops(shape, case)
+    )
     if not case.two_pass:
         return first + update_flops(shape, case)
     kept = forward_flops(shape, case) if case.accumulation == 1 else 0

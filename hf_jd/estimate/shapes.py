@@ -208,7 +208,9 @@ def _tables(model: nn.Module, head: Any, words: Any) -> Iterator[Table]:
 def _experts(config: PretrainedConfig) -> tuple[int, int]:
     """How many experts a layer has, and to how many of them a token goes; 0 and 0 without experts."""
     text = config.get_text_config()
-    count = next((n for key in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(text, key, 0))), 0)
+    count = next(
+        (n for key in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(text, key, 0))), 0
+    )
     return (count, getattr(text, "num_experts_per_tok", None) or 1) if count else (0, 0)
 
 

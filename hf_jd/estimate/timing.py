@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from hf_jd.estimate.cases import PARALLELISMS, Case
 from hf_jd.estimate.hardware import Hardware
 from hf_jd.estimate.held import memory, row_bytes
-from hf_jd.estimate.operations import forward_flops, gramian_flops, plain_flops, step_flops, update_flops
+from hf_jd.estimate.operations import formed_flops, forward_flops, gramian_flops, plain_flops, step_flops, update_flops
 from hf_jd.estimate.sent import gathered_bytes, plain_bytes, step_bytes
 from hf_jd.estimate.shapes import Shape
 
@@ -72,6 +72,7 @@ def step_time(shape: Shape, case: Case, hardware: Hardware, assumed: Assumptions
     """
     speed, rate = _speed(case, hardware, assumed), _rate(case, hardware) * assumed.efficiency
     products = gramian_flops(shape, case) + (0 if case.two_pass else update_flops(shape, case))
+    products -= 0 if case.two_pass else formed_flops(shape, case)
     computing = (step_flops(shape, case) - products) / rate
     rows = products / (hardware.single_flops * assumed.efficiency) + row_traffic(shape, case) / hardware.bandwidth
     hidden = gathered_bytes(shape, case) + (plain_bytes(shape, case) if case.two_pass else 0)

@@ -27,7 +27,7 @@ def test_help_imports_nothing_heavy():
 def test_unknown_command(capsys):
     assert main(["finetun"]) == 2
     error = capsys.readouterr().err
-    assert error == "hf-jd: error: Unknown command `finetun`; the commands are finetune, doctor, compare.\n"
+    assert error == "hf-jd: error: Unknown command `finetun`; the commands are finetune, estimate, doctor, compare.\n"
 
 
 def test_no_command(capsys):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from tests.estimate.counted import CONFIGS, FIRST_MAPS, build, count, numbers
 
 from hf_jd.estimate.cases import Case
 from hf_jd.estimate.held import kept_as, row_bytes
@@ -17,6 +16,7 @@ from hf_jd.estimate.operations import (
     update_flops,
 )
 from hf_jd.estimate.shapes import build_on_meta, shape_of
+from tests.estimate.counted import CONFIGS, FIRST_MAPS, build, count, numbers
 
 CASES = {
     "instances": {"batch": 5, "tokens": 24},

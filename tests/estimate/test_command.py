@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hf_jd.cli import main
+from hf_jd.estimate.cases import PARALLELISMS, Case
+from hf_jd.estimate.hardware import HARDWARE
+from hf_jd.estimate.sent import plain_bytes, step_bytes
+from hf_jd.estimate.shapes import build_on_meta, shape_of
+from hf_jd.estimate.timing import Assumptions, plain_time, step_time
+from tests.estimate.counted import CONFIGS
+
+
+@pytest.fixture
+def config(tmp_path):
+    CONFIGS["llama"].save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_folder_and_its_file_are_the_same(config, capsys):
+    assert main(["estimate", "--model", str(config), "--lora", "4"]) == 0
+    folder = capsys.readouterr().out
+    assert main(["estimate", "--model", str(config / "config.json"), "--lora", "4"]) == 0
+    assert capsys.readouterr().out == folder
+    assert "LlamaForCausalLM" in folder
+    assert "nothing: one process" in folder
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--lora", "0"], "--lora is 0; give at least 1."),
+        (["--processes", "0"], "--processes is 0; give at least 1."),
+        (["--groups", "-1"], "--groups is -1; give the number of groups, or 0 for instances."),
+        (["--hardware", "h20"], "--hardware is `h20`; choose one of h200, h100, a100."),
+        (["--parallelism", "fsdp", "--processes", "2"], "--parallelism is `fsdp`; choose one of ddp, fsdp2"),
+        (["--parallelism", "fsdp2"], "--parallelism fsdp2 needs --processes 2 or more."),
+        (["--efficiency", "40"], "--efficiency is 40.0; it is a share"),
+        (["--dtype", "int4"], "--dtype is `int4`; choose one of"),
+        (["--procesess", "2"], "Unknown flag `--procesess`; the nearest is `--processes`."),
+    ],
+)
+def test_what_is_wrong_is_said(flags, message, config, capsys):
+    assert main(["estimate", "--model", str(config), *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["no json", "[]", json.dumps({"hidden_size": 3}), json.dumps({"model_type": "x"})])
+def test_a_file_that_is_no_configuration(text, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(text)
+    assert main(["estimate", "--model", str(tmp_path)]) == 2
+    assert "is no configuration of transformers" in capsys.readouterr().err
+
+
+def test_no_such_folder(tmp_path, capsys):
+    assert main(["estimate", "--model", str(tmp_path / "none")]) == 2
+    assert "there is no such file or folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["estimate", "--model", str(tmp_path / "empty")]) == 2
+    assert "holds no config.json" in capsys.readouterr().err
+
+
+def test_model_is_needed(capsys):
+    assert main(["estimate"]) == 2
+    assert "--model" in capsys.readouterr().err
+
+
+def test_one_process_sends_nothing():
+    shape = shape_of(build_on_meta(CONFIGS["llama"], 3))
+    assert step_bytes(shape, Case(batch=4, tokens=8)) == plain_bytes(shape, Case(batch=4, tokens=8)) == 0
+
+
+@pytest.mark.parametrize("parallelism", PARALLELISMS)
+@pytest.mark.parametrize("groups", [None, 3])
+def test_a_step_is_never_cheaper_than_a_plain_one(parallelism, groups):
+    shape = shape_of(build_on_meta(CONFIGS["llama"], 3))
+    two_pass = PARALLELISMS[parallelism].owns_backward
+    case = Case(8, 64, processes=4, groups=groups, parallelism=parallelism, two_pass=two_pass)
+    plain, step = (time(shape, case, HARDWARE["h200"], Assumptions()) for time in (plain_time, step_time))
+    assert step.computing >= plain.computing
+    assert step.total > plain.total
+    assert step_bytes(shape, case) > plain_bytes(shape, case)
+
+
+def test_zero_takes_two_passes(config, capsys):
+    assert main(["estimate", "--model", str(config), "--parallelism", "zero2", "--processes", "2"]) == 0
+    assert "two passes" in capsys.readouterr().out
