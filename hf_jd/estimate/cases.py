@@ -1,8 +1,8 @@
 """How an update is made: the numbers that a cost is calculated from.
 
-In the formulas of this room, a process has m instances of T tokens in an update, N = m T tokens; R rows are on it, m of instances or K of
-groups; W processes have M objectives together, W m or K; n numbers are trained, of b bytes each; a linear map is
-[p, d], of p outputs and d inputs.
+In the formulas of this room, a process has m instances of T tokens in an update, N = m T tokens; R rows are on it, m of
+instances or K of groups; W processes have M objectives together, W m or K; n numbers are trained, of b bytes each; a
+linear map is [p, d], of p outputs and d inputs.
 """
 
 from __future__ import annotations

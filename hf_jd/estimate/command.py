@@ -25,8 +25,8 @@ class EstimateArguments:
 
     model: str = field(
         metadata={
-            "help": "A configuration of transformers: a folder with a config.json, such a file, or the name of a model of "
-            "the Hub. No weights are loaded."
+            "help": "A configuration of transformers: a folder with a config.json, such a file, or the name of a model "
+            "of the Hub. No weights are loaded."
         }
     )
     lora: int = field(default=8, metadata={"help": "The rank of LoRA matrices on all linear layers but the head."})
@@ -117,7 +117,7 @@ def parse(argv: Sequence[str]) -> EstimateArguments:
         types,
         prog="hf-jd estimate",
         usage="%(prog)s --model CONFIG [--flag value ...]",
-        description="Calculate what an update costs: bytes of rows, bytes sent, operations, and time. Nothing is measured.",
+        description="Calculate what an update costs: bytes of rows, bytes sent, operations, time. Nothing is measured.",
         allow_abbrev=False,
         prepare=lambda flags: None,
     )
@@ -204,16 +204,17 @@ def _operations(shape: Shape, case: Case) -> str:
 
 
 def _time(plain: Time, step: Time) -> str:
-    return (
-        f"x {step.total / plain.total:.2f} of a plain step's {_seconds(plain.total)}: {_seconds(step.computing)} computing, "
-        f"{_seconds(step.rows)} rows and Gramian, {_seconds(step.sending)} sending; without the weighting's own"
-    )
+    parts = {"computing": step.computing, "rows and Gramian": step.rows, "sending": step.sending}
+    listed = ", ".join(f"{_seconds(seconds)} {name}" for name, seconds in parts.items())
+    ratio = step.total / plain.total
+    return f"x {ratio:.2f} of a plain step's {_seconds(plain.total)}: {listed}; without the weighting's own"
 
 
 def _assumed(case: Case, hardware: Hardware, assumed: Assumptions) -> str:
     peak = hardware.half_flops if case.number_bytes == 2 else hardware.single_flops
+    single = hardware.single_flops
     text = (
-        f"{assumed.efficiency:.0%} of {peak / 1e12:.0f} TFLOP/s (rows and Gramian: of {hardware.single_flops / 1e12:.0f}), "
+        f"{assumed.efficiency:.0%} of {peak / 1e12:.0f} TFLOP/s (rows and Gramian: of {single / 1e12:.0f}), "
         f"memory {hardware.bandwidth / 1e12:.1f} TB/s"
     )
     if case.processes == 1:

@@ -91,7 +91,7 @@ def _table_flops(table: Table, case: Case) -> float:
 
 
 def update_flops(shape: Shape, case: Case) -> float:
-    """J^T w: 2 for each number of dense rows, 2 N p d of factors. Groups' sums are weighed by each process for 1 / W."""
+    """J^T w: 2 for each number of dense rows, 2 N p d of factors. Each process weighs 1 / W of groups' sums."""
     total = 2.0 * case.rows * shape.vectors
     for matrix in shape.trained:
         dense = kept_as(matrix, case) == "dense" or (case.processes > 1 and case.groups is not None)

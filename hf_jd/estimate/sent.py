@@ -18,8 +18,8 @@ def gathered_bytes(shape: Shape, case: Case) -> float:
 def plain_bytes(shape: Shape, case: Case) -> float:
     """In a plain step: the weights, and the gradient's sum.
 
-    The sum is an all-reduce, 2 f b n; where it is shared out with the weights, a reduce-scatter, f b n. ZeRO 1 and 2 send
-    what an all-reduce does (Rajbhandari et al., arXiv 1910.02054, section 7).
+    The sum is an all-reduce, 2 f b n; where it is shared out with the weights, a reduce-scatter, f b n. ZeRO 1 and 2
+    send what an all-reduce does (Rajbhandari et al., arXiv 1910.02054, section 7).
     """
     once = PARALLELISMS[case.parallelism].weights
     return gathered_bytes(shape, case) + (1 if once else 2) * case.leaving * shape.trainable * case.trained_bytes
@@ -29,8 +29,8 @@ def step_bytes(shape: Shape, case: Case) -> float:
     """In an update by Jacobian descent, as `hf_jd.distributed.rows` has them.
 
     Instances: rows f b m n, Gramian 2 f 8 M^2, the update's sum 2 f b n (of shards: f b n). Groups: rows f b K n,
-    Gramian 2 f 8 K^2, the update f b n (of shards: 0). Weights that are shared out are gathered as in a plain step. With
-    two passes, the second one sends what a plain step does, instead of the update.
+    Gramian 2 f 8 K^2, the update f b n (of shards: 0). Weights that are shared out are gathered as in a plain step.
+    With two passes, the second one sends what a plain step does, instead of the update.
     """
     f, trained = case.leaving, shape.trainable * case.trained_bytes
     measured = gathered_bytes(shape, case) + f * case.rows * trained + 2 * f * _GRAMIAN_BYTES * case.objectives**2

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -196,7 +196,7 @@ def _matrices(model: nn.Module, config: PretrainedConfig) -> Iterator[Matrix]:
 
 
 def _tables(model: nn.Module, head: Any, words: Any) -> Iterator[Table]:
-    seen: set[nn.Parameter] = set()
+    seen: set[Tensor] = set()
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module.weight.requires_grad and module.weight not in seen:
             seen.add(module.weight)

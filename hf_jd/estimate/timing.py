@@ -46,8 +46,8 @@ class Time:
 def row_traffic(shape: Shape, case: Case) -> float:
     """Bytes through a device's memory for rows: each is written once, and read for the Gramian and for the update.
 
-    With W processes they are copied to be sent, too, and what arrives is written and read: all of it for instances, 1 / W
-    of it for groups.
+    With W processes they are copied to be sent, too, and what arrives is written and read: as much of instances, 1 / W
+    of it of groups.
     """
     held = row_bytes(shape, case)
     if case.processes == 1:
@@ -57,7 +57,7 @@ def row_traffic(shape: Shape, case: Case) -> float:
 
 
 def plain_time(shape: Shape, case: Case, hardware: Hardware, assumed: Assumptions) -> Time:
-    """Of a plain step. What is sent hides behind what is computed: behind the backward pass, or all of it with shards."""
+    """Of a plain step. What is sent hides behind the backward pass, or, where weights are gathered, the whole step."""
     flops = plain_flops(shape, case)
     hidden = flops if PARALLELISMS[case.parallelism].weights else flops - forward_flops(shape, case)
     rate = _rate(case, hardware) * assumed.efficiency

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.cases import GROUP
+from hf_jd.estimate.cases import Case
+from hf_jd.estimate.sent import step_bytes
+from hf_jd.estimate.shapes import shape_of
+from tests.distributed.cases import GROUP, MODELS
 
 STEPS = 3
 
@@ -25,3 +28,6 @@ def test_bytes_are_those_of_the_model(kind, processes, pools):
     for result in found:
         sent = sum(call.sent for call in result["calls"]) / STEPS
         assert sent == pytest.approx(expected, rel=0.01, abs=2000 if kind == "stock" else 0)
+        if kind != "stock":  # What `hf-jd estimate` says is the same.
+            case = Case(m // processes, 12, 1, processes, k if kind == "group" else None, trained_bytes=itemsize)
+            assert sent == pytest.approx(step_bytes(shape_of(MODELS["wide"]()), case), rel=0.01)

@@ -21,17 +21,33 @@ _TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_
 
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(
-        hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, **_TOKENS
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **_TOKENS,
     ),
     "llama, tied": LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, tie_word_embeddings=True, **_TOKENS
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+        **_TOKENS,
     ),
     "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **_TOKENS),
     "mixtral": MixtralConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        num_local_experts=4, num_experts_per_tok=2, **_TOKENS,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        **_TOKENS,
     ),
-}  # fmt: skip
+}
 FIRST_MAPS = {
     "llama": [(48, 48), (24, 48), (24, 48)],
     "llama, tied": [(64, 64)] * 3,

@@ -46,5 +46,7 @@ def test_the_whole_output_of_one_command_is_there():
 
 def test_the_assumptions_are_those_of_the_command():
     assumed = printed("D").splitlines()[-1]
-    assert "40% of 989 TFLOP/s" in assumed and "80% of the network's 50 GB/s" in assumed
-    assert "40 % of the data sheet's" in PAGE and "80 % of their bytes" in PAGE
+    assert "40% of 989 TFLOP/s" in assumed
+    assert "80% of the network's 50 GB/s" in assumed
+    assert "40 % of the data sheet's" in PAGE
+    assert "80 % of their bytes" in PAGE
