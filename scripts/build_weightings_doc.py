@@ -103,11 +103,19 @@ DEPARTURES = """\
 
 All is computed in float64, whatever the Gramian's dtype. Rows are scaled to unit length before any decision, so every
 tolerance is a cosine: multiplying all losses by 1e-8, or one row by 1e6, changes no decision, and there are no
-`norm_eps` or `reg_eps` to set. Every projection is verified by its optimality conditions (to 1e-10, as a cosine),
-goes to another solver if it fails, and ends in an error that shows the eigenvalues if all do. Where rows are
-dependent, many weights give one update, and the ones of minimum norm (each measured in lengths of its row) are
-returned: the weights are a function of G, and follow a permutation of the objectives. Negative eigenvalues that a
-Gramian of low precision has are set to 0, and so are positive ones of the same size.
+`norm_eps` or `reg_eps` to set. Where rows are dependent, many weights give one update, and the ones of minimum norm
+(each measured in lengths of its row) are returned: the weights are a function of G, and follow a permutation of the
+objectives. An example that a batch holds twice shares its weight. Negative eigenvalues that a Gramian of low precision
+has are set to 0, and so are positive ones of the same size.
+
+Every projection is verified by its optimality conditions: to 1e-10, as a cosine with the projection. One that fails
+goes to another solver. Rows that are opposite but for 1e-8 of their length are beyond what a float64 Gramian can tell
+apart; there the best solution found is taken, up to 1e-6, and past that an error shows the eigenvalues.
+
+Few problems are solved by quadprog, one by one on the CPU, many by a batched active-set method on the device of G. The
+choice is made from the table that `python scripts/benchmark.py weightings --solvers` measures. For m > 32 on another
+device than the CPU, G stays there, and the host reads only scalars, such as whether an iteration may end (a test counts
+them on the CPU). `mgda`, `cagrad` and `pcd` are the exceptions: each copies G to the CPU once.
 
 ## Where TorchJD 0.18 gives something else
 

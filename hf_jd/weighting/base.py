@@ -115,23 +115,21 @@ def checked_gramian(gramian: Tensor) -> Tensor:
     if not gramian.is_floating_point():
         raise ValueError(f"A Gramian has a floating dtype; this one has {gramian.dtype}.")
     double = _in_double(gramian)
-    # What engines hand over, told at little cost; NaN differs from itself.
-    if torch.equal(double, double.mT) and double.diagonal().amin() >= 0 and double.sum().isfinite():
+    # What engines hand over, told by one number: infinity less itself isn't 0, and not a number never is.
+    asymmetry = (double - double.mT.contiguous()).abs_().sum()
+    if (asymmetry - double.diagonal().amin().clamp_(max=0)).item() == 0:
         return double
+    # Rows in low precision give a Gramian whose halves differ by rounding; half the digits must agree.
     symmetric = (double + double.mT) / 2
     scale = double.diagonal().clamp(min=0).sqrt()
-    # Rows in low precision give a Gramian whose halves differ by rounding; half the digits must agree.
     tolerance = torch.finfo(gramian.dtype).eps ** 0.5
-    asymmetry = (double - symmetric).abs() - tolerance * torch.outer(scale, scale)
-    # NaN fails every comparison.
-    valid = (asymmetry <= torch.finfo(gramian.dtype).tiny).all() & (double.diagonal() >= 0).all()
-    valid &= (symmetric.abs() < torch.inf).all()
-    if not valid:
-        _explain_gramian(double, asymmetry)
+    excess = (double - symmetric).abs_() - tolerance * torch.outer(scale, scale)
+    if not torch.where(double.diagonal().amin() >= 0, excess.amax(), torch.inf) <= torch.finfo(gramian.dtype).tiny:
+        _explain_gramian(double, excess)
     return symmetric
 
 
-def _explain_gramian(gramian: Tensor, asymmetry: Tensor) -> None:
+def _explain_gramian(gramian: Tensor, excess: Tensor) -> None:
     finite = gramian.isfinite()
     if not finite.all():
         bad = (~finite).any(dim=1).nonzero().flatten().tolist()
@@ -143,7 +141,7 @@ def _explain_gramian(gramian: Tensor, asymmetry: Tensor) -> None:
     if (diagonal < 0).any():
         i = int(diagonal.argmin())
         raise ValueError(f"A Gramian's diagonal holds squared norms, but entry [{i}, {i}] is {diagonal[i].item():g}.")
-    i, j = divmod(int(asymmetry.argmax()), len(gramian))
+    i, j = divmod(int(excess.argmax()), len(gramian))
     raise ValueError(
         f"A Gramian is symmetric, but entry [{i}, {j}] is {gramian[i, j].item():g} and entry [{j}, {i}] is "
         f"{gramian[j, i].item():g}."

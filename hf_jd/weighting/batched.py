@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 _DIRECT_SIZE = 24  # up to this many unknowns a problem, a batch of Cholesky factors is faster than conjugate gradients
-_EXCHANGES = 40
 _STEPS = 30  # of conjugate gradients; a well-conditioned matrix needs ten, and what they don't solve is solved directly
 _PRECISION = 1e-13
+_FIRST_REDUCTION, _REDUCTION = 5e-2, 1e-3  # of the residual between exchanges; the first guess changes anyway
+_SINGLE = 1e-3  # smallest squared pivot of a matrix for whose corrections single precision will do
 
 
-def solve_nonnegative(cosines: Tensor, right: Tensor) -> Tensor:
+def solve_nonnegative(cosines: Tensor, right: Tensor, start: Tensor | None = None, exchanges: int = 60) -> Tensor:
     """Finds z >= 0 with s = C z - b >= 0 and s^T z = 0, for each row b of `right`.
 
     A projected Newton method, as a primal-dual active set method (Hintermüller, Ito and Kunisch 2003): given a guess of
@@ -21,72 +24,145 @@ def solve_nonnegative(cosines: Tensor, right: Tensor) -> Tensor:
     Args:
         cosines: C, [m, m], positive definite, of unit diagonal.
         right: b, [k, m].
+        start: A guess of z, [k, m].
+        exchanges: How many before giving up.
 
     Returns:
         z, [k, m]; rows that did not settle hold NaN.
     """
     solution = torch.full_like(right, torch.nan)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(cosines))
-    rows = torch.arange(len(right), device=right.device)
-    positive = right > 0
-    state = torch.zeros_like(right)
-    fewest = torch.full((len(right),), right.shape[1] + 1, device=right.device)
-    patience = torch.full_like(fewest, 3)
-    for exchange in range(_EXCHANGES):
-        # The first guesses change anyway: they need no exact solution.
-        precision = max(_PRECISION, 10.0 ** (-2 - 2 * exchange))
-        size = int(positive.sum(dim=1).max())
-        if size <= _DIRECT_SIZE:
-            precision, state = _PRECISION, _cholesky(cosines, right, positive, size)
-        else:
-            state, missed = _conjugate_gradients(cosines, inverse, right, positive, state, precision)
-            if precision == _PRECISION and missed.any():
-                state[missed] = _cholesky(cosines, right[missed], positive[missed], size)
-        slopes = state @ cosines - right
-        wrong = torch.where(positive, state < 0, slopes < -10 * _PRECISION)
-        count = wrong.sum(dim=1)
-        settled = (count == 0) & (precision == _PRECISION)
-        finished = settled | ~slopes.isfinite().all(dim=1)
-        better = count < fewest
-        patience = torch.where(better, 3, patience - 1)
-        fewest = torch.minimum(fewest, count)
-        # The last wrong one of a row is its single exchange.
-        last = wrong.cumsum(dim=1) == count[:, None]
-        positive = positive ^ torch.where((patience >= 0)[:, None], wrong, wrong & last)
-        if finished.any():
-            solution[rows[settled]] = state[settled]
-            left = ~finished
-            rows, right, positive, state = rows[left], right[left], positive[left], state[left]
-            fewest, patience = fewest[left], patience[left]
-            if not len(rows):
-                break
+    if not len(right):
+        return solution
+    system = _System.of(cosines)
+    problems = _Problems.of(right, start)
+    for exchange in range(exchanges):
+        slopes = problems.state @ cosines - problems.right
+        largest = (slopes * problems.positive).abs().amax(dim=1)
+        if exchange:
+            right_guess = ~_wrong(problems.state, slopes, problems.positive).any(dim=1)
+            solved = right_guess & (largest <= _PRECISION * (1 + problems.state.amax(dim=1)))
+            finished = solved | ~largest.isfinite()
+            if finished.any():
+                done, left = solved.nonzero()[:, 0], (~finished).nonzero()[:, 0]
+                solution[problems.index[done]] = problems.state[done]
+                if not len(left):
+                    break
+                problems, slopes, largest = problems.kept(left), slopes[left], largest[left]
+        problems = problems.exchanged(
+            *system.improve(problems, slopes, largest, _REDUCTION if exchange else _FIRST_REDUCTION)
+        )
     return solution
 
 
-def _conjugate_gradients(
-    cosines: Tensor, inverse: Tensor, right: Tensor, positive: Tensor, state: Tensor, precision: float
-) -> tuple[Tensor, Tensor]:
-    """Improves z_P towards C_PP z_P = b_P for all rows at once: two products of matrices a step.
+class _Problems(NamedTuple):
+    """The problems that are not solved yet, k of them.
 
-    The inverse of C, restricted to P, is a preconditioner good enough for ill-conditioned C too. Returns z [k, m], and
-    which rows missed the precision [k].
+    Attributes:
+        index: Which they are, [k].
+        right: b, [k, m].
+        state: z, [k, m], 0 outside of `positive`.
+        positive: The guess of which z are, [k, m].
+        fewest: The smallest number of wrong guesses so far, [k].
+        patience: How many more exchanges may go by without a smaller one, [k].
     """
-    mask = positive.to(right)
-    state = state * mask
-    residual = (right - state @ cosines).mul_(mask)
-    direction = (residual @ inverse).mul_(mask)
-    product = (residual * direction).sum(dim=1, keepdim=True)
-    for _ in range(_STEPS):
-        image = (direction @ cosines).mul_(mask)
-        length = product / (direction * image).sum(dim=1, keepdim=True).clamp(min=1e-300)
-        state.addcmul_(direction, length)
-        residual.addcmul_(image, length, value=-1)
-        if residual.abs().max() <= precision:
-            break
-        conditioned = (residual @ inverse).mul_(mask)
-        previous, product = product, (residual * conditioned).sum(dim=1, keepdim=True)
-        direction.mul_(product / previous.clamp(min=1e-300)).add_(conditioned)
-    return state, residual.abs().amax(dim=1) > precision
+
+    index: Tensor
+    right: Tensor
+    state: Tensor
+    positive: Tensor
+    fewest: Tensor
+    patience: Tensor
+
+    @classmethod
+    def of(cls, right: Tensor, start: Tensor | None) -> _Problems:
+        index = torch.arange(len(right), device=right.device)
+        state, positive = (torch.zeros_like(right), right > 0) if start is None else (start, start > 0)
+        fewest = torch.full_like(index, right.shape[1] + 1)
+        return cls(index, right, state, positive, fewest, torch.full_like(index, 3))
+
+    def kept(self, left: Tensor) -> _Problems:
+        return _Problems(*(values[left] for values in self))
+
+    def exchanged(self, state: Tensor, slopes: Tensor) -> _Problems:
+        """Changes the guess where a new z, [k, m], or its slopes, [k, m], show it to be wrong."""
+        wrong = _wrong(state, slopes, self.positive)
+        count = wrong.sum(dim=1)
+        patience = torch.where(count < self.fewest, 3, self.patience - 1)
+        stuck = patience < 0
+        if stuck.any():  # of such a row, only the last wrong one
+            wrong[stuck] &= wrong[stuck].cumsum(dim=1) == count[stuck, None]
+        positive = self.positive ^ wrong
+        fewest = torch.minimum(self.fewest, count)
+        return _Problems(self.index, self.right, state * positive, positive, fewest, patience)
+
+
+def _wrong(state: Tensor, slopes: Tensor, positive: Tensor) -> Tensor:
+    return torch.where(positive, state < 0, slopes < -10 * _PRECISION)
+
+
+class _System(NamedTuple):
+    """C [m, m], and a copy of it and its inverse in the precision that corrections need."""
+
+    cosines: Tensor
+    copy: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, cosines: Tensor) -> _System:
+        factor = torch.linalg.cholesky(cosines)
+        dtype = torch.float32 if factor.diagonal().amin().square() > _SINGLE else torch.float64
+        return cls(cosines, cosines.to(dtype), torch.cholesky_inverse(factor).to(dtype))
+
+    def improve(self, problems: _Problems, slopes: Tensor, largest: Tensor, reduction: float) -> tuple[Tensor, Tensor]:
+        """Brings z_P nearer to C_PP z_P = b_P for all problems at once.
+
+        Args:
+            problems: z, and the guess P.
+            slopes: C z - b, [k, m].
+            largest: The largest of |C z - b| in P, [k].
+            reduction: The part of it that may be left.
+
+        Returns:
+            z and its slopes, nearly, [k, m] both.
+        """
+        right, state, positive = problems.right, problems.state, problems.positive
+        size = int(positive.sum(dim=1).max())
+        if size <= _DIRECT_SIZE:
+            state = _cholesky(self.cosines, right, positive, size)
+            return state, state @ self.cosines - right
+        scale = largest.clamp(min=_PRECISION)[:, None]
+        correction, change, missed = self._conjugate_gradients((-slopes / scale).to(self.copy), positive, reduction)
+        state, slopes = torch.addcmul(state, correction, scale), torch.addcmul(slopes, change, scale)
+        if missed.any():
+            state[missed] = _cholesky(self.cosines, right[missed], positive[missed], size)
+            slopes[missed] = state[missed] @ self.cosines - right[missed]
+        return state, slopes
+
+    def _conjugate_gradients(
+        self, residual: Tensor, positive: Tensor, reduction: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Solves C_PP x_P = r_P, x = 0 elsewhere, to a part of r: two products of matrices a step.
+
+        The inverse of C, restricted to P, is a preconditioner good enough for ill-conditioned C too. Returns x and
+        C x, [k, m], and which rows missed the reduction [k].
+        """
+        mask = positive.to(residual)
+        residual = residual * mask
+        solution, product = torch.zeros_like(residual), torch.zeros_like(residual)
+        direction = (residual @ self.inverse).mul_(mask)
+        square = (residual * direction).sum(dim=1, keepdim=True)
+        for _ in range(_STEPS):
+            image = direction @ self.copy
+            length = square / (direction * image).sum(dim=1, keepdim=True).clamp(min=1e-30)
+            solution.addcmul_(direction, length)
+            product.addcmul_(image, length)
+            residual.addcmul_(image.mul_(mask), length, value=-1)
+            if residual.abs().max() <= reduction:
+                break
+            conditioned = (residual @ self.inverse).mul_(mask)
+            previous, square = square, (residual * conditioned).sum(dim=1, keepdim=True)
+            direction.mul_(square / previous.clamp(min=1e-30)).add_(conditioned)
+        return solution, product, residual.abs().amax(dim=1) > reduction
 
 
 def _cholesky(cosines: Tensor, right: Tensor, positive: Tensor, size: int) -> Tensor:

@@ -19,8 +19,11 @@ def cosine_matrix(gramian: Array, lengths: Array) -> Array:
     """Scales G [m, m] to a unit diagonal, positive semi-definite; a zero row is given the cosine 0 with every other."""
     inverse = (lengths > 0) / (lengths + (lengths == 0))
     cosines = (gramian * inverse * inverse[:, None]).clip(-1, 1)
-    cosines.reshape(-1)[:: len(cosines) + 1] = 1
-    return cosines if _definite(cosines) else _semidefinite(cosines)
+    diagonal = cosines.reshape(-1)[:: len(cosines) + 1]
+    diagonal[:] = 1 + len(cosines) * EPSILON  # rounding errors, of dependent rows too, make no harm of this size
+    definite = _definite(cosines)
+    diagonal[:] = 1
+    return cosines if definite else _semidefinite(cosines)
 
 
 def _definite(matrix: np.ndarray | Tensor) -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_jd.weighting.base import Names
-from hf_jd.weighting.cosines import SINGULAR, cosine_matrix, solve_semidefinite
+from hf_jd.weighting.cosines import SINGULAR, solve_semidefinite
 from hf_jd.weighting.preference import PreferenceWeighting
 
 
@@ -31,13 +31,13 @@ class IMTLGWeighting(PreferenceWeighting):
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
         """Computes w = v / sum(v), v = G^+ (p * sqrt(diag G)), [m]."""
         lengths = gramian.diagonal().sqrt()
-        wanted = self.preference(gramian) * lengths
-        cosines = cosine_matrix(gramian, lengths)
-        factor, failed = torch.linalg.cholesky_ex(cosines)
-        if failed or factor.diagonal().amin().square() < SINGULAR or not lengths.all():
-            solution = solve_semidefinite(gramian, wanted)
-        else:  # the same, and exact for rows of very different lengths
-            solution = torch.cholesky_solve((wanted / lengths)[:, None], factor)[:, 0] / lengths
+        preference = self.preference(gramian)
+        inverse = 1 / lengths
+        factor, failed = torch.linalg.cholesky_ex(gramian * inverse * inverse[:, None])
+        if not failed and factor.diagonal().amin().square() >= SINGULAR:  # exact for rows of very different lengths
+            solution = torch.cholesky_solve(preference[:, None], factor)[:, 0] * inverse
+        else:
+            solution = solve_semidefinite(gramian, preference * lengths)
         total = solution.sum()
         meaningful = total.abs() > solution.abs().sum() * len(solution) * torch.finfo(torch.float64).eps
         return torch.where(meaningful, solution / total, 0)

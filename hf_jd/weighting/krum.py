@@ -46,6 +46,6 @@ class KrumWeighting(Weighting):
         squares = gramian.diagonal()
         distances = (squares + squares[:, None] - 2 * gramian).clamp(min=0).fill_diagonal_(0)
         # The nearest of all is the row itself, at 0.
-        scores = distances.sort(dim=1).values[:, : m - self.n_byzantine - 1].sum(dim=1)
+        scores = distances.topk(m - self.n_byzantine - 1, dim=1, largest=False, sorted=False).values.sum(dim=1)
         selected = scores.argsort(stable=True)[: self.n_selected]
         return gramian.new_zeros(m).index_fill_(0, selected, 1 / self.n_selected)

@@ -60,7 +60,7 @@ class PCDWeighting(Stateful):
         if not lengths[first]:
             return torch.zeros_like(lengths)
         cosines = cosine_matrix(gramian, lengths)
-        others = [i for i in range(len(names)) if i != first and lengths[i] > 0]
+        others = [i for i, length in enumerate(lengths.tolist()) if i != first and length > 0]
         bounds = self._fractions(len(names), first)[others] * normalised[others].cpu().numpy()
         multiples = torch.zeros_like(lengths)
         multiples[first] = normalised[first]

@@ -19,10 +19,19 @@ from torch import Tensor
 
 from hf_jd.weighting.batched import solve_nonnegative
 from hf_jd.weighting.cosines import SINGULAR, Array, cosine_factor, cosine_matrix
+from hf_jd.weighting.duplicates import Directions
 from hf_jd.weighting.minimum_norm import smallest_solution
 from hf_jd.weighting.nearest import nearest_point
 
-_TOLERANCE = 1e-10  # largest violation of the optimality conditions, as a cosine
+Solver = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+_TOLERANCE = 1e-10  # largest violation of the optimality conditions, as a cosine with the projection
+_LARGEST = 1e-6  # where rows are opposite but for 1e-8 or less, G has no digits left that would meet the tolerance
+_ROUNDING = 1e-3  # times the tolerance: what rounding leaves of a projection of length 0, by the sum of the terms
+SMALL = 32**3  # problems times m^2 up to which one at a time is faster: `benchmark.py weightings --solvers` measures it
+_REGULARISATION = 1e-8  # the root of float64's precision: where rounding and the diagonal disturb least together
+_PROXIMAL_STEPS = 2
+_LAST_REGULARISATION = 1e-10
 
 
 def cone_projection(gramian: Tensor, targets: Tensor) -> Tensor:
@@ -41,32 +50,41 @@ def cone_projection(gramian: Tensor, targets: Tensor) -> Tensor:
     Raises:
         ValueError: No solver met the optimality conditions; the message has the eigenvalues of the rows' cosines.
     """
-    problems, m = targets.shape
-    solvers = [_one_by_one, _together]
-    # Measured: one problem at a time is faster up to 32 problems of 32 rows; 80 times slower at 256 of 256.
-    if problems * m * m > 32**3:
-        solvers.reverse()
+    solvers = chosen_solvers(gramian, targets)
     weights, violation = solvers[0](gramian, targets)
     solved = violation <= _TOLERANCE
     if solved.all():
         return weights
-    weights[~solved], violation[~solved] = solvers[1](gramian, targets[~solved])
-    if (violation <= _TOLERANCE).all():
+    others, other_violation = solvers[1](gramian, targets[~solved])
+    better = ~(violation[~solved] <= other_violation)
+    index = (~solved).nonzero()[:, 0][better]
+    weights[index], violation[index] = others[better], other_violation[better]
+    if (violation <= _LARGEST).all():
         return weights
     eigenvalues = torch.linalg.eigvalsh(cosine_matrix(gramian, gramian.diagonal().sqrt()))
     raise ValueError(
-        f"The projection onto the dual cone did not reach the tolerance {_TOLERANCE:g} (largest violation of the "
+        f"The projection onto the dual cone did not reach the tolerance {_LARGEST:g} (largest violation of the "
         f"optimality conditions: {violation.max().item():g}). Is the matrix a Gramian? Scaled to a unit diagonal, its "
         f"eigenvalues are {eigenvalues.tolist()}."
     )
 
 
-def _one_by_one(gramian: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def chosen_solvers(gramian: Tensor, targets: Tensor) -> tuple[Solver, Solver]:
+    """The solver to begin with, and the one for what it leaves; a large Gramian stays on its device."""
+    problems, m = targets.shape
+    small = problems == 1 or problems * m * m <= SMALL
+    small = small and (m <= 32 or gramian.device.type == "cpu")
+    return (one_by_one, together) if small else (together, one_by_one)
+
+
+def one_by_one(gramian: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Solves with quadprog, on the CPU; returns the weights [k, m] and their violations of optimality [k]."""
     weights, violation = _project(gramian.cpu().numpy(), targets.cpu().numpy(), _solve_quadprog)
     return torch.from_numpy(weights).to(gramian), torch.from_numpy(violation).to(gramian)
 
 
-def _together(gramian: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def together(gramian: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Solves all at once, on the device; returns the weights [k, m] and their violations of optimality [k]."""
     return _project(gramian, targets, _solve_batched)
 
 
@@ -91,19 +109,46 @@ def _project(gramian: Array, targets: Array, solver: Callable[[Array, Array], Ar
     corrections = solver(cosines, scaled)
     slopes = (scaled + corrections) @ cosines
     # Infeasibility, and complementarity; not a number stays so, and meets no tolerance.
-    faults = (abs(slopes) - slopes) / 2 + abs(slopes * corrections) / (1 + corrections.sum(1)[:, None])
-    violation[conflicting] = (faults**2).sum(1) ** 0.5
+    sums = (scaled + corrections).sum(1)
+    faults = (abs(slopes) - slopes) / 2 + abs(slopes * corrections) / sums[:, None]
+    lengths_found = abs((slopes * (scaled + corrections)).sum(1)) ** 0.5
+    violation[conflicting] = (faults**2).sum(1) ** 0.5 / (lengths_found + _ROUNDING * sums)
     # A zero row's cosines are zero, and so is its correction: any finite divisor will do.
     weights[conflicting] += corrections * sizes / (lengths + (lengths == 0))
     return weights, violation
 
 
 def _solve_batched(cosines: Tensor, targets: Tensor) -> Tensor:
-    """Solves all problems together, on the device of C; a singular C, without unique solutions, is left out."""
+    """Solves all problems together, on the device of C."""
+    if not _singular(cosines):
+        return solve_nonnegative(cosines, -targets @ cosines)
+    directions = Directions.of(cosines)
+    if len(directions.first) == len(cosines):
+        return _solve_singular(cosines, targets)
+    cosines = cosines[directions.first][:, directions.first]
+    return directions.spread(_solve_batched(cosines, directions.gather(targets)), targets)
+
+
+def _singular(cosines: Tensor) -> bool:
     factor, failed = torch.linalg.cholesky_ex(cosines)
-    if failed or factor.diagonal().amin().square() < SINGULAR:
-        return torch.full_like(targets, torch.nan)
-    return solve_nonnegative(cosines, -targets @ cosines)
+    return bool(failed or factor.diagonal().amin().square() < SINGULAR)
+
+
+def _solve_singular(cosines: Tensor, targets: Tensor) -> Tensor:
+    """A little more diagonal picks, of all solutions, the one of smallest |u + z|.
+
+    What it changes besides is taken back by proximal steps, z <- argmin_{z >= 0} v^T C v + epsilon |v - v_last|^2.
+    Where many rows are dependent the exchanges seldom settle, so few are tried.
+    """
+    regular = cosines.clone()
+    regular.diagonal().add_(_REGULARISATION)
+    right = -targets @ regular
+    corrections = solve_nonnegative(regular, right, exchanges=12)
+    for _ in range(_PROXIMAL_STEPS):
+        settled = ~corrections[:, 0].isnan()
+        moved = right + _REGULARISATION * (targets + corrections)
+        corrections[settled] = solve_nonnegative(regular, moved[settled], corrections[settled], exchanges=12)
+    return corrections
 
 
 def _solve_quadprog(cosines: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -114,20 +159,26 @@ def _solve_quadprog(cosines: np.ndarray, targets: np.ndarray) -> np.ndarray:
     will do, so that G need not be definite.
     """
     factor = cosine_factor(cosines)
+    corrections = np.array([_nearest(factor, target) for target in targets])
+    failed = np.isnan(corrections[:, 0])
+    if failed.any():
+        # Rounding may make a degenerate problem look infeasible, though x = 0 is feasible: not with more diagonal.
+        factor = np.linalg.cholesky(cosines + np.eye(len(cosines)) * _LAST_REGULARISATION)
+        corrections[failed] = [_nearest(factor, target) for target in targets[failed]]
+    return corrections
+
+
+def _nearest(factor: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Finds the multipliers [m] of the projection of L^T u, L [m, r]; NaN if rounding leaves none."""
     m, rank = factor.shape
-    constraints = np.ascontiguousarray(factor.T)
-    # Rounding may make a degenerate problem look infeasible, though x = 0 is feasible; a hair's breadth helps.
-    bounds = [np.zeros(m), np.full(m, -1e-13), np.full(m, -1e-12)]
-    corrections = np.full_like(targets, np.nan)
-    for i, point in enumerate(targets @ factor):
-        for bound in bounds:
-            nearest = nearest_point(point, constraints, bound)
-            if nearest is not None:
-                break
-        else:
-            continue
-        corrections[i] = nearest.multipliers
-        if rank < m:
-            tight = factor @ nearest.point <= 1e-9
-            corrections[i, tight] = smallest_solution(factor[tight], corrections[i, tight], targets[i, tight])
+    for slack in (0, 1e-13, 1e-12):  # A hair's breadth helps as well.
+        nearest = nearest_point(target @ factor, factor.T, np.full(m, -float(slack)))
+        if nearest is not None:
+            break
+    else:
+        return np.full(m, np.nan)
+    corrections = nearest.multipliers
+    if rank < m:
+        tight = factor @ nearest.point <= 1e-9
+        corrections[tight] = smallest_solution(factor[tight], corrections[tight], target[tight])
     return corrections

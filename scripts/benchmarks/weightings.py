@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,16 @@ import torch
 from torch import Tensor
 
 from hf_jd.weighting import WEIGHTINGS, build_weighting
+from hf_jd.weighting.projection import chosen_solvers, one_by_one, together
 
 Contestant = Callable[[Tensor], object]
 
 
 def gramian(kind: str, m: int, generator: torch.Generator) -> Tensor:
-    """Makes a Gramian [m, m] of rows of 4 m numbers: `random`, with a common direction, or with decaying spectrum."""
+    """Makes a Gramian [m, m] of rows of 4 m numbers: `random`, with a common direction, or with decaying spectrum.
+
+    It is symmetric to the last bit, as the engine's are.
+    """
     rows = torch.randn(m, 4 * m, generator=generator, dtype=torch.float64)
     if kind == "correlated":
         rows += 0.5 * torch.randn(4 * m, generator=generator, dtype=torch.float64)
@@ -33,7 +38,8 @@ def gramian(kind: str, m: int, generator: torch.Generator) -> Tensor:
         rows += 0.15 * torch.randn(4 * m, generator=generator, dtype=torch.float64)
     if kind == "decaying":
         rows *= torch.arange(1, 4 * m + 1) ** -0.7
-    return rows @ rows.T
+    product = rows @ rows.T
+    return (product + product.T) / 2
 
 
 KINDS = ("random", "correlated", "weakly correlated", "decaying")
@@ -107,6 +113,22 @@ def medians(runs: dict[str, Contestant], matrices: list[Tensor], seconds: float,
     return {label: 1e3 * statistics.median(values[1:] or values) for label, values in times.items()}
 
 
+def measure_solvers(matrices: list[Tensor], kind: str, seconds: float, rounds: int) -> list[dict[str, object]]:
+    """Times the two solvers of the projection for UPGrad's m problems and for DualProj's one."""
+    m, rows = len(matrices[0]), []
+    for problems, targets in ((m, torch.eye(m).double() / m), (1, torch.full((1, m), 1 / m).double())):
+        runs: dict[str, Contestant] = {
+            "one_by_one": partial(one_by_one, targets=targets),
+            "together": partial(together, targets=targets),
+        }
+        found = medians(runs, matrices, seconds, rounds)
+        chosen = "one_by_one" if chosen_solvers(matrices[0], targets)[0] is one_by_one else "together"
+        rows.append({"Gramians": kind, "m": m, "problems": problems}
+                    | {f"{label}, ms": value for label, value in found.items()}
+                    | {"chosen": chosen, "chosen / best": found[chosen] / min(found.values())})  # fmt: skip
+    return rows
+
+
 def table(rows: list[dict[str, object]]) -> str:
     """Formats the rows as a markdown table."""
     columns = list(rows[0])
@@ -124,20 +146,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weightings", nargs="+", default=["upgrad", "dualproj", "mgda"], help="names, or all")
     parser.add_argument("--sizes", nargs="+", type=int, default=[8, 32, 64, 128, 256])
     parser.add_argument("--kinds", nargs="+", default=["random", "correlated"], choices=KINDS)
-    parser.add_argument("--gramians", type=Path, help="a file of torch.save with a list of Gramians, instead")
+    parser.add_argument("--gramians", type=Path, help="of `benchmark.py gramians`, instead")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--seconds", type=float, default=10.0, help="for each line of the table")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--solvers", action="store_true", help="only the table that the choice of solver is made from")
     arguments = parser.parse_args(argv)
     names = list(WEIGHTINGS) if arguments.weightings == ["all"] else arguments.weightings
     generator = torch.Generator().manual_seed(0)
     inputs: list[tuple[str, list[Tensor]]]
     if arguments.gramians:
-        inputs = [(arguments.gramians.name, [g.double() for g in torch.load(arguments.gramians)])]
+        inputs = list(torch.load(arguments.gramians).items())
     else:
         inputs = [(k, [gramian(k, m, generator) for _ in range(5)]) for m in arguments.sizes for k in arguments.kinds]
     rows: list[dict[str, object]] = []
+    if arguments.solvers:
+        torch.set_num_threads(arguments.threads[0])
+        rows = [r for k, g in inputs for r in measure_solvers(g, k, arguments.seconds, arguments.rounds)]
+        print(table(rows))
+        return 0
     for name in names:
         for kind, matrices in inputs:
             for threads in arguments.threads:

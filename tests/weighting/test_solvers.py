@@ -39,6 +39,69 @@ def test_the_solvers_agree(m: int, n: int, common: float, decay: float) -> None:
     assert (batched > 0).any()
 
 
+def repeated(m: int, n: int) -> Tensor:
+    """Rows of which some come two or three times, in other lengths too, as in a batch that holds an example twice."""
+    rows = jacobian(m, n, common=-0.1)
+    rows[1], rows[7], rows[m - 1], rows[9] = rows[0], 3 * rows[0], rows[4], 0
+    return rows
+
+
+def nearly_opposite(m: int, distance: float = 1e-9) -> Tensor:
+    rows = jacobian(m, 2 * m)
+    pairs = m // 2
+    rows[1::2] = -rows[::2][:pairs] + distance * jacobian(pairs, 2 * m, seed=1)
+    return rows
+
+
+@pytest.mark.parametrize("m, n", [(40, 120), (64, 80)])
+def test_repeated_rows_are_solved_together_too_and_share_their_weight(m: int, n: int) -> None:
+    rows = repeated(m, n)
+    targets = torch.eye(m, dtype=torch.float64)
+    found, violation = projection.together(rows @ rows.T, targets)
+    expected, _ = projection.one_by_one(rows @ rows.T, targets)
+    assert violation.max() <= 1e-10
+    lengths = rows.norm(dim=1)
+    torch.testing.assert_close(found * lengths, expected * lengths, rtol=1e-8, atol=1e-8)
+
+
+def test_mixed_targets_are_shared_from_the_least_up() -> None:
+    """Equal rows with targets of their own: the correction raises the smallest first."""
+    rows = jacobian(12, 30)
+    rows[0] *= 0.01
+    rows[1] = rows[2] = rows[0]
+    targets = torch.rand(5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found, _ = projection.together(rows @ rows.T, targets)
+    expected, _ = projection.one_by_one(rows @ rows.T, targets)
+    assert (found - targets)[:, :3].max() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("n", [36, 39])
+def test_a_few_dependent_rows_are_solved_together(n: int) -> None:
+    rows = jacobian(40, n)
+    targets = torch.eye(40, dtype=torch.float64)
+    found, violation = projection.together(rows @ rows.T, targets)
+    expected, _ = projection.one_by_one(rows @ rows.T, targets)
+    assert violation.max() <= 1e-10
+    torch.testing.assert_close(found @ rows, expected @ rows, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("distance", [1e-6, 1e-8, 1e-9, 0.0])
+@pytest.mark.parametrize("m", [3, 8, 33, 64])
+def test_nearly_opposite_rows(m: int, distance: float, dtype: torch.dtype) -> None:
+    """A Gramian can't tell how rows differ that are opposite but for 1e-8; what it can tell has to be kept."""
+    rows = nearly_opposite(m, distance).to(dtype)
+    gramian = (rows @ rows.T).double()
+    lengths = gramian.diagonal().sqrt()
+    for weighting in (UPGradWeighting(), DualProjWeighting(), MGDAWeighting()):
+        weights = weighting(gramian)
+        assert weights.isfinite().all()
+        slopes = gramian @ weights / lengths
+        assert slopes.min() >= -(1e-8 if dtype == torch.float64 else 1e-7) * (weights.abs() * lengths).sum()
+
+
 @pytest.mark.slow
 def test_the_solvers_agree_on_many_problems() -> None:
     """Enough unknowns a problem for conjugate gradients, and an ill-conditioned matrix for their failure."""

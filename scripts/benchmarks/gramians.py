@@ -1,0 +1,83 @@
+"""Keeps the Gramians of short fine-tunings of the embedded example, for `benchmark.py weightings --gramians FILE`.
+
+Each run is `hf-jd finetune examples/multitask.yaml` with UPGrad, one objective an example, at one batch size. The file
+holds, by the name of the run, the Gramians [m, m] of its steps in their order.
+
+    python scripts/benchmark.py gramians /tmp/gramians.pt
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hf_jd import JDTrainer
+from hf_jd.finetune.data import load_examples
+from hf_jd.finetune.example import example_path
+from hf_jd.finetune.model import model_path
+from hf_jd.finetune.parser import read_settings
+from hf_jd.finetune.run import build_trainer, parse
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the fine-tunings and writes the file.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(prog="benchmark.py gramians", description=__doc__.split("\n")[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--sizes", nargs="+", type=int, default=[8, 32, 64, 128, 256], help="examples a step")
+    parser.add_argument("--steps", type=int, default=12, help="of each run")
+    parser.add_argument("--full", action="store_true", help="train all parameters, instead of a LoRA adapter")
+    arguments = parser.parse_args(argv)
+    kind = "full" if arguments.full else "lora"
+    found = {f"{kind}, m = {m}": gramians(m, arguments.steps, arguments.full) for m in arguments.sizes}
+    torch.save(found, arguments.file)
+    return 0
+
+
+def gramians(batch: int, steps: int, full: bool) -> list[Tensor]:
+    """Fine-tunes for some steps of `batch` examples; returns each step's Gramian, [batch, batch]."""
+    settings = read_settings(example_path("multitask.yaml")) | {
+        "per_device_train_batch_size": batch,
+        "max_steps": steps,
+        "full": full,
+        "eval_strategy": "no",
+        "eval_on_start": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    if full:
+        settings["learning_rate"] = 3e-4
+    with tempfile.TemporaryDirectory() as folder:
+        model, data, run, training = parse(["--output_dir", folder], settings)
+        trainer = build_trainer(model_path(model), model, data, run, training, load_examples(data))
+        assert isinstance(trainer, JDTrainer)
+        recorder = Recorder(trainer.weighting)
+        trainer.weighting = recorder
+        trainer.train()
+    return recorder.gramians
+
+
+class Recorder:
+    """A weighting that keeps what it is given.
+
+    Args:
+        weighting: The one that weighs.
+    """
+
+    def __init__(self, weighting: Callable[[Tensor], Tensor]):
+        self.weighting = weighting
+        self.gramians: list[Tensor] = []
+
+    def __call__(self, gramian: Tensor) -> Tensor:
+        """Computes the weights [m] from the Gramian [m, m], and keeps that."""
+        self.gramians.append(gramian.detach().cpu().clone())
+        return self.weighting(gramian)

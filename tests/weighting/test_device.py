@@ -1,0 +1,81 @@
+"""What leaves the device of a large Gramian in a step: scalars, as far as a CPU can tell; never the Gramian."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hf_jd.weighting import WEIGHTINGS, build_weighting
+from hf_jd.weighting.projection import together
+
+LOSSES = {"uncertainty", "dwa", "rlw", "stch", "group_dro"}
+ON_THE_CPU = {"mgda", "cagrad", "pcd"}  # one small problem each, of an active set that changes by one row at a time
+SOLVED = {"upgrad": 80, "cr_mogm": 80, "nash_mtl": 60, "fairgrad": 60}  # tests for the end of an iteration
+
+
+class Synchronisations(TorchDispatchMode):
+    """Counts what makes the host wait for a device: scalars that are read, and sizes that depend on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in {"_local_scalar_dense", "nonzero", "_unique2", "equal", "masked_select"}:
+            self.found[name] += 1
+        if name in {"index", "index_put", "index_put_"} and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        ):
+            self.found["index by a mask"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def gramian(m: int) -> Tensor:
+    rows = torch.randn(m, 4 * m, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    product = rows @ rows.T
+    return (product + product.T) / 2
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the tensors that were copied to the host."""
+    found: list[int] = []
+
+    def recorded(method: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda tensor, *args, **kwargs: (found.append(tensor.numel()), method(tensor, *args, **kwargs))[1]
+
+    for name in ("numpy", "tolist", "cpu"):
+        monkeypatch.setattr(Tensor, name, recorded(getattr(Tensor, name)))
+    return found
+
+
+@pytest.mark.parametrize("name", [name for name in WEIGHTINGS if name not in LOSSES | ON_THE_CPU | {"dualproj"}])
+def test_a_step_reads_a_few_scalars(name: str, copies: list[int]) -> None:
+    weighting = build_weighting(name, **({"weights": [1.0] * 64} if name == "constant" else {}))
+    with Synchronisations() as synchronisations:
+        weighting(gramian(64))
+    memory = 64 * 64 if name == "gradvac" else 64  # what Stateful ones keep is on the CPU
+    assert all(size <= memory for size in copies)
+    assert synchronisations.found.total() <= SOLVED.get(name, 6), synchronisations.found
+
+
+@pytest.mark.parametrize("problems", [1, 64])
+def test_the_projection_of_a_large_gramian_stays_on_its_device(problems: int, copies: list[int]) -> None:
+    with Synchronisations() as synchronisations:
+        together(gramian(64), torch.eye(64, dtype=torch.float64)[:problems])
+    assert not copies
+    assert synchronisations.found.total() <= SOLVED["upgrad"], synchronisations.found
+
+
+@pytest.mark.parametrize("name", sorted(ON_THE_CPU))
+def test_what_is_solved_on_the_cpu_is_copied_once(name: str, copies: list[int]) -> None:
+    build_weighting(name)(gramian(64))
+    assert sum(size == 64 * 64 for size in copies) <= 2  # .cpu().numpy() is one copy, seen twice
+    assert len(copies) <= 8
