@@ -115,7 +115,7 @@ apart; there the best solution found is taken, up to 1e-6, and past that an erro
 Few problems are solved by quadprog, one by one on the CPU, many by a batched active-set method on the device of G. The
 choice is made from the table that `python scripts/benchmark.py weightings --solvers` measures. For m > 32 on another
 device than the CPU, G stays there, and the host reads only scalars, such as whether an iteration may end (a test counts
-them on the CPU). `mgda`, `cagrad` and `pcd` are the exceptions: each copies G to the CPU once.
+them on the CPU) - unless a problem falls to quadprog. `mgda`, `cagrad` and `pcd` copy G to the CPU once.
 
 ## Where TorchJD 0.18 gives something else
 
