@@ -124,7 +124,8 @@ Each has a test in `tests/weighting/test_torchjd.py`. Otherwise the results agre
 - **UPGrad, DualProj**: TorchJD divides G by its trace and adds 1e-4 to the diagonal, so that short rows may be stepped
   against; a Gramian of trace below 1e-4 counts as zero, and the mean is returned, conflicting or not. Here the
   projection is exact at any scale.
-- **MGDA**: TorchJD stops after 100 steps of the Frank-Wolfe method. Here it is the shortest vector.
+- **MGDA**: TorchJD stops after 100 steps of the Frank-Wolfe method. Here it is the shortest vector, and `epsilon` and
+  `max_iters` have nothing left to set.
 - **CAGrad**: TorchJD's `norm_eps` takes small Gramians for zero, and short mixtures for Pareto stationary ones. Here
   the problem is solved exactly. A zero row, which no update can serve, is left out instead of stopping the step.
 - **Krum**: the paper's score sums *squared* distances; TorchJD's sums distances.
@@ -148,6 +149,8 @@ They need more than G, or than losses at one point:
 - **ExcessMTL** keeps squared gradients of every parameter for every objective, m n numbers.
 - **FAMO** needs the losses of the same batch again after the step: a second forward.
 - **MoDo, SDMGrad** multiply Jacobians of two or three independent batches.
+- **COSMOS, PBI, GeometricMean** are scalarisations of the losses, whose gradient autograd takes: write them into the
+  loss.
 - **IMTL-L** learns loss scales with the model's optimizer; `uncertainty` is close to it.
 """
 

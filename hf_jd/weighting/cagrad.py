@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -33,6 +34,7 @@ class CAGradWeighting(PreferenceWeighting):
         algorithm 1.
     """
 
+    pref_vector: Sequence[float] | Tensor | None = field(default=None, kw_only=True)
     c: float = 0.5
 
     def __post_init__(self) -> None:

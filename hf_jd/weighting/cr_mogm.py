@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
 from hf_jd.weighting.base import Names, Weighting, checked_gramian, checked_losses, checked_names
+from hf_jd.weighting.preference import checked_numbers
 from hf_jd.weighting.stateful import Stateful
 
 
@@ -16,11 +17,13 @@ from hf_jd.weighting.stateful import Stateful
 class CRMOGMWeighting(Stateful):
     """Correlation-reduced multi-objective gradient manipulation: smooths the weights of any other weighting.
 
-    w_t = alpha w_(t-1) + (1 - alpha) W(G_t). An objective's first weight is W's; while it is absent, it keeps its last.
+    w_t = alpha w_(t-1) + (1 - alpha) W(G_t). An objective's first weight is W's, unless initial ones are given; while
+    it is absent, it keeps its last.
 
     Attributes:
         weighting: W: a weighting, any callable G -> w, or a weighting's name in `WEIGHTINGS`.
-        alpha: How much of the last weights stays, in [0, 1).
+        alpha: How much of the last weights stays, in [0, 1].
+        initial_weights: w_0 of the first step's objectives, [m], non-negative; None for W's first weights.
 
     References:
         Zhou et al., "On the Convergence of Stochastic Multi-Objective Gradient Manipulation and Beyond", NeurIPS 2022,
@@ -29,6 +32,7 @@ class CRMOGMWeighting(Stateful):
 
     weighting: Callable[[Tensor], Tensor] | str = "upgrad"
     alpha: float = 0.9
+    initial_weights: Sequence[float] | Tensor | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.weighting, str):
@@ -36,8 +40,11 @@ class CRMOGMWeighting(Stateful):
 
             object.__setattr__(self, "weighting", build_weighting(self.weighting))
         super().__post_init__()
-        if not 0 <= self.alpha < 1:
-            raise ValueError(f"alpha is in [0, 1); it is {self.alpha}.")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is in [0, 1]; it is {self.alpha}.")
+        if self.initial_weights is not None:
+            initial = checked_numbers("initial_weights", self.initial_weights)
+            object.__setattr__(self, "initial_weights", initial)
 
     @property
     def reads(self) -> Literal["gramian", "losses"]:
@@ -57,6 +64,14 @@ class CRMOGMWeighting(Stateful):
         else:
             weights = self.weighting(statistic).detach()
         last = self.memory.read("weights", names, weights, initial=float("nan"))
+        if self.initial_weights is not None and not self.memory.steps:
+            if len(self.initial_weights) != len(weights):
+                raise ValueError(
+                    f"initial_weights has {len(self.initial_weights)} entries, but the first step has {len(weights)} "
+                    f"objectives."
+                )
+            last = weights.new_tensor(self.initial_weights)
+        self.memory.steps += 1
         smoothed = self.alpha * last.where(~last.isnan(), weights) + (1 - self.alpha) * weights
         self.memory.write("weights", names, smoothed)
         return smoothed

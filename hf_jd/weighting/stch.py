@@ -19,7 +19,7 @@ class STCHWeighting(LossWeighting):
 
     Attributes:
         mu: The smoothing, positive, in units of the losses.
-        pref_vector: p, [m]; None for 1/m each.
+        weights: p, [m], non-negative and not all zero; None for 1/m each.
         reference: z, the ideal losses, [m]; None for 0.
 
     References:
@@ -27,23 +27,23 @@ class STCHWeighting(LossWeighting):
     """
 
     mu: float = 0.1
-    pref_vector: Sequence[float] | Tensor | None = None
+    weights: Sequence[float] | Tensor | None = None
     reference: Sequence[float] | Tensor | None = None
 
     def __post_init__(self) -> None:
         if not self.mu > 0:
             raise ValueError(f"mu is positive; it is {self.mu}.")
-        if self.pref_vector is not None:
-            object.__setattr__(self, "pref_vector", checked_numbers("pref_vector", self.pref_vector))
+        if self.weights is not None:
+            object.__setattr__(self, "weights", checked_numbers("weights", self.weights))
         if self.reference is not None:
             object.__setattr__(self, "reference", tuple(float(z) for z in self.reference))
 
     def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
         """Computes w = p softmax(p (L - z) / mu), [m]."""
         m = len(losses)
-        for name, values in (("pref_vector", self.pref_vector), ("reference", self.reference)):
+        for name, values in (("weights", self.weights), ("reference", self.reference)):
             if values is not None and len(values) != m:
                 raise ValueError(f"{name} has {len(values)} entries, but this step has {m} objectives.")
-        preference = losses.new_tensor(self.pref_vector or [1 / m] * m)
+        preference = losses.new_tensor(self.weights or [1 / m] * m)
         ideal = losses.new_tensor(self.reference or [0.0] * m)
         return preference * (preference * (losses - ideal) / self.mu).softmax(dim=0)

@@ -35,30 +35,36 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sizes", nargs="+", type=int, default=[8, 32, 64, 128, 256], help="examples a step")
     parser.add_argument("--steps", type=int, default=12, help="of each run")
     parser.add_argument("--full", action="store_true", help="train all parameters, instead of a LoRA adapter")
+    parser.add_argument("--fixed", action="store_true", help="the same examples in every step, in one order")
     arguments = parser.parse_args(argv)
-    kind = "full" if arguments.full else "lora"
-    found = {f"{kind}, m = {m}": gramians(m, arguments.steps, arguments.full) for m in arguments.sizes}
+    kind = ("full" if arguments.full else "lora") + (", fixed" if arguments.fixed else "")
+    found = {f"{kind}, m = {m}": gramians(m, arguments) for m in arguments.sizes}
     torch.save(found, arguments.file)
     return 0
 
 
-def gramians(batch: int, steps: int, full: bool) -> list[Tensor]:
+def gramians(batch: int, arguments: argparse.Namespace) -> list[Tensor]:
     """Fine-tunes for some steps of `batch` examples; returns each step's Gramian, [batch, batch]."""
     settings = read_settings(example_path("multitask.yaml")) | {
         "per_device_train_batch_size": batch,
-        "max_steps": steps,
-        "full": full,
+        "max_steps": arguments.steps,
+        "full": arguments.full,
         "eval_strategy": "no",
         "eval_on_start": False,
         "save_strategy": "no",
         "report_to": "none",
         "disable_tqdm": True,
     }
-    if full:
+    if arguments.full:
         settings["learning_rate"] = 3e-4
+    if arguments.fixed:
+        settings["train_sampling_strategy"] = "sequential"
     with tempfile.TemporaryDirectory() as folder:
         model, data, run, training = parse(["--output_dir", folder], settings)
-        trainer = build_trainer(model_path(model), model, data, run, training, load_examples(data))
+        examples = load_examples(data)
+        if arguments.fixed:
+            examples["train"] = examples["train"].select(range(batch))
+        trainer = build_trainer(model_path(model), model, data, run, training, examples)
         assert isinstance(trainer, JDTrainer)
         recorder = Recorder(trainer.weighting)
         trainer.weighting = recorder

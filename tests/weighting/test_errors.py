@@ -94,7 +94,12 @@ def test_not_losses(name: str, losses: torch.Tensor, message: str) -> None:
         (lambda: NashMTLWeighting(update_weights_every=0), "update_weights_every >= 1"),
         (lambda: GradVacWeighting(beta=2), r"beta is in \[0, 1\]; it is 2"),
         (lambda: PCDWeighting(tau=2), r"tau is in \[0, 1\]"),
-        (lambda: CRMOGMWeighting(alpha=1), r"alpha is in \[0, 1\); it is 1"),
+        (lambda: CRMOGMWeighting(alpha=2), r"alpha is in \[0, 1\]; it is 2"),
+        (lambda: CRMOGMWeighting(initial_weights=[1, -1]), "initial_weights has to hold finite non-negative numbers"),
+        (
+            lambda: CRMOGMWeighting(initial_weights=[1, 2])(EYE),
+            "initial_weights has 2 entries, but the first step has 3",
+        ),
         (lambda: CRMOGMWeighting(weighting="nash"), r"Unknown weighting 'nash'\. The known ones are nash_mtl, "),
         (lambda: KrumWeighting(n_byzantine=-1), "n_byzantine >= 0 and n_selected >= 1; they are -1 and 1"),
         (lambda: KrumWeighting(n_byzantine=1)(EYE), r"needs at least 4 objectives .*; this step has 3"),

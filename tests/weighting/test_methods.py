@@ -325,7 +325,7 @@ def test_stch_is_the_gradient_of_the_smooth_maximum() -> None:
     preference, reference, mu = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64), [0.1, 0.2, 0.3], 0.2
     smooth = mu * torch.logsumexp(preference * (losses - torch.tensor(reference)) / mu, dim=0)
     (gradient,) = torch.autograd.grad(smooth, losses)
-    close(STCHWeighting(mu=mu, pref_vector=preference, reference=reference)(losses), gradient, 1e-7)
+    close(STCHWeighting(mu=mu, weights=preference, reference=reference)(losses), gradient, 1e-7)
     assert STCHWeighting(mu=1e-9)(losses).tolist() == pytest.approx([0, 1 / 3, 0])
 
 

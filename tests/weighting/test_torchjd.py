@@ -44,7 +44,7 @@ SAME = [
     (DualProjWeighting(), torchjd.DualProjWeighting(projector=EXACT), 1e-8),
     (DualProjWeighting(pref_vector=PREFERENCE), torchjd.DualProjWeighting(PREFERENCE, projector=EXACT), 1e-8),
     (MGDAWeighting(), torchjd.MGDAWeighting(epsilon=1e-12, max_iters=2000), 2e-2),
-    (CAGradWeighting(c=0.3), torchjd.CAGradWeighting(c=0.3), 1e-3),
+    (CAGradWeighting(0.3), torchjd.CAGradWeighting(c=0.3), 1e-3),
     (AlignedMTLWeighting(), torchjd.AlignedMTLWeighting(), 1e-10),
     (AlignedMTLWeighting(scale_mode="median"), torchjd.AlignedMTLWeighting(scale_mode="median"), 1e-10),
     (AlignedMTLWeighting(PREFERENCE, "rmse"), torchjd.AlignedMTLWeighting(PREFERENCE, "rmse"), 1e-10),
@@ -88,8 +88,10 @@ def test_same_weights_of_two_rows_where_no_order_is_drawn(ours: Callable, theirs
         torch.testing.assert_close(ours(rows @ rows.T), theirs(rows @ rows.T), rtol=1e-9, atol=1e-12)
 
 
-def test_same_moving_average() -> None:
-    ours, theirs = CRMOGMWeighting("imtl_g", 0.6), torchjd.CRMOGMWeighting(torchjd.IMTLGWeighting(), 0.6)
+@pytest.mark.parametrize("initial", [None, PREFERENCE])
+def test_same_moving_average(initial: Tensor | None) -> None:
+    ours = CRMOGMWeighting("imtl_g", 0.6, initial)
+    theirs = torchjd.CRMOGMWeighting(torchjd.IMTLGWeighting(), 0.6, initial)
     for seed in range(4):
         rows = rows_of(seed=seed)
         torch.testing.assert_close(ours(rows @ rows.T), theirs(rows @ rows.T), rtol=1e-7, atol=1e-9)
