@@ -281,20 +281,20 @@ def draw_three(path: Path) -> None:
         scale = direction @ centre
         return (direction @ right / scale).item(), (direction @ up / scale).item()
 
-    figure, axis = plt.subplots(figsize=(8.6, 6))
+    figure, axis = plt.subplots(figsize=(7, 6))
     axis.fill(*zip(*[place(c) for c in corners], strict=True), color="#dce9f5", lw=1, ec="#7aa6cf")
     middle = torch.tensor([place(c) for c in corners]).mean(dim=0)
     for i in range(3):
         side = torch.tensor([place(c) for j, c in enumerate(corners) if j != i]).mean(dim=0)
         outside = side + 0.13 * (side - middle) / (side - middle).norm()
         axis.annotate(f"against g{i + 1}", tuple(outside.tolist()), ha="center", va="center", color="#3b6ea5")
-    axis.margins(0.25, 0.08)
-    colors = plt.get_cmap("tab20").colors  # ty: ignore
-    for i, name in enumerate(_drawn(3)):
-        position = place(rows.T @ _build(name, 3)(rows @ rows.T))
-        marker = "osD^vP*Xph<>d"[i % 13]
-        axis.plot(*position, marker, color=colors[2 * i % 20], ms=9, mec="black", mew=0.5, label=name, ls="none")
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axis.margins(0.3, 0.08)
+    places = {name: place(rows.T @ _build(name, 3)(rows @ rows.T)) for name in _drawn(3)}
+    height = float("inf")
+    for name, (x, y) in sorted(places.items(), key=lambda item: -item[1][1]):
+        height = min(y, height - 0.06)  # names that would cover each other are moved down
+        axis.plot(x, y, "o", color="#d62728", ms=6, mec="white", mew=0.5, zorder=3)
+        axis.annotate(name, (x, y), (x + 0.3, height), va="center", arrowprops={"arrowstyle": "-", "lw": 0.5})
     axis.set_aspect("equal")
     axis.set_xticks([])
     axis.set_yticks([])

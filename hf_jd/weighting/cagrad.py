@@ -16,6 +16,7 @@ from hf_jd.weighting.preference import PreferenceWeighting
 
 _EXCHANGES = 30
 _TOLERANCE = 1e-12
+_STATIONARY = 1e-7  # |g_w| / sum_i w_i |g_i| below which the rows cancel as far as float64 can tell
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ def _worst_mixture(cosines: np.ndarray, offsets: np.ndarray, slopes: np.ndarray,
         gaps = slopes + radius * (cosines @ multiples) - value * offsets
         wrong = np.where(support, multiples < 0, gaps < -_TOLERANCE)
         if not wrong.any():
-            if abs(multiples @ cosines @ multiples - 1) > 1e-9:
+            if abs(multiples @ cosines @ multiples - 1) > 1e-9 or multiples.sum() > 1 / _STATIONARY:
                 break
             return multiples
         support ^= wrong
@@ -127,6 +128,5 @@ def _bisect(cosines: np.ndarray, offsets: np.ndarray, slopes: np.ndarray, radius
         multiples = minimum_norm_weights(shifted / scale, offsets)
         length = max(multiples @ cosines @ multiples, 0.0) ** 0.5
         low, high = (low, beta) if length < radius * beta else (beta, high)
-    if high <= 1e-9:
-        return None
-    return multiples / max(multiples @ cosines @ multiples, 1e-300) ** 0.5
+    length = max(multiples @ cosines @ multiples, 0.0) ** 0.5
+    return multiples / length if length > _STATIONARY * multiples.sum() else None

@@ -107,6 +107,20 @@ def test_cagrad_against_its_primal_problem(m: int, n: int, c: float) -> None:
     assert np.linalg.norm(update.numpy() - d.value) < 1e-4 * np.linalg.norm(mean)
 
 
+@pytest.mark.parametrize("m, n", [(3, 5), (8, 5), (20, 4), (33, 60)])
+def test_cagrad_where_rows_cancel(m: int, n: int) -> None:
+    """With opposite rows no update has progress for all: from c = 1 on the best is none at all, not rounding errors."""
+    rows = jacobian(m, n)
+    rows[1::2] = -2 * rows[::2][: m // 2]
+    for radius in (1, 2):
+        weights = CAGradWeighting(c=radius)(rows @ rows.T)
+        assert (rows.T @ weights).norm() <= 1e-7 * weights.sum() * rows.norm(dim=1).max()
+    # Within a smaller radius it is as near to none as the ball allows.
+    update = rows.T @ CAGradWeighting(c=0.5)(rows @ rows.T)
+    mean = rows.mean(dim=0)
+    assert (update - mean).norm() <= 0.5 * mean.norm() * (1 + 1e-9)
+
+
 def test_cagrad_is_the_mean_at_radius_zero_and_ignores_zero_rows() -> None:
     rows = jacobian(4, 6)
     close(CAGradWeighting(c=0)(rows @ rows.T), torch.full((4,), 0.25, dtype=torch.float64))
