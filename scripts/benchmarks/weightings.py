@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from hf_jd.weighting import WEIGHTINGS, build_weighting
+from hf_jd.weighting.batched import solve_nonnegative
+from hf_jd.weighting.cosines import cosine_matrix
 from hf_jd.weighting.projection import chosen_solvers, one_by_one, together
 
 Contestant = Callable[[Tensor], object]
@@ -129,6 +131,26 @@ def measure_solvers(matrices: list[Tensor], kind: str, seconds: float, rounds: i
     return rows
 
 
+def measure_warm_starts(matrices: list[Tensor], kind: str, seconds: float, rounds: int) -> list[dict[str, object]]:
+    """Times the batched solver on UPGrad's problems, from nothing and from the last step's solution."""
+    matrices = [g.double() for g in matrices if len(g) == len(matrices[0])]
+    m, times, kept = len(matrices[0]), [], []
+    last = None
+    for gramian in matrices:
+        lengths = gramian.diagonal().sqrt()
+        cosines = cosine_matrix(gramian, lengths)
+        cosines.diagonal().add_(1e-6)  # an example may come twice
+        solve = partial(solve_nonnegative, cosines, -cosines)
+        solution = solve()
+        if last is not None:
+            starts: dict[str, Contestant] = {"cold": lambda _, s=solve: s(), "warm": lambda _, s=solve, z=last: s(z)}
+            times.append(medians(starts, [gramian], seconds / len(matrices), rounds))
+            kept.append(((solution > 0) == (last > 0)).double().mean().item())
+        last = solution
+    found = {f"{label}, ms": statistics.median(t[label] for t in times) for label in ("cold", "warm")}
+    return [{"Gramians": kind, "m": m} | found | {"same support": statistics.median(kept)}]
+
+
 def table(rows: list[dict[str, object]]) -> str:
     """Formats the rows as a markdown table."""
     columns = list(rows[0])
@@ -152,6 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--solvers", action="store_true", help="only the table that the choice of solver is made from")
+    parser.add_argument("--warm-starts", action="store_true", help="only what the last step's solution is worth")
     arguments = parser.parse_args(argv)
     names = list(WEIGHTINGS) if arguments.weightings == ["all"] else arguments.weightings
     generator = torch.Generator().manual_seed(0)
@@ -161,10 +184,10 @@ def main(argv: list[str] | None = None) -> int:
     else:
         inputs = [(k, [gramian(k, m, generator) for _ in range(5)]) for m in arguments.sizes for k in arguments.kinds]
     rows: list[dict[str, object]] = []
-    if arguments.solvers:
+    if arguments.solvers or arguments.warm_starts:
         torch.set_num_threads(arguments.threads[0])
-        rows = [r for k, g in inputs for r in measure_solvers(g, k, arguments.seconds, arguments.rounds)]
-        print(table(rows))
+        measure = measure_solvers if arguments.solvers else measure_warm_starts
+        print(table([r for k, g in inputs for r in measure(g, k, arguments.seconds, arguments.rounds)]))
         return 0
     for name in names:
         for kind, matrices in inputs:
