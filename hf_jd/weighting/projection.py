@@ -158,27 +158,29 @@ def _solve_quadprog(cosines: np.ndarray, targets: np.ndarray) -> np.ndarray:
     and adds the constraints in conflict, which are few in fine-tuning, and its multipliers are z. Any factor L [m, r]
     will do, so that G need not be definite.
     """
-    factor = cosine_factor(cosines)
-    corrections = np.array([_nearest(factor, target) for target in targets])
+    corrections = _nearest(cosine_factor(cosines), targets)
     failed = np.isnan(corrections[:, 0])
     if failed.any():
         # Rounding may make a degenerate problem look infeasible, though x = 0 is feasible: not with more diagonal.
         factor = np.linalg.cholesky(cosines + np.eye(len(cosines)) * _LAST_REGULARISATION)
-        corrections[failed] = [_nearest(factor, target) for target in targets[failed]]
+        corrections[failed] = _nearest(factor, targets[failed])
     return corrections
 
 
-def _nearest(factor: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Finds the multipliers [m] of the projection of L^T u, L [m, r]; NaN if rounding leaves none."""
+def _nearest(factor: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Finds the multipliers [k, m] of the projections of L^T u, L [m, r]; NaN where rounding leaves none."""
     m, rank = factor.shape
-    for slack in (0, 1e-13, 1e-12):  # A hair's breadth helps as well.
-        nearest = nearest_point(target @ factor, factor.T, np.full(m, -float(slack)))
-        if nearest is not None:
-            break
-    else:
-        return np.full(m, np.nan)
-    corrections = nearest.multipliers
-    if rank < m:
-        tight = factor @ nearest.point <= 1e-9
-        corrections[tight] = smallest_solution(factor[tight], corrections[tight], target[tight])
+    constraints = np.ascontiguousarray(factor.T)
+    bounds = np.zeros(m)
+    corrections = np.full_like(targets, np.nan)
+    for i, point in enumerate(targets @ factor):
+        nearest = nearest_point(point, constraints, bounds)
+        if nearest is None:  # a hair's breadth helps against rounding
+            nearest = nearest_point(point, constraints, bounds - 1e-13)
+        if nearest is None:
+            continue
+        corrections[i] = nearest.multipliers
+        if rank < m:
+            tight = factor @ nearest.point <= 1e-9
+            corrections[i, tight] = smallest_solution(factor[tight], corrections[i, tight], targets[i, tight])
     return corrections
