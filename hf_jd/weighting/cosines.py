@@ -17,23 +17,34 @@ Array = Any
 
 def cosine_matrix(gramian: Array, lengths: Array) -> Array:
     """Scales G [m, m] to a unit diagonal, positive semi-definite; a zero row is given the cosine 0 with every other."""
+    return factored_cosines(gramian, lengths)[0]
+
+
+def factored_cosines(gramian: Array, lengths: Array) -> tuple[Array, Array | None]:
+    """The matrix of cosines C [m, m], and its Cholesky factor; None where rounding leaves C none."""
     inverse = (lengths > 0) / (lengths + (lengths == 0))
-    cosines = (gramian * inverse * inverse[:, None]).clip(-1, 1)
+    cosines = gramian * inverse * inverse[:, None]
     diagonal = cosines.reshape(-1)[:: len(cosines) + 1]
-    diagonal[:] = 1 + len(cosines) * EPSILON  # rounding errors, of dependent rows too, make no harm of this size
-    definite = _definite(cosines)
     diagonal[:] = 1
-    return cosines if definite else _semidefinite(cosines)
+    factor = _cholesky(cosines)
+    if factor is not None:
+        return cosines, factor
+    cosines = cosines.clip(-1, 1)
+    diagonal = cosines.reshape(-1)[:: len(cosines) + 1]
+    diagonal[:] = 1 + len(cosines) * EPSILON  # negative eigenvalues of this size come from rounding, and do no harm
+    definite = _cholesky(cosines) is not None
+    diagonal[:] = 1
+    return (cosines if definite else _semidefinite(cosines)), None
 
 
-def _definite(matrix: np.ndarray | Tensor) -> bool:
+def _cholesky(matrix: Array) -> Array | None:
     if isinstance(matrix, Tensor):
-        return not torch.linalg.cholesky_ex(matrix).info
+        factor, failed = torch.linalg.cholesky_ex(matrix)
+        return None if failed else factor
     try:
-        np.linalg.cholesky(matrix)
+        return np.linalg.cholesky(matrix)
     except np.linalg.LinAlgError:
-        return False
-    return True
+        return None
 
 
 def _semidefinite(matrix: Array) -> Array:
@@ -49,14 +60,16 @@ def _semidefinite(matrix: Array) -> Array:
     return (vectors * (values * (values > noise))) @ vectors.T
 
 
+def independent(factor: Array) -> bool:
+    """Whether the rank of C = L L^T is beyond doubt, from L [m, m]."""
+    return bool(factor.diagonal().min() ** 2 >= SINGULAR)
+
+
 def cosine_factor(cosines: np.ndarray) -> np.ndarray:
     """Factors C = L L^T: L [m, r], r the rank of C [m, m]; eigenvalues that are rounding errors are left out."""
-    try:
-        factor = np.linalg.cholesky(cosines)
-        if factor.diagonal().min() ** 2 >= SINGULAR:
-            return factor
-    except np.linalg.LinAlgError:
-        pass
+    factor = _cholesky(cosines)
+    if factor is not None and independent(factor):
+        return factor
     values, vectors = np.linalg.eigh(cosines)
     # A negative eigenvalue shows how large the errors in G are; below that, a positive one means as little.
     noise = max(-values[0], values[-1] * len(values) * EPSILON)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hf_jd.weighting.batched import solve_nonnegative
-from hf_jd.weighting.cosines import SINGULAR, Array, cosine_factor, cosine_matrix
+from hf_jd.weighting.cosines import Array, cosine_factor, cosine_matrix, factored_cosines, independent
 from hf_jd.weighting.duplicates import Directions
 from hf_jd.weighting.minimum_norm import smallest_solution
 from hf_jd.weighting.nearest import nearest_point
@@ -88,7 +88,7 @@ def together(gramian: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return _project(gramian, targets, _solve_batched)
 
 
-def _project(gramian: Array, targets: Array, solver: Callable[[Array, Array], Array]) -> tuple[Array, Array]:
+def _project(gramian: Array, targets: Array, solver: Callable[..., Array]) -> tuple[Array, Array]:
     """Scales the problems to unit rows and targets, solves those that need it, and measures the solutions.
 
     Arrays will do as well as tensors: for small problems they take half the time.
@@ -102,36 +102,32 @@ def _project(gramian: Array, targets: Array, solver: Callable[[Array, Array], Ar
     if not conflicting.any():
         return weights, violation
     lengths = gramian.diagonal() ** 0.5
-    cosines = cosine_matrix(gramian, lengths)
+    cosines, factor = factored_cosines(gramian, lengths)
     scaled = targets[conflicting] * lengths
     sizes = (scaled**2).sum(1)[:, None] ** 0.5
     scaled = scaled / sizes
-    corrections = solver(cosines, scaled)
-    slopes = (scaled + corrections) @ cosines
+    corrections = solver(cosines, scaled, factor)
+    found = scaled + corrections
+    slopes, sums = found @ cosines, found.sum(1)
     # Infeasibility, and complementarity; not a number stays so, and meets no tolerance.
-    sums = (scaled + corrections).sum(1)
     faults = (abs(slopes) - slopes) / 2 + abs(slopes * corrections) / sums[:, None]
-    lengths_found = abs((slopes * (scaled + corrections)).sum(1)) ** 0.5
-    violation[conflicting] = (faults**2).sum(1) ** 0.5 / (lengths_found + _ROUNDING * sums)
+    violation[conflicting] = faults.sum(1) / (abs((slopes * found).sum(1)) ** 0.5 + _ROUNDING * sums)
     # A zero row's cosines are zero, and so is its correction: any finite divisor will do.
     weights[conflicting] += corrections * sizes / (lengths + (lengths == 0))
     return weights, violation
 
 
-def _solve_batched(cosines: Tensor, targets: Tensor) -> Tensor:
+def _solve_batched(cosines: Tensor, targets: Tensor, factor: Tensor | None) -> Tensor:
     """Solves all problems together, on the device of C."""
-    if not _singular(cosines):
+    if factor is not None and independent(factor):
         return solve_nonnegative(cosines, -targets @ cosines)
     directions = Directions.of(cosines)
     if len(directions.first) == len(cosines):
         return _solve_singular(cosines, targets)
     cosines = cosines[directions.first][:, directions.first]
-    return directions.spread(_solve_batched(cosines, directions.gather(targets)), targets)
-
-
-def _singular(cosines: Tensor) -> bool:
     factor, failed = torch.linalg.cholesky_ex(cosines)
-    return bool(failed or factor.diagonal().amin().square() < SINGULAR)
+    corrections = _solve_batched(cosines, directions.gather(targets), None if failed else factor)
+    return directions.spread(corrections, targets)
 
 
 def _solve_singular(cosines: Tensor, targets: Tensor) -> Tensor:
@@ -151,14 +147,16 @@ def _solve_singular(cosines: Tensor, targets: Tensor) -> Tensor:
     return corrections
 
 
-def _solve_quadprog(cosines: np.ndarray, targets: np.ndarray) -> np.ndarray:
+def _solve_quadprog(cosines: np.ndarray, targets: np.ndarray, factor: np.ndarray | None) -> np.ndarray:
     """Solves one problem at a time by Goldfarb and Idnani's dual method.
 
     The problem is put to it as the projection itself, min_x |x - L^T u| with L x >= 0 and C = L L^T: it starts at L^T u
     and adds the constraints in conflict, which are few in fine-tuning, and its multipliers are z. Any factor L [m, r]
     will do, so that G need not be definite.
     """
-    corrections = _nearest(cosine_factor(cosines), targets)
+    if factor is None or not independent(factor):
+        factor = cosine_factor(cosines)
+    corrections = _nearest(factor, targets)
     failed = np.isnan(corrections[:, 0])
     if failed.any():
         # Rounding may make a degenerate problem look infeasible, though x = 0 is feasible: not with more diagonal.

@@ -23,7 +23,7 @@ def unit_gramian(rows: Tensor) -> Tensor:
 
 
 def one_by_one(cosines: Tensor, targets: Tensor) -> Tensor:
-    return torch.from_numpy(_solve_quadprog(cosines.numpy(), targets.numpy()))
+    return torch.from_numpy(_solve_quadprog(cosines.numpy(), targets.numpy(), None))
 
 
 SPECTRA = [(60, 300, 0.0, 0.0), (60, 70, 0.0, 0.0), (60, 300, 0.3, 0.0), (60, 300, 0.0, 1.0), (60, 61, 0.0, 1.5)]
@@ -33,7 +33,7 @@ SPECTRA = [(60, 300, 0.0, 0.0), (60, 70, 0.0, 0.0), (60, 300, 0.3, 0.0), (60, 30
 def test_the_solvers_agree(m: int, n: int, common: float, decay: float) -> None:
     cosines = unit_gramian(jacobian(m, n, common=common, decay=decay))
     targets = torch.eye(m, dtype=torch.float64)
-    batched, single = _solve_batched(cosines, targets), one_by_one(cosines, targets)
+    batched, single = _solve_batched(cosines, targets, torch.linalg.cholesky(cosines)), one_by_one(cosines, targets)
     difference = batched - single
     assert ((difference @ cosines) * difference).sum(dim=1).max().clamp(min=0).sqrt() < 1e-9
     assert (batched > 0).any()
@@ -108,15 +108,20 @@ def test_the_solvers_agree_on_many_problems() -> None:
     for decay in (0.0, 0.7):
         cosines = unit_gramian(jacobian(160, 640, decay=decay))
         targets = torch.eye(160, dtype=torch.float64)
-        torch.testing.assert_close(_solve_batched(cosines, targets), one_by_one(cosines, targets), atol=1e-9, rtol=1e-9)
+        torch.testing.assert_close(
+            _solve_batched(cosines, targets, torch.linalg.cholesky(cosines)),
+            one_by_one(cosines, targets),
+            atol=1e-9,
+            rtol=1e-9,
+        )
 
 
 def test_a_problem_that_one_solver_fails_goes_to_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = jacobian(6, 9)
     expected = UPGradWeighting()(rows @ rows.T)
 
-    def half(cosines: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        corrections = _solve_quadprog(cosines, targets)
+    def half(cosines: np.ndarray, targets: np.ndarray, factor: np.ndarray | None) -> np.ndarray:
+        corrections = _solve_quadprog(cosines, targets, factor)
         corrections[::2] = np.nan
         corrections[1] += 1e-3
         return corrections
@@ -128,7 +133,7 @@ def test_a_problem_that_one_solver_fails_goes_to_the_other(monkeypatch: pytest.M
 def test_when_every_solver_fails_the_error_has_the_eigenvalues(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = jacobian(3, 4)
 
-    def wrong(cosines: Tensor, targets: Tensor) -> Tensor:
+    def wrong(cosines: Tensor, targets: Tensor, factor: Tensor) -> Tensor:
         return targets * 0
 
     monkeypatch.setattr(projection, "_solve_quadprog", wrong)
