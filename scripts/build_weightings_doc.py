@@ -101,7 +101,8 @@ update that has crossed a side conflicts with that side's row. Lengths are not s
 DEPARTURES = """\
 ## Numerics
 
-All is computed in float64, whatever the Gramian's dtype. Rows are scaled to unit length before any decision, so every
+All is solved in float64, whatever the Gramian's dtype; where rows are far from dependent, the batched solver computes
+corrections in float32, from residuals in float64. Rows are scaled to unit length before any decision, so every
 tolerance is a cosine: multiplying all losses by 1e-8, or one row by 1e6, changes no decision, and there are no
 `norm_eps` or `reg_eps` to set. Where rows are dependent, many weights give one update, and the ones of minimum norm
 (each measured in lengths of its row) are returned: the weights are a function of G, and follow a permutation of the
@@ -121,7 +122,7 @@ them on the CPU) - unless a problem falls to quadprog. `mgda`, `cagrad` and `pcd
 
 UPGrad, in milliseconds, and how many times faster than TorchJD 0.18's, on one thread of a small shared machine. The
 last column's Gramians are those of LoRA fine-tuning of the embedded example, one objective an example: a third of the
-pairs or more conflict, and from m = 128 on batches hold an example twice.
+pairs or more conflict, and large batches hold an example twice.
 
 | m | random rows | with a common direction | fine-tuning |
 |---|---|---|---|
