@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 BUCKET_BYTES = 32 * 1024 * 1024
 """Of one bucket on one process, all rows and columns of it together."""
@@ -82,6 +82,12 @@ def _equal(parameters: list[nn.Parameter], processes: int) -> list[list[Piece]]:
 
 def _shards(parameters: list[nn.Parameter], processes: int) -> list[list[Piece]]:
     """[W] the elements of each process's shards."""
+    for p in parameters:
+        if isinstance(p, DTensor) and (p.device_mesh.size() != processes or p.placements != (Shard(0),)):
+            raise ValueError(
+                f"A parameter is placed as {p.placements} on {p.device_mesh.size()} of {processes} processes; allowed "
+                "is FSDP2 over all processes, along the first dimension (no replicas, as in HSDP)."
+            )
     owned = []
     for q in range(processes):
         edges = [(shard_start(p, processes, q), shard_start(p, processes, q + 1)) for p in parameters]

@@ -71,6 +71,8 @@ def add_gradients(
         parameters: All trainable parameters, in the same order everywhere.
         used: Those that some process used, if that is known already.
     """
+    if process_count() == 1 and not any(isinstance(p, DTensor) for p in gradients):
+        return gradients
     if used is None:
         used = list(gradients) if process_count() == 1 else used_anywhere(gradients, parameters)
     total = Gradients(used)

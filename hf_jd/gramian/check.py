@@ -61,7 +61,7 @@ class Checker:
                 continue
             relative, noise = _tolerance(parameter, recording)
             ours = recording.probed[parameter]
-            theirs = torch.zeros_like(parameter) if gradient is None else gradient
+            theirs = torch.zeros_like(ours) if gradient is None else gradient
             theirs = theirs.to_dense() if theirs.is_sparse else theirs
             scale = max(float(ours.norm()), float(theirs.norm()))
             error = float((ours - theirs.to(ours.dtype)).norm())

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import nn
 
+from hf_jd.gramian.sharding import is_sharded, whole_parameters
 from hf_jd.gramian.taps import InputTap, ModuleTap
 
 
@@ -20,7 +21,8 @@ class Coverage:
         make_tap: Builds the hook of a module.
 
     Attributes:
-        names: Trainable parameters and their names, in the modules' order.
+        names: Trainable parameters and their names, in the modules' order; sharded ones, where they are sharded.
+        sharded: Whether FSDP2 shards parameters.
     """
 
     def __init__(self, modules: Sequence[nn.Module], make_tap: Callable[[nn.Module], ModuleTap]):
@@ -31,6 +33,7 @@ class Coverage:
         self._climbed: dict[nn.Parameter, int] = {}
         self._tree: list[nn.Module] = []
         self._scanned: list[tuple] | None = None
+        self.sharded = False
         self._wanted: dict[nn.Module, dict[str, nn.Parameter]] | None = None
         self._fresh = False
         self._inputs = InputTap(self._before_forward)
@@ -49,6 +52,10 @@ class Coverage:
     def parameters(self) -> list[nn.Parameter]:
         """All parameters of the modules, frozen ones too."""
         return [p for module in self._modules for p in module.parameters()]
+
+    def whole(self) -> dict[nn.Parameter, nn.Parameter]:
+        """By sharded parameter, the whole one that forwards have used."""
+        return whole_parameters(self._modules) if self.sharded else {}
 
     def shared(self) -> set[nn.Parameter]:
         """Parameters that several taps bring, or a tap that was called more than once."""
@@ -84,6 +91,8 @@ class Coverage:
         if state == self._scanned:
             return
         self.names = {}
+        self.sharded = is_sharded(self._modules)
+        sharded = {whole: p for p, whole in self.whole().items()}
         targets: dict[nn.Module, dict[str, nn.Parameter]] = defaultdict(dict)
         for i, root in enumerate(self._modules):
             prefix = f"{i}." if len(self._modules) > 1 else ""
@@ -92,6 +101,7 @@ class Coverage:
                 for name, parameter in module._parameters.items():
                     if parameter is None or not parameter.requires_grad:
                         continue
+                    parameter = sharded.get(parameter, parameter)
                     full = f"{path}.{name}" if path else name
                     self.names.setdefault(parameter, prefix + full)
                     holder = self._holder(modules, path, parameter)

@@ -90,6 +90,11 @@ class Engine:
         """The backward under way, which taps report to."""
         return self._passes.recording
 
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are sharded, so that all processes must make the same number of passes."""
+        return self._coverage.sharded
+
     def compute_gramian(self, losses: Tensor, segments: Tensor | None = None) -> Tensor:
         """The Gramian of the losses, G = J J^T. The graph is kept, so that `losses.backward(weights)` works too.
 
@@ -133,7 +138,28 @@ class Engine:
             outcome = self._passes.run(vector, batch, materialise, gramian_only=False)
             self._tiers = outcome.tiers
             parts.append(Jacobian({p: outcome.rows.get(p) for p in self._coverage.names}, len(vector)))
+        self._passes.finish(losses.sum())
         return Jacobian.cat(parts)
+
+    def gradients(self, scalar: Tensor) -> dict[nn.Parameter, Tensor]:
+        """The plain gradient of a scalar, by parameter; `.grad` and the graph are left as they were found.
+
+        With sharded parameters, a call of `compute_jacobian` or `keep_up` has to follow.
+        """
+        self._coverage.read()
+        return self._passes.gradients(scalar)
+
+    def keep_up(self, scalar: Tensor) -> None:
+        """Does the part of a process that has no objective in this batch, where others have.
+
+        FSDP2 gathers the parameters in each backward pass, so that all processes have to make as many.
+
+        Args:
+            scalar: Any that depends on the model as losses would.
+        """
+        self._coverage.read()
+        self._passes.finish(scalar)
+        self._coverage.finish_step()
 
     def accumulate_grad(self, weights: Tensor) -> None:
         """p.grad += J^T w for each trainable parameter; may be called several times.
@@ -193,6 +219,7 @@ class Engine:
     def _gramian_only(self, losses: Tensor, segments: Tensor | None) -> Tensor:
         ((vector, batch),) = self._vectors(losses, segments)
         outcome = self._passes.run(vector, batch, materialise=False, gramian_only=True)
+        self._passes.finish(losses.sum())
         self._tiers = outcome.tiers
         rest = Jacobian({p: outcome.rows.get(p) for p in self._coverage.names}, len(vector)).gramian()
         return rest if outcome.gramian is None else (rest + outcome.gramian.to(rest))

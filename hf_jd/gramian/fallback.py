@@ -169,6 +169,7 @@ def individual_rows(
     for parameter, column in zip(parameters, zip(*gradients, strict=True), strict=True):
         rows[parameter] = None
         if any(g is not None for g in column):
-            dense = [torch.zeros_like(parameter) if g is None else g.to_dense() if g.is_sparse else g for g in column]
+            zeros = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            dense = [zeros if g is None else g.to_dense() if g.is_sparse else g for g in column]
             rows[parameter] = DenseRows(torch.stack(dense).reshape(len(losses), -1), parameter.shape)
     return rows

@@ -1,9 +1,12 @@
 """Gradients of a scalar that leave `.grad` and the graph as they were found."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from hf_jd.gramian.sharding import Lockstep
 
 
 class Differentiator:
@@ -14,13 +17,35 @@ class Differentiator:
 
     Args:
         touched: With reentrant checkpointing, the leaves whose `.grad` a plain backward may touch; else None.
+        whole: The leaves of the graph in the place of sharded parameters.
+        lockstep: Where parameters are sharded, what keeps the processes' passes in step.
+        everywhere: What every module depends on: with it among the inputs, a pass leaves out no module.
+
+    Raises:
+        ValueError: Reentrant checkpointing of sharded parameters.
     """
 
-    def __init__(self, touched: Iterable[Tensor] | None):
+    def __init__(
+        self,
+        touched: Iterable[Tensor] | None,
+        whole: Mapping[nn.Parameter, nn.Parameter] | None = None,
+        lockstep: Lockstep | None = None,
+        everywhere: Tensor | None = None,
+    ):
         self._touched = touched if touched is None else list(dict.fromkeys(touched))
+        self._whole: Mapping[Any, Tensor] = whole or {}
+        self._lockstep, self._everywhere = lockstep, everywhere
+        if lockstep is not None and touched is not None:
+            raise ValueError(
+                "reentrant activation checkpointing refuses what sharded parameters need: use FSDP's own, or "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
 
     def gradients(self, scalar: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
         """d scalar / d input for each input; None for those it does not depend on. The graph is kept."""
+        if self._lockstep is not None:
+            self._lockstep.announce()
+            return self._full_pass(scalar, inputs)
         if self._touched is None:
             return list(torch.autograd.grad(scalar, inputs, retain_graph=True, allow_unused=True))
         saved = {p: p.grad for p in self._touched}
@@ -32,6 +57,18 @@ class Differentiator:
         finally:
             for p, grad in saved.items():
                 p.grad = grad
+
+    def finish(self, scalar: Tensor) -> None:
+        """Waits for the passes of other processes; `scalar` depends on the model as the losses do."""
+        if self._lockstep is not None:
+            while self._lockstep.others():
+                self._full_pass(scalar, [])
+
+    def _full_pass(self, scalar: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+        assert self._everywhere is not None
+        asked = [*(self._whole.get(tensor, tensor) for tensor in inputs), self._everywhere]
+        found: list[Tensor | None] = list(torch.autograd.grad(scalar, asked, retain_graph=True, allow_unused=True))
+        return found[:-1]
 
 
 def walk(losses: Tensor) -> tuple[bool, list[Tensor]]:

@@ -76,7 +76,9 @@ class Jacobian:
     def rows(self, parameter: nn.Parameter) -> Tensor:
         """The rows of one parameter [R, parameter.numel()]."""
         rows = self._rows[parameter]
-        return parameter.new_zeros(len(self), parameter.numel()) if rows is None else rows.dense()
+        if rows is not None:
+            return rows.dense()
+        return torch.zeros(len(self), parameter.numel(), dtype=parameter.dtype, device=parameter.device)
 
     def select(self, index: Tensor) -> "Jacobian":
         """The rows of some objectives, by indices [R']; the others are dropped, not multiplied by 0."""

@@ -15,6 +15,7 @@ from hf_jd.gramian.layouts import UnsupportedError
 from hf_jd.gramian.plan import Plan
 from hf_jd.gramian.recording import Batch, Recording
 from hf_jd.gramian.rows import Rows
+from hf_jd.gramian.sharding import Lockstep
 
 logger = logging.getLogger(__name__)
 ATTEMPTS = 12  # passes of one self-check: each one takes back a wrong decision of every parameter that has one left
@@ -87,12 +88,25 @@ class Passes:
             recording = self._prove(losses, differentiator, recording)
         return self._complete(losses, differentiator, recording, reached)
 
+    def gradients(self, scalar: Tensor) -> dict[nn.Parameter, Tensor]:
+        """The gradient of a scalar with regard to each parameter that it depends on; the graph is kept."""
+        names = list(self._coverage.names)
+        found = zip(names, self._differentiator(scalar).gradients(scalar, names), strict=True)
+        return {p: g for p, g in found if g is not None}
+
+    def finish(self, scalar: Tensor) -> None:
+        """Ends a batch's passes: with sharded parameters, once all processes have made theirs."""
+        if self._coverage.sharded:
+            self._differentiator(scalar).finish(scalar)
+
     def _differentiator(self, losses: Tensor) -> Differentiator:
         touched = None
         if self._reentrant is not False:
             self._reentrant, leaves = walk(losses)
             touched = [*self._coverage.parameters(), *leaves] if self._reentrant else None
-        return Differentiator(touched)
+        if not self._coverage.sharded:
+            return Differentiator(touched)
+        return Differentiator(touched, self._coverage.whole(), Lockstep(losses.device), self._sentinel)
 
     def _record(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_jd.gramian.layouts import candidates
 from hf_jd.gramian.routed import experts, is_experts
 from hf_jd.gramian.rules import Rule, recognise
+from hf_jd.gramian.sharding import layer_type
 from hf_jd.gramian.taps import ModuleTap
 
 LINEAR, VECTORISED, LOOPED = "linear", "vmap", "loop"
@@ -109,8 +110,9 @@ class Plan:
 
     def _rule(self, tap: ModuleTap, inputs: Sequence[Tensor]) -> Rule | None:
         module = tap.module
-        if type(module) in self.rules:
-            return self.rules[type(module)]
+        kind = layer_type(module)
+        if kind in self.rules:
+            return self.rules[kind]
         if is_experts(module, inputs):
             return experts
         if len(inputs) != 1 or any("." in name for name in tap.targets):

@@ -190,7 +190,8 @@ class Recording:
                     raise RuntimeError(f"the rule's rows of {name} have another shape than the parameter")
         for name, parameter in targets.items():
             self.tiers[parameter] = 1 if name in found else 2
-        rest = {name: p for name, p in targets.items() if name not in found}
+        # In a backward, a sharded parameter's module holds the whole one.
+        rest = {name: site.module.get_parameter(name) for name in targets if name not in found}
         if rest:
             _, segments = arrange(layout, self.batch.segments, self.batch.instances, first)
             axis = int(layout[4:]) if layout.startswith("axis") else 0

@@ -14,6 +14,15 @@ def accumulate(gradients: Mapping[nn.Parameter, Tensor]) -> None:
         p.grad = gradient if p.grad is None else p.grad + gradient
 
 
+def added(parts: Iterable[Mapping[nn.Parameter, Tensor]]) -> dict[nn.Parameter, Tensor]:
+    """The sums of gradients."""
+    total: dict[nn.Parameter, Tensor] = {}
+    for part in parts:
+        for p, gradient in part.items():
+            total[p] = total[p] + gradient if p in total else gradient
+    return total
+
+
 @contextmanager
 def set_aside(parameters: Iterable[nn.Parameter]) -> Generator[dict[nn.Parameter, Tensor]]:
     """Gives backward passes a `.grad` of their own.

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_jd.collator import GROUP_KEY
+from hf_jd.distributed.processes import anywhere
 from hf_jd.gramian import Jacobian
 from hf_jd.objectives import OBJECTIVES, Part
-from hf_jd.trainer.gradients import set_aside
 
 if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin
@@ -91,6 +91,7 @@ class Recorder:
 
     def record(self, batch: Mapping[str, Any]) -> Recorded:
         """Runs a micro-batch forward, and backward to its rows, which come multiplied by `scale`."""
+        engine = self.trainer.engine()
         device, two_pass = self.trainer.args.device, self.trainer.jd_args.jd_backward == "two_pass"
         rng_state = _rng_state(device) if two_pass else []
         jacobian = own = None
@@ -99,16 +100,18 @@ class Recorder:
             broken = (~part.finite).sum()
             if broken:
                 self._report_instances(batch, part.finite)
-            if broken and part.finite.any():
+            some = bool(broken) and bool(part.finite.any())
+            if anywhere(some, device) if engine.sharded else some:
                 # NaN times 0 is NaN, in a backward pass too: the others have to be computed without those instances.
-                batch = _selected(batch, part.finite)
+                batch = _selected(batch, part.finite) if some else batch
                 rng_state = _rng_state(device) if two_pass else []
                 part, extra = self.part(batch, again=True)
             if extra is not None and extra.isfinite():
-                own = Extra(extra.detach(), self._plain_gradients(extra * self.scale))
+                own = Extra(extra.detach(), engine.gradients(extra * self.scale))
             if part.counts.any():
-                losses = part.losses * self.scale
-                jacobian = self.trainer.engine().compute_jacobian(losses, part.segments, self.materialise)
+                jacobian = engine.compute_jacobian(part.losses * self.scale, part.segments, self.materialise)
+            else:
+                engine.keep_up(part.losses.sum())
         if not self.keep_graph:
             part = replace(part, losses=part.losses.detach())
         return Recorded(batch, rng_state, part, jacobian, broken, own)
@@ -120,12 +123,6 @@ class Recorder:
             groups = batch.get(GROUP_KEY)
             named = "" if groups is None else f" (group `{self.trainer.group_name(int(groups[i]))}`)"
             logger.warning(f"Update {step}: instance {i}{named} has a loss that isn't finite, and is left out.")
-
-    def _plain_gradients(self, loss: Tensor) -> dict[nn.Parameter, Tensor]:
-        """The gradient of a loss; its graph is kept, and `.grad` left as it was."""
-        with set_aside(self.trainer.trainable()) as gradients:
-            loss.backward(retain_graph=True)  # Reentrant checkpointing can't differentiate in any other way.
-        return gradients
 
 
 def _selected(batch: Mapping[str, Any], keep: Tensor) -> dict[str, Any]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_jd.distributed.gradients import add_gradients
-from hf_jd.trainer.gradients import accumulate, set_aside
+from hf_jd.trainer.gradients import accumulate, added, set_aside
 from hf_jd.trainer.recording import Recorded, Recorder
 
 
@@ -21,7 +21,8 @@ def second_pass(recorder: Recorder, recorded: Sequence[Recorded], weights: Tenso
         weights: [m] of this process's objectives.
         usable: [m] (bool); other losses or rows may be NaN, and are not touched.
     """
-    trainer, start = recorder.trainer, 0
+    trainer, engine, start = recorder.trainer, recorder.trainer.engine(), 0
+    whole: list[dict[nn.Parameter, Tensor]] = []
     with set_aside(trainer.trainable()) as gradients:
         for batch, rng_state, first, *_ in recorded:
             mine = slice(None) if recorder.kind.shared else slice(start, start + len(first.losses))
@@ -31,9 +32,14 @@ def second_pass(recorder: Recorder, recorded: Sequence[Recorded], weights: Tenso
                     _set_rng_state(rng_state, trainer.args.device)
                 part = first if recorder.keep_graph else recorder.part(batch, again=True)[0]
                 losses = part.losses[usable[mine]]
-                if len(losses):
-                    trainer.accelerator.backward((weights[mine][usable[mine]].to(losses) * losses).sum())
-    accumulate(add_gradients(gradients, trainer.trainable()))
+                total = (weights[mine][usable[mine]].to(losses) * losses).sum()
+                if engine.sharded:
+                    # FSDP2's own reduction would keep what it is not to reduce, and add it to the next step.
+                    whole += [engine.gradients(total * recorder.scale)] if len(losses) else []
+                    engine.keep_up(part.losses.sum())
+                elif len(losses):
+                    trainer.accelerator.backward(total)
+    accumulate(add_gradients(added([gradients, *whole]), trainer.trainable()))
 
 
 def _set_rng_state(states: list[Tensor], device: torch.device) -> None:

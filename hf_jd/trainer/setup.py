@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_jd.checkpoints import check_room, check_writable
+from hf_jd.trainer.engines import check_engine
 
 if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin
@@ -13,12 +14,6 @@ if TYPE_CHECKING:
 
 def check_setup(trainer: JDTrainerMixin) -> None:
     """Raises a ValueError for what can't be trained."""
-    name = type(trainer).__name__
-    if trainer.args.n_gpu > 1:
-        raise ValueError(
-            f"{name} does not work under DataParallel ({trainer.args.n_gpu} GPUs in one process): start one process a "
-            "GPU with `accelerate launch`, or show it one GPU with CUDA_VISIBLE_DEVICES=0."
-        )
     if not trainer.trainable():
         raise ValueError("The model has no trainable parameter: add an adapter, or unfreeze some parameters.")
     unknown = set(trainer.jd_args.jd_ascend or []) - set(trainer.jd_group_names or trainer.jd_args.jd_ascend or [])
@@ -32,10 +27,7 @@ def check_setup(trainer: JDTrainerMixin) -> None:
             f"--jd_sampler {trainer.jd_args.jd_sampler} orders the examples, and those of a stream come as they come: "
             "use a dataset with a length, or --jd_sampler trainer."
         )
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise ValueError(f"{name} does not work with FSDP or DeepSpeed yet: use DDP, one process a GPU.")
-    if max(trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size()) > 1:
-        raise ValueError(f"{name} does not work with tensor, context or sequence parallelism yet: use DDP.")
+    check_engine(trainer)
     if trainer.args.use_liger_kernel:
         raise ValueError("Liger's fused loss keeps no loss of each token: switch --use_liger_kernel off.")
     if trainer.args.should_save and trainer.args.save_strategy != "no" and trainer.args.output_dir is not None:

@@ -18,7 +18,7 @@ from hf_jd.distributed.processes import add_over_processes, gather_uneven, proce
 from hf_jd.distributed.rows import AddedRows, GatheredRows, OwnRows
 from hf_jd.gramian import Jacobian
 from hf_jd.objectives import OBJECTIVES, Objectives
-from hf_jd.trainer.gradients import accumulate
+from hf_jd.trainer.gradients import accumulate, added
 from hf_jd.trainer.recording import Recorded, Recorder
 from hf_jd.trainer.second_pass import second_pass
 from hf_jd.trainer.weighing import signs, weigh
@@ -90,10 +90,7 @@ class Update:
         """
         share = 1 / (self.micro_batches * process_count())
         extras = [r.extra for r in recorded if r.extra is not None]
-        total: dict[nn.Parameter, Tensor] = {}
-        for extra in extras:
-            for p, gradient in extra.gradients.items():
-                total[p] = total[p] + share * gradient if p in total else share * gradient
+        total = added({p: share * gradient for p, gradient in extra.gradients.items()} for extra in extras)
         if add_over_processes(torch.tensor(float(self.trainer.has_extra), device=self.trainer.args.device)):
             accumulate(add_gradients(total, self.trainer.trainable()))
         return sum((share * extra.value for extra in extras), torch.zeros((), device=self.trainer.args.device))

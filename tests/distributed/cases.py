@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
@@ -16,7 +22,7 @@ from hf_jd import JDTrainer, JDTrainingArguments
 from hf_jd.distributed import columns
 from tests.distributed.counting import counted
 from tests.models import tiny_gpt2, tiny_llama, with_lora
-from tests.trainer.runs import TASKS, arguments, collate, examples, flat
+from tests.trainer.runs import TASKS, arguments, collate, examples
 
 GROUP = {"jd_objectives": "group", "jd_group_column": "task"}
 MODELS = {
@@ -74,6 +80,28 @@ def _spoiled(ids: Tensor) -> Tensor:
     return ((ids[:, :1] % 2 == 0) & (ids[:, :1] < 16)).expand(-1, ids.shape[1])
 
 
+@contextmanager
+def fresh_accelerate() -> Iterator[None]:
+    """Leaves nothing of one run to the next."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    for name in [name for name in os.environ if name.startswith("FSDP_") or name == "ACCELERATE_USE_FSDP"]:
+        del os.environ[name]
+
+
+def shard(args: TrainingArguments) -> None:
+    """Has accelerate prepare models as on GPUs: on a CPU it would make DDP of FSDP2, without a word."""
+    assert args.device.type == "cpu"
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
+def whole(model: nn.Module) -> Tensor:
+    """The trainable parameters as one vector."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.cat([(p.full_tensor() if isinstance(p, DTensor) else p).detach().flatten() for p in parameters])
+
+
 def train(
     model: str = "lora",
     batch: int = 4,
@@ -85,6 +113,8 @@ def train(
     unlabelled: tuple[int, ...] = (5,),
     tasks: str = "",
     spoiled: str | None = None,
+    sharded: bool = False,
+    checkpointing: bool = False,
     **flags: Any,
 ) -> dict[str, Any]:
     """Trains for some steps: the parameters, what was logged, and the collectives that were called.
@@ -100,6 +130,8 @@ def train(
         unlabelled: The examples without labels.
         tasks: The group of each example, by its number, where it isn't the usual one.
         spoiled: A function of this module that makes losses or rows infinite.
+        sharded: Whether FSDP2 shards the model.
+        checkpointing: Whether FSDP2 checkpoints activations.
         flags: Of the arguments.
     """
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -107,7 +139,9 @@ def train(
     for example, digit in zip(data, tasks, strict=False):
         example["task"] = TASKS[int(digit)]
     columns.BUCKET_BYTES = bucket or 32 * 1024 * 1024
-    with tempfile.TemporaryDirectory() as directory, counted() as calls:
+    if sharded:
+        flags |= {"fsdp": True, "fsdp_config": {"fsdp_version": 2, "activation_checkpointing": checkpointing}}
+    with tempfile.TemporaryDirectory() as directory, counted() as calls, fresh_accelerate():
         args = arguments(
             directory,
             TrainingArguments if stock else JDTrainingArguments,
@@ -117,6 +151,8 @@ def train(
             accelerator_config={"even_batches": even},
             **flags,
         )
+        if sharded:
+            shard(args)
         trainer = (InOrder if stock else Ours)(
             MODELS[model](),
             args,
@@ -127,5 +163,17 @@ def train(
         if spoiled is not None:
             trainer.spoiled = globals()[spoiled]
         trainer.train()
+        assert isinstance(trainer.model, FSDPModule) == sharded
+        parameters = whole(trainer.model)
+        assert not sharded or hidden_gradients(trainer.model) == 0
     history = [{k: v for k, v in entry.items() if "runtime" not in k} for entry in trainer.state.log_history[:-1]]
-    return {"parameters": flat(trainer.model).numpy(), "history": history, "calls": calls}
+    return {"parameters": parameters.numpy(), "history": history, "calls": calls}
+
+
+def hidden_gradients(model: nn.Module) -> int:
+    """How many gradients FSDP2 keeps beside `.grad`, where they would be added to the next step's."""
+    states = [m._get_fsdp_state() for m in model.modules() if isinstance(m, FSDPModule)]
+    parameters = [p for state in states for group in state._fsdp_param_groups for p in group.fsdp_params]
+    kept = [p.unsharded_accumulated_grad is not None or p.unsharded_param.grad is not None for p in parameters]
+    assert kept
+    return sum(kept)

@@ -1,0 +1,65 @@
+"""FSDP2: parameters are whole inside forwards and backwards, and sharded outside.
+
+Rows are those of whole parameters, and are filed under the sharded ones, which the optimizer holds. Every backward pass
+gathers the shards anew, so that all processes must make the same number of passes, whatever their data makes necessary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import distributed, nn
+from torch.distributed.fsdp import FSDPModule
+
+
+def whole_parameters(modules: Iterable[nn.Module]) -> dict[nn.Parameter, nn.Parameter]:
+    """By sharded parameter, the whole one that forwards use; those that were not gathered yet are left out.
+
+    torch keeps them in a private place (2.13), since `.grad` of a sharded parameter is all that others need.
+    """
+    states = [m._get_fsdp_state() for root in modules for m in root.modules() if isinstance(m, FSDPModule)]
+    parameters = [p for state in states for group in state._fsdp_param_groups for p in group.fsdp_params]
+    return {p.sharded_param: p._unsharded_param for p in parameters if hasattr(p, "_unsharded_param")}
+
+
+def is_sharded(modules: Iterable[nn.Module]) -> bool:
+    """Whether some module is FSDP2's."""
+    return any(isinstance(m, FSDPModule) for root in modules for m in root.modules())
+
+
+def layer_type(module: nn.Module) -> type[nn.Module]:
+    """The module's class, before FSDP2 derived another one from it."""
+    if not isinstance(module, FSDPModule):
+        return type(module)
+    return cast(type[nn.Module], type(module).__bases__[1])  # FSDP2 derives its classes from (FSDPModule, the class).
+
+
+class Lockstep:
+    """Keeps the backward passes of all processes in step.
+
+    A process says before each pass that it makes one. One that has made all of its own makes idle ones for as long as
+    another says so.
+
+    Args:
+        device: Where the processes' words are added up.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+
+    def announce(self) -> None:
+        """Says that this process makes a pass."""
+        self._some(True)
+
+    def others(self) -> bool:
+        """Says that this process has made its passes; whether another makes one now."""
+        return self._some(False)
+
+    def _some(self, wanted: bool) -> bool:
+        if not distributed.is_initialized() or distributed.get_world_size() == 1:
+            return False
+        flag = torch.tensor(float(wanted), device=self._device)
+        distributed.all_reduce(flag)
+        return bool(flag)

@@ -1,0 +1,64 @@
+"""FSDP2, as accelerate makes it: W processes give what one gives, and the stock Trainer's step under `mean`."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.distributed.cases import GROUP
+from tests.distributed.test_exact import INSTANCE, KINDS, assert_logged_alike, relative
+
+
+@pytest.mark.parametrize(("processes", "accumulated"), [(1, 3), (2, 1), (2, 3), (4, 1)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_processes_are_one(processes, kind, accumulated, pools, alone):
+    configuration, tolerance = KINDS[kind]
+    n = 24 if processes == 4 else 23
+    configuration = {**configuration, "n": n, "gradient_accumulation_steps": accumulated}
+    many = pools(processes).run("train", sharded=True, **configuration, bucket=5000)
+    one = alone(**configuration)
+    assert relative(many[-1], one) < tolerance
+    assert_logged_alike(many[0], one)
+    for result in many:
+        assert [c.name for c in result["calls"]] == [c.name for c in many[0]["calls"]]
+
+
+@pytest.mark.parametrize("model", ["lora", "full"])
+@pytest.mark.parametrize("own", [INSTANCE, GROUP], ids=["instance", "group"])
+def test_mean_is_stock_fsdp2(own, model, pools):
+    common = {"n": 23, "model": model, "sharded": True, "gradient_accumulation_steps": 3}
+    stock = pools(2).run("train", stock=True, **common)[0]
+    ours = pools(2).run("train", jd_weighting="mean", **common, **own)[0]
+    assert relative(ours, stock) < 1e-10
+    for our, their in zip(ours["history"], stock["history"], strict=True):
+        assert {key: our[key] for key in their} == pytest.approx(their, rel=1e-6)
+
+
+@pytest.mark.parametrize("own", [INSTANCE, GROUP], ids=["instance", "group"])
+def test_two_passes(own, pools, alone):
+    configuration = {**own, "jd_backward": "two_pass", "gradient_accumulation_steps": 2}
+    many = pools(2).run("train", sharded=True, **configuration)
+    assert relative(many[0], alone(**configuration)) < 1e-10
+
+
+@pytest.mark.parametrize("model", ["lora", "full"])
+def test_activation_checkpointing(model, pools, alone):
+    many = pools(2).run("train", sharded=True, checkpointing=True, model=model, **GROUP)
+    assert relative(many[0], alone(model=model, **GROUP)) < 1e-10
+
+
+@pytest.mark.parametrize("own", [INSTANCE, GROUP], ids=["instance", "group"])
+@pytest.mark.parametrize("spoiled", ["spoil_loss", "spoil_row"])
+def test_what_is_not_finite_on_one_process_is_left_out_by_all(spoiled, own, pools, alone):
+    configuration = {**own, "spoiled": spoiled, "gradient_accumulation_steps": 2, "steps": 6}
+    many = pools(2).run("train", sharded=True, **configuration)
+    one = alone(**configuration)
+    assert np.isfinite(one["parameters"]).all()
+    assert relative(many[0], one) < 1e-10
+
+
+def test_a_process_without_losses(pools, alone):
+    # The first two examples are the whole first batch of one process, and have no labels.
+    configuration = {"unlabelled": (0, 1, 6), "n": 24, **GROUP}
+    many = pools(2).run("train", sharded=True, **configuration)
+    assert relative(many[0], alone(**configuration)) < 1e-10
