@@ -16,7 +16,12 @@ HUGGING_FACE = {"transformers", "datasets", "accelerate", "peft", "trl", "huggin
 ISLANDS = {"gramian", "weighting", "losses", "metrics"}
 
 # What each room must not import: of the others' packages, and of hf_jd's own rooms.
-FORBIDDEN_PACKAGES = {"gramian": HUGGING_FACE, "weighting": HUGGING_FACE, "metrics": HUGGING_FACE}
+FORBIDDEN_PACKAGES = {
+    "gramian": HUGGING_FACE,
+    "weighting": HUGGING_FACE,
+    "metrics": HUGGING_FACE,
+    "report": HUGGING_FACE | {"torch"},
+}
 FORBIDDEN_ROOMS = {island: {"*"} - {island} for island in ISLANDS} | {
     "trainer": {"finetune", "cli"},
     "arguments": {"trainer", "finetune", "cli", "gramian", "losses", "metrics"},
@@ -24,6 +29,7 @@ FORBIDDEN_ROOMS = {island: {"*"} - {island} for island in ISLANDS} | {
     "objectives": {"trainer", "arguments", "finetune", "cli", "gramian", "weighting"},
     "contradictions": {"trainer", "finetune", "cli", "gramian", "losses", "metrics"},
     "sampler": {"*"},
+    "report": {"*"},
     "estimate": {"trainer", "arguments", "distributed", "gramian", "weighting", "losses", "metrics", "objectives"},
     "collator": {"trainer", "arguments", "finetune", "cli", "gramian", "weighting"},
 }

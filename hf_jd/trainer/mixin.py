@@ -23,6 +23,7 @@ from hf_jd.gramian import Engine
 from hf_jd.metrics import Averages
 from hf_jd.trainer.forward import LossesMixin, without_groups
 from hf_jd.trainer.resuming import checkpoint_to_resume, load_weighting, save_weighting
+from hf_jd.trainer.run_log import RunLog
 from hf_jd.trainer.sampling import stratified_sampler
 from hf_jd.trainer.setup import check_setup
 from hf_jd.trainer.update import Update
@@ -54,6 +55,7 @@ class JDTrainerMixin(LossesMixin):
         self.weighting = weighting or jd.build_weighting()
         self.jd_state: JDState | None = None
         self.jd_metrics = Averages()
+        self.jd_log = RunLog()
         self._jd_batches: list[Mapping[str, Any]] = []
         self._jd_seen = 0
         self._jd_engine: tuple[nn.Module, Engine] | None = None
@@ -79,6 +81,7 @@ class JDTrainerMixin(LossesMixin):
         """
         check_setup(self)
         self._jd_broken_in_a_row = 0
+        self.jd_log.begin(resumed=bool(resume_from_checkpoint))
         if resume_from_checkpoint:
             resume_from_checkpoint = checkpoint_to_resume(self, resume_from_checkpoint)
         if isinstance(self.weighting, Stateful):
@@ -123,6 +126,9 @@ class JDTrainerMixin(LossesMixin):
         if "loss" in logs or "train_loss" in logs:
             logs.update(self.jd_metrics.take())
         super().log(logs, *args, **kwargs)
+        if self.is_world_process_zero() and self.args.output_dir is not None:
+            entry = {**self.state.log_history[-1], "max_steps": self.state.max_steps}
+            self.jd_log.write(Path(self.args.output_dir), entry)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # A checkpoint that is written over another one is not whole until it is finished.

@@ -57,6 +57,7 @@ def weigh(trainer: JDTrainerMixin, gramian: Tensor, objectives: Objectives, usab
     trainer.jd_state = JDState(names, gramian, found, losses)
     means, counts = objectives.means[usable], objectives.counts[usable]
     trainer.jd_metrics.add(step_metrics(gramian, found, means, counts, groups, group_names))
+    trainer.jd_log.add(gramian, groups, group_names)
     return weights
 
 

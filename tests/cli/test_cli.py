@@ -27,7 +27,8 @@ def test_help_imports_nothing_heavy():
 def test_unknown_command(capsys):
     assert main(["finetun"]) == 2
     error = capsys.readouterr().err
-    assert error == "hf-jd: error: Unknown command `finetun`; the commands are finetune, estimate, doctor, compare.\n"
+    commands = "finetune, estimate, doctor, report, compare"
+    assert error == f"hf-jd: error: Unknown command `finetun`; the commands are {commands}.\n"
 
 
 def test_no_command(capsys):

@@ -1,0 +1,1 @@
+"""What happened in this run? Its own files -> pictures, and one page. Knows neither torch nor transformers."""

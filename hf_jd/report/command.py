@@ -1,0 +1,74 @@
+"""`hf-jd report`: what happened in this run? Pictures and one page, at any time of a run."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from hf_jd.report.history import History, read_history
+from hf_jd.report.page import page
+from hf_jd.report.theme import LIGHT, THEMES
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs `hf-jd report`.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(
+        prog="hf-jd report",
+        description="Draw what a run logged: losses, weights, conflicts and norms, as PNGs and one page that stands "
+        "alone. The run may be under way, or have been killed.",
+    )
+    parser.add_argument("run_dir", type=Path, help="The run's folder, its --output_dir.")
+    parser.add_argument("--output_dir", type=Path, help="Where to; without it: `report` in the run's folder.")
+    arguments = parser.parse_args(argv)
+    print(f"Open {report(arguments.run_dir, arguments.output_dir)} in a browser.")
+    return 0
+
+
+def report(run: Path, folder: Path | None = None) -> Path:
+    """Writes the pictures and the page.
+
+    Args:
+        run: The run's folder.
+        folder: Where to; None: `report` in the run's folder.
+
+    Returns:
+        The page.
+
+    Raises:
+        ValueError: The folder holds no logs of a run, or can't be written to, or matplotlib is missing.
+    """
+    history = read_history(run)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("hf-jd report draws with matplotlib, which isn't there: pip install 'hf-jd[plot]'.")
+    images = draw(history)
+    files = {f"{name}.png": themes[LIGHT.name] for name, themes in images.items()}
+    files["index.html"] = page(history, images).encode()
+    folder = run / "report" if folder is None else folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            part = folder / f"{name}.part"  # Who has the page open meets the old one or the new one.
+            part.write_bytes(content)
+            os.replace(part, folder / name)
+    except OSError as error:
+        raise ValueError(f"{folder} can't be written to: {error.strerror}.") from error
+    return folder / "index.html"
+
+
+def draw(history: History) -> dict[str, dict[str, bytes]]:
+    """The PNGs by the figure's name and the theme's, without those of which nothing was logged."""
+    from hf_jd.report.figures import FIGURES, render
+
+    found: dict[str, dict[str, bytes]] = {}
+    for name, figure in FIGURES.items():
+        pictures = {theme.name: drawn for theme in THEMES if (drawn := figure(history, theme)) is not None}
+        if pictures:
+            found[name] = {theme: render(drawn) for theme, drawn in pictures.items()}
+    return found

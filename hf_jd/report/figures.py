@@ -1,0 +1,338 @@
+"""What a run logged -> pictures. Few groups are lines; more are rows of a map, in which forty of them stay apart."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from hf_jd.report.history import LINES, History, Series, binned, mean
+from hf_jd.report.theme import Theme
+
+PAIRS = 24
+"""Pairs of groups that are shown over time: those with the lowest cosines."""
+BINS = 120
+"""Columns of a map over time, and points of a line, at most: more are averaged."""
+WIDTH = 9.6
+"""Inches of every picture, so that letters have one size on the page."""
+NAME = 26
+"""Letters of a name."""
+
+Draw = Callable[[History, Theme], Figure | None]
+
+
+def render(figure: Figure) -> bytes:
+    """The picture as PNG."""
+    file = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Letters that the font lacks are drawn as boxes.
+        figure.savefig(file, format="png", dpi=200, facecolor=figure.get_facecolor())
+    return file.getvalue()
+
+
+def _styled(draw: Draw) -> Draw:
+    def styled(history: History, theme: Theme) -> Figure | None:
+        names = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "xtick.labelcolor")
+        colours = dict.fromkeys(names, theme.muted)
+        settings: Any = {
+            **colours,
+            "font.size": 9,
+            "axes.edgecolor": theme.line,
+            "axes.facecolor": theme.surface,
+            "figure.facecolor": theme.surface,
+            "ytick.labelcolor": theme.ink,
+            "grid.color": theme.line,
+            "grid.linewidth": 0.7,
+            "axes.linewidth": 0.8,
+            "xtick.major.size": 3,
+            "ytick.major.size": 0,
+        }
+        with rc_context(settings):
+            return draw(history, theme)
+
+    return styled
+
+
+@_styled
+def losses(history: History, theme: Theme) -> Figure | None:
+    """The training loss of each group, with evaluations as dots; of many groups, as a multiple of its first value."""
+    if not history.losses:
+        return _single(history, theme, "loss", "training loss")
+    if len(history.losses) <= LINES:
+        return _lines(history, theme, history.losses, "loss, a token", dots=history.evaluations)
+    return _rows(history, theme, _relative(history.losses), "loss, against its first value", good="low")
+
+
+@_styled
+def weights(history: History, theme: Theme) -> Figure | None:
+    """The share of the weights that each group gets; of many groups, as a multiple of an equal share."""
+    count = len(history.weights)
+    if not count:
+        return None
+    if count <= LINES:
+        return _lines(history, theme, history.weights, "share of the weights", level=1 / count)
+    shares = {name: [(step, value * count) for step, value in series] for name, series in history.weights.items()}
+    return _rows(history, theme, shares, "share of the weights, against an equal one")
+
+
+@_styled
+def norms(history: History, theme: Theme) -> Figure | None:
+    """The norm of each group's row; of many groups, as a multiple of the groups' median."""
+    if not history.norms:
+        return _single(history, theme, "jd/grad_norm", "mean norm of a row")
+    if len(history.norms) <= LINES:
+        return _lines(history, theme, history.norms, "norm of the row", logarithmic=True)
+    every = sorted(value for series in history.norms.values() for _, value in series if value > 0)
+    middle = every[len(every) // 2] if every else 1.0
+    scaled = {name: [(step, value / middle) for step, value in series] for name, series in history.norms.items()}
+    return _rows(history, theme, scaled, "norm of the row, against the median of all")
+
+
+@_styled
+def matrix(history: History, theme: Theme) -> Figure | None:
+    """The mean cosine of the rows of each pair of groups, over the whole run."""
+    if not history.pairs:
+        return None
+    names = sorted({name for pair in history.pairs for name in pair})
+    place = {name: i for i, name in enumerate(names)}
+    table = [[math.nan] * len(names) for _ in names]
+    for (a, b), series in history.pairs.items():
+        i, j = sorted((place[a], place[b]))
+        table[j][i] = mean([value for _, value in series])
+    few, table = len(names) <= 12, [row[:-1] for row in table[1:]]  # The first has nobody above it, the last below.
+    side = 1.0 + (0.5 if few else 0.185) * len(names)
+    figure = Figure(figsize=(WIDTH, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(table, cmap=_diverging(theme), norm=TwoSlopeNorm(0, -1, 1), aspect="auto")
+    size, labels = 9 if few else 7, [shown(name) for name in names]
+    axes.set_xticks(range(len(names) - 1), labels[:-1], rotation=0 if len(names) <= 6 else 90, fontsize=size)
+    axes.set_yticks(range(len(names) - 1), labels[1:], fontsize=size)
+    for j, row in enumerate(table if few else []):
+        for i, value in enumerate(row):
+            if not math.isnan(value):
+                axes.text(i, j, f"{value:.2f}", ha="center", va="center", fontsize=9, color=theme.ink)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    _bar(figure, axes, image, "mean cosine", [-1, -0.5, 0, 0.5, 1], ["-1: opposed", "-0.5", "0", "0.5", "1: aligned"])
+    return figure
+
+
+@_styled
+def pairs(history: History, theme: Theme) -> Figure | None:
+    """Over the steps, the share of conflicting pairs of objectives, and the cosines of the pairs that conflict most."""
+    chosen = sorted(history.pairs, key=lambda pair: mean([v for _, v in history.pairs[pair]]))[:PAIRS]
+    share = history.totals.get("jd/conflicts", [])
+    if not chosen:
+        return _single(history, theme, "jd/conflicts", "share of conflicting pairs")
+    height = 1.0 + max(1.3, 0.22 * len(chosen))
+    figure = Figure(figsize=(WIDTH, height + (1.5 if share else 0)), layout="constrained")
+    if share:
+        top, axes = figure.subplots(2, height_ratios=[1.3, height], sharex=True)
+        edges = _edges(history, [share])
+        top.plot(_middles(edges), binned(share, edges), color=theme.accent, linewidth=1.6)
+        top.set_ylim(0, max(0.05, max(v for _, v in share) * 1.1))
+        top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+        top.set_title("share of the pairs of objectives that conflict", loc="left", fontsize=9, color=theme.muted)
+        _frame(top)
+    else:
+        axes = figure.subplots()
+    axes.set_title(
+        f"cosine of the {len(chosen)} of {len(history.pairs)} pairs of groups that conflict most"
+        if len(chosen) < len(history.pairs)
+        else "cosine of each two groups",
+        loc="left",
+        fontsize=9,
+        color=theme.muted,
+    )
+    table = {f"{shown(a, 18)}  \N{MULTIPLICATION SIGN}  {shown(b, 18)}": history.pairs[a, b] for a, b in chosen}
+    image = _map(axes, history, theme, table, TwoSlopeNorm(0, -1, 1))
+    _bar(figure, axes, image, "cosine", [-1, 0, 1], ["-1", "0", "1"])
+    return figure
+
+
+FIGURES: Mapping[str, Draw] = {
+    "losses": losses,
+    "weights": weights,
+    "conflicts": matrix,
+    "conflicts_over_time": pairs,
+    "norms": norms,
+}
+
+
+# ---- Parts of pictures ----
+
+
+def shown(name: str, letters: int = NAME) -> str:
+    """A name as it is drawn: not too long, and never read as a formula."""
+    short = name if len(name) <= letters else f"{name[: letters - 1]}\N{HORIZONTAL ELLIPSIS}"
+    return short.replace("$", r"\$")
+
+
+def _lines(
+    history: History,
+    theme: Theme,
+    series: Mapping[str, Series],
+    label: str,
+    *,
+    dots: Mapping[str, Series] | None = None,
+    level: float | None = None,
+    logarithmic: bool = False,
+) -> Figure:
+    figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
+    axes = figure.subplots()
+    names, ends = sorted(series), []
+    colours = dict(zip(history.groups, theme.series, strict=False))
+    edges = _edges(history, series.values())
+    for name in names:
+        points = [(x, y) for x, y in zip(_middles(edges), binned(series[name], edges), strict=True) if math.isfinite(y)]
+        if not points:
+            continue
+        xs, ys = zip(*points, strict=True)
+        axes.plot(xs, ys, color=colours[name], linewidth=1.7, marker="o" if len(points) < 3 else None, markersize=4)
+        found = (dots or {}).get(name, [])
+        if found:
+            axes.plot(*zip(*found, strict=True), "o", color=colours[name], markersize=4.5, mec=theme.surface, mew=0.8)
+        ends.append((ys[-1], name))
+    if level is not None:
+        axes.axhline(level, color=theme.muted, linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.set_ylim(bottom=0)
+    if logarithmic:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.tick_params(axis="y", which="minor", length=0, labelcolor=theme.ink)
+        axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if _leads(value) else ""))
+    axes.set_xlim(edges[0], edges[-1])
+    axes.set_ylabel(label)
+    axes.set_xlabel("step")
+    _frame(axes)
+    _end_labels(axes, ends, colours)
+    return figure
+
+
+def _end_labels(axes: Axes, ends: Sequence[tuple[float, str]], colours: Mapping[str, str]) -> None:
+    """The names and last values right of the lines' ends, moved apart, so that no legend has to be looked up."""
+    axes.figure.canvas.draw()
+    place = axes.transAxes.inverted()
+    heights = {name: place.transform(axes.transData.transform((0, value)))[1] for value, name in ends}
+    order, gap = sorted(heights, key=lambda name: heights[name]), 0.068
+    spots = [heights[name] for name in order]
+    for i in range(1, len(spots)):
+        spots[i] = max(spots[i], spots[i - 1] + gap)
+    for i in range(len(spots) - 1, -1, -1):  # What was pushed above the frame pushes back.
+        spots[i] = min(spots[i], 1.0 if i == len(spots) - 1 else spots[i + 1] - gap)
+    values = {name: value for value, name in ends}
+    for name, y in zip(order, spots, strict=True):
+        text = f"{shown(name)}  {values[name]:.3g}"
+        axes.text(1.015, y, text, transform=axes.transAxes, color=colours[name], va="center", fontsize=9)
+
+
+def _rows(history: History, theme: Theme, series: Mapping[str, Series], label: str, good: str = "high") -> Figure:
+    """A row for each group, in the order of its last value; the colours are those of the logarithm of base 2."""
+    logs = {shown(name): [(x, math.log2(y)) for x, y in points if y > 0] for name, points in series.items()}
+    order = sorted(logs, key=lambda name: logs[name][-1][1] if logs[name] else -math.inf, reverse=True)
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.185 * len(logs)), layout="constrained")
+    axes = figure.subplots()
+    sizes = sorted(abs(y) for points in logs.values() for _, y in points)
+    bound = min(3, max(1, math.ceil(sizes[int(0.95 * len(sizes))]))) if sizes else 1
+    rows = {name: logs[name] for name in order}
+    image = _map(axes, history, theme, rows, TwoSlopeNorm(0, -bound, bound), reverse=good == "low")
+    ticks = range(-bound, bound + 1)
+    _bar(figure, axes, image, label, ticks, [f"\N{MULTIPLICATION SIGN} {2.0**tick:.3g}" for tick in ticks])
+    return figure
+
+
+def _map(
+    axes: Axes,
+    history: History,
+    theme: Theme,
+    series: Mapping[str, Series],
+    norm: TwoSlopeNorm,
+    reverse: bool = False,
+) -> Any:
+    colours = _diverging(theme)
+    edges = _edges(history, series.values())
+    table = [binned(points, edges) for points in series.values()]
+    mesh = axes.pcolormesh(
+        edges, range(len(table) + 1), table, cmap=colours.reversed() if reverse else colours, norm=norm
+    )
+    axes.invert_yaxis()
+    axes.set_yticks([i + 0.5 for i in range(len(table))], list(series), fontsize=8 if len(table) <= 30 else 7.5)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    return mesh
+
+
+def _single(history: History, theme: Theme, key: str, label: str) -> Figure | None:
+    """One curve, of all objectives together."""
+    series = history.totals.get(key)
+    if not series:
+        return None
+    figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
+    axes = figure.subplots()
+    edges = _edges(history, [series])
+    axes.plot(_middles(edges), binned(series, edges), color=theme.accent, linewidth=1.7)
+    axes.set_ylabel(label)
+    axes.set_xlabel("step")
+    _frame(axes)
+    return figure
+
+
+def _bar(figure: Figure, axes: Axes, image: Any, label: str, ticks: Sequence[float], names: Sequence[str]) -> None:
+    bar = figure.colorbar(image, ax=axes, shrink=0.6, aspect=18, pad=0.02)
+    bar.set_ticks(list(ticks), labels=list(names))
+    bar.set_label(label)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=0)
+
+
+def _frame(axes: Axes) -> None:
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+
+
+def _diverging(theme: Theme) -> LinearSegmentedColormap:
+    colours = LinearSegmentedColormap.from_list("diverging", theme.diverging)
+    colours.set_bad(theme.surface)
+    return colours
+
+
+def _relative(series: Mapping[str, Series]) -> dict[str, Series]:
+    """Each series as multiples of its first value above 0."""
+    found = {}
+    for name, points in series.items():
+        first = next((value for _, value in points if value > 0), math.nan)
+        found[name] = [(step, value / first) for step, value in points]
+    return found
+
+
+def _edges(history: History, series: Any) -> list[float]:
+    """The edges of bins over all steps, one a log where these are few enough."""
+    steps = sorted({step for points in series for step, _ in points})
+    if not steps:
+        return [0.0, 1.0]
+    if len(steps) <= BINS:
+        every = steps[1] - steps[0] if len(steps) > 1 else 1
+        return [float(max(0, steps[0] - every)), *map(float, steps)]
+    width = (steps[-1] - steps[0]) / BINS
+    return [steps[0] + i * width - (0.5 if i == 0 else 0) for i in range(BINS + 1)]
+
+
+def _leads(value: float) -> bool:
+    """Whether a number between powers of ten is 2 or 5 times one: enough of them to read a narrow range."""
+    return round(value / 10 ** math.floor(math.log10(value))) in (2, 5)
+
+
+def _middles(edges: Sequence[float]) -> list[float]:
+    return list(edges[1:])

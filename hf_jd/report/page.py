@@ -1,0 +1,238 @@
+"""Pictures and numbers -> one page of HTML that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from html import escape
+
+from hf_jd.report.history import LINES, History, Series, mean
+from hf_jd.report.theme import DARK, LIGHT, Theme
+
+
+@dataclass(frozen=True)
+class Text:
+    """What stands around a picture.
+
+    Attributes:
+        title: Above it.
+        few: What it shows, of groups that are lines.
+        many: The same, of more of them.
+        look: What to look for.
+    """
+
+    title: str
+    few: str
+    many: str
+    look: str
+
+
+TEXTS = {
+    "losses": Text(
+        "Losses",
+        "The training loss of each group, a token. Dots are evaluations, where there are some.",
+        "The training loss of each group, as a multiple of its first value: blue has fallen, red has risen. The "
+        "highest are above.",
+        "Does every group get better? A group that rises while the others fall is being sacrificed.",
+    ),
+    "weights": Text(
+        "Weights",
+        "The share of the weights that each group gets from the weighting. The broken line is an equal share.",
+        "The share of the weights that each group gets from the weighting, against an equal one: blue is more, red is "
+        "less. The largest are above.",
+        "A share far above an equal one: without it, the others would outvote the group. A share near 0 over many "
+        "steps: the group is helped along by the others, or its rows are long.",
+    ),
+    "conflicts": Text(
+        "Conflicts between groups",
+        "The mean cosine of the gradients of each two groups, over the whole run.",
+        "The mean cosine of the gradients of each two groups, over the whole run.",
+        "Below 0 (red), a step for one group works against the other. If all is near 0 or above, the groups do not "
+        "disturb each other, and any weighting will do much the same as the mean.",
+    ),
+    "conflicts_over_time": Text(
+        "Conflicts over time",
+        "How many pairs of objectives have gradients that point against each other, and the cosines of the pairs of "
+        "groups. Empty where two groups were not in one update.",
+        "How many pairs of objectives have gradients that point against each other, and the cosines of those pairs of "
+        "groups that conflict most. Empty where two groups were not in one update.",
+        "Conflict that comes late is common: losses are low then, and noise is left. A pair that is red throughout is "
+        "a real opposition: look at what these two groups ask for.",
+    ),
+    "norms": Text(
+        "Norms of rows",
+        "The length of each group's gradient, before the weighting, on a logarithmic scale.",
+        "The length of each group's gradient, before the weighting, against the median of all: blue is longer, red is "
+        "shorter. The longest are above.",
+        "Lengths that differ by a factor of ten or more decide much: long ones win in the mean, short ones in MGDA. A "
+        "jump is a batch worth looking at.",
+    ),
+}
+
+
+def page(history: History, images: Mapping[str, Mapping[str, bytes]]) -> str:
+    """The page.
+
+    Args:
+        history: What the run logged.
+        images: PNGs by the figure's name and the theme's; figures of which nothing was logged are left out.
+    """
+    sections = "\n".join(_section(name, images[name], len(history.groups) > LINES) for name in TEXTS if name in images)
+    missing = [TEXTS[name].title.lower() for name in TEXTS if name not in images]
+    note = f'<p class="note">Not logged in this run: {", ".join(missing)}.</p>' if missing else ""
+    title = escape(history.folder.resolve().name)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title} - hf_jd report</title>
+<link rel="icon" href="data:,">
+<style>
+{_style()}
+</style>
+</head>
+<body>
+<main>
+<header>
+<p class="kind">hf_jd report</p>
+<h1>{title}</h1>
+<p class="status">{_status(history)}</p>
+</header>
+{_tiles(history)}
+{sections}
+{note}
+{_table(history)}
+<footer>Read from {escape(history.source.name)}. What a weighting guarantees, it guarantees of the direction
+that the optimizer gets, before clipping, and not of what the optimizer makes of it.</footer>
+</main>
+</body>
+</html>
+"""
+
+
+def _status(history: History) -> str:
+    steps = f"{history.steps:,} of {history.max_steps:,} steps" if history.max_steps else f"{history.steps:,} steps"
+    state = "finished" if history.finished else "under way, or ended early"
+    kind = "done" if history.finished else "open"
+    last = datetime.fromtimestamp(history.source.stat().st_mtime, UTC)
+    return f'<span class="dot {kind}"></span>{state} &middot; {steps} &middot; last log {last:%Y-%m-%d %H:%M} UTC'
+
+
+def _tiles(history: History) -> str:
+    found = {"groups": f"{len(history.groups)}"} if history.groups else {}
+    if loss := history.totals.get("loss"):
+        found["loss, first to last"] = f"{number(loss[0][1])} &rarr; {number(loss[-1][1])}"
+    if conflicts := history.totals.get("jd/conflicts"):
+        found["pairs in conflict, mean"] = f"{mean([v for _, v in conflicts]):.0%}"
+    if history.against:
+        shares = {name: mean([v for _, v in series]) for name, series in history.against.items()}
+        worst = max(shares, key=lambda name: (shares[name], name))
+        label = f"of steps went against {escape(_short(worst))}" if shares[worst] else "of steps went against any group"
+        found[label] = f"{shares[worst]:.0%}"
+    tiles = "".join(f"<div><b>{value}</b><span>{label}</span></div>" for label, value in found.items())
+    return f'<div class="tiles">{tiles}</div>'
+
+
+def _section(name: str, images: Mapping[str, bytes], many: bool) -> str:
+    text = TEXTS[name]
+    light, dark = (_inline(images[theme.name]) for theme in (LIGHT, DARK))
+    return f"""<section id="{name}">
+<h2>{text.title}</h2>
+<p>{text.many if many else text.few}</p>
+<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}"><img src="{light}" alt="{text.title}"></picture>
+<p class="look"><b>What to look for</b> {text.look}</p>
+</section>"""
+
+
+def _inline(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _table(history: History) -> str:
+    if not history.groups:
+        return ""
+    heads = ("loss, first", "loss, last", "share of weights, mean", "norm of row, mean", "steps against it")
+    rows = "\n".join(_row(history, name) for name in history.groups)
+    return f"""<section id="groups">
+<h2>Groups in numbers</h2>
+<div class="wide"><table>
+<thead><tr><th>group</th>{"".join(f"<th>{head}</th>" for head in heads)}</tr></thead>
+<tbody>
+{rows}
+</tbody>
+</table></div>
+</section>"""
+
+
+def _row(history: History, name: str) -> str:
+    losses = history.losses.get(name, [])
+    values = [
+        number(losses[0][1] if losses else math.nan),
+        number(losses[-1][1] if losses else math.nan),
+        _share(history.weights.get(name, []), "{:.1%}"),
+        number(mean([value for _, value in history.norms.get(name, [])])),
+        _share(history.against.get(name, []), "{:.0%}"),
+    ]
+    return f"<tr><td>{escape(name)}</td>{''.join(f'<td>{value}</td>' for value in values)}</tr>"
+
+
+def _share(series: Series, form: str) -> str:
+    value = mean([value for _, value in series])
+    return "&ndash;" if math.isnan(value) else form.format(value)
+
+
+def number(value: float) -> str:
+    """Three digits, never in powers of ten where a person would write it out."""
+    if math.isnan(value):
+        return "&ndash;"
+    return f"{value:.3g}" if abs(value) < 1000 or abs(value) >= 1e6 else f"{value:,.0f}"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 20 else f"{name[:19]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def _colours(theme: Theme) -> str:
+    return (
+        f"--page: {theme.page}; --surface: {theme.surface}; --ink: {theme.ink}; --muted: {theme.muted}; "
+        f"--line: {theme.line}; --accent: {theme.accent}; --good: {theme.series[2]};"
+    )
+
+
+def _style() -> str:
+    return f""":root {{ {_colours(LIGHT)} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {_colours(DARK)} }} }}
+* {{ box-sizing: border-box; }}
+body {{ margin: 0; background: var(--page); color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }}
+main {{ max-width: 1040px; margin: 0 auto; padding: 40px 20px 64px; }}
+h1 {{ font-size: 30px; line-height: 1.2; margin: 2px 0 6px; overflow-wrap: anywhere; }}
+h2 {{ font-size: 20px; margin: 0 0 4px; }}
+p {{ margin: 0 0 14px; color: var(--muted); }}
+.kind {{ font-size: 13px; letter-spacing: .06em; text-transform: uppercase; margin: 0; }}
+.status {{ font-variant-numeric: tabular-nums; }}
+.dot {{ display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 8px;
+  background: var(--accent); }}
+.dot.done {{ background: var(--good); }}
+.tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 14px; margin: 22px 0; }}
+.tiles div, section {{ background: var(--surface); border: 1px solid var(--line); border-radius: 12px; }}
+.tiles div {{ padding: 16px 18px; }}
+.tiles b {{ display: block; font-size: 24px; line-height: 1.3; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }}
+.tiles span {{ font-size: 14px; color: var(--muted); overflow-wrap: anywhere; }}
+section {{ padding: 22px 24px; margin: 0 0 18px; }}
+img {{ display: block; width: 100%; height: auto; }}
+.look {{ margin: 14px 0 0; padding-top: 12px; border-top: 1px solid var(--line); }}
+.look b {{ color: var(--ink); margin-right: 6px; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: 7px 10px; text-align: right; border-bottom: 1px solid var(--line); }}
+th {{ color: var(--muted); font-weight: 500; vertical-align: bottom; }}
+th:first-child, td:first-child {{ text-align: left; padding-left: 0; overflow-wrap: anywhere; }}
+tbody tr:last-child td {{ border-bottom: 0; }}
+.note, footer {{ font-size: 14px; color: var(--muted); }}"""

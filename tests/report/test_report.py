@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from hf_jd.cli import main
+from tests.report.runs import FORTY, entry, write_log, write_run
+
+FIGURES = {"losses", "weights", "conflicts", "conflicts_over_time", "norms"}
+
+
+def test_pictures_and_a_page_that_stands_alone(tmp_path, capsys):
+    write_run(tmp_path, ["code", "docs", "story"])
+    assert main(["report", str(tmp_path)]) == 0
+    folder = tmp_path / "report"
+    assert str(folder / "index.html") in capsys.readouterr().out
+    assert {path.name for path in folder.iterdir()} == {"index.html", *(f"{name}.png" for name in FIGURES)}
+    html = (folder / "index.html").read_text("utf-8")
+    assert not re.search(r"""(?:src|href|srcset)=["'](?!data:)""", html)
+    assert "url(" not in html
+    assert html.count("<picture>") == len(FIGURES)
+    assert all((folder / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in FIGURES)
+
+
+def test_forty_groups_of_a_killed_run(tmp_path):
+    write_run(tmp_path, FORTY, finished=False)
+    assert main(["report", str(tmp_path)]) == 0
+    html = (tmp_path / "report" / "index.html").read_text("utf-8")
+    assert "under way, or ended early" in html
+    assert html.count("<tr><td>task") == 40
+    assert "of &lt;many&gt; &amp;" in html
+    assert "<many>" not in html
+
+
+def test_numbers_of_the_table(tmp_path):
+    write_run(tmp_path, ["a", "b"], steps=4)
+    main(["report", str(tmp_path)])
+    html = (tmp_path / "report" / "index.html").read_text("utf-8")
+    assert "<tr><td>b</td><td>2</td><td>0.5</td><td>50.0%</td><td>1.5</td><td>100%</td></tr>" in html
+
+
+@pytest.mark.parametrize("groups", [[], ["one"], ["a", "b"], [f"g{i}" for i in range(8)], [f"g{i}" for i in range(9)]])
+@pytest.mark.parametrize("steps", [1, 2, 700])
+def test_runs_of_all_sizes(groups, steps, tmp_path):
+    write_run(tmp_path, groups, steps=steps)
+    assert main(["report", str(tmp_path), "--output_dir", str(tmp_path / "elsewhere")]) == 0
+    assert (tmp_path / "elsewhere" / "losses.png").exists()
+    assert not (tmp_path / "report").exists()
+
+
+def test_values_that_cannot_be_drawn(tmp_path):
+    infinite, groups = float("inf"), ["a", "\u8a9e", "c"]
+    entries = [entry(1, groups, begins="anew"), entry(2, groups)]
+    for name, value in zip(groups, (infinite, 0.0, -1.0), strict=True):
+        entries[1] |= {f"jd/loss/{name}": value, f"jd/grad_norm/{name}": value}
+    entries[1]["pairs"]["cosines"] = [None, None, float("nan")]
+    write_log(tmp_path, entries)
+    assert main(["report", str(tmp_path)]) == 0
+
+
+def test_a_stock_run_has_losses_only(tmp_path):
+    write_log(tmp_path, [{"step": step, "loss": 1 / step} for step in range(1, 9)])
+    assert main(["report", str(tmp_path)]) == 0
+    html = (tmp_path / "report" / "index.html").read_text("utf-8")
+    assert "Not logged in this run: weights, conflicts between groups, conflicts over time, norms of rows." in html
+    assert html.count("<picture>") == 1
+
+
+def test_a_folder_without_logs_is_left_as_it_was(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "holds no logs of a run" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_nothing_can_be_written(tmp_path, capsys):
+    write_run(tmp_path, ["a", "b"], steps=2)
+    (tmp_path / "file").write_text("")
+    assert main(["report", str(tmp_path), "--output_dir", str(tmp_path / "file")]) == 2
+    assert "can't be written to" in capsys.readouterr().err
+
+
+def test_no_matplotlib(tmp_path, capsys, monkeypatch):
+    write_run(tmp_path, ["a", "b"], steps=2)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["report", str(tmp_path)]) == 2
+    assert "pip install 'hf-jd[plot]'" in capsys.readouterr().err
+
+
+def test_a_report_needs_no_torch(tmp_path):
+    write_run(tmp_path, ["a", "b"], steps=2)
+    code = (
+        f"import sys; from hf_jd.cli import main; assert main(['report', {str(tmp_path)!r}]) == 0; "
+        "assert not {'torch', 'transformers', 'datasets'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
