@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
+from matplotlib.colors import Colormap, LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -21,6 +21,8 @@ PAIRS = 24
 """Pairs of groups that are shown over time: those with the lowest cosines."""
 BINS = 120
 """Columns of a map over time, and points of a line, at most: more are averaged."""
+DOTS = 200
+"""Of an inch."""
 WIDTH = 9.6
 """Inches of every picture, so that letters have one size on the page."""
 NAME = 26
@@ -34,7 +36,7 @@ def render(figure: Figure) -> bytes:
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Letters that the font lacks are drawn as boxes.
-        figure.savefig(file, format="png", dpi=200, facecolor=figure.get_facecolor())
+        figure.savefig(file, format="png", dpi=DOTS, facecolor=figure.get_facecolor())
     return file.getvalue()
 
 
@@ -68,7 +70,7 @@ def losses(history: History, theme: Theme) -> Figure | None:
         return _single(history, theme, "loss", "training loss")
     if len(history.losses) <= LINES:
         return _lines(history, theme, history.losses, "loss, a token", dots=history.evaluations)
-    return _rows(history, theme, _relative(history.losses), "loss, against its first value", good="low")
+    return _rows(theme, _relative(history.losses), "loss, against its first value", good="low")
 
 
 @_styled
@@ -80,7 +82,7 @@ def weights(history: History, theme: Theme) -> Figure | None:
     if count <= LINES:
         return _lines(history, theme, history.weights, "share of the weights", level=1 / count)
     shares = {name: [(step, value * count) for step, value in series] for name, series in history.weights.items()}
-    return _rows(history, theme, shares, "share of the weights, against an equal one")
+    return _rows(theme, shares, "share of the weights, against an equal one")
 
 
 @_styled
@@ -93,7 +95,7 @@ def norms(history: History, theme: Theme) -> Figure | None:
     every = sorted(value for series in history.norms.values() for _, value in series if value > 0)
     middle = every[len(every) // 2] if every else 1.0
     scaled = {name: [(step, value / middle) for step, value in series] for name, series in history.norms.items()}
-    return _rows(history, theme, scaled, "norm of the row, against the median of all")
+    return _rows(theme, scaled, "norm of the row, against the median of all")
 
 
 @_styled
@@ -136,7 +138,7 @@ def pairs(history: History, theme: Theme) -> Figure | None:
     figure = Figure(figsize=(WIDTH, height + (1.5 if share else 0)), layout="constrained")
     if share:
         top, axes = figure.subplots(2, height_ratios=[1.3, height], sharex=True)
-        edges = _edges(history, [share])
+        edges = _edges([share])
         top.plot(_middles(edges), binned(share, edges), color=theme.accent, linewidth=1.6)
         top.set_ylim(0, max(0.05, max(v for _, v in share) * 1.1))
         top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
@@ -152,8 +154,9 @@ def pairs(history: History, theme: Theme) -> Figure | None:
         fontsize=9,
         color=theme.muted,
     )
-    table = {f"{shown(a, 18)}  \N{MULTIPLICATION SIGN}  {shown(b, 18)}": history.pairs[a, b] for a, b in chosen}
-    image = _map(axes, history, theme, table, TwoSlopeNorm(0, -1, 1))
+    cross = "  \N{MULTIPLICATION SIGN}  "
+    rows = [(shown(a, 18) + cross + shown(b, 18), history.pairs[a, b]) for a, b in chosen]
+    image = _map(axes, theme, rows, TwoSlopeNorm(0, -1, 1))
     _bar(figure, axes, image, "cosine", [-1, 0, 1], ["-1", "0", "1"])
     return figure
 
@@ -171,8 +174,9 @@ FIGURES: Mapping[str, Draw] = {
 
 
 def shown(name: str, letters: int = NAME) -> str:
-    """A name as it is drawn: not too long, and never read as a formula."""
-    short = name if len(name) <= letters else f"{name[: letters - 1]}\N{HORIZONTAL ELLIPSIS}"
+    """A name as it is drawn: its beginning and its end, if it is long, and never read as a formula."""
+    end = letters // 3
+    short = name if len(name) <= letters else f"{name[: letters - end - 1]}\N{HORIZONTAL ELLIPSIS}{name[-end:]}"
     return short.replace("$", r"\$")
 
 
@@ -190,7 +194,7 @@ def _lines(
     axes = figure.subplots()
     names, ends = sorted(series), []
     colours = dict(zip(history.groups, theme.series, strict=False))
-    edges = _edges(history, series.values())
+    edges = _edges(series.values())
     for name in names:
         points = [(x, y) for x, y in zip(_middles(edges), binned(series[name], edges), strict=True) if math.isfinite(y)]
         if not points:
@@ -234,37 +238,32 @@ def _end_labels(axes: Axes, ends: Sequence[tuple[float, str]], colours: Mapping[
         axes.text(1.015, y, text, transform=axes.transAxes, color=colours[name], va="center", fontsize=9)
 
 
-def _rows(history: History, theme: Theme, series: Mapping[str, Series], label: str, good: str = "high") -> Figure:
+def _rows(theme: Theme, series: Mapping[str, Series], label: str, good: str = "high") -> Figure:
     """A row for each group, in the order of its last value; the colours are those of the logarithm of base 2."""
-    logs = {shown(name): [(x, math.log2(y)) for x, y in points if y > 0] for name, points in series.items()}
+    logs = {name: [(x, math.log2(y)) for x, y in points if 0 < y < math.inf] for name, points in series.items()}
     order = sorted(logs, key=lambda name: logs[name][-1][1] if logs[name] else -math.inf, reverse=True)
     figure = Figure(figsize=(WIDTH, 1.2 + 0.185 * len(logs)), layout="constrained")
     axes = figure.subplots()
     sizes = sorted(abs(y) for points in logs.values() for _, y in points)
     bound = min(3, max(1, math.ceil(sizes[int(0.95 * len(sizes))]))) if sizes else 1
-    rows = {name: logs[name] for name in order}
-    image = _map(axes, history, theme, rows, TwoSlopeNorm(0, -bound, bound), reverse=good == "low")
+    rows = [(shown(name), logs[name]) for name in order]
+    image = _map(axes, theme, rows, TwoSlopeNorm(0, -bound, bound), reverse=good == "low")
     ticks = range(-bound, bound + 1)
     _bar(figure, axes, image, label, ticks, [f"\N{MULTIPLICATION SIGN} {2.0**tick:.3g}" for tick in ticks])
     return figure
 
 
 def _map(
-    axes: Axes,
-    history: History,
-    theme: Theme,
-    series: Mapping[str, Series],
-    norm: TwoSlopeNorm,
-    reverse: bool = False,
+    axes: Axes, theme: Theme, rows: Sequence[tuple[str, Series]], norm: TwoSlopeNorm, reverse: bool = False
 ) -> Any:
-    colours = _diverging(theme)
-    edges = _edges(history, series.values())
-    table = [binned(points, edges) for points in series.values()]
-    mesh = axes.pcolormesh(
-        edges, range(len(table) + 1), table, cmap=colours.reversed() if reverse else colours, norm=norm
-    )
+    """A row for each label and its series, over the steps."""
+    edges = _edges([points for _, points in rows])
+    table = [binned(points, edges) for _, points in rows]
+    colours = _diverging(theme).reversed() if reverse else _diverging(theme)
+    mesh = axes.pcolormesh(edges, range(len(table) + 1), table, cmap=colours, norm=norm)
     axes.invert_yaxis()
-    axes.set_yticks([i + 0.5 for i in range(len(table))], list(series), fontsize=8 if len(table) <= 30 else 7.5)
+    labels = [label for label, _ in rows]
+    axes.set_yticks([i + 0.5 for i in range(len(rows))], labels, fontsize=8 if len(rows) <= 30 else 7.5)
     axes.tick_params(axis="y", length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("step")
@@ -279,7 +278,7 @@ def _single(history: History, theme: Theme, key: str, label: str) -> Figure | No
         return None
     figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
     axes = figure.subplots()
-    edges = _edges(history, [series])
+    edges = _edges([series])
     axes.plot(_middles(edges), binned(series, edges), color=theme.accent, linewidth=1.7)
     axes.set_ylabel(label)
     axes.set_xlabel("step")
@@ -302,10 +301,8 @@ def _frame(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
 
 
-def _diverging(theme: Theme) -> LinearSegmentedColormap:
-    colours = LinearSegmentedColormap.from_list("diverging", theme.diverging)
-    colours.set_bad(theme.surface)
-    return colours
+def _diverging(theme: Theme) -> Colormap:
+    return LinearSegmentedColormap.from_list("diverging", theme.diverging).with_extremes(bad=theme.surface)
 
 
 def _relative(series: Mapping[str, Series]) -> dict[str, Series]:
@@ -317,7 +314,7 @@ def _relative(series: Mapping[str, Series]) -> dict[str, Series]:
     return found
 
 
-def _edges(history: History, series: Any) -> list[float]:
+def _edges(series: Iterable[Series]) -> list[float]:
     """The edges of bins over all steps, one a log where these are few enough."""
     steps = sorted({step for points in series for step, _ in points})
     if not steps:

@@ -3,11 +3,21 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from hf_jd.cli import main
+from hf_jd.report import figures
+from hf_jd.report.history import History
+from hf_jd.report.theme import LIGHT
 from tests.report.runs import FORTY, entry, write_log, write_run
+
+
+@pytest.fixture(autouse=True)
+def _coarse(monkeypatch):
+    monkeypatch.setattr(figures, "DOTS", 40)
+
 
 FIGURES = {"losses", "weights", "conflicts", "conflicts_over_time", "norms"}
 
@@ -35,6 +45,17 @@ def test_forty_groups_of_a_killed_run(tmp_path):
     assert "<many>" not in html
 
 
+def test_long_names_that_begin_alike_have_a_row_each():
+    history = History(Path(), Path())
+    names = [f"a name that is far too long to be drawn {i:02d}" for i in range(20)]
+    for step in range(1, 9):
+        history.add(entry(step, names))
+    rows = figures.weights(history, LIGHT).axes[0].get_yticklabels()
+    assert len({label.get_text() for label in rows}) == 20
+    pairs = figures.pairs(history, LIGHT).axes[1].get_yticklabels()
+    assert len({label.get_text() for label in pairs}) == figures.PAIRS
+
+
 def test_numbers_of_the_table(tmp_path):
     write_run(tmp_path, ["a", "b"], steps=4)
     main(["report", str(tmp_path)])
@@ -42,10 +63,9 @@ def test_numbers_of_the_table(tmp_path):
     assert "<tr><td>b</td><td>2</td><td>0.5</td><td>50.0%</td><td>1.5</td><td>100%</td></tr>" in html
 
 
-@pytest.mark.parametrize("groups", [[], ["one"], ["a", "b"], [f"g{i}" for i in range(8)], [f"g{i}" for i in range(9)]])
-@pytest.mark.parametrize("steps", [1, 2, 700])
+@pytest.mark.parametrize("groups, steps", [(0, 1), (0, 700), (1, 2), (2, 1), (8, 700), (9, 1), (9, 700)])
 def test_runs_of_all_sizes(groups, steps, tmp_path):
-    write_run(tmp_path, groups, steps=steps)
+    write_run(tmp_path, [f"g{i}" for i in range(groups)], steps=steps)
     assert main(["report", str(tmp_path), "--output_dir", str(tmp_path / "elsewhere")]) == 0
     assert (tmp_path / "elsewhere" / "losses.png").exists()
     assert not (tmp_path / "report").exists()
