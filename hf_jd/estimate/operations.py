@@ -47,10 +47,11 @@ def plain_flops(shape: Shape, case: Case) -> float:
 def row_flops(shape: Shape, case: Case) -> float:
     """The rows' own, in place of the weights' gradients: 2 N p d where they are dense, nothing for factors.
 
-    An expert's two maps are computed once more, forward or backward. For other processes, all rows are made dense.
+    An expert's two maps are computed once more, forward or backward; adapters fused with experts take one backward pass
+    an objective. For other processes, all rows are made dense.
     """
     sent = {"factors", "routed"} if case.processes > 1 else set()
-    total = 0.0
+    total = case.rows * backward_flops(shape, case) / case.accumulation if shape.fused else 0.0
     for matrix in shape.trained:
         kept = kept_as(matrix, case)
         total += product_flops(matrix, case) * ((kept in ("dense", "routed")) + (kept in sent))

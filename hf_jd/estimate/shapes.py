@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
 
@@ -80,6 +81,8 @@ class Shape:
         hidden: Width of the residual stream.
         vocabulary: Outputs of the head, 0 without one.
         attention: Width of all heads together, 0 without attention.
+        fused: Whether adapters are fused with the experts that they adapt, so that their rows take a backward pass for
+            each objective.
     """
 
     name: str
@@ -92,6 +95,7 @@ class Shape:
     hidden: int
     vocabulary: int
     attention: int
+    fused: bool
 
     @property
     def trained(self) -> list[Matrix]:
@@ -154,11 +158,21 @@ def build_on_meta(config: PretrainedConfig, lora: int | None) -> nn.Module:
 
 
 def shape_of(model: nn.Module) -> Shape:
-    """The sizes of a model; its parameters may be on the meta device."""
+    """The sizes of a model; its parameters may be on the meta device.
+
+    Raises:
+        ValueError: It is no transformer.
+    """
     whole: Any = model
     config = whole.config.get_text_config()
-    head = whole.get_output_embeddings()
-    tables = _tables(model, head, whole.get_input_embeddings())
+    if not hasattr(config, "hidden_size"):
+        raise ValueError(f"{type(model).__name__} has no `hidden_size`: the cost model is one of transformers.")
+    try:
+        head, words = whole.get_output_embeddings(), whole.get_input_embeddings()
+        outputs = getattr(head, "weight", None)
+    except NotImplementedError:
+        head = words = outputs = None
+    tables = _tables(model, head, words)
     heads = getattr(config, "num_attention_heads", 0) or 0
     hidden = config.hidden_size
     width = heads * (getattr(config, "head_dim", None) or hidden // max(1, heads))
@@ -172,8 +186,9 @@ def shape_of(model: nn.Module) -> Shape:
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         layers=config.num_hidden_layers,
         hidden=hidden,
-        vocabulary=0 if getattr(head, "weight", None) is None else head.weight.shape[0],
+        vocabulary=0 if outputs is None else outputs.shape[0],
         attention=width,
+        fused=any(isinstance(module, ParamWrapper) for module in model.modules()),
     )
 
 

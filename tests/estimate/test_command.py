@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from transformers import AutoConfig
 
 from hf_jd.cli import main
 from hf_jd.estimate.cases import PARALLELISMS, Case
@@ -87,3 +88,26 @@ def test_a_step_is_never_cheaper_than_a_plain_one(parallelism, groups):
 def test_zero_takes_two_passes(config, capsys):
     assert main(["estimate", "--model", str(config), "--parallelism", "zero2", "--processes", "2"]) == 0
     assert "two passes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name", ["bert", "vit", "t5", "bart", "gemma3", "mixtral", "qwen2_moe", "gpt_oss", "mamba", "clip", "llava", "opt"]
+)
+def test_other_models(name, tmp_path, capsys):
+    AutoConfig.for_model(name).save_pretrained(tmp_path)
+    assert main(["estimate", "--model", str(tmp_path), "--full", "--groups", "2", "--processes", "2"]) == 0
+    assert "parameters, trained: all" in capsys.readouterr().out
+
+
+def test_adapters_of_experts_are_said_to_be_dear(tmp_path, capsys):
+    CONFIGS["mixtral"].save_pretrained(tmp_path)
+    assert main(["estimate", "--model", str(tmp_path)]) == 0
+    assert "those of experts' adapters take a backward pass an objective" in capsys.readouterr().out
+
+
+def test_a_model_that_is_no_transformer(tmp_path, capsys):
+    AutoConfig.for_model("resnet").save_pretrained(tmp_path)
+    assert main(["estimate", "--model", str(tmp_path), "--full"]) == 2
+    assert "the cost model is one of transformers" in capsys.readouterr().err
+    assert main(["estimate", "--model", str(tmp_path)]) == 2
+    assert "LoRA can't be added" in capsys.readouterr().err
