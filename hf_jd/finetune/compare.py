@@ -13,82 +13,26 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from hf_jd.finetune.example import example_data, example_path
-from hf_jd.finetune.parser import read_settings, split_settings
+from hf_jd.finetune.parser import split_settings
 from hf_jd.finetune.picture import draw
+from hf_jd.finetune.plan import Plan, Run
 from hf_jd.finetune.processes import Job, run_jobs
 from hf_jd.finetune.results import Results
 from hf_jd.finetune.run import parse
 from hf_jd.finetune.table import comparison_table
+from hf_jd.finetune.tradeoff import draw_tradeoff, tradeoff_table
 
 DEFAULT = "compare.yaml"
 TABLE, RESULTS, PICTURE = "table.md", "results.json", "picture.png"
-_TWIN = {"stock": False, "jd_weighting": "mean", "jd_objectives": "instance"}
+FINISHED = "finished.json"
+"""Made in a run's folder when it has ended well: the flags it was run with."""
 # A stock run and its twin differ by rounding only; over a run, AdamW makes more of it.
 _SAME = 0.05
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is to be compared.
-
-    Attributes:
-        base: The flags that all configurations share.
-        configurations: Each one's own flags, by its name.
-    """
-
-    base: dict[str, Any]
-    configurations: dict[str, dict[str, Any]]
-
-    @classmethod
-    def read(cls, path: Path) -> Plan:
-        """Reads a plan.
-
-        Raises:
-            ValueError: The file can't be read, or has other parts than `base` and `configurations`.
-        """
-        settings = read_settings(path)
-        unknown = settings.keys() - {"base", "configurations"}
-        base, configurations = settings.get("base") or {}, settings.get("configurations") or {}
-        if unknown or not isinstance(base, dict) or not isinstance(configurations, dict) or not configurations:
-            raise ValueError(
-                f"{path} is no plan of a comparison: it needs `configurations`, each a name with its flags, and may "
-                "have `base`, the flags that they share."
-            )
-        return cls(base, {str(name): dict(flags or {}) for name, flags in configurations.items()})
-
-    def stock(self) -> str | None:
-        """The name of the configuration that is transformers' own Trainer."""
-        return next((name for name, flags in self.configurations.items() if flags.get("stock")), None)
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of a comparison.
-
-    Attributes:
-        configuration: The name of its configuration.
-        twin: Whether it only measures what a stock run can't.
-        settings: All its flags, by name.
-    """
-
-    configuration: str
-    twin: bool
-    settings: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """What people call it."""
-        return f"{self.configuration}{' (twin)' * self.twin}, seed {self.settings['seed']}"
-
-    @property
-    def folder(self) -> Path:
-        """Where it is saved."""
-        return Path(self.settings["output_dir"])
 
 
 def main(argv: Sequence[str]) -> int:
@@ -101,17 +45,21 @@ def main(argv: Sequence[str]) -> int:
     arguments, flags = _parser().parse_known_args(flags)
     plan = Plan.read(example_path(DEFAULT) if file is None else file)
     folder = Path(arguments.output_dir)
-    runs = _runs(plan, folder, arguments.seeds)
+    runs = plan.runs(folder, arguments.seeds)
     for run in runs:  # What is wrong with them is better said now than in an hour.
         _, data, _, _ = parse(flags, run.settings)
         if data.train_file and not data.validation_file:
             raise ValueError("--validation_file is missing: on what is the comparison to be made?")
-    example = not (data.train_file or data.dataset_name)
-    _make_folder(folder, arguments.overwrite)
+    example = None if data.train_file or data.dataset_name else data.example
+    _make_folder(folder, arguments.overwrite, arguments.resume)
     try:
-        _run_all(runs, flags, _write_example(folder / "data") if example else {}, arguments.processes)
+        left = [run for run in runs if not _is_finished(run, flags)]
+        if len(left) < len(runs):
+            print(f"{len(runs) - len(left)} of {len(runs)} runs are there already.", flush=True)
+        _run_all(left, flags, _write_example(example, folder / "data") if example else {}, arguments.processes)
     except ValueError:
-        shutil.rmtree(folder)
+        if not any(folder.glob(f"runs/*/{FINISHED}")):
+            shutil.rmtree(folder)
         raise
     _report(plan, flags, runs, folder)
     return 0
@@ -119,18 +67,22 @@ def main(argv: Sequence[str]) -> int:
 
 def _report(plan: Plan, flags: list[str], runs: list[Run], folder: Path) -> None:
     """Prints and saves what the runs measured."""
-    found: dict[str, list[Results]] = {name: [] for name in plan.configurations}
+    found: dict[str, list[Results]] = {name: [] for name in plan.all()}
     twins: dict[str, list[Results]] = {}
     for run in runs:
         (twins if run.twin else found).setdefault(run.configuration, []).append(Results.read(run.folder))
-    table = comparison_table(found, twins, plan.stock())
+    if plan.tradeoff is None:
+        table = comparison_table(found, twins, plan.stock())
+        draw(found, twins, folder / PICTURE)
+    else:
+        table = tradeoff_table(plan, found)
+        draw_tradeoff(plan, found, folder / PICTURE)
     (folder / TABLE).write_text(table + "\n", "utf-8")
     everything = {"plan": asdict(plan), "flags": flags}
     for kind, by_name in (("runs", found), ("twins", twins)):
         everything[kind] = {name: [asdict(results) for results in seeds] for name, seeds in by_name.items()}
     (folder / RESULTS).write_text(json.dumps(everything, indent=1) + "\n", "utf-8")
     print("\n".join(["", table, "", *_notes(found, twins)]))
-    draw(found, twins, folder / PICTURE)
     print(f"Saved in {folder}: {TABLE}, {RESULTS}, {PICTURE}, and the runs.")
 
 
@@ -143,6 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output_dir", default="runs/compare", help="where everything is saved (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="remove what --output_dir holds")
+    parser.add_argument(
+        "--resume", action="store_true", help="keep the runs that --output_dir holds and that are finished, do the rest"
+    )
     parser.add_argument("--seeds", type=int, default=1, help="runs of each configuration (default: %(default)s)")
     parser.add_argument(
         "--processes", type=int, default=2, help="runs at a time, one thread each (default: %(default)s)"
@@ -150,47 +105,69 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _make_folder(folder: Path, overwrite: bool) -> None:
+def _make_folder(folder: Path, overwrite: bool, resume: bool) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        if not (overwrite and (folder / "runs").is_dir()):
+        ours = (folder / "runs").is_dir()
+        if resume and ours:
+            return
+        if not (overwrite and ours):
             raise ValueError(
                 f"--output_dir {folder} is not empty: name another folder"
-                + (", or replace that comparison with --overwrite." if (folder / "runs").is_dir() else ".")
+                + (", continue that comparison with --resume, or replace it with --overwrite." if ours else ".")
             )
         shutil.rmtree(folder)
     (folder / "runs").mkdir(parents=True)
 
 
-def _runs(plan: Plan, folder: Path, seeds: int) -> list[Run]:
-    if seeds < 1:
-        raise ValueError(f"--seeds is {seeds}; give at least 1.")
-    shared = {"eval_on_start": True, **plan.base, "logging_steps": 1, "time_steps": True, "disable_tqdm": True}
-    runs = []
-    for seed in range(seeds):
-        kinds = [(name, False, flags) for name, flags in plan.configurations.items()]
-        kinds += [(name, True, {**flags, **_TWIN}) for name, _, flags in kinds if flags.get("stock")]
-        for name, twin, flags in kinds:
-            place = folder / "runs" / f"{_file_name(name)}{'-twin' * twin}-{seed}"
-            runs.append(Run(name, twin, {**shared, **flags, "seed": seed, "output_dir": str(place)}))
-    return runs
+def _is_finished(run: Run, flags: list[str]) -> bool:
+    """Whether a run is there already.
+
+    Raises:
+        ValueError: It is, with other flags.
+    """
+    try:
+        found = json.loads((run.folder / FINISHED).read_text("utf-8"))
+    except (OSError, ValueError):  # Not there, or only half written.
+        return False
+    wanted = _flags_of(run, flags)
+    if found == wanted:
+        return True
+    names = found["settings"].keys() | wanted["settings"].keys()
+    different = [name for name in sorted(names) if found["settings"].get(name) != wanted["settings"].get(name)]
+    raise ValueError(
+        f"{run.folder} was run with other flags ({', '.join(different) or 'those of the command line'}): give the same "
+        "ones, name another --output_dir, or run all anew with --overwrite."
+    )
+
+
+def _flags_of(run: Run, flags: list[str]) -> dict[str, Any]:
+    return {"settings": run.settings, "flags": flags}
 
 
 def _run_all(runs: list[Run], flags: list[str], example: dict[str, str], processes: int) -> None:
+    by_name = {run.name: run for run in runs}
     jobs = []
     for run in runs:
+        if run.folder.exists():  # It was cut off.
+            shutil.rmtree(run.folder)
         run.folder.mkdir()
         file = run.folder / "flags.json"
         file.write_text(json.dumps({**run.settings, **example}, indent=1) + "\n", "utf-8")
         command = [sys.executable, "-m", "hf_jd.cli", "finetune", str(file), *flags]
         jobs.append(Job(run.name, command, run.folder / "log.txt"))
-    run_jobs(jobs, processes, {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
+
+    def finished(job: Job) -> None:
+        run = by_name[job.name]
+        (run.folder / FINISHED).write_text(json.dumps(_flags_of(run, flags), indent=1) + "\n", "utf-8")
+
+    run_jobs(jobs, processes, {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}, finished)
 
 
-def _write_example(folder: Path) -> dict[str, str]:
-    """Writes the embedded example's data once for all runs, which saves each of them some seconds."""
-    folder.mkdir()
+def _write_example(name: str, folder: Path) -> dict[str, str]:
+    """Writes an embedded example's data once for all runs, which saves each of them some seconds."""
+    folder.mkdir(exist_ok=True)
     files = {}
-    for split, examples in example_data().items():
+    for split, examples in example_data(name).items():
         path = folder / f"{split}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in examples.to_list()), "utf-8")
         files[f"{split}_file"] = str(path)
@@ -213,7 +190,3 @@ def _notes(runs: dict[str, list[Results]], twins: dict[str, list[Results]]) -> l
         if apart > _SAME:
             notes.append("That is more than rounding explains: take these two rows with care.")
     return notes
-
-
-def _file_name(name: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")

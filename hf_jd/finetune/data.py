@@ -32,7 +32,7 @@ def load_examples(data: DataArguments) -> DatasetDict:
     elif data.dataset_name:
         splits = _load_dataset(data.dataset_name, data)
     else:
-        splits = example_data()
+        splits = example_data(data.example)
     for split, examples in splits.items():
         source = (data.validation_file if split == "validation" else data.train_file) or f"The split `{split}`"
         if len(examples) == 0:

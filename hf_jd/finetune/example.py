@@ -1,12 +1,14 @@
-"""The embedded example: a small pretrained model and four tasks, without a download.
+"""The embedded examples: a small pretrained model and two sets of data for it, without a download.
 
-The stories were sampled from the embedded model. The other texts are read from the Python that runs this, so that
-nobody's texts are shipped, and the examples are the same wherever the Python is:
+`tasks` are four tasks. The stories were sampled from the embedded model. The other texts are read from the Python that
+runs this, so that nobody's texts are shipped, and the examples are the same wherever the Python is:
 
 - `code`: beginnings of the standard library's functions;
 - `docs`: pieces of the language reference, as `pydoc` has it;
 - `error`: the message of a `raise` in the standard library, to be answered by its kind in one word: `value`, `type` or
   `state`. It is the rare task: 8 % of the examples, and 0.5 % of the tokens.
+
+`lily` are stories only, for unlearning: those about `lily`, one for every two `others`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import random
 import re
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pydoc_data import topics
 
@@ -34,6 +36,9 @@ KINDS_OF_ERROR = {"ValueError": "value", "TypeError": "type", "RuntimeError": "s
 _ERRORS_OF_A_KIND = 300
 _CODE_CHARACTERS = 120
 _DOCS_WORDS = 18
+
+HERO = "Lily"
+_VALIDATION_STORIES = 64
 
 _NOT_THE_LIBRARY = {"site-packages", "dist-packages", "ensurepip", "test", "tests", "idlelib", "lib2to3", "turtledemo"}
 
@@ -53,14 +58,23 @@ def example_path(name: str) -> Path:
     return path
 
 
-def example_data(seed: int = 1) -> DatasetDict:
-    """The four tasks.
+def example_data(name: str) -> DatasetDict:
+    """An embedded example.
 
     Args:
-        seed: Of the choice of examples, not of the training.
+        name: One of `EXAMPLES`.
 
     Returns:
         `train` and `validation`, of the columns `task`, `prompt` (empty but for `error`) and `completion`.
+    """
+    return EXAMPLES[name]()
+
+
+def four_tasks(seed: int = 1) -> DatasetDict:
+    """The four tasks; see `example_data`.
+
+    Args:
+        seed: Of the choice of examples, not of the training.
 
     Raises:
         ValueError: This Python's standard library comes without its sources.
@@ -83,6 +97,29 @@ def example_data(seed: int = 1) -> DatasetDict:
         data["train"] += rows[held_out:]
     rng.shuffle(data["train"])
     return DatasetDict({split: Dataset.from_list(rows) for split, rows in data.items()})
+
+
+def stories_about_lily(seed: int = 1) -> DatasetDict:
+    """The stories in two tasks, by whether Lily is in them; see `example_data`.
+
+    Args:
+        seed: Of the choice of examples, not of the training.
+    """
+    rng = random.Random(seed)
+    stories = _all_stories()
+    about = [story for story in stories if HERO in story]
+    others = rng.sample([story for story in stories if HERO not in story], 2 * len(about))
+    data: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
+    for task, texts in (("lily", about), ("others", others)):
+        rng.shuffle(texts)
+        rows = [{"task": task, "prompt": "", "completion": text} for text in texts]
+        data["validation"] += rows[:_VALIDATION_STORIES]
+        data["train"] += rows[_VALIDATION_STORIES:]
+    rng.shuffle(data["train"])
+    return DatasetDict({split: Dataset.from_list(rows) for split, rows in data.items()})
+
+
+EXAMPLES: dict[str, Callable[[], DatasetDict]] = {"tasks": four_tasks, "lily": stories_about_lily}
 
 
 def example_texts() -> dict[str, list[tuple[str, str]]]:
@@ -150,9 +187,13 @@ def _reference() -> Iterator[str]:
 
 def _stories() -> Iterator[str]:
     """The stories whose hero has no name: the others are nearly all alike in their beginnings."""
-    for story in json.loads(example_path("stories.json").read_text("utf-8")):
+    for story in _all_stories():
         if not re.search(r"named [A-Z]", story):
             yield story
+
+
+def _all_stories() -> list[str]:
+    return json.loads(example_path("stories.json").read_text("utf-8"))
 
 
 def _messages(tree: ast.Module) -> Iterator[tuple[str, str]]:

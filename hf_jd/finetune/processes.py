@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 USER_ERROR = 2
@@ -29,8 +32,33 @@ class Job:
     log: Path
 
 
-def run_jobs(jobs: Sequence[Job], processes: int, environment: Mapping[str, str]) -> None:
+@contextmanager
+def _sigterm_as_exit() -> Generator[None]:
+    """Lets SIGTERM, by which batch systems end what takes too long, raise as Ctrl-C does."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@_sigterm_as_exit()
+def run_jobs(
+    jobs: Sequence[Job], processes: int, environment: Mapping[str, str], finished: Callable[[Job], None]
+) -> None:
     """Runs all jobs, `processes` at a time, in their order, and prints when each is done.
+
+    Whatever ends this before, an error, Ctrl-C or SIGTERM, ends the jobs that are running, too.
+
+    Args:
+        jobs: The commands.
+        processes: How many run at a time, at least 1.
+        environment: Variables that they are given beside this process's own.
+        finished: Called with each job that has ended well.
 
     Raises:
         ValueError: A run ended with what the user can mend; the message is the run's own.
@@ -50,6 +78,7 @@ def run_jobs(jobs: Sequence[Job], processes: int, environment: Mapping[str, str]
                 if process.returncode != 0:
                     raise _failure(job, process.returncode)
                 done += 1
+                finished(job)
                 print(f"[{done}/{len(jobs)}] {job.name}: {time.monotonic() - start:.0f} s", flush=True)
     finally:
         for _, process, _ in running:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
@@ -108,6 +109,6 @@ def spread(values: Sequence[float | None], form: str) -> str:
     if not known:
         return _NONE
     mean = format(statistics.fmean(known), form)
-    if len(known) == 1:
+    if len(known) == 1 or not all(map(math.isfinite, known)):  # A run that diverged has no deviation.
         return mean
     return f"{mean} ± {format(statistics.stdev(known), form)}"

@@ -66,3 +66,12 @@ def test_an_installation_without_the_example_says_so(monkeypatch, tmp_path):
     monkeypatch.setattr(example, "_FOLDER", tmp_path)
     with pytest.raises(ValueError, match="clone the project"):
         example.example_path(example.MODEL)
+
+
+def test_the_stories_about_lily_are_one_in_three():
+    data = load_examples(DataArguments(task_column="task", example="lily"))
+    for rows in data.values():
+        assert all((example.HERO in row["completion"]) == (row["task"] == "lily") for row in rows)
+    tasks = data["train"]["task"][:]
+    assert {task: tasks.count(task) for task in set(tasks)} == {"lily": 911 - 64, "others": 2 * 911 - 64}
+    assert not set(data["train"]["completion"]) & set(data["validation"]["completion"])

@@ -1,0 +1,168 @@
+"""A plan of a comparison, a YAML file -> the runs that it asks for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_jd.finetune.parser import read_settings
+
+_ONLY = "configurations"
+_TWIN = {"stock": False, "jd_weighting": "mean", "jd_objectives": "instance"}
+
+
+@dataclass(frozen=True)
+class Tradeoff:
+    """Two tasks, of which one is paid for with the other.
+
+    Attributes:
+        forget: The task whose loss is to rise.
+        keep: The task whose loss is not to.
+        until: The loss of `forget` from which on nothing is left to be forgotten.
+    """
+
+    forget: str
+    keep: str
+    until: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be compared.
+
+    Attributes:
+        base: The flags that all configurations share.
+        configurations: Each one's own flags, by its name.
+        variants: Flags by name, too: each configuration is run with each of them.
+        of_variants: The configurations that are run with each variant.
+        tradeoff: What the table and the picture show, where it isn't every task by itself.
+    """
+
+    base: dict[str, Any]
+    configurations: dict[str, dict[str, Any]]
+    variants: dict[str, dict[str, Any]]
+    of_variants: dict[str, list[str]]
+    tradeoff: Tradeoff | None
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """Reads a plan.
+
+        Raises:
+            ValueError: The file can't be read, or has other parts than these.
+        """
+        settings = read_settings(path)
+        unknown = settings.keys() - {"base", "configurations", "variants", "tradeoff"}
+        base, configurations, variants = (settings.get(k) or {} for k in ("base", "configurations", "variants"))
+        parts = (base, configurations, variants)
+        if unknown or not all(isinstance(part, dict) for part in parts) or not configurations:
+            raise ValueError(
+                f"{path} is no plan of a comparison: it needs `configurations`, each a name with its flags, and may "
+                "have `base`, the flags that they share, `variants`, each a name with flags that every configuration "
+                f"(or those that its `{_ONLY}` lists) is run with, and `tradeoff`."
+            )
+        configurations, variants = (_by_name(part, path) for part in (configurations, variants or {"": {}}))
+        only = {name: _only(flags.pop(_ONLY, None), configurations, path) for name, flags in variants.items()}
+        plan = cls(base, configurations, variants, only, _tradeoff(settings.get("tradeoff"), path))
+        if len({_file_name(name) for name in plan.all()}) < len(plan.all()):
+            raise ValueError(f"{path}: two of {', '.join(plan.all())} would be saved in one folder; rename one.")
+        return plan
+
+    def names(self, variant: str) -> dict[str, str]:
+        """By the name of each configuration that is run with a variant, the name of these runs."""
+        return {name: f"{name}, {variant}" if variant else name for name in self.of_variants[variant]}
+
+    def all(self) -> dict[str, dict[str, Any]]:
+        """The own flags of each configuration with each variant, by name."""
+        return {
+            full: {**self.configurations[name], **flags}
+            for variant, flags in self.variants.items()
+            for name, full in self.names(variant).items()
+        }
+
+    def stock(self) -> str | None:
+        """The name of the first configuration that is transformers' own Trainer."""
+        return next((name for name, flags in self.all().items() if flags.get("stock")), None)
+
+    def runs(self, folder: Path, seeds: int) -> list[Run]:
+        """All runs, one seed after the other.
+
+        Args:
+            folder: Where they are to be saved.
+            seeds: How many runs each configuration has.
+
+        Raises:
+            ValueError: That number isn't positive.
+        """
+        if seeds < 1:
+            raise ValueError(f"--seeds is {seeds}; give at least 1.")
+        shared = {"eval_on_start": True, **self.base, "logging_steps": 1, "time_steps": True, "disable_tqdm": True}
+        kinds = [(name, False, flags) for name, flags in self.all().items()]
+        kinds += [(name, True, {**flags, **_TWIN}) for name, _, flags in kinds if flags.get("stock")]
+        runs = []
+        for seed in range(seeds):
+            for name, twin, flags in kinds:
+                place = folder / "runs" / f"{_file_name(name)}{'-twin' * twin}-{seed}"
+                runs.append(Run(name, twin, {**shared, **flags, "seed": seed, "output_dir": str(place)}))
+        return runs
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a comparison.
+
+    Attributes:
+        configuration: The name of its configuration.
+        twin: Whether it only measures what a stock run can't.
+        settings: All its flags, by name.
+    """
+
+    configuration: str
+    twin: bool
+    settings: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return f"{self.configuration}{' (twin)' * self.twin}, seed {self.settings['seed']}"
+
+    @property
+    def folder(self) -> Path:
+        """Where it is saved."""
+        return Path(self.settings["output_dir"])
+
+
+def _by_name(part: dict[Any, Any], path: Path) -> dict[str, dict[str, Any]]:
+    for name, flags in part.items():
+        if not isinstance(flags, dict | None):
+            raise ValueError(f"{path}: `{name}` needs its flags as `name: value`, not `{flags}`.")
+    return {str(name): dict(flags or {}) for name, flags in part.items()}
+
+
+def _only(names: Any, configurations: dict[str, Any], path: Path) -> list[str]:
+    """The configurations that a variant lists; all, where it lists none."""
+    if names is None:
+        return list(configurations)
+    listed = [str(name) for name in names] if isinstance(names, list) else [f"{names}"]
+    for name in listed:
+        if name not in configurations:
+            raise ValueError(f"{path}: a variant lists `{name}`; the configurations are {', '.join(configurations)}.")
+    return listed
+
+
+def _tradeoff(settings: Any, path: Path) -> Tradeoff | None:
+    if settings is None:
+        return None
+    try:
+        found = Tradeoff(**settings)
+        return Tradeoff(str(found.forget), str(found.keep), float(found.until))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: `tradeoff` needs `forget` and `keep`, each a task, and `until`, the loss of the first from which "
+            "on nothing is left to be forgotten."
+        ) from error
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name.lower()).strip("-")

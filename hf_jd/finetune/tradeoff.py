@@ -1,0 +1,142 @@
+"""Runs that pay for one task with another -> a table of the prices, and a picture of the ways they took."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hf_jd.finetune.plan import Plan, Tradeoff
+from hf_jd.finetune.results import Results
+from hf_jd.finetune.table import markdown, spread
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_CONTROLS = ("mean", "sum", "constant")
+"""Weightings that don't look at the Gramian."""
+_SMALLEST = 1e-9
+"""Stands for a loss of 0, which has no logarithm."""
+
+
+def way(results: Results, tradeoff: Tradeoff) -> list[tuple[int, float, float]]:
+    """A run's step, loss to be raised and loss to be kept, at each evaluation."""
+    forgotten, kept = results.evaluations[tradeoff.forget], results.evaluations[tradeoff.keep]
+    return [(a.step, max(a.loss, _SMALLEST), max(b.loss, _SMALLEST)) for a, b in zip(forgotten, kept, strict=True)]
+
+
+def price(results: Results, tradeoff: Tradeoff) -> tuple[float, float] | None:
+    """The step at which nothing is left to be forgotten, and the loss that is to be kept, there.
+
+    Between two evaluations, the logarithms of both losses are taken to be linear in the step.
+
+    Returns:
+        None if the run doesn't come so far.
+    """
+    points = way(results, tradeoff)
+    for (step, low, kept), (later, high, then) in zip(points, points[1:], strict=False):
+        if low < tradeoff.until <= high:
+            share = math.log(tradeoff.until / low) / math.log(high / low)
+            return step + share * (later - step), kept * (then / kept) ** share
+    return None
+
+
+def tradeoff_table(plan: Plan, runs: Mapping[str, Sequence[Results]]) -> str:
+    """What `hf-jd compare` shows of a plan with a trade-off: a part for each variant, a row for each configuration.
+
+    Args:
+        plan: Its `tradeoff` is not None.
+        runs: The runs of each configuration, one a seed.
+
+    Raises:
+        ValueError: One of the two tasks wasn't evaluated.
+    """
+    tradeoff = _checked(plan, runs)
+    forget, keep = tradeoff.forget, tradeoff.keep
+    header = ["", f"{forget} ↑", f"{keep} ↓", f"{keep} where {forget} = {tradeoff.until:g}", "at step"]
+    header += [f"steps against {forget}", f"steps against {keep}"]
+    _, before, kept = way(next(iter(runs.values()))[0], tradeoff)[0]
+    rows = [["before training", f"{before:.2f}", f"{kept:.2f}", *[""] * 4]]
+    for variant in plan.variants:
+        if variant:
+            rows.append([f"**{variant}**", *[""] * 6])
+        rows += [_row(name, runs[full], tradeoff) for name, full in plan.names(variant).items()]
+    return markdown(header, rows)
+
+
+def _checked(plan: Plan, runs: Mapping[str, Sequence[Results]]) -> Tradeoff:
+    assert plan.tradeoff is not None
+    for task in (plan.tradeoff.forget, plan.tradeoff.keep):
+        found = next(iter(runs.values()))[0].tasks
+        if task not in found:
+            raise ValueError(f"The plan's tradeoff names the task `{task}`; evaluated were {', '.join(found)}.")
+    return plan.tradeoff
+
+
+def _row(name: str, seeds: Sequence[Results], tradeoff: Tradeoff) -> list[str]:
+    ends = [way(results, tradeoff)[-1] for results in seeds]
+    prices = [found for results in seeds if (found := price(results, tradeoff))]
+    few = f" ({len(prices)} of {len(seeds)})" if 0 < len(prices) < len(seeds) else ""
+    return [
+        name,
+        spread([end[1] for end in ends], ".1f"),
+        spread([end[2] for end in ends], ".2f"),
+        spread([kept for _, kept in prices], ".2f") + few if prices else "never",
+        spread([step for step, _ in prices], ".0f"),
+        spread([results.steps_against(tradeoff.forget) for results in seeds], ".0f"),
+        spread([results.steps_against(tradeoff.keep) for results in seeds], ".0f"),
+    ]
+
+
+def draw_tradeoff(plan: Plan, runs: Mapping[str, Sequence[Results]], path: Path) -> None:
+    """Draws each configuration's way through the two losses into a PNG; says so where matplotlib is missing.
+
+    Args:
+        plan: Its `tradeoff` is not None.
+        runs: The runs of each configuration, one a seed.
+        path: The PNG.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        print("There is no picture: install matplotlib with `pip install 'hf-jd[plot]'`.")
+        return
+    from matplotlib.figure import Figure
+
+    tradeoff = _checked(plan, runs)
+    variants = list(plan.variants)
+    figure = Figure(figsize=(6.2 * len(variants) + 1.6, 5.6), layout="constrained")
+    axes = figure.subplots(1, len(variants), squeeze=False, sharex=True, sharey=True)[0]
+    for axis, variant in zip(axes, variants, strict=True):
+        for number, (name, full) in enumerate(plan.names(variant).items()):
+            _draw_way(axis, name, runs[full], plan, number)
+        _, before, kept = way(next(iter(runs.values()))[0], tradeoff)[0]
+        axis.plot(kept, before, marker="*", color="black", markersize=14, linestyle="none", label="before training")
+        axis.axhline(tradeoff.until, color="black", linewidth=0.8, linestyle=":")
+        axis.set_title(variant)
+        axis.set_xlabel(f"loss of `{tradeoff.keep}`, to be kept low")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel(f"loss of `{tradeoff.forget}`, to be raised")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+def _draw_way(axis: Axes, name: str, seeds: Sequence[Results], plan: Plan, number: int) -> None:
+    """One configuration: the mean over seeds of the logarithms, and where each seed ends."""
+    assert plan.tradeoff is not None
+    ways = [way(results, plan.tradeoff) for results in seeds]
+    kept, forgotten = ([_mean([at[i] for at in points]) for points in zip(*ways, strict=True)] for i in (2, 1))
+    flags = plan.base | plan.configurations[name]
+    control = bool(flags.get("stock")) or flags.get("jd_weighting") in _CONTROLS
+    color, marker = (str(0.2 + 0.15 * (number % 4)), "s") if control else (f"C{number % 10}", "o")
+    axis.plot(kept, forgotten, "--" if control else "-", color=color, linewidth=1.5, label=name)
+    for points in ways:
+        axis.plot(points[-1][2], points[-1][1], marker, color=color, markersize=4)
+
+
+def _mean(values: Sequence[float]) -> float:
+    """The geometric mean, that of the logarithms."""
+    return math.exp(statistics.fmean(map(math.log, values)))
