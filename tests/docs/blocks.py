@@ -1,0 +1,55 @@
+"""Documents -> their blocks of code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block between fences.
+
+    Attributes:
+        page: The file's name.
+        line: Where it starts.
+        language: What is named behind the fence.
+        text: All lines between.
+    """
+
+    page: str
+    line: int
+    language: str
+    text: str
+
+    @property
+    def code(self) -> str:
+        """What is run: of a diff, what is there afterwards."""
+        if self.language != "diff":
+            return self.text
+        return "".join(line[1:] or "\n" for line in self.text.splitlines(True) if not line.startswith("-"))
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def blocks(*languages: str) -> Iterator[Block]:
+    """All blocks of these languages."""
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        for found in re.finditer(r"^```(\w*)[^\n]*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+            if found[1] in languages:
+                yield Block(page.name, text.count("\n", 0, found.start()) + 1, found[1], found[2])
+
+
+def commands(block: Block) -> Iterator[list[str]]:
+    """A shell block's commands, as words, without what is only meant for a reader: comments and `...`."""
+    for line in block.text.replace("\\\n", " ").splitlines():
+        words = [word for word in re.split(r"\s#", line)[0].split() if word != "..."]
+        if words and not words[0].startswith("#"):
+            yield words

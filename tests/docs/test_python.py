@@ -1,0 +1,92 @@
+"""Every Python block of the documents runs.
+
+A block that is a fragment gets the smallest context that makes it true, from CONTEXTS; one that needs another context,
+or none, and isn't listed, fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch import nn
+
+from tests.docs.blocks import Block, blocks
+from tests.models import tiny_llama
+
+BLOCKS = list(blocks("python", "diff"))
+STORIES = str(Path(__file__).parents[2] / "examples" / "stories15m")
+
+
+def training() -> dict[str, Any]:
+    rows = [{"input_ids": [1, 2 + i, 3], "labels": [1, 2 + i, 3], "task": f"t{i % 2}"} for i in range(4)]
+    return {"model": tiny_llama(), "data": Dataset.from_list(rows)}
+
+
+def regression() -> dict[str, Any]:
+    def per_instance_losses(outputs, targets):
+        return (outputs - targets).square().mean(1)
+
+    model = nn.Linear(3, 1)
+    values = {"model": model, "inputs": torch.randn(4, 3), "targets": torch.randn(4, 1)}
+    return values | {"per_instance_losses": per_instance_losses}
+
+
+def gramian() -> dict[str, Any]:
+    rows = torch.randn(3, 5)
+    return {"gramian": rows @ rows.T}
+
+
+def trainer_class() -> dict[str, Any]:
+    from hf_jd import JDTrainer
+
+    return {"JDTrainer": JDTrainer}
+
+
+def trl() -> dict[str, Any]:
+    pytest.importorskip("trl")
+    texts = ["Once upon a time, there was a girl.", "Tom went to the park."]
+    data = Dataset.from_list([{"text": text, "task": f"t{i}"} for i, text in enumerate(texts)])
+    return {"data": data, "lora": LoraConfig(r=2, target_modules=["q_proj"]), "replace": {"my-model": STORIES, 'out"': 'out", use_cpu=True'}}
+
+
+# By the page, and the beginning of a line of the block.
+CONTEXTS: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
+    ("README.md", "trainer = JDTrainer(model"): training,
+    ("README.md", "engine = Engine(model)  # once"): regression,
+    ("trainer.md", "trainer = JDTrainer(model"): training,
+    ("trainer.md", "class Mine(JDTrainer)"): trainer_class,
+    ("trainer.md", 'trainer = JDSFTTrainer("my-model"'): trl,
+    ("weightings.md", "weights = UPGradWeighting()(gramian)"): gramian,
+}
+
+
+def context(block: Block) -> dict[str, Any]:
+    found = [
+        make for (page, start), make in CONTEXTS.items() if page == block.page and f"\n{start}" in f"\n{block.code}"
+    ]
+    assert len(found) <= 1
+    return found[0]() if found else {}
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+@pytest.mark.filterwarnings("ignore:.*pin_memory")  # Trainer's default, without a GPU
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")  # TRL's own default
+def test_it_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = context(block)
+    code = block.code
+    for old, new in names.pop("replace", {}).items():
+        code = code.replace(old, new)
+    torch.manual_seed(0)
+    exec(compile(code, str(block), "exec", dont_inherit=True), {"__name__": "__main__", **names})
+
+
+def test_every_context_has_its_block():
+    for page, start in CONTEXTS:
+        assert any(block.page == page and f"\n{start}" in f"\n{block.code}" for block in BLOCKS), (page, start)

@@ -1,0 +1,103 @@
+"""Every command of the documents is one that there is, with flags that there are."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from hf_jd.cli import COMMANDS
+from hf_jd.finetune import compare
+from hf_jd.finetune.parser import read_settings, split_settings
+from hf_jd.finetune.plan import Plan
+from hf_jd.finetune.run import parse
+from tests.docs.blocks import ROOT, blocks, commands
+
+COMMAND_LINES = [(str(block), words) for block in blocks("bash", "sh") for words in commands(block)]
+TARGETS = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+# Not ours, and known to everybody.
+OTHERS = {"git", "cd", "pip", "tensorboard", "tail", "cat", "mkdir", "export"}
+
+
+@pytest.mark.parametrize("page, words", COMMAND_LINES, ids=lambda value: value if isinstance(value, str) else None)
+def test_the_command_is_understood(page, words):
+    check(words)
+
+
+def check(words: list[str]) -> None:
+    program, *rest = words
+    if program == "make":
+        assert rest[0] in TARGETS
+    elif program == "hf-jd":
+        check_ours(*rest)
+    elif program in ("python", "python3"):
+        check_python(rest)
+    elif program == "accelerate":
+        check_launched(launcher_of_accelerate(), rest[1:])
+    elif program == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        check_launched(get_args_parser(), rest)
+    else:
+        assert program in OTHERS, f"unknown program {program}: is it ours?"
+
+
+def check_ours(command: str, *flags: str) -> None:
+    assert command in COMMANDS
+    rest, file = split_settings(flags)
+    if file is not None and not str(file).isupper() and "/" in str(file):
+        assert (ROOT / file).exists()
+    if command == "compare":
+        known, rest = compare._parser().parse_known_args(rest)
+        plan = Plan.read(ROOT / file) if file is not None and (ROOT / file).exists() else None
+        settings = plan.runs(Path("runs"), 1)[0].settings if plan else {"output_dir": "out"}
+        parse(rest, settings)
+    elif command in ("finetune", "doctor"):
+        settings = read_settings(ROOT / file) if file is not None and (ROOT / file).exists() else {}
+        parse(rest, {"output_dir": "out"} | settings)
+    else:
+        check_by_its_parser(command, rest)
+
+
+def check_by_its_parser(command: str, flags: list[str]) -> None:
+    """The flags of a command that has a parser of its own are among those that its help lists."""
+    spec = find_spec(COMMANDS[command][0])
+    assert spec is not None
+    assert spec.origin is not None
+    source = "".join(path.read_text("utf-8") for path in Path(spec.origin).parent.glob("*.py"))
+    for flag in flags:
+        if flag.startswith("--"):
+            assert f'"{flag}"' in source or f" {flag[2:]}:" in source, f"hf-jd {command} has no {flag}"
+
+
+def check_python(words: list[str]) -> None:
+    script, *flags = words
+    if script == "-m":
+        return
+    assert (ROOT / script).exists()
+    if script == "scripts/finetune.py":
+        check_ours("finetune", *flags)
+
+
+def launcher_of_accelerate():
+    from accelerate.commands.launch import launch_command_parser
+
+    return launch_command_parser()
+
+
+def check_launched(parser, words: list[str]) -> None:
+    place = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    known, unknown = parser.parse_known_args([*words[:place], words[place]])
+    assert not unknown
+    if getattr(known, "config_file", None):
+        assert (ROOT / known.config_file).exists()
+    check_python(words[place:])
+
+
+def test_a_wrong_flag_is_found():
+    with pytest.raises(ValueError, match="Unknown flag"):
+        check(["hf-jd", "finetune", "--jd_wheighting", "upgrad", "--output_dir", "x"])
+    with pytest.raises(AssertionError):
+        check(["make", "dmeo"])
