@@ -31,7 +31,7 @@ quality: $(VENV)/.dev  ## Checks style and types.
 	$(BIN)/ty check
 
 docs: $(VENV)/.docs  ## Builds the documentation into site/.
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.dev  ## Measures what the engine costs.
 	$(BIN)/python scripts/benchmark.py engine

@@ -52,13 +52,18 @@ def trl() -> dict[str, Any]:
     pytest.importorskip("trl")
     texts = ["Once upon a time, there was a girl.", "Tom went to the park."]
     data = Dataset.from_list([{"text": text, "task": f"t{i}"} for i, text in enumerate(texts)])
-    return {"data": data, "lora": LoraConfig(r=2, target_modules=["q_proj"]), "replace": {"my-model": STORIES, 'out"': 'out", use_cpu=True'}}
+    return {
+        "data": data,
+        "lora": LoraConfig(r=2, target_modules=["q_proj"]),
+        "replace": {"my-model": STORIES, 'out"': 'out", use_cpu=True'},
+    }
 
 
 # By the page, and the beginning of a line of the block.
 CONTEXTS: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
     ("README.md", "trainer = JDTrainer(model"): training,
     ("README.md", "engine = Engine(model)  # once"): regression,
+    ("index.md", "trainer = JDTrainer(model"): training,
     ("trainer.md", "trainer = JDTrainer(model"): training,
     ("trainer.md", "class Mine(JDTrainer)"): trainer_class,
     ("trainer.md", 'trainer = JDSFTTrainer("my-model"'): trl,

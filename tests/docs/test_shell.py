@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -101,3 +102,13 @@ def test_a_wrong_flag_is_found():
         check(["hf-jd", "finetune", "--jd_wheighting", "upgrad", "--output_dir", "x"])
     with pytest.raises(AssertionError):
         check(["make", "dmeo"])
+
+
+@pytest.mark.parametrize("block", list(blocks("yaml", "json")), ids=str)
+def test_data_is_well_formed(block, tmp_path):
+    if block.language == "json":
+        assert all(json.loads(line) for line in block.text.splitlines())
+    else:
+        (tmp_path / "plan.yaml").write_text(block.text)
+        for run in Plan.read(tmp_path / "plan.yaml").runs(tmp_path, 1):
+            parse([], run.settings)
