@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _CONTROLS = ("mean", "sum", "constant")
 """Weightings that don't look at the Gramian."""
+_COLORS = [f"C{i}" for i in (3, 0, 2, 1, 4, 9, 5, 6, 8)]
+"""Of the other weightings; the controls are grey."""
 _SMALLEST = 1e-9
 """Stands for a loss of 0, which has no logarithm."""
 
@@ -47,6 +49,8 @@ def price(results: Results, tradeoff: Tradeoff) -> tuple[float, float] | None:
 def tradeoff_table(plan: Plan, runs: Mapping[str, Sequence[Results]]) -> str:
     """What `hf-jd compare` shows of a plan with a trade-off: a part for each variant, a row for each configuration.
 
+    It has both losses and accuracies at the end, the price (see `price`), and how many steps went against each task.
+
     Args:
         plan: Its `tradeoff` is not None.
         runs: The runs of each configuration, one a seed.
@@ -56,13 +60,14 @@ def tradeoff_table(plan: Plan, runs: Mapping[str, Sequence[Results]]) -> str:
     """
     tradeoff = _checked(plan, runs)
     forget, keep = tradeoff.forget, tradeoff.keep
-    header = ["", f"{forget} ↑", f"{keep} ↓", f"{keep} where {forget} = {tradeoff.until:g}", "at step"]
-    header += [f"steps against {forget}", f"steps against {keep}"]
-    _, before, kept = way(next(iter(runs.values()))[0], tradeoff)[0]
-    rows = [["before training", f"{before:.2f}", f"{kept:.2f}", *[""] * 4]]
+    header = ["", f"{forget} ↑", "right", f"{keep} ↓", "right"]
+    header += [f"{keep} where {forget} is {tradeoff.until:g}", "at step"]
+    header += [f"steps against {forget}", f"against {keep}"]
+    start = [next(iter(runs.values()))[0].evaluations[task][0] for task in (forget, keep)]
+    rows = [["before training", *(text for e in start for text in (f"{e.loss:.2f}", f"{e.accuracy:.0%}")), *[""] * 4]]
     for variant in plan.variants:
         if variant:
-            rows.append([f"**{variant}**", *[""] * 6])
+            rows.append([f"**{variant}**", *[""] * 8])
         rows += [_row(name, runs[full], tradeoff) for name, full in plan.names(variant).items()]
     return markdown(header, rows)
 
@@ -77,13 +82,16 @@ def _checked(plan: Plan, runs: Mapping[str, Sequence[Results]]) -> Tradeoff:
 
 
 def _row(name: str, seeds: Sequence[Results], tradeoff: Tradeoff) -> list[str]:
-    ends = [way(results, tradeoff)[-1] for results in seeds]
+    ends = [[results.evaluations[task][-1] for results in seeds] for task in (tradeoff.forget, tradeoff.keep)]
     prices = [found for results in seeds if (found := price(results, tradeoff))]
     few = f" ({len(prices)} of {len(seeds)})" if 0 < len(prices) < len(seeds) else ""
     return [
         name,
-        spread([end[1] for end in ends], ".1f"),
-        spread([end[2] for end in ends], ".2f"),
+        *(
+            text
+            for end in ends
+            for text in (spread([e.loss for e in end], ".2f"), spread([e.accuracy for e in end], ".0%"))
+        ),
         spread([kept for _, kept in prices], ".2f") + few if prices else "never",
         spread([step for step, _ in prices], ".0f"),
         spread([results.steps_against(tradeoff.forget) for results in seeds], ".0f"),
@@ -105,36 +113,63 @@ def draw_tradeoff(plan: Plan, runs: Mapping[str, Sequence[Results]], path: Path)
     from matplotlib.figure import Figure
 
     tradeoff = _checked(plan, runs)
+    controls = [name for name in plan.configurations if _is_control(plan, name)]
+    others = [name for name in plan.configurations if name not in controls]
     variants = list(plan.variants)
     figure = Figure(figsize=(6.2 * len(variants) + 1.6, 5.6), layout="constrained")
     axes = figure.subplots(1, len(variants), squeeze=False, sharex=True, sharey=True)[0]
     for axis, variant in zip(axes, variants, strict=True):
-        for number, (name, full) in enumerate(plan.names(variant).items()):
-            _draw_way(axis, name, runs[full], plan, number)
+        for name, full in plan.names(variant).items():
+            if name in controls:
+                _draw_way(axis, name, runs[full], tradeoff, str(0.7 * controls.index(name) / len(controls)), "--s")
+            else:
+                _draw_way(axis, name, runs[full], tradeoff, _COLORS[others.index(name) % len(_COLORS)], "-o")
         _, before, kept = way(next(iter(runs.values()))[0], tradeoff)[0]
-        axis.plot(kept, before, marker="*", color="black", markersize=14, linestyle="none", label="before training")
-        axis.axhline(tradeoff.until, color="black", linewidth=0.8, linestyle=":")
-        axis.set_title(variant)
-        axis.set_xlabel(f"loss of `{tradeoff.keep}`, to be kept low")
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.plot(kept, before, "*", color="black", markersize=14, label="before training")
+        _label_axes(axis, variant, tradeoff)
     axes[0].set_ylabel(f"loss of `{tradeoff.forget}`, to be raised")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.savefig(path, dpi=130)
 
 
-def _draw_way(axis: Axes, name: str, seeds: Sequence[Results], plan: Plan, number: int) -> None:
-    """One configuration: the mean over seeds of the logarithms, and where each seed ends."""
-    assert plan.tradeoff is not None
-    ways = [way(results, plan.tradeoff) for results in seeds]
-    kept, forgotten = ([_mean([at[i] for at in points]) for points in zip(*ways, strict=True)] for i in (2, 1))
+def _is_control(plan: Plan, name: str) -> bool:
     flags = plan.base | plan.configurations[name]
-    control = bool(flags.get("stock")) or flags.get("jd_weighting") in _CONTROLS
-    color, marker = (str(0.2 + 0.15 * (number % 4)), "s") if control else (f"C{number % 10}", "o")
-    axis.plot(kept, forgotten, "--" if control else "-", color=color, linewidth=1.5, label=name)
-    for points in ways:
-        axis.plot(points[-1][2], points[-1][1], marker, color=color, markersize=4)
+    return bool(flags.get("stock")) or flags.get("jd_weighting") in _CONTROLS
+
+
+def _draw_way(axis: Axes, name: str, seeds: Sequence[Results], tradeoff: Tradeoff, color: str, style: str) -> None:
+    """One configuration: the mean over seeds of the logarithms, and where each seed ends."""
+    ways = [way(results, tradeoff) for results in seeds]
+    kept, forgotten = ([_mean([at[i] for at in points]) for points in zip(*ways, strict=True)] for i in (2, 1))
+    axis.plot(kept, forgotten, style, color=color, linewidth=1.6, markersize=5, markevery=[-1], label=name)
+    if len(seeds) > 1:
+        ends = [points[-1] for points in ways]
+        axis.plot([end[2] for end in ends], [end[1] for end in ends], style[-1], color=color, markersize=3)
+
+
+def _label_axes(axis: Axes, variant: str, tradeoff: Tradeoff) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.axhline(tradeoff.until, color="black", linewidth=0.8, linestyle=":")
+    place = (0.99, tradeoff.until)
+    axis.annotate(
+        "above: nothing is left to be forgotten",
+        place,
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="right",
+        fontsize="small",
+    )
+    axis.set_title(variant)
+    axis.set_xlabel(f"loss of `{tradeoff.keep}`, to be kept low")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    for side in (axis.xaxis, axis.yaxis):
+        side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        side.set_minor_locator(NullLocator())
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,0 +1,42 @@
+"""The tables of comparisons that the documents show have the rows of the plans that they come from."""
+
+from __future__ import annotations
+
+import re
+import runpy
+
+import pytest
+
+from hf_jd.finetune.plan import Plan
+from tests.docs.blocks import ROOT
+
+SHOWN = {"demo": ("README.md", "compare.yaml"), "unlearn": ("docs/unlearning.md", "unlearn.yaml")}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_each_configuration_has_its_row(name):
+    page, plan = SHOWN[name]
+    table = re.search(rf"<!-- {name}\b.*?-->\n(.*?)<!-- /{name} -->", (ROOT / page).read_text("utf-8"), re.DOTALL)
+    assert table is not None
+    rows = {line.split("|")[1].strip() for line in table[1].splitlines()}
+    assert set(Plan.read(ROOT / "examples" / plan).configurations) <= rows
+    assert (ROOT / "docs" / "images" / f"{name}.png").exists()
+
+
+def test_a_table_is_put_into_its_place(tmp_path, monkeypatch):
+    script = runpy.run_path(str(ROOT / "scripts" / "update_page.py"))
+    update = script["update"]
+    monkeypatch.setitem(update.__globals__, "IMAGES", tmp_path)
+    (tmp_path / "mine").mkdir()
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- mine: by x -->\nold\n<!-- /mine -->\nb\n")
+    with pytest.raises(ValueError, match="no finished comparison"):
+        update(tmp_path / "mine", page)
+    (tmp_path / "mine" / "table.md").write_text("| new |\n")
+    (tmp_path / "mine" / "picture.png").write_bytes(b"png")
+    update(tmp_path / "mine", page)
+    assert page.read_text() == "a\n<!-- mine: by x -->\n| new |\n<!-- /mine -->\nb\n"
+    assert (tmp_path / "mine.png").read_bytes() == b"png"
+    (tmp_path / "mine").rename(tmp_path / "other")
+    with pytest.raises(ValueError, match="no place"):
+        update(tmp_path / "other", page)
