@@ -203,7 +203,15 @@ def _lines(
         axes.plot(xs, ys, color=colours[name], linewidth=1.7, marker="o" if len(points) < 3 else None, markersize=4)
         found = (dots or {}).get(name, [])
         if found:
-            axes.plot(*zip(*found, strict=True), "o", color=colours[name], markersize=4.5, mec=theme.surface, mew=0.8)
+            axes.plot(
+                *zip(*found, strict=True),
+                "o",
+                color=colours[name],
+                markersize=4.5,
+                mec=theme.surface,
+                mew=0.8,
+                clip_on=False,
+            )
         ends.append((ys[-1], name))
     if level is not None:
         axes.axhline(level, color=theme.muted, linewidth=0.9, linestyle=(0, (4, 3)))

@@ -44,7 +44,7 @@ TEXTS = {
         "The share of the weights that each group gets from the weighting, against an equal one: blue is more, red is "
         "less. The largest are above.",
         "A share far above an equal one: without it, the others would outvote the group. A share near 0 over many "
-        "steps: the group is helped along by the others, or its rows are long.",
+        "steps: the group is helped along by the others, or its rows are long. Influence is share times norm, below.",
     ),
     "conflicts": Text(
         "Conflicts between groups",

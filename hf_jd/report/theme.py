@@ -52,6 +52,6 @@ DARK = Theme(
     line="#323946",
     accent="#7ba4ff",
     series=("#6fa3ff", "#ff9559", "#4fcf9c", "#df86d2", "#e3bb3f", "#4cc7df", "#ff8091", "#aab3c0"),
-    diverging=("#ff7a52", "#272d38", "#6ea3ff"),
+    diverging=("#ff7a52", "#2f3643", "#6ea3ff"),
 )
 THEMES = (LIGHT, DARK)

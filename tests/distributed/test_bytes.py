@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hf_jd.estimate.cases import Case
-from hf_jd.estimate.sent import step_bytes
+from hf_jd.estimate.sent import gathered_bytes, step_bytes
 from hf_jd.estimate.shapes import shape_of
 from tests.distributed.cases import GROUP, MODELS
 
@@ -31,3 +31,17 @@ def test_bytes_are_those_of_the_model(kind, processes, pools):
         if kind != "stock":  # What `hf-jd estimate` says is the same.
             case = Case(m // processes, 12, 1, processes, k if kind == "group" else None, trained_bytes=itemsize)
             assert sent == pytest.approx(step_bytes(shape_of(MODELS["wide"]()), case), rel=0.01)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("kind", ["instance", "group"])
+def test_bytes_to_shards_are_those_of_the_cost_model(kind, processes, pools):
+    flags = {"instance": {}, "group": GROUP}[kind]
+    settings = {"model": "wide", "batch": 8, "n": 24, "steps": STEPS, "unlabelled": (), "sharded": True, **flags}
+    k = 3 if kind == "group" else None
+    case = Case(8 // processes, 12, 1, processes, k, "fsdp2", number_bytes=8, trained_bytes=8)
+    shape = shape_of(MODELS["wide"]())
+    for result in pools(processes).run("train", **settings):
+        sent = sum(call.sent for call in result["calls"]) / STEPS
+        # FSDP2 gathers weights by collectives of its own.
+        assert sent == pytest.approx(step_bytes(shape, case) - gathered_bytes(shape, case), rel=0.02)
