@@ -152,7 +152,8 @@ class LeakRecording:
         if candidates(g.shape[:-1], self._batch.instances) != ["axis0"]:
             return
         segments = self._batch.segments
-        own = torch.arange(len(g)) == self._objective if segments.ids is None else segments.ids == self._objective
+        own = torch.arange(len(g)) // segments.block if segments.ids is None else segments.ids
+        own = own == self._objective
         others = ~(own.any(1) if own.dim() == 2 else own)
         if bool(g[others.to(g.device)].any()):
             self.leaking.add(tap.module)

@@ -63,7 +63,7 @@ class Jacobian:
             with torch.autocast(bucket.device.type, enabled=False):
                 total = combine(weights.to(bucket.device), bucket)
             parts = total.split([p.numel() for p in parameters])
-            sums.update({p: part.view(p.shape) for p, part in zip(parameters, parts, strict=True)})
+            sums.update({p: self._dense(p).shaped(part) for p, part in zip(parameters, parts, strict=True)})
         for parameter, rows in self._unpacked().items():
             with torch.autocast(parameter.device.type, enabled=False):
                 sums[parameter] = rows.weighted_sum(weights.to(parameter.device))
@@ -132,10 +132,15 @@ class Jacobian:
         return self._buckets
 
     def _pack(self, parameters: list[nn.Parameter]) -> tuple[list[nn.Parameter], Tensor]:
-        bucket = torch.cat([self.rows(p) for p in parameters], dim=1)
+        bucket = torch.cat([self._dense(p).rows for p in parameters], dim=1)
         for p, view in zip(parameters, bucket.split([p.numel() for p in parameters], dim=1), strict=True):
-            self._rows[p] = DenseRows(view, p.shape)
+            self._rows[p] = self._dense(p).like(view)
         return parameters, bucket
+
+    def _dense(self, parameter: nn.Parameter) -> DenseRows:
+        rows = self._rows[parameter]
+        assert isinstance(rows, DenseRows)
+        return rows
 
 
 def _worth(rows: Rows) -> int:

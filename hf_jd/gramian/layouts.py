@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 NARROW = 4  # rows of single instances are formed and added up where they are this much smaller than the layer's tensors
-SCATTERED = 3  # runs are too short to multiply one by one where writing rows for each costs this much more than sorting
+SCATTERED = 0.5  # tensors are sorted where adding the products of further runs would touch this many times their size
 
 
 class UnsupportedError(ValueError):
@@ -77,14 +77,14 @@ class Segments:
         else:
             lengths = [n * tensor.shape[1] for n in lengths]
         if order is not None:
-            tensor = self._gathered(tensor, order)
+            tensor = tensor.index_select(0, order)
         return tensor if self.by_token else tensor.flatten(0, 1), lengths
 
-    def _gathered(self, tensor: Tensor, order: Tensor) -> Tensor:
-        # Query, key and value share an input, and meet one after the other: it is gathered once.
-        key = (tensor.data_ptr(), tensor.shape, tensor._version)
+    def _shared(self, input: Tensor) -> Tensor:
+        # Query, key and value share an input, and meet one after the other: it is sorted once.
+        key = (input.data_ptr(), input.shape, input._version)
         if self._last is None or self._last[0] != key:
-            self._last = key, tensor, tensor.index_select(0, order)
+            self._last = key, input, self.contiguous(input)[0]
         return self._last[2]
 
     def outer(self, grad_output: Tensor, input: Tensor) -> Tensor:
@@ -103,9 +103,11 @@ class Segments:
             return self.reduce(torch.bmm(grad_output.transpose(1, 2), input))
         runs = self._runs(grad_output.shape[1])
         g, x = grad_output.flatten(0, 1), input.flatten(0, 1)
-        if len(runs) * p * d > SCATTERED * len(x) * (p + d):
+        if (len(runs) - self.objectives) * p * d > SCATTERED * len(x) * (p + d):
             g, lengths = self.contiguous(grad_output)
-            x, _ = self.contiguous(input)
+            x = self._shared(input)
+            if len(set(lengths)) == 1:
+                return torch.bmm(g.view(self.objectives, -1, p).transpose(1, 2), x.view(self.objectives, -1, d))
             stops = list(itertools.accumulate(lengths))
             runs = [(stop - n, stop, k) for k, (n, stop) in enumerate(zip(lengths, stops, strict=True)) if n]
         rows, begun = g.new_empty(self.objectives, p, d), set()
@@ -162,7 +164,9 @@ class Segments:
     def _repeat(self, layout: str, factor: int, device: torch.device) -> "Segments":
         if self.ids is None and layout == "major":
             return Segments(self.objectives, block=self.block * factor)
-        ids = torch.arange(self.objectives, device=device) if self.ids is None else self.ids
+        ids = self.ids
+        if ids is None:
+            ids = torch.arange(self.objectives, device=device).repeat_interleave(self.block)
         if layout == "minor":
             return Segments(self.objectives, ids.repeat(factor, *[1] * (ids.dim() - 1)))
         if not self.by_token:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hf_jd.gramian.fallback import linear_rows, module_rows
 from hf_jd.gramian.layouts import Segments, UnmappedError, UnsupportedError, arrange
 from hf_jd.gramian.plan import LINEAR, LOOPED, Plan, Site
-from hf_jd.gramian.rows import OuterRows, Rows
+from hf_jd.gramian.rows import Rows
 from hf_jd.gramian.taps import Call, ModuleTap
 
 
@@ -136,16 +136,18 @@ class Recording:
             if twin is not None and not isinstance(site.method, str):
                 one = x if x.shape[0] == 1 else x[None]
                 with torch.no_grad():
-                    found = site.method(site.module, one.expand(len(twin), *one.shape[1:]), twin, self.batch.segments)
+                    found = dict(
+                        site.method(site.module, one.expand(len(twin), *one.shape[1:]), twin, self.batch.segments)
+                    )
             self.tiers.update(dict.fromkeys((targets[name] for name in found if name in targets), 1))
             self._take(targets, found)
 
-    def _take(self, targets: Mapping[str, nn.Parameter], found: Mapping[str, Rows]) -> None:
-        for name, parameter in targets.items():
-            if name in found:
-                self._add(parameter, found[name])
-            else:
-                self.unmapped.add(parameter)
+    def _take(self, targets: Mapping[str, nn.Parameter], found: dict[str, Rows]) -> None:
+        self.unmapped.update(parameter for name, parameter in targets.items() if name not in found)
+        for name in list(found):
+            rows = found.pop(name)  # Factors are let go before those of the next parameter become rows.
+            if name in targets:
+                self._add(targets[name], rows)
 
     def _rows(
         self,
@@ -184,7 +186,7 @@ class Recording:
         first = next(g for g in grad_outputs if g is not None)
         if not isinstance(site.method, str):
             (g, *xs), segments = arrange(layout, self.batch.segments, self.batch.instances, first, *inputs)
-            found = site.method(site.module, xs[0] if len(xs) == 1 else xs, g, segments)
+            found = dict(site.method(site.module, xs[0] if len(xs) == 1 else xs, g, segments))
             for name, rows in found.items():
                 if name in targets and not rows.fits(targets[name], segments.objectives):
                     raise RuntimeError(f"the rule's rows of {name} have another shape than the parameter")
@@ -203,8 +205,7 @@ class Recording:
         return found
 
     def _add(self, parameter: nn.Parameter, rows: Rows) -> None:
-        if isinstance(rows, OuterRows):
-            rows = rows.settled(parameter.dtype, self.materialise)
+        rows = rows.settled(parameter.dtype, self.materialise)
         if self.probe is not None:
             part = rows.weighted_sum(self.probe)
             self.probed[parameter] = self.probed[parameter] + part if parameter in self.probed else part

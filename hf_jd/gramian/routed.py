@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_jd.gramian.layouts import Segments
-from hf_jd.gramian.rows import DenseRows, Rows, accumulation_dtype
+from hf_jd.gramian.rows import DenseRows, Rows, accumulation_dtype, inner
+
+READ = 32  # multiplications in the time of reading or writing one number, about
 
 
 class RoutedRows(Rows):
@@ -37,22 +39,49 @@ class RoutedRows(Rows):
 
     def dense(self) -> Tensor:
         rows = self.input.new_zeros(self.objectives, *self.shape)
-        for e, (g, x, owners) in enumerate(self._experts()):
-            for i in owners.unique().tolist():
-                mine = owners == i
-                rows[i, e] = g[mine].T @ x[mine]
+        for e, expert in enumerate(self._experts()):
+            self._fill(rows[:, e], *expert)
         return rows.flatten(1)
 
+    def _fill(self, rows: Tensor, g: Tensor, x: Tensor, owners: Tensor) -> None:
+        """One expert's part [R, p, d]: the weight gradient's product, cut by objective."""
+        if bool((owners[1:] < owners[:-1]).any()):
+            order = torch.argsort(owners, stable=True)
+            g, x, owners = g[order], x[order], owners[order]
+        lengths = torch.bincount(owners, minlength=self.objectives).tolist()
+        for i, (g_i, x_i) in enumerate(zip(g.split(lengths), x.split(lengths), strict=True)):
+            if len(g_i):
+                torch.mm(g_i.T, x_i, out=rows[i])
+
     def gramian(self) -> Tensor:
-        """Expert by expert, the ghost form sum((x x^T) * (g g^T)) over pairs of tokens."""
+        """Expert by expert, the cheaper of the ghost form sum((x x^T) * (g g^T)) over pairs of tokens and of rows."""
         total = self.input.new_zeros(self.objectives, self.objectives, dtype=torch.float64)
         dtype = accumulation_dtype(self.input)
         for g, x, owners in self._experts():
+            if self._ghost_cost(len(g)) > len(g) * g.shape[1] * x.shape[1] + self._rows_cost():
+                rows = x.new_zeros(self.objectives, g.shape[1], x.shape[1])
+                self._fill(rows, g, x, owners)
+                total += inner(rows.flatten(1), rows.flatten(1))
+                continue
             g, x = g.to(dtype), x.to(dtype)
             products = ((x @ x.T) * (g @ g.T)).double()
             member = torch.nn.functional.one_hot(owners, self.objectives).double()
             total += member.T @ products @ member
         return total
+
+    def _ghost_cost(self, tokens: int) -> int:
+        """Multiplications of one expert's Gramian from factors."""
+        return tokens * tokens * (self.shape[1] + self.shape[2])
+
+    def _rows_cost(self) -> int:
+        """The same from rows; reading a row's number once costs as much as some `READ` multiplications."""
+        return self.objectives * (self.objectives + READ) * self.shape[1] * self.shape[2]
+
+    def settled(self, dtype: torch.dtype, materialise: bool) -> Rows:
+        """Rows, where they may be formed and their Gramian costs less than that of the factors."""
+        if materialise and sum(map(self._ghost_cost, self.lengths)) > len(self.lengths) * self._rows_cost():
+            return DenseRows(self.dense().to(dtype), self.shape)
+        return self
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         factors = weights.to(self.grad_output.dtype)[self.owners, None]
@@ -124,7 +153,8 @@ def experts(module: Any, inputs: Sequence[Tensor], grad_output: Tensor, segments
     up, down = getattr(module, up_name), module.down_proj
     owners = segments.token_ids((len(hidden), 1)).to(hidden.device).expand(*index.shape).flatten()
     kept = ((owners >= 0) & (index.flatten() < len(up))).nonzero().squeeze(1)
-    chosen = kept[torch.argsort(index.flatten()[kept], stable=True)]
+    # By expert and, within an expert, by objective: rows are then products of neighbours.
+    chosen = kept[torch.argsort(index.flatten()[kept] * segments.objectives + owners[kept], stable=True)]
     expert, owners, tokens = index.flatten()[chosen], owners[chosen], chosen // index.shape[1]
     lengths = torch.bincount(expert, minlength=len(up)).tolist()
 
@@ -142,7 +172,7 @@ def experts(module: Any, inputs: Sequence[Tensor], grad_output: Tensor, segments
     g_down = (grad_output[tokens] * routing.flatten()[chosen][:, None]).to(x.dtype)
     g_up = torch.autograd.grad(activated, pre, through(g_down, down, not module.is_transposed))[0]
     found: dict[str, Rows] = {}
-    for name, g, value in ((up_name, g_up, x), ("down_proj", g_down, activated.detach())):
+    for name, g, value in (("down_proj", g_down, activated.detach()), (up_name, g_up, x)):
         g, value = (value, g) if module.is_transposed else (g, value)
         found[name] = RoutedRows(g, value, owners, lengths, segments.objectives)
     if module.has_bias:

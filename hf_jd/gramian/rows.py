@@ -11,19 +11,30 @@ import torch
 from torch import Tensor
 
 CHUNK = 65_536  # columns in one inner product: float32 sums of more lose digits (1.7e-3 relative at 10M columns)
+BLOCK = 32  # objectives up to which a symmetric product is not cut into blocks
+COLUMNS = 64  # columns up to which a product of many rows is formed transposed, several times faster
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """a b^T of rows [R, n] and [S, n]: [R, S] float64, in chunks of `CHUNK` columns summed in float64.
 
-    Half-precision rows are multiplied in float32.
+    Half-precision rows are multiplied in float32. Where b is a, only one half of the blocks is computed.
     """
+    if a is b and len(a) > BLOCK:
+        upper, lower = a.split([len(a) // 2, len(a) - len(a) // 2])
+        corner = inner(upper, lower)
+        return torch.cat([torch.cat([inner(upper, upper), corner], 1), torch.cat([corner.T, inner(lower, lower)], 1)])
     if a.shape[1] <= CHUNK:
         return (a.to(accumulation_dtype(a)) @ b.to(accumulation_dtype(b)).T).double()
     total = a.new_zeros(len(a), len(b), dtype=torch.float64)
     for a_c, b_c in zip(a.split(CHUNK, dim=1), b.split(CHUNK, dim=1), strict=True):
         total += a_c.to(accumulation_dtype(a)) @ b_c.to(accumulation_dtype(b)).T
     return total
+
+
+def narrow(shape: torch.Size) -> bool:
+    """Whether products of this shape [p, d] are formed faster as [d, p]: those of LoRA's B."""
+    return shape[-1] <= COLUMNS and shape[-1] < shape[0]
 
 
 def combine(weights: Tensor, rows: Tensor) -> Tensor:
@@ -79,37 +90,68 @@ class Rows(ABC):
     def nbytes(self) -> int:
         """Bytes held."""
 
+    def settled(self, dtype: torch.dtype, materialise: bool) -> "Rows":
+        """The representation that is kept; where factors are one, the one place where memory decides.
+
+        Args:
+            dtype: Of the parameter, for rows that are formed.
+            materialise: Whether rows may be formed where factors are smaller.
+        """
+        return self
+
     def fits(self, parameter: Tensor, objectives: int) -> bool:
         """Whether these are `objectives` rows of the parameter."""
         return self.shape == parameter.shape and self.objectives == objectives
 
 
 class DenseRows(Rows):
-    """Materialised rows [R, numel]."""
+    """Materialised rows [R, numel].
 
-    def __init__(self, rows: Tensor, shape: torch.Size):
+    Args:
+        rows: [R, numel].
+        shape: Of the parameter.
+        transposed: Whether a row holds the parameter [p, d] column by column. The order is the same for all rows, so
+            their products do not know it.
+    """
+
+    def __init__(self, rows: Tensor, shape: torch.Size, transposed: bool = False):
         self.rows, self.shape, self.objectives, self.device = rows, shape, len(rows), rows.device
+        self.transposed = transposed
 
     def dense(self) -> Tensor:
-        return self.rows
+        if not self.transposed:
+            return self.rows
+        return self.rows.unflatten(1, self.shape[::-1]).transpose(1, 2).flatten(1)
 
     def gramian(self) -> Tensor:
         return inner(self.rows, self.rows)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        return combine(weights, self.rows).view(self.shape)
+        return self.shaped(combine(weights, self.rows))
+
+    def shaped(self, vector: Tensor) -> Tensor:
+        """A sum of rows [numel], shaped like the parameter."""
+        return vector.view(self.shape[::-1]).T.contiguous() if self.transposed else vector.view(self.shape)
+
+    def like(self, rows: Tensor) -> "DenseRows":
+        """Other rows in the same order."""
+        return DenseRows(rows, self.shape, self.transposed)
 
     def select(self, index: Tensor) -> Rows:
-        return DenseRows(self.rows[index], self.shape)
+        return self.like(self.rows[index])
 
     def scaled(self, factors: Tensor) -> Rows:
-        return DenseRows(self.rows * factors.to(self.rows.dtype)[:, None], self.shape)
+        return self.like(self.rows * factors.to(self.rows.dtype)[:, None])
 
     def __add__(self, other: Rows) -> Rows:
-        return DenseRows(self.rows + other.dense(), self.shape)
+        if isinstance(other, DenseRows) and other.transposed == self.transposed:
+            return self.like(self.rows + other.rows)
+        return DenseRows(self.dense() + other.dense(), self.shape)
 
     def below(self, other: Rows) -> Rows:
-        return DenseRows(torch.cat([self.rows, other.dense()]), self.shape)
+        if isinstance(other, DenseRows) and other.transposed == self.transposed:
+            return self.like(torch.cat([self.rows, other.rows]))
+        return DenseRows(torch.cat([self.dense(), other.dense()]), self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -242,8 +284,10 @@ class OuterRows(Rows):
         return torch.stack(total)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        g = self.grad_output * weights.to(self.grad_output.dtype)[:, None, None]
-        return (g.flatten(0, 1).T @ self.input.flatten(0, 1)).view(self.shape)
+        weights = weights.to(self.grad_output.dtype)[:, None, None]
+        if narrow(self.shape):
+            return ((self.input * weights).flatten(0, 1).T @ self.grad_output.flatten(0, 1)).T.contiguous()
+        return ((self.grad_output * weights).flatten(0, 1).T @ self.input.flatten(0, 1)).view(self.shape)
 
     def select(self, index: Tensor) -> Rows:
         return OuterRows(self.grad_output[index], self.input[index], self.shape)
@@ -255,7 +299,7 @@ class OuterRows(Rows):
         if isinstance(other, OuterRows):
             g = torch.cat([self.grad_output, other.grad_output], dim=1)
             return OuterRows(g, torch.cat([self.input, other.input], dim=1), self.shape)
-        return other + self if isinstance(other, DenseRows) else SumRows([self, other])
+        return SumRows([self, other]) if isinstance(other, SparseRows) else other + self
 
     def below(self, other: Rows) -> Rows:
         if isinstance(other, OuterRows) and other.input.shape[1] == self.input.shape[1]:
@@ -264,7 +308,7 @@ class OuterRows(Rows):
         return DenseRows(torch.cat([self.dense(), other.dense()]), self.shape)
 
     def settled(self, dtype: torch.dtype, materialise: bool) -> Rows:
-        """The one place where memory decides: the factors as they are, or dense rows of the parameter's dtype.
+        """The factors as they are, or dense rows of the parameter's dtype.
 
         Factors are kept where they are smaller than rows and rows need not be formed, or where the ghost form makes
         them cheaper too: R S (p + d) < 2 p d.
@@ -272,6 +316,9 @@ class OuterRows(Rows):
         (r, s, p), d = self.grad_output.shape, self.input.shape[-1]
         if r * s * (p + d) < 2 * p * d or (not materialise and s * (p + d) < p * d):
             return self
+        if narrow(self.shape):
+            rows = torch.bmm(self.input.transpose(1, 2), self.grad_output)
+            return DenseRows(rows.flatten(1).to(dtype), self.shape, transposed=True)
         return DenseRows(self.dense().to(dtype), self.shape)
 
     @property

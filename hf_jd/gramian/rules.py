@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from hf_jd.gramian.layouts import Segments, UnsupportedError, shared_features
-from hf_jd.gramian.rows import DenseRows, OuterRows, Rows, SparseRows
+from hf_jd.gramian.rows import DenseRows, OuterRows, Rows, SparseRows, narrow
 
 Rule = Callable[[Any, Any, Tensor, Segments], dict[str, Rows]]
 
@@ -27,6 +27,8 @@ Rule = Callable[[Any, Any, Tensor, Segments], dict[str, Rows]]
 def outer(grad_output: Tensor, input: Tensor, segments: Segments, shape: torch.Size) -> Rows:
     """Rows sum_t g_t x_t^T of a weight of `shape`; as factors where the objectives are equal blocks of leading rows."""
     input = input.to(grad_output.dtype)
+    if segments.ids is not None and narrow(shape):
+        return DenseRows(segments.outer(input, grad_output).flatten(1), shape, transposed=True)
     if segments.ids is not None:
         return DenseRows(segments.outer(grad_output, input).flatten(1), shape)
     blocks = (segments.objectives, -1)

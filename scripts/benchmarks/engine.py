@@ -1,12 +1,15 @@
 """What a step of the engine costs, as a ratio to a plain forward and backward of the same model.
 
-Each case builds a random Llama of float32 and times, interleaved in one run, one thread: a plain step (mean loss,
-`.backward()`), the engine's one-pass and two-pass steps, TorchJD's engine, and one backward an objective. A ratio is
-the median over rounds of (its time / the plain step's time in the same round); the spread is the quartiles'.
+Each case builds a random Llama or Mixtral of float32 and times, interleaved in one run, one thread: a plain step (mean
+loss, `.backward()`), the engine's one-pass and two-pass steps, TorchJD's engine, and one backward an objective. A ratio
+is the median over rounds of (its time / the plain step's time in the same round); the spread is the quartiles'. Memory
+is what torch's allocator holds at the step's peak beyond the plain step's peak, relative to the rows' own bytes.
 
     python scripts/benchmark.py engine                  the table
-    python scripts/benchmark.py engine --quick          three cases
-    python scripts/benchmark.py engine --sweep          the cost an instance for m = 2 ... 256
+    python scripts/benchmark.py engine --cases full     the lines whose label contains "full"
+    python scripts/benchmark.py engine --factors        factors beside rows and two-pass
+    python scripts/benchmark.py engine --compile        the same steps of models that torch.compile has compiled
+    python scripts/benchmark.py engine --sweep          the cost an instance for m = 2 ... 256, and its picture
 """
 
 import argparse
@@ -15,16 +18,21 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._functorch import config as functorch_config
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from hf_jd.gramian import Engine
 
 VOCABULARY = 1024
+PICTURE = Path(__file__).parents[2] / "docs" / "images" / "engine-cost.png"
 
 
 @dataclass(frozen=True)
@@ -32,12 +40,13 @@ class Case:
     """One line of the table.
 
     Attributes:
-        tuning: "lora" or "full".
-        hidden: Width h; the intermediate size is 8 h / 3.
+        tuning: "lora" or "full"; "moe": full fine-tuning of a Mixtral with 8 experts, 2 for each token.
+        hidden: Width h; the intermediate size is 8 h / 3, of each expert h.
         batch: Instances B.
         tokens: Tokens T of an instance.
         groups: Number of groups K; None: an objective an instance.
         layers: Number of layers.
+        sorted: Whether the batch is sorted by group; else neighbours are of different groups.
     """
 
     tuning: str
@@ -46,6 +55,7 @@ class Case:
     tokens: int
     groups: int | None = None
     layers: int = 4
+    sorted: bool = False
 
     @property
     def objectives(self) -> int:
@@ -55,7 +65,7 @@ class Case:
     def label(self) -> str:
         """As printed."""
         objectives = f"{self.batch} instances" if self.groups is None else f"{self.groups} groups of {self.batch}"
-        return f"{self.tuning} h={self.hidden} T={self.tokens}, {objectives}"
+        return f"{self.tuning} h={self.hidden} T={self.tokens}, {objectives}{', sorted' if self.sorted else ''}"
 
 
 INSTANCES = [
@@ -65,27 +75,28 @@ INSTANCES = [
         (512, 32, 32, 6), (512, 8, 128, 6), (512, 8, 512, 2),
     ]
 ]  # fmt: skip
-GROUPS = [
-    Case(tuning, h, m, t, groups=4, layers=n)
-    for tuning in ("lora", "full")
-    for h, m, t, n in [(128, 64, 32, 8), (256, 64, 32, 8), (256, 16, 128, 8), (512, 32, 32, 6), (512, 8, 512, 2)]
-]
-QUICK = [INSTANCES[4], GROUPS[2], GROUPS[7]]
+SHAPES = [(128, 64, 32, 8), (256, 64, 32, 8), (256, 16, 128, 8), (512, 32, 32, 6), (512, 8, 512, 2)]
+GROUPS = [Case("lora", h, m, t, groups=4, layers=n) for h, m, t, n in SHAPES]
+GROUPS += [Case("full", h, m, t, groups=4, layers=n, sorted=s) for h, m, t, n in SHAPES for s in (True, False)]
+GROUPS += [Case("moe", 256, 16, 128, groups=4, layers=4, sorted=s) for s in (True, False)]
+FACTORS = [Case("full", 256, 16, 32), Case("full", 256, 16, 128), Case("full", 512, 16, 32, layers=2)]
+COMPILED = [Case("lora", 256, 16, 128), Case("full", 256, 16, 128, groups=4, sorted=True)]
 
 
 def build(case: Case) -> nn.Module:
-    """A random Llama, with LoRA r = 8 on all linear layers or fully trainable."""
+    """A random Llama, with LoRA r = 8 on all linear layers or fully trainable, or a fully trainable Mixtral."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=case.hidden,
-        intermediate_size=case.hidden * 8 // 3,
-        num_hidden_layers=case.layers,
-        num_attention_heads=case.hidden // 32,
-        num_key_value_heads=case.hidden // 32,
-        use_cache=False,
-    )
-    model = LlamaForCausalLM(config)
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": case.hidden,
+        "num_hidden_layers": case.layers,
+        "num_attention_heads": case.hidden // 32,
+        "num_key_value_heads": case.hidden // 32,
+        "use_cache": False,
+    }
+    if case.tuning == "moe":
+        return MixtralForCausalLM(MixtralConfig(**sizes, intermediate_size=case.hidden, num_local_experts=8)).train()
+    model = LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=case.hidden * 8 // 3))
     if case.tuning == "lora":
         model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False))
     return model.train()
@@ -103,16 +114,21 @@ class Way:
     Args:
         case: The case.
         name: One of `WAYS`.
+        compiled: Whether torch.compile compiles the model, after the engine was made.
     """
 
-    def __init__(self, case: Case, name: str):
+    def __init__(self, case: Case, name: str, compiled: bool = False):
         self.name, self.model = name, build(case)
         self._case = case
         self._ids = torch.randint(0, VOCABULARY, (case.batch, case.tokens))
         self._parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self._segments = None if case.groups is None else torch.arange(case.batch) % case.groups
+        self._segments = None
+        if case.groups is not None:
+            segments = torch.arange(case.batch) % case.groups
+            self._segments = segments.sort().values if case.sorted else segments
         self._weights = torch.full((case.objectives,), 1 / case.objectives)
         self._step = WAYS[name](self)
+        self._called = torch.compile(self.model) if compiled else self.model
 
     def __call__(self) -> float:
         """Takes a step; its seconds."""
@@ -122,8 +138,28 @@ class Way:
         self._step(self._objectives())
         return time.perf_counter() - start
 
+    def peak(self) -> int:
+        """Bytes that torch's allocator holds at most in a step, beyond those that it held before."""
+        for p in self._parameters:
+            p.grad = None
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            self._step(self._objectives())
+        assert profiler.profiler is not None
+        assert profiler.profiler.kineto_results is not None
+        events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+        held = highest = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            held += event.nbytes()
+            highest = max(highest, held)
+        return highest
+
+    @property
+    def rows_bytes(self) -> int:
+        """Bytes of a row for each objective."""
+        return self._case.objectives * sum(p.nbytes for p in self._parameters)
+
     def _objectives(self) -> Tensor:
-        instance = losses(self.model, self._ids)
+        instance = losses(self._called, self._ids)
         if self._segments is None:
             return instance
         return instance.new_zeros(self._case.objectives).index_add(0, self._segments, instance)
@@ -138,7 +174,21 @@ class Way:
 
         def step(values: Tensor) -> None:
             engine.compute_gramian(values, self._segments)
+            del values  # And so the graph, before the gradient is formed.
             engine.accumulate_grad(self._weights)
+
+        return step
+
+    def factors(self) -> Callable[[Tensor], None]:
+        """The same, from rows kept as their factors wherever those are smaller."""
+        engine = Engine(self.model)
+
+        def step(values: Tensor) -> None:
+            jacobian = engine.compute_jacobian(values, self._segments, materialise=False)
+            del values
+            jacobian.gramian()
+            for p, gradient in jacobian.weighted_sum(self._weights).items():
+                p.grad = gradient
 
         return step
 
@@ -171,20 +221,15 @@ class Way:
 WAYS: dict[str, Callable[[Way], Callable[[Tensor], None]]] = {
     "plain": Way.plain,
     "one-pass": lambda way: way.engine(keep_rows=True),
+    "factors": Way.factors,
     "two-pass": lambda way: way.engine(keep_rows=False),
     "torchjd": Way.torchjd,
     "K passes": Way.passes,
 }
 
 
-def compared(case: Case) -> list[str]:
-    """The ways that are compared in a case."""
-    return ["plain", "one-pass", "two-pass", "torchjd" if case.groups is None else "K passes"]
-
-
-def measure(case: Case, names: list[str], rounds: int) -> dict[str, list[float]]:
+def measure(ways: list[Way], rounds: int) -> dict[str, list[float]]:
     """Seconds of each way in each round; the order within a round rotates."""
-    ways = [Way(case, name) for name in names]
     for way in ways:  # The first steps hold the self-check and the allocator's warming up.
         way(), way()
     seconds: dict[str, list[float]] = {way.name: [] for way in ways}
@@ -202,38 +247,96 @@ def ratio(seconds: dict[str, list[float]], name: str, to: str = "plain") -> str:
     return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
+def memory(ways: list[Way], name: str) -> str:
+    """The peak of a way beyond the plain step's, as a part of the rows' bytes, as printed."""
+    peaks = {way.name: way.peak() for way in ways if way.name in ("plain", name)}
+    return f"{(peaks[name] - peaks['plain']) / ways[0].rows_bytes:.2f} of {ways[0].rows_bytes / 2**20:.0f} MB"
+
+
+def line(case: Case, names: list[str], rounds: int, compiled: bool = False) -> None:
+    """Prints one markdown line: the plain step, the other ways' ratios, one-pass's gain over the last and memory."""
+    ways = [Way(case, name, compiled) for name in names]
+    seconds = measure(ways, rounds)
+    cells = [
+        case.label(),
+        f"{statistics.median(seconds['plain']) * 1e3:.0f} ms",
+        *(ratio(seconds, n) for n in names[1:]),
+    ]
+    if not compiled:
+        cells += [ratio(seconds, names[-1], "one-pass"), memory(ways, "one-pass")]
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def head(*columns: str) -> None:
+    """Prints the head of a markdown table."""
+    print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|", flush=True)
+
+
 def table(cases: list[Case], rounds: int) -> None:
-    """Prints one markdown line a case."""
-    print("| case | plain step | one-pass | two-pass | torchjd, K passes | engine's gain over those |")
-    print("|---|---|---|---|---|---|")
+    """The main table."""
+    head("case", "plain step", "one-pass", "two-pass", "torchjd, K passes", "gain over those", "memory against rows")
     for case in cases:
-        names = compared(case)
-        seconds = measure(case, names, rounds)
-        plain = statistics.median(seconds["plain"]) * 1e3
-        other = names[-1]
-        cells = [case.label(), f"{plain:.0f} ms", *(ratio(seconds, n) for n in names[1:])]
-        print("| " + " | ".join([*cells, ratio(seconds, other, "one-pass")]) + " |", flush=True)
+        line(case, ["plain", "one-pass", "two-pass", "torchjd" if case.groups is None else "K passes"], rounds)
+
+
+def factors(rounds: int) -> None:
+    """Full fine-tuning by instance: what is kept, rows, factors or nothing."""
+    head("case", "plain step", "rows", "factors", "two-pass", "rows' gain over two-pass", "memory against rows")
+    for case in FACTORS:
+        line(case, ["plain", "one-pass", "factors", "two-pass"], rounds)
+
+
+def compiled(rounds: int) -> None:
+    """A compiled engine's step against a compiled plain step, and the plain step against the uncompiled one."""
+    head("case", "compiled plain step", "one-pass", "two-pass")
+    # Compiled backwards else refuse a graph that is kept.
+    with functorch_config.patch(donated_buffer=False):
+        for case in COMPILED:
+            line(case, ["plain", "one-pass", "two-pass"], rounds, compiled=True)
 
 
 def sweep(rounds: int) -> None:
-    """Prints the cost an instance against m, for LoRA at h = 256, T = 64."""
-    print("| m | plain, ms an instance | one-pass, ms an instance | ratio |\n|---|---|---|---|")
-    for m in (2, 4, 8, 16, 32, 64, 128, 256):
-        seconds = measure(Case("lora", 256, m, 64), ["plain", "one-pass"], rounds)
-        each = [statistics.median(seconds[n]) / m * 1e3 for n in ("plain", "one-pass")]
-        print(f"| {m} | {each[0]:.2f} | {each[1]:.2f} | {ratio(seconds, 'one-pass')} |", flush=True)
+    """Prints and draws the cost an instance against m, for LoRA at h = 256, T = 64."""
+    from matplotlib.figure import Figure
+
+    head("m", "plain, ms an instance", "one-pass, ms an instance", "ratio")
+    sizes, costs = (2, 4, 8, 16, 32, 64, 128, 256), {"plain": [], "one-pass": []}
+    for m in sizes:
+        case = Case("lora", 256, m, 64)
+        seconds = measure([Way(case, name) for name in costs], rounds if m < 64 else min(rounds, 5))
+        for name, found in costs.items():
+            found.append(statistics.median(seconds[name]) / m * 1e3)
+        print(
+            f"| {m} | {costs['plain'][-1]:.2f} | {costs['one-pass'][-1]:.2f} | {ratio(seconds, 'one-pass')} |",
+            flush=True,
+        )
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for (name, found), style in zip(costs.items(), ("o--", "o-"), strict=True):
+        axes.plot(sizes, found, style, label={"plain": "plain step", "one-pass": "engine, one-pass"}[name])
+    axes.set(xscale="log", xticks=sizes, xticklabels=sizes, ylim=(0, None))
+    axes.set(xlabel="instances m of a step", ylabel="ms an instance", title="LoRA, h = 256, T = 64, one CPU thread")
+    axes.minorticks_off()
+    axes.legend()
+    figure.savefig(PICTURE, dpi=150)
 
 
 def main(argv: list[str]) -> None:
     """Runs the benchmark that the arguments ask for."""
     parser = argparse.ArgumentParser(prog="benchmark.py engine", description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="three cases only")
-    parser.add_argument("--sweep", action="store_true", help="the cost an instance, m from 2 to 256")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds of each case")
+    parser.add_argument("--cases", default="", help="only the lines of the table whose label contains this")
+    parser.add_argument("--factors", action="store_true", help="full fine-tuning by instance: rows, factors, two-pass")
+    parser.add_argument("--compile", action="store_true", help="steps of compiled models")
+    parser.add_argument("--sweep", action="store_true", help="the cost an instance, m from 2 to 256, and its picture")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of each case")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=UserWarning, module="torchjd")
     if args.sweep:
         sweep(args.rounds)
+    elif args.factors:
+        factors(args.rounds)
+    elif args.compile:
+        compiled(args.rounds)
     else:
-        table(QUICK if args.quick else INSTANCES + GROUPS, args.rounds)
+        table([case for case in INSTANCES + GROUPS if args.cases in case.label()], args.rounds)
