@@ -128,7 +128,8 @@ class Way:
             self._segments = segments.sort().values if case.sorted else segments
         self._weights = torch.full((case.objectives,), 1 / case.objectives)
         self._step = WAYS[name](self)
-        self._called = torch.compile(self.model) if compiled else self.model
+        if compiled:
+            self.model.compile()
 
     def __call__(self) -> float:
         """Takes a step; its seconds."""
@@ -159,7 +160,7 @@ class Way:
         return self._case.objectives * sum(p.nbytes for p in self._parameters)
 
     def _objectives(self) -> Tensor:
-        instance = losses(self._called, self._ids)
+        instance = losses(self.model, self._ids)
         if self._segments is None:
             return instance
         return instance.new_zeros(self._case.objectives).index_add(0, self._segments, instance)
@@ -287,7 +288,7 @@ def factors(rounds: int) -> None:
 
 
 def compiled(rounds: int) -> None:
-    """A compiled engine's step against a compiled plain step, and the plain step against the uncompiled one."""
+    """The engine's steps on compiled models, against a compiled plain step."""
     head("case", "compiled plain step", "one-pass", "two-pass")
     # Compiled backwards else refuse a graph that is kept.
     with functorch_config.patch(donated_buffer=False):
