@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hf_jd.estimate.cases import PARALLELISMS, Case
 from hf_jd.estimate.shapes import Matrix, Shape, Table
+from hf_jd.gramian.routed import READ
 
 _ID_BYTES = 16  # of an embedding's owner and token, int64 each
 
@@ -13,13 +14,20 @@ def kept_as(matrix: Matrix, case: Case) -> str:
 
     "factors", by `OuterRows.settled`, for instances of S = T tokens, R = batch of them in a backward pass: where
     R S (p + d) < 2 p d and so the ghost form is cheaper too, or, where rows need not be formed, S (p + d) < p d.
-    "routed": those of an expert always.
+    "routed": those of E experts, unless (`RoutedRows.settled`) N^2 / E (p + d) pairs of tokens cost more than rows.
     """
     if matrix.count > 1:
-        return "routed"
+        return "dense" if case.materialise and pairs_cost_more(matrix, case) else "routed"
     p, d, s = matrix.outputs, matrix.inputs, case.tokens
     smaller = case.batch * s * (p + d) < 2 * p * d or (not case.materialise and s * (p + d) < p * d)
     return "factors" if case.groups is None and smaller else "dense"
+
+
+def pairs_cost_more(matrix: Matrix, case: Case, forming: float = 0.0) -> bool:
+    """Whether an expert's Gramian costs more from pairs of its tokens than from rows, which take `forming`."""
+    tokens, rows = matrix.tokens(case.batch * case.tokens) / matrix.count, case.groups or case.batch
+    p, d = matrix.outputs, matrix.inputs
+    return tokens**2 * (p + d) > forming + rows * (rows + READ) * p * d
 
 
 def row_bytes(shape: Shape, case: Case) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from hf_jd.estimate.cases import Case
-from hf_jd.estimate.held import kept_as
+from hf_jd.estimate.held import kept_as, pairs_cost_more
 from hf_jd.estimate.shapes import Matrix, Shape, Table
 
 _CHUNK = 65_536  # columns that the engine multiplies at once (`hf_jd.gramian.rows`)
@@ -54,7 +54,7 @@ def row_flops(shape: Shape, case: Case) -> float:
     total = case.rows * backward_flops(shape, case) / case.accumulation if shape.fused else 0.0
     for matrix in shape.trained:
         kept = kept_as(matrix, case)
-        total += product_flops(matrix, case) * ((kept in ("dense", "routed")) + (kept in sent))
+        total += product_flops(matrix, case) * ((matrix.count > 1) + (kept == "dense" or kept in sent))
     return total
 
 
@@ -62,7 +62,7 @@ def gramian_flops(shape: Shape, case: Case) -> float:
     """2 R^2 for each column of J; of W processes, each takes M rows of 1 / W of the columns, 2 M^2 n / W.
 
     Of factors on one process the cheaper of 2 N^2 (p + d) and 2 N p d + 2 R^2 p d; of E experts, to which tokens go
-    evenly, 2 (p + d + R) for each pair of tokens of one of them.
+    evenly, of 2 (p + d + R) for each pair of tokens of one of them and the same.
     """
     if case.processes > 1:
         return 2 * case.objectives**2 * shape.trainable / case.processes
@@ -72,10 +72,10 @@ def gramian_flops(shape: Shape, case: Case) -> float:
         tokens = matrix.tokens(case.all_tokens)
         if kept == "dense":
             total += 2 * r * r * matrix.elements
-        elif kept == "routed":
+        elif kept == "routed" and not _formed(matrix, case):
             total += 2 * tokens**2 / matrix.count * (p + d + r) + 2 * r * r * tokens
         elif _formed(matrix, case):
-            total += product_flops(matrix, case) + 2 * r * r * p * d
+            total += product_flops(matrix, case) + 2 * r * r * matrix.elements
         else:
             total += 2 * tokens**2 * (p + d)
     return total + sum(_table_flops(table, case) for table in shape.tables)
@@ -111,7 +111,10 @@ def formed_flops(shape: Shape, case: Case) -> float:
 
 
 def _formed(matrix: Matrix, case: Case) -> bool:
-    """Whether factors are multiplied out for the Gramian, as `OuterRows.gramian` decides."""
+    """Whether factors are multiplied out for the Gramian, as `OuterRows.gramian` and `RoutedRows.gramian` decide."""
+    if matrix.count > 1:
+        forming = matrix.tokens(case.batch * case.tokens) / matrix.count * matrix.outputs * matrix.inputs
+        return kept_as(matrix, case) == "routed" and pairs_cost_more(matrix, case, forming)
     r, s, p, d = case.rows, case.tokens, matrix.outputs, matrix.inputs
     return kept_as(matrix, case) == "factors" and r * s * (p + d) > (2 + r / s) * p * d
 

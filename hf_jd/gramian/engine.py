@@ -294,11 +294,8 @@ def _batch(losses: Tensor, segments: Tensor | None) -> Batch:
     segments = segments.long().to(losses.device)
     if segments.dim() == 2 and bool((segments == segments[:, :1]).all()):
         segments = segments[:, 0].contiguous()
-    block, rest = divmod(len(segments), objectives)
-    if segments.dim() == 1 and block > 0 and rest == 0:
-        blocks = torch.arange(objectives, device=segments.device).repeat_interleave(block)
-        if bool((segments == blocks).all()):
-            return Batch(len(segments), Segments(objectives, block=block))
+    if segments.shape == (objectives,) and bool((segments == torch.arange(objectives, device=segments.device)).all()):
+        return Batch(objectives, Segments(objectives))
     return Batch(len(segments), Segments(objectives, segments))
 
 

@@ -106,10 +106,11 @@ class Segments:
         if (len(runs) - self.objectives) * p * d > SCATTERED * len(x) * (p + d):
             g, lengths = self.contiguous(grad_output)
             x = self._shared(input)
-            if len(set(lengths)) == 1:
-                return torch.bmm(g.view(self.objectives, -1, p).transpose(1, 2), x.view(self.objectives, -1, d))
             stops = list(itertools.accumulate(lengths))
             runs = [(stop - n, stop, k) for k, (n, stop) in enumerate(zip(lengths, stops, strict=True)) if n]
+        even, rest = divmod(len(x), self.objectives)
+        if rest == 0 and runs == [(k * even, (k + 1) * even, k) for k in range(self.objectives)]:
+            return torch.bmm(g.view(self.objectives, even, p).transpose(1, 2), x.view(self.objectives, even, d))
         rows, begun = g.new_empty(self.objectives, p, d), set()
         for start, stop, k in runs:
             if k in begun:

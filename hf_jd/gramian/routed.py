@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_jd.gramian.layouts import Segments
 from hf_jd.gramian.rows import DenseRows, Rows, accumulation_dtype, inner
 
-READ = 32  # multiplications in the time of reading or writing one number, about
+READ = 64  # multiplications in the time of writing a number of a row, and reading it twice, about
 
 
 class RoutedRows(Rows):
@@ -74,7 +74,7 @@ class RoutedRows(Rows):
         return tokens * tokens * (self.shape[1] + self.shape[2])
 
     def _rows_cost(self) -> int:
-        """The same from rows; reading a row's number once costs as much as some `READ` multiplications."""
+        """The same from rows that are there, with what it costs to write and read them."""
         return self.objectives * (self.objectives + READ) * self.shape[1] * self.shape[2]
 
     def settled(self, dtype: torch.dtype, materialise: bool) -> Rows:

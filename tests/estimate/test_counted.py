@@ -56,7 +56,8 @@ def test_rows_are_kept_in_each_way_in_these_cases():
     shape = shape_of(build_on_meta(CONFIGS["mixtral"], None))
     kept = {name: {kept_as(m, Case(**numbers(**case))) for m in shape.trained} for name, case in CASES.items()}
     assert kept["factors"] == {"dense", "factors", "routed"}
-    assert kept["two groups"] == {"dense", "routed"}
+    assert kept["more groups"] == {"dense", "routed"}
+    assert kept["two groups"] == {"dense"}
 
 
 @pytest.mark.parametrize("name, rank", TUNED)
