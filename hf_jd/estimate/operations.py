@@ -10,6 +10,7 @@ import math
 from hf_jd.estimate.cases import Case
 from hf_jd.estimate.held import kept_as, pairs_cost_more
 from hf_jd.estimate.shapes import Matrix, Shape, Table
+from hf_jd.gramian.rows import BLOCK
 
 _CHUNK = 65_536  # columns that the engine multiplies at once (`hf_jd.gramian.rows`)
 
@@ -58,24 +59,30 @@ def row_flops(shape: Shape, case: Case) -> float:
     return total
 
 
+def squared(r: int) -> int:
+    """Multiplications for each column of r rows: r^2; of large Gramians, which `inner` cuts, only one half's blocks."""
+    half = r // 2
+    return r * r if r <= BLOCK else squared(half) + squared(r - half) + half * (r - half)
+
+
 def gramian_flops(shape: Shape, case: Case) -> float:
     """2 R^2 for each column of J; of W processes, each takes M rows of 1 / W of the columns, 2 M^2 n / W.
 
-    Of factors on one process the cheaper of 2 N^2 (p + d) and 2 N p d + 2 R^2 p d; of E experts, to which tokens go
-    evenly, of 2 (p + d + R) for each pair of tokens of one of them and the same.
+    Less for R > 32 (`squared`). Of factors on one process the cheaper of 2 N^2 (p + d) and 2 N p d + 2 R^2 p d; of E
+    experts, to which tokens go evenly, of 2 (p + d + R) for each pair of tokens of one of them and the same.
     """
     if case.processes > 1:
-        return 2 * case.objectives**2 * shape.trainable / case.processes
-    r, total = case.rows, 2.0 * case.rows**2 * shape.vectors
+        return 2 * squared(case.objectives) * shape.trainable / case.processes
+    r, total = case.rows, 2.0 * squared(case.rows) * shape.vectors
     for matrix in shape.trained:
         p, d, kept = matrix.outputs, matrix.inputs, kept_as(matrix, case)
         tokens = matrix.tokens(case.all_tokens)
         if kept == "dense":
-            total += 2 * r * r * matrix.elements
+            total += 2 * squared(r) * matrix.elements
         elif kept == "routed" and not _formed(matrix, case):
             total += 2 * tokens**2 / matrix.count * (p + d + r) + 2 * r * r * tokens
         elif _formed(matrix, case):
-            total += product_flops(matrix, case) + 2 * r * r * matrix.elements
+            total += product_flops(matrix, case) + 2 * squared(r) * matrix.elements
         else:
             total += 2 * tokens**2 * (p + d)
     return total + sum(_table_flops(table, case) for table in shape.tables)
@@ -88,7 +95,7 @@ def _table_flops(table: Table, case: Case) -> float:
     step = max(1, _CHUNK // table.width)
     used = min(case.tokens if table.positions else case.all_tokens, table.entries)
     cross = 0 if table.head is None else 2 * case.all_tokens**2 * table.width
-    return 2.0 * case.rows**2 * math.ceil(used / step) * step * table.width + cross
+    return 2.0 * squared(case.rows) * math.ceil(used / step) * step * table.width + cross
 
 
 def update_flops(shape: Shape, case: Case) -> float:

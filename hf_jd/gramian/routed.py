@@ -61,7 +61,8 @@ class RoutedRows(Rows):
             if self._ghost_cost(len(g)) > len(g) * g.shape[1] * x.shape[1] + self._rows_cost():
                 rows = x.new_zeros(self.objectives, g.shape[1], x.shape[1])
                 self._fill(rows, g, x, owners)
-                total += inner(rows.flatten(1), rows.flatten(1))
+                flat = rows.flatten(1)
+                total += inner(flat, flat)
                 continue
             g, x = g.to(dtype), x.to(dtype)
             products = ((x @ x.T) * (g @ g.T)).double()

@@ -189,7 +189,8 @@ class SparseRows(Rows):
             entries = order[start:stop]
             block = self.values.new_zeros(self.objectives, step, self.shape[1])
             block[self.owners[entries], slots[entries] - chunk * step] = self.values[entries]
-            total += inner(block.flatten(1), block.flatten(1))
+            flat = block.flatten(1)
+            total += inner(flat, flat)
         return total
 
     def cross(self, other: "OuterRows") -> Tensor:
