@@ -117,6 +117,9 @@ class Engine:
         else:
             jacobian = self.compute_jacobian(losses, segments, materialise=mode == "rows")
             gramian = jacobian.gramian()
+        # Rows by tiers 2 and 3 are dense, which the factors' size did not tell beforehand.
+        if mode == "factors" and jacobian is not None and jacobian.nbytes > self._budget(losses.device):
+            jacobian = None
         versions = {p: p._version for p in self._coverage.names}
         self._step = _Step(losses.shape, losses if jacobian is None else jacobian, versions)
         return self._generalized(gramian, losses)
@@ -230,9 +233,7 @@ class Engine:
             return "rows"
         if self.keep_rows is False:
             return "gramian"
-        budget = self.keep_rows
-        if isinstance(budget, str):
-            budget = int(_free_memory(losses.device) * FREE_MEMORY_SHARE)
+        budget = self._budget(losses.device)
         parameters = self._coverage.names
         size = max((p.element_size() for p in parameters), default=4)
         if len(losses) * sum(p.nbytes for p in parameters) <= budget:
@@ -240,6 +241,12 @@ class Engine:
         elements = [tap.elements for tap in self._coverage.taps]
         # Reentrant checkpointing shows no forwards: nothing is known of the factors' size.
         return "factors" if all(elements) and sum(elements) * size <= budget else "gramian"
+
+    def _budget(self, device: torch.device) -> int:
+        """Bytes that what is kept may take."""
+        if isinstance(self.keep_rows, str):
+            return int(_free_memory(device) * FREE_MEMORY_SHARE)
+        return int(self.keep_rows)
 
     def _generalized(self, gramian: Tensor, losses: Tensor) -> Tensor:
         """[R, R] -> shape(losses) + reversed(shape(losses))."""

@@ -269,6 +269,35 @@ def test_all_modes_give_the_same_gramian_and_update(adapters: bool):
         assert all(relative(a, b) < SINGLE for a, b in zip(update, found[0][1], strict=True))
 
 
+class ReadOutside(nn.Module):
+    """A layer, and a large matrix that the loss reads: tier 3."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.matrix = nn.Linear(4, 4), nn.Parameter(torch.randn(30, 40))
+
+    def losses(self, step: int) -> Tensor:
+        scale = self.matrix.sin().sum() + torch.arange(B)
+        return self.layer(batch(B, 4, seed=step)).square().sum(1) * scale
+
+
+@pytest.mark.parametrize("budget", [0, 1_000, 3_000, 10_000, 20_000, 40_000, 100_000, 1_000_000])
+@pytest.mark.parametrize("kind", ["read outside", "llama"])
+def test_what_is_kept_is_within_the_budget(kind: str, budget: int):
+    """Rows, factors or nothing; never more bytes than were allowed, whichever tier they came by."""
+    torch.manual_seed(0)
+    model = ReadOutside().double() if kind == "read outside" else tiny_llama()
+    engine = Engine(model, keep_rows=budget)
+    for step in range(2):  # The first step learns by which tier the rows come.
+        losses = model.losses(step) if kind == "read outside" else lm_losses(model, token_ids(3, 5, seed=step))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            assert_gramian(engine, losses, model, tolerance=SINGLE)
+        assert engine._step is not None
+        kept = engine._step.kept
+        assert isinstance(kept, Tensor) or kept.nbytes <= budget
+
+
 def test_accumulate_several_times():
     model = mlp()
     engine = Engine(model)

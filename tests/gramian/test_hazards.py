@@ -117,6 +117,24 @@ def test_05_06_experts(family: str, shapes: list[tuple[int, int]]):
     right(Head("decoder", family), shapes)
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss"])
+@pytest.mark.parametrize("group", [[0, 0, 1, 1], [1, 0, 1, 0], [0, 1, -1, 0], None], ids=str)
+def test_06_experts_with_many_tokens(family: str, group: list[int] | None):
+    """6: where an expert sees many tokens of few objectives, its rows are formed instead of pairs of tokens."""
+    model = model_of(Head("decoder", family))
+    count = 4 if group is None else 2
+
+    def losses(step: int) -> Tensor:
+        each = instance_losses(model(ids(4, 30, seed=step)))
+        if group is None:
+            return each
+        return each.new_zeros(count + 1).index_add(0, torch.tensor(group) + 1, each)[1:]
+
+    segments = None if group is None else lambda step: torch.tensor(group)
+    tiers = assert_engine_right(model, losses, segments=segments, steps=1)
+    assert all(tier == 1 for name, tier in tiers.items() if "experts" in name and "shared" not in name)
+
+
 def test_05_switch_experts():
     """5: Switch's experts see [2, d], [7, d], [9, d] tokens, depending on the data."""
     right(Head("encoder-decoder", "switch_transformers"), DISTINCT)
