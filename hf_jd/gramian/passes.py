@@ -152,8 +152,9 @@ class Passes:
 
     def _check_length(self, losses: Tensor, batch: Batch, recording: Recording) -> None:
         """Raises where no input of the model can hold as many instances as there are losses or segments."""
-        seen = self._coverage.sizes
-        fits = any(size % batch.instances == 0 if axis == 0 else size == batch.instances for axis, size in seen)
+        seen, n = self._coverage.sizes, batch.instances
+        # Where the batch comes second, some module meets it: a second dimension proves nothing if none did.
+        fits = any(size % n == 0 if axis == 0 else size == n and not recording.meetings for axis, size in seen)
         if not seen or fits or any(m.layout is not None or m.site.rejected for m in recording.meetings):
             return
         sizes = ", ".join(str(size) for axis, size in sorted(seen) if axis == 0)
