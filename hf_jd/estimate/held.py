@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hf_jd.estimate.cases import PARALLELISMS, Case
 from hf_jd.estimate.shapes import Matrix, Shape, Table
-from hf_jd.gramian.routed import READ
 
+_READ = 64  # multiplications in the time of writing a row's number and reading it twice (`hf_jd.gramian.routed`)
 _ID_BYTES = 16  # of an embedding's owner and token, int64 each
 
 
@@ -27,7 +27,7 @@ def pairs_cost_more(matrix: Matrix, case: Case, forming: float = 0.0) -> bool:
     """Whether an expert's Gramian costs more from pairs of its tokens than from rows, which take `forming`."""
     tokens, rows = matrix.tokens(case.batch * case.tokens) / matrix.count, case.groups or case.batch
     p, d = matrix.outputs, matrix.inputs
-    return tokens**2 * (p + d) > forming + rows * (rows + READ) * p * d
+    return tokens**2 * (p + d) > forming + rows * (rows + _READ) * p * d
 
 
 def row_bytes(shape: Shape, case: Case) -> float:

@@ -10,9 +10,9 @@ import math
 from hf_jd.estimate.cases import Case
 from hf_jd.estimate.held import kept_as, pairs_cost_more
 from hf_jd.estimate.shapes import Matrix, Shape, Table
-from hf_jd.gramian.rows import BLOCK
 
 _CHUNK = 65_536  # columns that the engine multiplies at once (`hf_jd.gramian.rows`)
+_BLOCK = 32  # objectives up to which it does not cut a Gramian into blocks
 
 
 def product_flops(matrix: Matrix, case: Case) -> float:
@@ -62,7 +62,7 @@ def row_flops(shape: Shape, case: Case) -> float:
 def squared(r: int) -> int:
     """Multiplications for each column of r rows: r^2; of large Gramians, which `inner` cuts, only one half's blocks."""
     half = r // 2
-    return r * r if r <= BLOCK else squared(half) + squared(r - half) + half * (r - half)
+    return r * r if r <= _BLOCK else squared(half) + squared(r - half) + half * (r - half)
 
 
 def gramian_flops(shape: Shape, case: Case) -> float:
