@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_jd.contradictions import check_flags
-from hf_jd.objectives import OBJECTIVES
+from hf_jd.objectives import OBJECTIVES, Kind
 from hf_jd.weighting import WEIGHTINGS, Weighting, build_weighting
 
 _CHOICES = {
@@ -17,7 +17,8 @@ _CHOICES = {
     "jd_group_reduction": ("share", "mean"),
     "jd_backward": ("one_pass", "two_pass"),
     "jd_scope": ("global", "micro_batch"),
-    "jd_extra_losses": ("mean", "error"),
+    "jd_when_full": ("error", "micro_batch"),
+    "jd_extra_losses": ("mean", "objective", "error"),
     "jd_sampler": ("trainer", "stratified"),
 }
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -41,8 +42,9 @@ class JDArguments:
     jd_objectives: str = field(
         default="instance",
         metadata={
-            "help": "What an objective is: `instance` (the loss of one example) or `group` (the loss of all the "
-            "examples that share a value of `--jd_group_column`)."
+            "help": "What an objective is: `instance` (the loss of one example), `group` (the loss of all the examples "
+            "that share a value of `--jd_group_column`), `loss` (one of the losses that `compute_losses` or the model "
+            "returns by name) or `instance_loss` (each of these of each example)."
         },
     )
     jd_group_column: str | None = field(
@@ -98,6 +100,14 @@ class JDArguments:
             "memory or in that size. Several processes always keep rows."
         },
     )
+    jd_when_full: str = field(
+        default="error",
+        metadata={
+            "help": "What happens where neither the rows of all micro-batches of an update nor what they are made of "
+            "fit in what `--jd_keep_rows` allows: `error` stops; `micro_batch` weighs each micro-batch by itself from "
+            "then on, as `--jd_scope micro_batch` does."
+        },
+    )
     jd_check: bool = field(
         default=True,
         metadata={
@@ -109,7 +119,7 @@ class JDArguments:
         metadata={
             "help": "What becomes of the part of the model's own loss that no token or instance owns, such as a "
             "router's balancing loss: `mean` adds it to the objectives' mean, as Trainer does, and no weighting sees "
-            "it; `error` stops."
+            "it; `objective` makes it one objective more; `error` stops."
         },
     )
     jd_max_non_finite: int = field(
@@ -144,6 +154,11 @@ class JDArguments:
         self.build_weighting()
         self.keep_rows()
         super().__post_init__()  # ty: ignore[missing-attribute]  # that of TrainingArguments
+
+    @property
+    def kind(self) -> Kind:
+        """What the objectives are."""
+        return OBJECTIVES[self.jd_objectives]
 
     @property
     def own_mean(self) -> bool:

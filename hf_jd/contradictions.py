@@ -20,6 +20,11 @@ def check_flags(args: JDArguments) -> None:
             raise ValueError(
                 f"{flag} needs --jd_group_column, the column of the training set that names each example's group."
             )
+    if args.jd_objectives == "loss" and args.jd_group_column is not None:
+        raise ValueError(
+            "--jd_objectives loss weighs losses of whole batches, in which there are no groups: leave out "
+            "--jd_group_column, or choose --jd_objectives instance_loss or group."
+        )
     strategy = getattr(args, "train_sampling_strategy", "random")
     if args.jd_sampler != "trainer" and strategy != "random":
         raise ValueError(

@@ -1,86 +1,149 @@
-"""Batches -> objectives: which instances share a row, and what makes the objectives' mean the loss of Trainer."""
+"""Losses -> objectives: which of them share a row, and what makes the objectives' mean the loss of Trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Part:
-    """What one micro-batch, or the micro-batches of one process, add to the m objectives.
+class Loss(NamedTuple):
+    """One of a micro-batch's losses.
 
     Attributes:
-        losses: [m] sums of losses, divided by `denominator`; with a graph when they come from a forward pass.
-        segments: [B] the objective of each instance of the micro-batch, -1 for none.
-        groups: [m] the group's id of each objective, -1 for none.
-        counts: [m] how many losses (of tokens or instances) each objective sums.
-        denominator: What the sums were divided by; None where that is known only when all have been counted.
-        finite: [B] (bool) whether an instance's loss is finite; where it isn't, the instance is in no objective.
+        values: [] the whole batch's, [B] one an instance, or [B, ...], one a token.
+        counted: Which of them count (bool), the same shape.
+        denominator: [] what their sum is divided by; None where that is known only when all have been counted.
+    """
+
+    values: Tensor
+    counted: Tensor
+    denominator: Tensor | None
+
+
+@dataclass(frozen=True)
+class Part:
+    """Objectives to which a micro-batch adds something: S segments, by K losses.
+
+    Attributes:
+        losses: [S K] sums of losses, divided by `denominators`, those of the first loss first; with a graph.
+        segments: [B] the segment of each instance of the micro-batch, -1 for none.
+        groups: [S K] the id of each objective's group, -1 for none.
+        names: [S K] the position of each objective's loss among the losses.
+        counts: [S K] how many losses (of tokens, instances or batches) each objective sums.
+        denominators: [S K] what the sums were divided by; None where that is known only when all have been counted.
+        finite: [B] (bool) whether an instance's losses are finite; where one isn't, the instance is in no objective.
+        columns: K.
+        broken: How many losses of the whole batch aren't finite; they are left out.
     """
 
     losses: Tensor
     segments: Tensor
     groups: Tensor
+    names: Tensor
     counts: Tensor
-    denominator: Tensor | None
+    denominators: Tensor | None
     finite: Tensor
+    columns: int = 1
+    broken: int = 0
+
+    def matrix(self) -> Tensor:
+        """The losses [S], or [S, K], as the engine takes them."""
+        return self.losses if self.columns == 1 else self.losses.view(self.columns, -1).T
 
     def table(self) -> Tensor:
-        """[m, 4], float64, without a graph: losses, sums of losses, counts and groups, for all that follows."""
+        """[S K, 5], float64, without a graph, for all that follows: losses, sums of losses, counts, groups, names."""
         losses = self.losses.detach().double()
-        sums = losses if self.denominator is None else losses * self.denominator
-        return torch.stack([losses, sums, self.counts.double(), self.groups.double()], dim=1)
+        sums = losses if self.denominators is None else losses * self.denominators
+        return torch.stack([losses, sums, self.counts.double(), self.groups.double(), self.names.double()], dim=1)
+
+    def detached(self) -> Part:
+        """The same without a graph."""
+        return replace(self, losses=self.losses.detach())
 
 
-def by_instance(losses: Tensor, counted: Tensor, groups: Tensor, present: Tensor, denominator: Tensor | None) -> Part:
-    """One objective an instance that has any loss at all.
+def by_instance(losses: Sequence[Loss], groups: Tensor, present: Tensor) -> Part:
+    """One objective an instance that has any loss at all, by each loss.
 
     Args:
-        losses: [B, ...] unreduced losses.
-        counted: [B, ...] (bool) which of them count.
+        losses: K losses, of instances or tokens.
         groups: [B] group ids, -1 for none.
-        present: [K] unused here.
-        denominator: What each sum is divided by, None for nothing.
+        present: [G] unused here.
     """
-    sums, counts, finite = _instance_sums(losses, counted)
-    has_loss = counts > 0
+    sums, counts, finite = _instance_sums(losses, len(groups))
+    has_loss = (counts > 0).any(1)
     segments = torch.where(has_loss, has_loss.cumsum(0) - 1, -1)
-    sums = _divided(sums[has_loss], denominator)
-    return Part(sums, segments, groups[has_loss], counts[has_loss], denominator, finite)
+    return _part(losses, sums[has_loss], counts[has_loss], segments, groups[has_loss], finite)
 
 
-def by_group(losses: Tensor, counted: Tensor, groups: Tensor, present: Tensor, denominator: Tensor | None) -> Part:
-    """One objective for each of the K groups that are present in the update; see `by_instance`.
+def by_group(losses: Sequence[Loss], groups: Tensor, present: Tensor) -> Part:
+    """One objective for each of the groups that are present in the update; see `by_instance`.
 
     Args:
-        losses: [B, ...] unreduced losses.
-        counted: [B, ...] (bool) which of them count.
+        losses: One loss, of instances or tokens.
         groups: [B] group ids.
-        present: [K] the sorted ids of the groups of the whole update.
-        denominator: What each sum is divided by, None for nothing.
+        present: [G] the sorted ids of the groups of the whole update.
     """
-    sums, counts, finite = _instance_sums(losses, counted)
-    has_loss = counts > 0
+    sums, counts, finite = _instance_sums(losses, len(groups))
+    has_loss = (counts > 0).any(1)
     segments = torch.where(has_loss, torch.searchsorted(present, groups), -1)
-    totals = sums.new_zeros(len(present)).index_add(0, segments[has_loss], sums[has_loss])
-    group_counts = torch.zeros_like(present).index_add(0, segments[has_loss], counts[has_loss])
-    return Part(_divided(totals, denominator), segments, present, group_counts, denominator, finite)
+    totals = sums.new_zeros(len(present), 1).index_add(0, segments[has_loss], sums[has_loss])
+    group_counts = counts.new_zeros(len(present), 1).index_add(0, segments[has_loss], counts[has_loss])
+    return _part(losses, totals, group_counts, segments, present, finite)
 
 
-def _instance_sums(losses: Tensor, counted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Each instance's summed loss [B], how many losses that sums [B], 0 where it isn't finite, and where it is."""
-    counted = counted.reshape(len(counted), -1)
-    sums = losses.reshape(counted.shape).masked_fill(~counted, 0).sum(1)
-    finite = sums.isfinite()
-    return sums, counted.sum(1) * finite, finite
+def by_loss(losses: Sequence[Loss], groups: Tensor, present: Tensor, first: int = 0) -> Part:
+    """One objective for each loss, of all instances together.
+
+    Args:
+        losses: K losses.
+        groups: [B] unused, but for the number of instances.
+        present: [G] unused here.
+        first: The position of the first one among all losses.
+    """
+    finite = torch.ones_like(groups, dtype=torch.bool)
+    for loss in losses:
+        if loss.values.ndim:
+            finite &= _instance_sums([loss], len(groups))[2]
+    sums, counts, broken = [], [], 0
+    for loss in losses:
+        whole = loss.values.ndim == 0
+        total = loss.values if whole else loss.values[finite].masked_fill(~loss.counted[finite], 0).sum()
+        count = (loss.counted & total.isfinite()) if whole else loss.counted[finite].sum()
+        broken += int(whole and not total.isfinite())
+        # What doesn't count has no graph, in which NaN times 0 would be NaN.
+        sums.append(total if count else torch.zeros_like(total))
+        counts.append(count.long())
+    none = torch.full_like(groups[:1], -1)
+    part = _part(losses, torch.stack(sums)[None], torch.stack(counts)[None], torch.zeros_like(groups), none, finite)
+    return replace(part, broken=broken, names=part.names + first)
 
 
-def _divided(sums: Tensor, denominator: Tensor | None) -> Tensor:
-    return sums if denominator is None else sums / denominator
+def _instance_sums(losses: Sequence[Loss], instances: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Each instance's summed losses [B, K]; how many those sum [B, K], 0 where one isn't finite; and where all are."""
+    counted = [loss.counted.reshape(instances, -1) for loss in losses]
+    values = [loss.values.reshape(c.shape).masked_fill(~c, 0).sum(1) for loss, c in zip(losses, counted, strict=True)]
+    sums = torch.stack(values, dim=1)
+    finite = sums.isfinite().all(1)
+    return sums, torch.stack([c.sum(1) for c in counted], dim=1) * finite[:, None], finite
+
+
+def _part(
+    losses: Sequence[Loss], sums: Tensor, counts: Tensor, segments: Tensor, groups: Tensor, finite: Tensor
+) -> Part:
+    """A part from sums and counts [S, K] and groups [S]."""
+    names = torch.arange(len(losses), device=segments.device).repeat_interleave(len(sums))
+    flat, denominators = sums.T.flatten(), None
+    if losses[0].denominator is not None:
+        known = [loss.denominator for loss in losses if loss.denominator is not None]
+        denominators = torch.stack([d.to(segments.device, torch.float64) for d in known])[names]
+        flat = flat / denominators.to(flat.dtype)
+    return Part(
+        flat, segments, groups.repeat(len(losses)), names, counts.T.flatten(), denominators, finite, len(losses)
+    )
 
 
 @dataclass(frozen=True)
@@ -90,28 +153,54 @@ class Kind:
     Attributes:
         split: Divides a micro-batch's losses among objectives.
         shared: Whether micro-batches and processes add to the same objectives, or each bring their own.
+        of_instances: Whether losses have to be those of instances, or of their tokens.
+        several: Whether losses are told apart by name.
     """
 
-    split: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Part]
+    split: Callable[[Sequence[Loss], Tensor, Tensor], Part]
     shared: bool
+    of_instances: bool
+    several: bool
 
 
-OBJECTIVES = {"instance": Kind(by_instance, shared=False), "group": Kind(by_group, shared=True)}
+OBJECTIVES = {
+    "instance": Kind(by_instance, shared=False, of_instances=True, several=False),
+    "group": Kind(by_group, shared=True, of_instances=True, several=False),
+    "loss": Kind(by_loss, shared=True, of_instances=False, several=True),
+    "instance_loss": Kind(by_instance, shared=False, of_instances=True, several=True),
+}
 
 
 @dataclass(frozen=True)
 class Objectives:
-    """The M objectives of an update, all micro-batches and processes together; float64, without a graph.
+    """The M rows of an update, all micro-batches and processes together; float64, without a graph.
 
     Attributes:
-        table: [M, 4] losses, sums of losses, counts and groups; see `Part.table`.
+        table: [M, 5] losses, sums of losses, counts, groups and names; see `Part.table`.
         own_mean: Whether each objective is its own mean, instead of its share of the whole.
         normalised: Whether the losses are already divided by the number of losses of the update.
+        whole: The name of a loss of whole batches beside others: all its rows are one objective. None: there is none.
     """
 
     table: Tensor
     own_mean: bool
     normalised: bool
+    whole: int | None = None
+
+    @property
+    def losses(self) -> Tensor:
+        """[M]."""
+        return self.table[:, 0]
+
+    @property
+    def counts(self) -> Tensor:
+        """[M] how many losses each row sums."""
+        return self.table[:, 2]
+
+    @property
+    def means(self) -> Tensor:
+        """[M] each row's loss a token (or instance, or batch), for people to read."""
+        return self.table[:, 1] / self.counts
 
     @property
     def groups(self) -> Tensor:
@@ -119,26 +208,46 @@ class Objectives:
         return self.table[:, 3].long()
 
     @property
-    def counts(self) -> Tensor:
-        """[M] how many losses each objective sums."""
-        return self.table[:, 2]
-
-    @property
-    def means(self) -> Tensor:
-        """[M] each objective's loss a token (or instance), for people to read."""
-        return self.table[:, 1] / self.counts
+    def names(self) -> Tensor:
+        """[M] positions among the losses."""
+        return self.table[:, 4].long()
 
     def usable(self, gramian: Tensor) -> Tensor:
-        """[M] (bool): the objectives that have losses, and whose loss and row are finite."""
-        return (self.counts > 0) & self.table[:, 0].isfinite() & gramian.diagonal().isfinite().to(self.table.device)
+        """[M] (bool): the rows that have losses, and are finite as these are."""
+        return (self.counts > 0) & self.losses.isfinite() & gramian.diagonal().isfinite().to(self.table.device)
+
+    def members(self, usable: Tensor) -> Tensor:
+        """Which objective each usable row belongs to: one of its own, or that of the whole batches, the last one."""
+        names = self.names[usable]
+        rows = torch.arange(len(names), device=names.device)
+        if self.whole is None:
+            return rows
+        return rows.masked_fill(names == self.whole, len(names)).unique(return_inverse=True)[1]
+
+    def number(self, usable: Tensor) -> int:
+        """M', how many objectives the usable rows make; at least 1."""
+        members = self.members(usable)
+        return int(members.max()) + 1 if len(members) else 1
 
     def factors(self, usable: Tensor) -> Tensor:
-        """[M] what turns each loss (and row) into its objective: the mean of the M' usable ones is Trainer's loss.
+        """[M] what turns each loss (and row) into its objective, whose mean over the M' objectives is Trainer's loss.
 
         Trainer minimises sum_k loss_k, with loss_k already divided by the number of tokens. An objective is therefore
-        M' loss_k; or, when each is its own mean, its sum by its count.
+        M' loss_k. Where nothing is divided yet, it is M' times a sum by the number of losses of that name; or, when
+        each objective is its own mean, its sum by its count.
         """
         if self.own_mean:
             return 1 / self.counts.clamp(min=1)
-        m = usable.sum()
-        return (m if self.normalised else m / self.counts[usable].sum().clamp(min=1)).expand(len(usable))
+        m = self.number(usable)
+        if self.normalised:
+            return torch.full_like(self.counts, m)
+        totals = torch.bincount(self.names, self.counts * usable)
+        return m / totals.clamp(min=1)[self.names]
+
+    def joined(self, usable: Tensor) -> Objectives:
+        """The M' objectives that the usable rows make."""
+        table, members = self.table[usable], self.members(usable)
+        m = self.number(usable)
+        sums = table.new_zeros(m, 3).index_add(0, members, table[:, :3])
+        labels = table.new_zeros(m, 2).index_copy(0, members, table[:, 3:])
+        return replace(self, table=torch.cat([sums, labels], dim=1))

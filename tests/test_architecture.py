@@ -31,6 +31,7 @@ FORBIDDEN_ROOMS = {island: {"*"} - {island} for island in ISLANDS} | {
     "sampler": {"*"},
     "report": {"*"},
     "estimate": {"trainer", "arguments", "distributed", "gramian", "weighting", "losses", "metrics", "objectives"},
+    "packing": {"*"},
     "collator": {"trainer", "arguments", "finetune", "cli", "gramian", "weighting"},
 }
 # The formulas are plain numbers: only what reads a configuration knows models.

@@ -47,7 +47,8 @@ def diagnose(flags: Sequence[str], settings: Mapping[str, Any]) -> list[RowCheck
 
     def losses() -> Tensor:
         found = trainer.unreduced_losses(network, batch)
-        return found.losses.masked_fill(~found.counted, 0).flatten(1).sum(1)
+        ((name, losses),) = found.losses.items()
+        return losses.masked_fill(~found.counted[name], 0).flatten(1).sum(1)
 
     return check_rows(network, losses)
 

@@ -115,7 +115,9 @@ class Checker:
             return
         last = max(i for i, module in enumerate(forward) if module in failing)
         before = {p for m in recording.meetings if m.site.module in forward[: last + 1] for p in m.targets.values()}
-        if any((gradient := expected.get(p)) is not None and bool(gradient.any()) for p in before - lost):
+        # Documents mix in attention, beside which a layer's queries are right.
+        by_token = recording.batch.segments.by_token
+        if not by_token and any((g := expected.get(p)) is not None and bool(g.any()) for p in before - lost):
             return
         named = {m.site.module: f"{_owner(names, m)} ({type(m.site.module).__name__})" for m in recording.meetings}
         place = f"after {named[forward[last]]}"
@@ -123,7 +125,8 @@ class Checker:
         raise ValueError(
             f"instances of the batch mix {place}: a loss depends on other instances than its own, so it has no row of "
             "its own. Usual causes: BatchNorm in training mode (use GroupNorm, or .eval()), a balancing loss over the "
-            "batch or in-batch negatives (take them out of the per-instance losses), statistics over the batch. "
+            "batch or in-batch negatives (take them out of the per-instance losses), statistics over the batch, and in "
+            "packed rows attention across documents (give no attention_mask, and use_cache=False). "
             "To take the losses as they are, differentiate them one by one: Engine(..., batch_dim=None)."
         )
 
@@ -149,12 +152,13 @@ class LeakRecording:
         g = next((g for g in grad_outputs if g is not None), None)
         if g is None or g.dim() < 2 or isinstance(tap.module, nn.Embedding):
             return
-        if candidates(g.shape[:-1], self._batch.instances) != ["axis0"]:
-            return
         segments = self._batch.segments
         own = torch.arange(len(g)) // segments.block if segments.ids is None else segments.ids
         own = own == self._objective
-        others = ~(own.any(1) if own.dim() == 2 else own)
+        by_token = own.dim() == 2 and g.shape[:2] == own.shape
+        if not by_token and candidates(g.shape[:-1], self._batch.instances) != ["axis0"]:
+            return
+        others = ~(own.any(1) if own.dim() == 2 and not by_token else own)
         if bool(g[others.to(g.device)].any()):
             self.leaking.add(tap.module)
 

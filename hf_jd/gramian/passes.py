@@ -176,6 +176,7 @@ class Passes:
         expected = dict(zip(parameters, differentiator.gradients((probe * losses).sum(), parameters), strict=True))
         suspects: set[nn.Parameter] = set()
         first = recording
+        first.rows = {}  # Not beside those of the next recording.
         for _ in range(ATTEMPTS):
             recording = self._record(losses, differentiator, first.batch, first.materialise, first.gramian_only, probe)
             attempts += 1

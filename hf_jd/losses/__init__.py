@@ -18,7 +18,7 @@ from hf_jd.losses.classification import classification
 from hf_jd.losses.ctc import ctc
 from hf_jd.losses.masked_lm import masked_lm
 from hf_jd.losses.multiple_choice import multiple_choice
-from hf_jd.losses.question_answering import question_answering
+from hf_jd.losses.question_answering import question_answering, start_and_end
 from hf_jd.losses.seq2seq_lm import seq2seq_lm
 from hf_jd.losses.token_classification import token_classification
 
@@ -37,10 +37,24 @@ LOSSES = {
     "ForCTC": ctc,
 }
 
+NAMED_LOSSES = {"ForQuestionAnswering": start_and_end}
+"""The kinds whose loss is a sum of several, by name."""
+
 TARGETS = ("labels", "start_positions", "end_positions")
 """The keys of a batch from which a model would compute its own loss."""
 
-__all__ = ["LOSSES", "TARGETS", "bare", "causal_lm", "check_targets", "is_summed", "loss_kind", "model_inputs", "rest"]
+__all__ = [
+    "LOSSES",
+    "NAMED_LOSSES",
+    "TARGETS",
+    "bare",
+    "causal_lm",
+    "check_targets",
+    "is_summed",
+    "loss_kind",
+    "model_inputs",
+    "rest",
+]
 
 
 def bare(model: nn.Module) -> Any:

@@ -25,15 +25,29 @@ def question_answering(
     Returns:
         The losses [B, 2], and where they count [B, 2] (bool).
     """
-    losses, counted = [], []
+    named = start_and_end(outputs, inputs)
+    found = torch.stack([counted for _, counted in named.values()], dim=1)
+    values = torch.stack([losses for losses, _ in named.values()], dim=1)
+    each = found.sum(0).to(values.dtype)
+    return values * (each.sum() / each.clamp(min=1)), found
+
+
+def start_and_end(outputs: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The losses of the starts and of the ends, whose means add up to ForQuestionAnsweringLoss: half the cross-entropy.
+
+    Args:
+        outputs: As for `question_answering`.
+        inputs: As for `question_answering`.
+
+    Returns:
+        By name, the losses [B], and where they count [B] (bool).
+    """
+    named = {}
     for name in ("start", "end"):
         logits = outputs[f"{name}_logits"]
         length = logits.shape[1]
         positions = inputs[f"{name}_positions"].view(-1).to(logits.device).clamp(0, length)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses.append(F.cross_entropy(logits, positions, ignore_index=length, reduction="none"))
-        counted.append(positions < length)
-    found = torch.stack(counted, dim=1)
-    values = torch.stack(losses, dim=1)
-    each = found.sum(0).to(values.dtype)
-    return values * (each.sum() / (2 * each.clamp(min=1))), found
+        losses = F.cross_entropy(logits, positions, ignore_index=length, reduction="none")
+        named[name] = (losses / 2, positions < length)
+    return named

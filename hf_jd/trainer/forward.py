@@ -14,25 +14,31 @@ from transformers.utils import logging
 from hf_jd.arguments import JDArguments
 from hf_jd.collator import GROUP_KEY
 from hf_jd.distributed.processes import process_count
-from hf_jd.losses import LOSSES, bare, check_targets, is_summed, loss_kind, model_inputs, rest
+from hf_jd.losses import LOSSES, NAMED_LOSSES, bare, check_targets, is_summed, loss_kind, model_inputs, rest
 
 logger = logging.get_logger(__name__)
 
 Host = Trainer if TYPE_CHECKING else object
+
+Losses = Tensor | tuple[Tensor, Tensor]
+"""[], [B] or [B, T]; or with a bool tensor that says which of them count."""
+
+LOSS = "loss"
+"""The name of a loss that has no other one."""
 
 
 class Forward(NamedTuple):
     """What a batch's forward pass brought.
 
     Attributes:
-        losses: [B] or [B, T], unreduced.
-        counted: Which of them count (bool), the same shape.
+        losses: By name: one loss of the batch [], or unreduced ones [B] or [B, T].
+        counted: Which of them count (bool), the same shapes.
         groups: [B] the groups' ids, if there are groups.
         extra: [] the part of the model's loss that no token or instance owns, if it has one.
     """
 
-    losses: Tensor
-    counted: Tensor
+    losses: dict[str, Tensor]
+    counted: dict[str, Tensor]
     groups: Tensor | None
     extra: Tensor | None
 
@@ -48,13 +54,18 @@ class LossesMixin(Host):
         # What the built-in losses leave over of the model's own loss in the last forward, if they do; None: not known.
         self._jd_extra_loss: Tensor | None = None
         self._jd_has_extra: bool | None = None
+        self._jd_extra_name = "extra"
+        self.jd_loss_names: list[str] = []
         self._jd_summed = False
         self.jd_again = False
+        # Whether the model's outputs have several losses by name; None: not known. And whether Trainer averages them.
+        self._jd_brings_losses: bool | None = None
+        self._jd_averaged = False
         self.jd_loss_func = self.compute_loss_func
         if self.jd_loss_func is not None:
             self.compute_loss_func = self._batch_loss
 
-    def compute_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor]:
+    def compute_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Losses | Mapping[str, Losses]:
         """Computes the unreduced losses of a batch: the one method to override for a loss of your own.
 
         Args:
@@ -63,6 +74,7 @@ class LossesMixin(Host):
 
         Returns:
             One loss for each instance [B], or for each token [B, T] with a bool tensor [B, T] that says which count.
+            For several losses a dict of these by name; with `--jd_objectives loss`, also the mean of a batch [].
 
         Raises:
             ValueError: There is no built-in loss for the model or for such a batch, or the model's own loss has a part
@@ -71,17 +83,27 @@ class LossesMixin(Host):
         if self.jd_loss_func is not None:
             return self.user_losses(model(**{k: v for k, v in inputs.items() if k != "labels"}), inputs)
         core = self.accelerator.unwrap_model(model)
+        several = self.jd_args.kind.several
+        outputs = None
+        if several and self._jd_brings_losses is not False:
+            outputs = model(**inputs)
+            found = outputs.get("losses") if isinstance(outputs, Mapping) else None
+            self._jd_brings_losses = isinstance(found, Mapping)
+            if isinstance(found, Mapping):
+                return found
         kind = loss_kind(core)
         check_targets(kind, inputs)
         smoothing = self.args.label_smoothing_factor if "labels" in inputs else 0.0
         # The model's own loss is asked for once, as a reference, and where it has a part that only it knows.
         whole = not smoothing and self._jd_has_extra is not False
-        outputs = model(**(inputs if whole else model_inputs(kind, inputs, core)))
+        if outputs is None:
+            outputs = model(**(inputs if whole else model_inputs(kind, inputs, core)))
         losses, counted = LOSSES[kind](outputs, inputs, bare(core), smoothing)
         self._jd_summed = is_summed(kind, core)
         if whole:
             self._keep_extra(losses, counted, outputs)
-        return losses, counted
+        self._jd_averaged = several and kind in NAMED_LOSSES
+        return NAMED_LOSSES[kind](outputs, inputs) if self._jd_averaged else (losses, counted)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -90,10 +112,13 @@ class LossesMixin(Host):
         if return_outputs or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._jd_extra_loss = None
-        losses, counted = _with_mask(self.compute_losses(model, without_groups(inputs)))
-        denominator = self.denominator(losses, counted, num_items_in_batch, 1)
-        total = losses.masked_fill(~counted, 0).sum()
-        mean = total.div(counted.sum() if denominator is None else denominator) * process_count()
+        losses, counted = by_name(self.compute_losses(model, without_groups(inputs)))
+        divide_by = self.denominators(losses, counted, num_items_in_batch, 1)
+        mean = process_count() * sum(
+            values.masked_fill(~counted[name], 0).sum()
+            / (counted[name].sum() if divide_by is None else divide_by[name])
+            for name, values in losses.items()
+        )
         return mean if self._jd_extra_loss is None else mean + self._jd_extra_loss
 
     def user_losses(self, outputs: Any, inputs: Mapping[str, Any]) -> Any:
@@ -107,34 +132,64 @@ class LossesMixin(Host):
         inputs = dict(self._prepare_inputs(batch))  # ty: ignore[invalid-argument-type]
         groups = inputs.pop(GROUP_KEY, None)
         with self.compute_loss_context_manager():
-            losses, counted = _with_mask(self.compute_losses(model, inputs))
+            losses, counted = by_name(self.compute_losses(model, inputs))
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
         return Forward(losses, counted, groups, self._jd_extra_loss)
 
-    def denominator(self, losses: Tensor, counted: Tensor, num_items: Any, micro_batches: int) -> Tensor | None:
+    def denominators(
+        self, losses: Mapping[str, Tensor], counted: Mapping[str, Tensor], num_items: Any, micro_batches: int
+    ) -> dict[str, Tensor] | None:
         """What Trainer divides a micro-batch's summed losses by, on this process; None: known when all are counted."""
-        if self.jd_args.own_mean:
+        if self.jd_args.own_mean or (len(losses) > 1 and not self._jd_averaged):
             return None
-        one = torch.ones((), device=losses.device)
-        if not (self.model_accepts_loss_kwargs or self.jd_loss_func):
-            # Trainer averages the micro-batches, whatever their sizes.
-            return (one if self._jd_summed else counted.sum().clamp(min=1)) * (micro_batches * process_count())
+        averaged = micro_batches * process_count()
+        if not (self.model_accepts_loss_kwargs or self.jd_loss_func) and self._jd_summed:
+            return {name: torch.full_like(values.sum(), averaged) for name, values in losses.items()}
+        means = {name: found.sum().clamp(min=1) * averaged for name, found in counted.items()}
+        if not (self.model_accepts_loss_kwargs or self.jd_loss_func) or self._jd_averaged:
+            return means  # Trainer averages the micro-batches, whatever their sizes.
+        ((name, values),) = losses.items()
         if self._jd_summed:
-            return one
-        if losses.ndim == 1:
+            return {name: torch.ones((), device=values.device)}
+        if values.ndim < 2:
             return None
         if num_items is None:
-            return counted.sum().clamp(min=1) * (micro_batches * process_count())
+            return means
         # The tokens of all processes, unless the user has each process average its own.
         processes = 1 if self.args.average_tokens_across_devices else process_count()
-        return torch.as_tensor(num_items * processes, device=losses.device)
+        return {name: torch.as_tensor(num_items * processes, device=values.device)}
 
     @property
     def has_extra(self) -> bool:
         """Whether the model's own loss has a part that no token or instance owns."""
         return bool(self._jd_has_extra)
+
+    def keep_loss_names(self, names: list[str], whole: bool, counted: bool) -> None:
+        """Keeps the losses' names, which have to stay the same.
+
+        Args:
+            names: Those of a batch's losses.
+            whole: Whether the part of the model's loss that no token owns is another one.
+            counted: Whether anything counts in the batch.
+
+        Raises:
+            ValueError: Other ones came before, or there is one loss where several are to be weighed.
+        """
+        found = [*names, self._jd_extra_name] if whole else names
+        if self.jd_args.jd_objectives == "loss" and counted and len(names) + (whole and self.has_extra) < 2:
+            raise ValueError(
+                f"There is one loss only ({_quoted(names)}), and --jd_objectives loss weighs several: return a dict of "
+                "them by name from `compute_losses`, make a model's balancing loss one of them with --jd_extra_losses "
+                "objective, or choose --jd_objectives instance."
+            )
+        if self.jd_loss_names and self.jd_loss_names != found:
+            raise ValueError(
+                f"The losses were {_quoted(self.jd_loss_names)}, and in another batch they are {_quoted(found)}: "
+                "return the same ones for each batch, with nothing counted where one has no value."
+            )
+        self.jd_loss_names = found
 
     def _keep_extra(self, losses: Tensor, counted: Tensor, outputs: Any) -> None:
         """Finds out whether the model's own loss has a part that no token owns, and keeps that part."""
@@ -144,22 +199,29 @@ class LossesMixin(Host):
         if self._jd_has_extra is None and losses.detach()[counted].isfinite().all():
             self._jd_has_extra = found or outputs.get("aux_loss") is not None
             if self._jd_has_extra:
+                self._jd_extra_name = "aux_loss" if outputs.get("aux_loss") is not None else "extra"
                 own = f"The model's own loss is {outputs['loss'].item():.6g}, {left.item():.3g} of it not its tokens'"
                 if self.jd_args.jd_extra_losses == "error":
                     raise ValueError(
                         f"{own}: it has a part that no token owns, such as a router's balancing loss. Switch that off, "
-                        "override `compute_losses`, or add it to the mean with --jd_extra_losses mean."
+                        "override `compute_losses`, add it to the mean with --jd_extra_losses mean, or make it an "
+                        "objective of its own with --jd_extra_losses objective."
                     )
-                logger.warning(f"{own}: that part is added to the mean of the objectives, and no weighting sees it.")
+                if self.jd_args.jd_extra_losses == "mean":
+                    logger.warning(f"{own}: that part is added to the objectives' mean, and no weighting sees it.")
         if self._jd_has_extra:
             self._jd_extra_loss = left
 
     def _batch_loss(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
         """What Trainer asks of a `compute_loss_func`, in evaluation: one loss, from the user's unreduced ones."""
         assert self.jd_loss_func is not None
-        losses, counted = _with_mask(_checked(self.jd_loss_func(outputs, labels, num_items_in_batch=None)))
-        total = losses.masked_fill(~counted, 0).sum()
-        return total / (counted.sum() if num_items_in_batch is None else num_items_in_batch)
+        losses, counted = by_name(_checked(self.jd_loss_func(outputs, labels, num_items_in_batch=None)))
+        number = num_items_in_batch if len(losses) == 1 else None
+        means = [
+            values.masked_fill(~counted[name], 0).sum() / (counted[name].sum() if number is None else number)
+            for name, values in losses.items()
+        ]
+        return torch.stack(means).sum()
 
 
 def without_groups(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -167,10 +229,14 @@ def without_groups(inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in inputs.items() if key != GROUP_KEY}
 
 
+def _quoted(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
 def _checked(losses: Any) -> Any:
-    """The losses of a user's function, if they are unreduced."""
+    """The losses of a user's function, if they are unreduced or several."""
     first = losses[0] if isinstance(losses, tuple) else losses
-    if not isinstance(first, Tensor) or first.ndim == 0:
+    if not isinstance(losses, Mapping) and (not isinstance(first, Tensor) or first.ndim == 0):
         raise ValueError(
             "compute_loss_func returned one loss for the whole batch, and objectives need one for each instance [B], "
             "or for each token [B, T] with a bool tensor of those that count: leave out its last mean or sum."
@@ -178,6 +244,28 @@ def _checked(losses: Any) -> Any:
     return losses
 
 
-def _with_mask(losses: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Splits what `compute_losses` returned; without a mask, every loss counts."""
-    return losses if isinstance(losses, tuple) else (losses, torch.ones_like(losses, dtype=torch.bool))
+def by_name(losses: Losses | Mapping[str, Losses]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Splits what `compute_losses` returned into losses and what counts of them; without a mask, every loss counts.
+
+    Raises:
+        ValueError: It is neither losses, nor a dict of them by name.
+    """
+    named = losses if isinstance(losses, Mapping) else {LOSS: losses}
+    values, counted = {}, {}
+    for name, found in named.items():
+        pair = found if isinstance(found, tuple) else (found, None)
+        values[name], mask = pair if len(pair) == 2 else (None, None)
+        if not isinstance(values[name], Tensor) or not (mask is None or isinstance(mask, Tensor)):
+            raise ValueError(
+                f"The loss `{name}` is {type(found).__name__}; give a tensor [], [B] or [B, T], or such a tensor with "
+                "a bool tensor that says which of them count."
+            )
+        counted[name] = torch.ones_like(values[name], dtype=torch.bool) if mask is None else mask.bool()
+        if counted[name].shape != values[name].shape:
+            raise ValueError(
+                f"The loss `{name}` has shape {list(values[name].shape)}, and what counts of it "
+                f"{list(counted[name].shape)}: give a bool for each loss."
+            )
+    if not named:
+        raise ValueError("compute_losses returned no loss at all: return one by each name.")
+    return values, counted

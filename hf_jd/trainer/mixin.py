@@ -58,6 +58,7 @@ class JDTrainerMixin(LossesMixin):
         self.jd_log = RunLog()
         self._jd_batches: list[Mapping[str, Any]] = []
         self._jd_seen = 0
+        self.jd_apart = False
         self._jd_engine: tuple[nn.Module, Engine] | None = None
         self.jd_group_names: list[str] | None = None
         self._jd_broken_in_a_row = 0
@@ -81,6 +82,7 @@ class JDTrainerMixin(LossesMixin):
         """
         check_setup(self)
         self._jd_broken_in_a_row = 0
+        self.jd_apart = False
         self.jd_log.begin(resumed=bool(resume_from_checkpoint))
         if resume_from_checkpoint:
             resume_from_checkpoint = checkpoint_to_resume(self, resume_from_checkpoint)
@@ -109,13 +111,13 @@ class JDTrainerMixin(LossesMixin):
         to_train_mode = getattr(self.optimizer, "train", None)
         if callable(to_train_mode):
             to_train_mode()  # Schedule-free optimizers have two modes.
-        if self.jd_args.jd_scope == "micro_batch":
-            return Update(self, model, [inputs], num_items_in_batch).run()
+        if self.jd_args.jd_scope == "micro_batch" or self.jd_apart:
+            return Update(self, model, [inputs], num_items_in_batch, alone=True).run()
         self._jd_seen += 1
         if self._jd_seen < len(self._jd_batches):
             return torch.zeros((), device=self.args.device)
         batches, self._jd_batches = self._jd_batches or [inputs], []
-        return Update(self, model, batches, num_items_in_batch).run()
+        return Update(self, model, batches, num_items_in_batch, alone=False).run()
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Predicts, without the groups' ids; see Trainer."""

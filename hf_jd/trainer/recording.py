@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.utils import logging
 
 from hf_jd.collator import GROUP_KEY
-from hf_jd.distributed.processes import anywhere
+from hf_jd.distributed.processes import anywhere, process_count
 from hf_jd.gramian import Jacobian
-from hf_jd.objectives import OBJECTIVES, Part
+from hf_jd.objectives import Loss, Part, by_loss
+from hf_jd.packing import by_token, packed_documents, unpacked, without_documents
+from hf_jd.trainer.random_numbers import rng_state
 
 if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin
@@ -22,23 +25,44 @@ logger = logging.get_logger(__name__)
 
 
 class Extra(NamedTuple):
-    """The part of a micro-batch's loss that no token or instance owns: [] its value, and its gradient."""
+    """The part of a micro-batch's loss that no token or instance owns, and no weighting sees.
+
+    Attributes:
+        value: [].
+        gradients: Its gradient.
+    """
 
     value: Tensor
     gradients: dict[nn.Parameter, Tensor]
 
 
 class Recorded(NamedTuple):
-    """A micro-batch after its first pass."""
+    """A micro-batch after its first pass.
+
+    Attributes:
+        batch: The micro-batch.
+        rng_state: The random numbers of the pass, for a second one.
+        parts: Its objectives.
+        jacobian: Their rows, multiplied by the scale of GradScaler; None where there are none.
+        broken: [] how many instances and losses of the whole batch were left out because they aren't finite.
+        extra: What no weighting sees.
+    """
 
     batch: Mapping[str, Any]
     rng_state: list[Tensor]
-    """The random numbers of the pass, for a second one."""
-    part: Part
+    parts: list[Part]
     jacobian: Jacobian | None
     broken: Tensor
-    """[] how many instances were left out because their loss isn't finite."""
     extra: Extra | None
+
+    @property
+    def losses(self) -> Tensor:
+        """[m]."""
+        return torch.cat([part.losses for part in self.parts])
+
+    def table(self) -> Tensor:
+        """[m, 5]; see `Part.table`."""
+        return torch.cat([part.table() for part in self.parts])
 
 
 class Recorder:
@@ -71,50 +95,108 @@ class Recorder:
         self.present = present
         self.materialise = materialise
         self.keep_graph = keep_graph
-        self.kind = OBJECTIVES[trainer.jd_args.jd_objectives]
+        self.kind = trainer.jd_args.kind
         scaler = trainer.accelerator.scaler
         self.scale = 1.0 if scaler is None else scaler.get_scale()
 
-    def part(self, batch: Mapping[str, Any], again: bool = False) -> tuple[Part, Tensor | None]:
-        """Runs a micro-batch forward: its part in the objectives, and what no instance owns, with a graph."""
-        losses, counted, groups, extra = self.trainer.unreduced_losses(self.model, batch, again)
+    def parts(self, batch: Mapping[str, Any], again: bool = False) -> tuple[list[Part], Tensor | None]:
+        """Runs a micro-batch forward: its objectives, and what is in none of them, with a graph."""
+        trainer = self.trainer
+        losses, counted, groups, extra = trainer.unreduced_losses(self.model, batch, again)
+        documents = packed_documents(batch)
+        if documents is not None:
+            documents = documents.to(trainer.args.device)
+            losses, counted = (_by_document(tokens, documents) for tokens in (losses, counted))
+        instances = self._instances(batch, losses, groups)
         if groups is None:
-            groups = torch.full((len(losses),), -1, device=losses.device)
-        if len(groups) != len(losses):
-            raise ValueError(
-                f"There are losses of {len(losses)} rows for {len(groups)} examples, so no row's group is known: use a "
-                "collator that pads instead of packing."
-            )
-        denominator = self.trainer.denominator(losses, counted, self.num_items, self.micro_batches)
+            groups = torch.full((instances,), -1, device=trainer.args.device)
         present = groups if self.present is None else self.present
-        return self.kind.split(losses, counted, groups, present, denominator), extra
+        divide_by = trainer.denominators(losses, counted, self.num_items, self.micro_batches)
+        named = [
+            Loss(values, counted[name], None if divide_by is None else divide_by[name])
+            for name, values in losses.items()
+        ]
+        wholes = []
+        if trainer.jd_args.jd_extra_losses == "objective":
+            found = torch.tensor(extra is not None, device=groups.device)
+            known = None if divide_by is None else self.micro_batches * process_count()
+            value = torch.zeros((), device=groups.device) if extra is None else extra
+            wholes, extra = [Loss(value, found, known if known is None else torch.full_like(value, known))], None
+        if self.kind.of_instances:
+            parts = [self.kind.split(named, groups, present)]
+            parts += [by_loss(wholes, groups, present, first=len(named))] if wholes else []
+        else:
+            parts = [self.kind.split([*named, *wholes], groups, present)]
+        trainer.keep_loss_names(list(losses), bool(wholes), bool(parts[0].counts.any()))
+        if documents is not None:
+            parts = [replace(part, segments=by_token(part.segments, documents)) for part in parts]
+        return parts, extra
 
     def record(self, batch: Mapping[str, Any]) -> Recorded:
-        """Runs a micro-batch forward, and backward to its rows, which come multiplied by `scale`."""
+        """Runs a micro-batch forward, and backward to its rows."""
         engine = self.trainer.engine()
         device, two_pass = self.trainer.args.device, self.trainer.jd_args.jd_backward == "two_pass"
-        rng_state = _rng_state(device) if two_pass else []
-        jacobian = own = None
+        state = rng_state(device) if two_pass else []
+        own = None
         with self.trainer.accelerator.no_sync(self.model):
-            part, extra = self.part(batch)
-            broken = (~part.finite).sum()
-            if broken:
-                self._report_instances(batch, part.finite)
-            some = bool(broken) and bool(part.finite.any())
+            parts, extra = self.parts(batch)
+            finite = parts[0].finite
+            broken = (~finite).sum() + sum(part.broken for part in parts)
+            if not finite.all():
+                self._report_instances(batch, finite)
+            some = bool(finite.any()) and not finite.all()
             if anywhere(some, device) if engine.sharded else some:
                 # NaN times 0 is NaN, in a backward pass too: the others have to be computed without those instances.
-                batch = _selected(batch, part.finite) if some else batch
-                rng_state = _rng_state(device) if two_pass else []
-                part, extra = self.part(batch, again=True)
+                batch = selected(batch, finite) if some else batch
+                state = rng_state(device) if two_pass else []
+                parts, extra = self.parts(batch, again=True)
             if extra is not None and extra.isfinite():
                 own = Extra(extra.detach(), engine.gradients(extra * self.scale))
-            if part.counts.any():
-                jacobian = engine.compute_jacobian(part.losses * self.scale, part.segments, self.materialise)
-            else:
-                engine.keep_up(part.losses.sum())
+            rows = [self._rows(part) for part in parts]
         if not self.keep_graph:
-            part = replace(part, losses=part.losses.detach())
-        return Recorded(batch, rng_state, part, jacobian, broken, own)
+            parts = [part.detached() for part in parts]
+        found = [part for part in rows if part is not None]
+        return Recorded(batch, state, parts, Jacobian.cat(found) if found else None, broken, own)
+
+    def _rows(self, part: Part) -> Jacobian | None:
+        engine = self.trainer.engine()
+        if part.counts.any():
+            return engine.compute_jacobian(part.matrix() * self.scale, part.segments, self.materialise)
+        engine.keep_up(part.losses.sum())
+        return Jacobian(dict.fromkeys(self.trainer.trainable()), len(part.losses)) if len(part.losses) else None
+
+    def _instances(self, batch: Mapping[str, Any], losses: Mapping[str, Tensor], groups: Tensor | None) -> int:
+        """How many instances a micro-batch has.
+
+        Raises:
+            ValueError: Its losses can't be divided among the objectives asked for.
+        """
+        asked = self.trainer.jd_args.jd_objectives
+        if len(losses) > 1 and not self.kind.several:
+            raise ValueError(
+                f"There are several losses ({', '.join(f'`{name}`' for name in losses)}), and --jd_objectives {asked} "
+                "takes one: add them up in `compute_losses`, or choose `loss` or `instance_loss`."
+            )
+        whole = [f"`{name}`" for name, values in losses.items() if not values.ndim]
+        if whole and self.kind.of_instances:
+            raise ValueError(
+                f"{', '.join(whole)} is one loss for the whole batch, and --jd_objectives {asked} needs one for each "
+                "instance [B], or for each token [B, T] with a bool tensor of those that count: leave out its last "
+                "mean or sum, or choose --jd_objectives loss."
+            )
+        found = {name: len(values) for name, values in losses.items() if values.ndim}
+        counts = set(found.values()) or {len(value) for value in batch.values() if isinstance(value, Tensor)}
+        instances = next(iter(counts))
+        if found and len(counts) > 1:
+            raise ValueError(
+                f"The losses are those of different numbers of instances: {found}; give each one the same."
+            )
+        if groups is not None and len(groups) != instances:
+            raise ValueError(
+                f"There are losses of {instances} rows for {len(groups)} examples, so no row's group is known: use a "
+                "collator that pads, or one that packs and returns `position_ids` that restart with each example."
+            )
+        return instances
 
     def _report_instances(self, batch: Mapping[str, Any], finite: Tensor) -> None:
         """Logs the instances whose loss isn't finite."""
@@ -125,16 +207,31 @@ class Recorder:
             logger.warning(f"Update {step}: instance {i}{named} has a loss that isn't finite, and is left out.")
 
 
-def _selected(batch: Mapping[str, Any], keep: Tensor) -> dict[str, Any]:
-    """The batch with some of its instances only; `keep` [B] (bool)."""
+def _by_document(losses: dict[str, Tensor], documents: Tensor) -> dict[str, Tensor]:
+    """Losses of tokens [B, T], or of next tokens [B, T - 1], as those of documents [D, L]; a batch's as it is.
+
+    Raises:
+        ValueError: They are losses of rows, which hold several documents.
+    """
+    rows, length = documents.shape
+    losses = {k: F.pad(v, (0, 1)) if v.shape == (rows, length - 1) else v for k, v in losses.items()}
+    for name, values in losses.items():
+        if values.ndim and values.shape != documents.shape:
+            raise ValueError(
+                f"The loss `{name}` has shape {list(values.shape)}, and the batch has rows of several documents: give "
+                f"one loss for each token, {list(documents.shape)}, or use a collator that pads instead of packing."
+            )
+    return {name: unpacked(values, documents) if values.ndim else values for name, values in losses.items()}
+
+
+def selected(batch: Mapping[str, Any], keep: Tensor) -> dict[str, Any]:
+    """The batch with some of its instances or packed documents only; `keep` [B] (bool)."""
+    documents = packed_documents(batch)
+    if documents is not None:
+        return without_documents(batch, documents, keep.to(documents.device))
 
     def of(value: Any) -> Any:
         by_instance = isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(keep)
         return value[keep.to(value.device)] if by_instance else value
 
     return {key: of(value) for key, value in batch.items()}
-
-
-def _rng_state(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    return states if device.type == "cpu" else [*states, torch.get_device_module(device).get_rng_state(device)]

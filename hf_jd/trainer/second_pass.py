@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_jd.distributed.gradients import add_gradients
 from hf_jd.trainer.gradients import accumulate, added, set_aside
+from hf_jd.trainer.random_numbers import set_rng_state
 from hf_jd.trainer.recording import Recorded, Recorder
 
 
@@ -24,25 +25,21 @@ def second_pass(recorder: Recorder, recorded: Sequence[Recorded], weights: Tenso
     trainer, engine, start = recorder.trainer, recorder.trainer.engine(), 0
     whole: list[dict[nn.Parameter, Tensor]] = []
     with set_aside(trainer.trainable()) as gradients:
-        for batch, rng_state, first, *_ in recorded:
+        for first in recorded:
             mine = slice(None) if recorder.kind.shared else slice(start, start + len(first.losses))
             start += len(first.losses)
             with trainer.accelerator.no_sync(recorder.model):
+                parts = first.parts
                 if not recorder.keep_graph:
-                    _set_rng_state(rng_state, trainer.args.device)
-                part = first if recorder.keep_graph else recorder.part(batch, again=True)[0]
-                losses = part.losses[usable[mine]]
+                    set_rng_state(first.rng_state, trainer.args.device)
+                    parts = recorder.parts(first.batch, again=True)[0]
+                everything = torch.cat([part.losses for part in parts])
+                losses = everything[usable[mine]]
                 total = (weights[mine][usable[mine]].to(losses) * losses).sum()
                 if engine.sharded:
                     # FSDP2's own reduction would keep what it is not to reduce, and add it to the next step.
                     whole += [engine.gradients(total * recorder.scale)] if len(losses) else []
-                    engine.keep_up(part.losses.sum())
+                    engine.keep_up(everything.sum())
                 elif len(losses):
                     trainer.accelerator.backward(total)
     accumulate(add_gradients(added([gradients, *whole]), trainer.trainable()))
-
-
-def _set_rng_state(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if device.type != "cpu":
-        torch.get_device_module(device).set_rng_state(states[1], device)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import reduce
-from operator import add
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
@@ -16,9 +13,10 @@ from hf_jd.collator import GROUP_KEY
 from hf_jd.distributed.gradients import add_gradients
 from hf_jd.distributed.processes import add_over_processes, gather_uneven, process_count
 from hf_jd.distributed.rows import AddedRows, GatheredRows, OwnRows
-from hf_jd.gramian import Jacobian
-from hf_jd.objectives import OBJECTIVES, Objectives
+from hf_jd.objectives import Objectives
 from hf_jd.trainer.gradients import accumulate, added
+from hf_jd.trainer.kept import Kept, allowed, is_full
+from hf_jd.trainer.random_numbers import rng_state, set_rng_state
 from hf_jd.trainer.recording import Recorded, Recorder
 from hf_jd.trainer.second_pass import second_pass
 from hf_jd.trainer.weighing import signs, weigh
@@ -37,17 +35,21 @@ class Update:
         model: The model as Trainer has wrapped it.
         batches: The micro-batches of this process.
         num_items: How many tokens Trainer counted in the update, if it did.
+        alone: Whether they are weighed apart from the other micro-batches and processes.
     """
 
-    def __init__(self, trainer: JDTrainerMixin, model: nn.Module, batches: list[Mapping[str, Any]], num_items: Any):
+    def __init__(
+        self, trainer: JDTrainerMixin, model: nn.Module, batches: list[Mapping[str, Any]], num_items: Any, alone: bool
+    ):
         self.trainer = trainer
         self.jd = trainer.jd_args
         self.batches = batches
-        self.alone = self.jd.jd_scope == "micro_batch"
+        self.alone = alone
         self.micro_batches = trainer.current_gradient_accumulation_steps if self.alone else len(batches)
         # How many updates like this one are averaged, unless the losses already hold their share of the whole.
         self.parts = self.micro_batches * process_count() if self.alone else 1
-        self.kind = OBJECTIVES[self.jd.jd_objectives]
+        self.kind = self.jd.kind
+        self.budget = allowed(trainer)
         self.present = self._present_groups()
         # A second pass can walk the graph of one micro-batch again; those of several would not fit in memory.
         keep_graph = self.jd.jd_backward == "two_pass" and len(batches) == 1
@@ -61,9 +63,14 @@ class Update:
         Returns:
             The part of this process in the objectives' mean, times the number of processes, as Trainer logs it.
         """
-        recorded = [self.recorder.record(batch) for batch in self.batches]
-        own, rows = self._joined(recorded)
-        objectives = Objectives(rows.table(own), self.jd.own_mean, recorded[0].part.denominator is not None)
+        kept = self._recorded()
+        if kept is None:
+            return self._apart()
+        recorded = kept.recorded
+        own, jacobian = kept.joined()
+        kinds = OwnRows if self.alone else AddedRows if self.kind.shared else GatheredRows
+        rows = kinds(jacobian, self.trainer.trainable())
+        objectives = self._objectives(rows.table(own), own, recorded[0])
         gramian = rows.gramian() / self.recorder.scale**2
         usable = objectives.usable(gramian)
         factors = objectives.factors(usable)
@@ -80,8 +87,30 @@ class Update:
         else:
             second_pass(self.recorder, recorded, weights[rows.mine], usable[rows.mine])
         extra = self._add_extra(recorded)
-        mean = (factors * share / usable.sum().clamp(min=1))[rows.mine] * own[:, 0]
+        mean = (factors * share / objectives.number(usable))[rows.mine] * own[:, 0]
         return (mean[usable[rows.mine]].sum().to(self.trainer.args.device) + extra) * process_count()
+
+    def _recorded(self) -> Kept | None:
+        """The micro-batches after their first pass; None where their rows are too many and are to be weighed apart."""
+        kept, state = Kept(self.kind.shared), rng_state(self.trainer.args.device)
+        for batch in self.batches:
+            kept.add(self.recorder.record(batch))
+            first = len(kept.recorded) == 1 < len(self.batches)
+            if first and self.budget is not None and is_full(self.trainer, kept, len(self.batches), self.budget):
+                set_rng_state(state, self.trainer.args.device)
+                return None
+        return kept
+
+    def _apart(self) -> Tensor:
+        """The same micro-batches, each weighed by itself; and all that follow, as rows that are too many stay so."""
+        if not self.trainer.jd_apart:
+            logger.warning(
+                "The rows of all micro-batches of an update are too many for --jd_keep_rows "
+                f"{self.jd.jd_keep_rows}: each micro-batch is weighed by itself from now on, as --jd_when_full asks."
+            )
+        self.trainer.jd_apart = True
+        updates = (Update(self.trainer, self.recorder.model, [b], self.recorder.num_items, True) for b in self.batches)
+        return torch.stack([update.run() for update in updates]).sum()
 
     def _add_extra(self, recorded: list[Recorded]) -> Tensor:
         """Adds the mean over micro-batches and processes of what no token or instance owns; its part of this process.
@@ -134,26 +163,15 @@ class Update:
 
     def _rows_fit(self) -> bool:
         """Whether rows are kept as they are, or as the layers' inputs and gradients where those are smaller."""
-        keep = self.jd.keep_rows()
-        if isinstance(keep, bool):
-            return keep
+        if self.budget is None:
+            return self.jd.keep_rows() is True
         instances = sum(len(next(iter(batch.values()))) for batch in self.batches)
         m = len(self.present) if self.kind.shared and self.present is not None else instances
-        device = self.trainer.args.device
-        if isinstance(keep, str):
-            free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-            keep = free // 2
-        return m * sum(p.nbytes for p in self.trainer.trainable()) <= keep
+        return m * sum(p.nbytes for p in self.trainer.trainable()) <= self.budget
 
-    def _joined(self, recorded: list[Recorded]) -> tuple[Tensor, OwnRows]:
-        """The objectives of this process's micro-batches: their table [m, 4], and their rows."""
-        tables = [r.part.table() for r in recorded]
-        jacobians = [r.jacobian for r in recorded if r.jacobian is not None]
+    def _objectives(self, table: Tensor, own: Tensor, first: Recorded) -> Objectives:
+        """What is known of the rows [M, 5] of all processes, from that and the table [m, 5] of this one."""
         if self.kind.shared:
-            table = torch.cat([torch.stack(tables).sum(0)[:, :-1], tables[0][:, -1:]], dim=1)
-            jacobian = reduce(add, jacobians) if jacobians else None
-        else:
-            table = torch.cat(tables)
-            jacobian = Jacobian.cat(jacobians) if jacobians else None
-        rows = OwnRows if self.alone else AddedRows if self.kind.shared else GatheredRows
-        return table, rows(jacobian, self.trainer.trainable())
+            table = torch.cat([table[:, :3], own[:, 3:]], dim=1)  # Groups and names are the same everywhere.
+        whole = len(self.trainer.jd_loss_names) - 1 if len(first.parts) > 1 and not self.kind.shared else None
+        return Objectives(table, self.jd.own_mean, first.parts[0].denominators is not None, whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,8 @@ class JDState:
     """The last step, for callbacks.
 
     Attributes:
-        names: [m] the objectives' names: those of groups, or the positions of instances in the update.
+        names: [m] the objectives' names: those of groups or losses, the positions of instances in the update, or both,
+            as `0/loss`.
         gramian: [m, m].
         weights: [m].
         losses: [m] the objectives' values, whose mean is Trainer's loss; those of `--jd_ascend` are negated.
@@ -34,31 +36,52 @@ class JDState:
 
 
 def weigh(trainer: JDTrainerMixin, gramian: Tensor, objectives: Objectives, usable: Tensor, factors: Tensor) -> Tensor:
-    """The weights [M] of the objectives, 0 for those that aren't usable; keeps the step's state and metrics.
+    """The weights [M] of the rows, 0 for those that aren't usable; keeps the step's state and metrics.
 
     Args:
         trainer: Whose weighting it is, and who keeps them.
-        gramian: [M, M], of the rows of the losses.
-        objectives: The M losses.
+        gramian: [M, M], of the rows.
+        objectives: What is known of the M rows.
         usable: [M] (bool).
-        factors: [M] what turns each loss into its objective.
+        factors: [M] what turns each row into its objective, or its part of it.
     """
     weights = torch.zeros(len(usable), dtype=torch.float64, device=gramian.device)
     if not usable.any():
         return weights
     gramian = (factors.outer(factors).to(gramian) * gramian)[usable][:, usable]
-    losses = (factors * objectives.table[:, 0])[usable]
-    groups = objectives.groups[usable]
-    group_names = {k: trainer.group_name(k) for k in groups.unique().tolist() if k >= 0}
-    by_group = trainer.jd_args.jd_objectives == "group"
-    names = [group_names[k] for k in groups.tolist()] if by_group else [str(i) for i in range(len(losses))]
-    found = call_weighting(trainer.weighting, gramian, losses, names if by_group else None)
-    weights[usable] = found
+    members, joined = objectives.members(usable), objectives.joined(usable)
+    m = len(joined.table)
+    if m < len(gramian):
+        gramian = gramian.new_zeros(m, len(gramian)).index_add(0, members, gramian)
+        gramian = gramian.new_zeros(m, m).index_add(1, members, gramian)
+    losses = torch.zeros_like(joined.losses).index_add(0, members, (factors * objectives.losses)[usable])
+    names = _names(trainer, joined)
+    found = call_weighting(trainer.weighting, gramian, losses, names if trainer.jd_args.kind.shared else None)
+    weights[usable] = found[members]
     trainer.jd_state = JDState(names, gramian, found, losses)
-    means, counts = objectives.means[usable], objectives.counts[usable]
-    trainer.jd_metrics.add(step_metrics(gramian, found, means, counts, groups, group_names))
-    trainer.jd_log.add(gramian, groups, group_names)
+    group_names = {k: trainer.group_name(k) for k in joined.groups.unique().tolist() if k >= 0}
+    labels = [(joined.groups, group_names)]
+    if len(trainer.jd_loss_names) > 1:
+        labels.append((joined.names, dict(enumerate(trainer.jd_loss_names))))
+    for ids, label in labels:
+        trainer.jd_metrics.add(step_metrics(gramian, found, joined.means, joined.counts, ids, label))
+    trainer.jd_log.add(gramian, *(labels[0] if group_names else labels[-1]))
     return weights
+
+
+def _names(trainer: JDTrainerMixin, joined: Objectives) -> list[str]:
+    """The objectives' names: those of groups or losses, or the positions of instances in the update."""
+    losses, seen, names = trainer.jd_loss_names, Counter[int](), []
+    kind = trainer.jd_args.jd_objectives
+    for group, name in zip(joined.groups.tolist(), joined.names.tolist(), strict=True):
+        if kind == "loss" or name == joined.whole:
+            names.append(losses[name])
+        elif kind == "group":
+            names.append(trainer.group_name(group) if group >= 0 else losses[name])
+        else:
+            names.append(f"{seen[name]}/{losses[name]}" if kind == "instance_loss" else str(seen[name]))
+            seen[name] += 1
+    return names
 
 
 def signs(trainer: JDTrainerMixin, objectives: Objectives) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import SequentialSampler
 
 from hf_jd import JDTrainer
+from hf_jd.losses import causal_lm
 from tests.trainer.runs import arguments, collate, examples, flat, lora
 
 # 23 examples are batches of 4, 4, 4, 4, 4, 3: over two processes, the last one is of 2 and 1.
@@ -29,6 +30,8 @@ CONFIGURATIONS = {
     "group-accumulated": {**GROUP, "gradient_accumulation_steps": 4},
     "group-means": {**GROUP, "jd_group_reduction": "mean", "gradient_accumulation_steps": 2},
     "group-two-pass": {**GROUP, "jd_backward": "two_pass", "gradient_accumulation_steps": 2},
+    "loss": {"jd_objectives": "loss", "gradient_accumulation_steps": 2},
+    "instance-loss": {"jd_objectives": "instance_loss", "gradient_accumulation_steps": 2},
 }
 
 
@@ -62,6 +65,16 @@ class Sequential(JDTrainer):
         return SequentialSampler(self.train_dataset)
 
 
+class Several(Sequential):
+    """Has a second loss, of instances."""
+
+    def compute_losses(self, model, inputs):
+        outputs = model(**inputs)
+        mask = inputs["attention_mask"].to(outputs.logits.dtype)
+        size = (outputs.logits.square().mean(2) * mask).sum(1) / mask.sum(1)
+        return {"nll": causal_lm(outputs, inputs, model, 0.0), "size": size}
+
+
 def train(directory: Path, batch_size: int, **flags) -> dict:
     """Trains one configuration for ten steps: its parameters, losses, norms and metrics."""
     args = arguments(
@@ -72,7 +85,8 @@ def train(directory: Path, batch_size: int, **flags) -> dict:
         accelerator_config={"even_batches": False},
         **flags,
     )
-    trainer = Sequential(lora("gpt2"), args, train_dataset=DATA, data_collator=collate)
+    cls = Several if "loss" in args.jd_objectives else Sequential
+    trainer = cls(lora("gpt2"), args, train_dataset=DATA, data_collator=collate)
     trainer.train()
     history = [{k: v for k, v in entry.items() if "runtime" not in k} for entry in trainer.state.log_history[:-1]]
     return {"parameters": flat(trainer.model), "history": history}

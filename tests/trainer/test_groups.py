@@ -154,9 +154,10 @@ class TestErrors:
         with pytest.raises(ValueError, match="list them with --jd_groups"):
             run(lora("gpt2"), arguments(tmp_path, **TASK), stream)
 
-    def test_packed_examples_have_no_group(self, tmp_path):
-        with pytest.raises(ValueError, match="pads instead of packing"):
-            run(lora("gpt2"), arguments(tmp_path, **TASK), data_collator=DataCollatorWithFlattening())
+    def test_packed_examples_whose_beginnings_are_not_told_have_no_group(self, tmp_path):
+        collator = DataCollatorWithFlattening(return_position_ids=False)
+        with pytest.raises(ValueError, match="collator that pads, or one that packs and returns `position_ids`"):
+            run(lora("gpt2"), arguments(tmp_path, **TASK), data_collator=collator)
 
 
 @pytest.mark.parametrize("objectives", ["instance", "group"])

@@ -1,0 +1,80 @@
+"""The rows of an update's micro-batches: summed as they come or kept side by side, in how many bytes?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+from torch import Tensor
+
+from hf_jd.distributed.processes import add_over_processes
+from hf_jd.gramian import Jacobian
+from hf_jd.trainer.recording import Recorded
+
+if TYPE_CHECKING:
+    from hf_jd.trainer.mixin import JDTrainerMixin
+
+
+class Kept:
+    """What is kept of the micro-batches of this process.
+
+    Args:
+        shared: Whether micro-batches add to the same objectives: then there are as many rows as objectives, whatever
+            the accumulation. Else each brings its own.
+    """
+
+    def __init__(self, shared: bool):
+        self.shared = shared
+        self.recorded: list[Recorded] = []
+        self._jacobians: list[Jacobian] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows, or of the layers' inputs and gradients in their place."""
+        return sum(jacobian.nbytes for jacobian in self._jacobians)
+
+    def add(self, found: Recorded) -> None:
+        """Takes in one more micro-batch."""
+        jacobian = found.jacobian
+        self.recorded.append(found._replace(jacobian=None))
+        if jacobian is not None and self.shared and self._jacobians:
+            jacobian = self._jacobians.pop() + jacobian
+        if jacobian is not None:
+            self._jacobians.append(jacobian)
+
+    def joined(self) -> tuple[Tensor, Jacobian | None]:
+        """The objectives of all micro-batches: their table [m, 5], and their rows."""
+        tables = [found.table() for found in self.recorded]
+        if self.shared:
+            table = torch.cat([torch.stack(tables).sum(0)[:, :3], tables[0][:, 3:]], dim=1)
+        else:
+            table = torch.cat(tables)
+        return table, Jacobian.cat(self._jacobians) if self._jacobians else None
+
+
+def allowed(trainer: JDTrainerMixin) -> int | None:
+    """How many bytes the rows of an update may take by `--jd_keep_rows`; None for any number."""
+    keep, device = trainer.jd_args.keep_rows(), trainer.args.device
+    if keep == "auto":
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        return free // 2
+    return None if isinstance(keep, bool) else int(keep)
+
+
+def is_full(trainer: JDTrainerMixin, kept: Kept, micro_batches: int, budget: int) -> bool:
+    """Whether the rows of all micro-batches would be too many, after the first one; the same on all processes.
+
+    Raises:
+        ValueError: They would, and `--jd_when_full` is `error`.
+    """
+    expected = kept.nbytes * (1 if kept.shared else micro_batches)
+    full = bool(add_over_processes(torch.tensor(float(expected > budget), device=trainer.args.device)))
+    if full and trainer.jd_args.jd_when_full == "error":
+        raise ValueError(
+            f"The rows of the {micro_batches} micro-batches of an update take about {expected / 1e9:.3g} GB, and "
+            f"--jd_keep_rows {trainer.jd_args.jd_keep_rows} allows {budget / 1e9:.3g} GB: accumulate fewer, allow "
+            "more, choose --jd_objectives group, or weigh each micro-batch by itself, which is another algorithm, with "
+            "--jd_when_full micro_batch."
+        )
+    return full
