@@ -30,8 +30,8 @@ def check_setup(trainer: JDTrainerMixin) -> None:
     check_engine(trainer)
     if trainer.is_fsdp_enabled and (trainer.jd_args.kind.several or trainer.jd_args.jd_extra_losses == "objective"):
         raise ValueError(
-            f"{type(trainer).__name__} does not weigh several losses by name under FSDP yet: use DDP, or add them up in "
-            "`compute_losses` and choose --jd_objectives instance, with --jd_extra_losses mean."
+            f"{type(trainer).__name__} does not weigh several losses by name under FSDP yet: use DDP, or add them up "
+            "in `compute_losses` and choose --jd_objectives instance, with --jd_extra_losses mean."
         )
     if trainer.args.use_liger_kernel:
         raise ValueError("Liger's fused loss keeps no loss of each token: switch --use_liger_kernel off.")
