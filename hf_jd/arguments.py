@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ast
+import math
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from hf_jd.contradictions import check_flags
+from hf_jd.contradictions import check_flags, check_weighting
 from hf_jd.objectives import OBJECTIVES, Kind
 from hf_jd.weighting import WEIGHTINGS, Weighting, build_weighting
 
@@ -20,7 +21,9 @@ _CHOICES = {
     "jd_when_full": ("error", "micro_batch"),
     "jd_extra_losses": ("mean", "objective", "error"),
     "jd_sampler": ("trainer", "stratified"),
+    "jd_normalize": ("none", "rows", "loss"),
 }
+_LEAST = {"jd_max_non_finite": 1, "jd_every": 1, "jd_warmup_steps": 0, "jd_monitor_every": 1}
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -38,6 +41,39 @@ class JDArguments:
     )
     jd_weighting_args: list[str] | None = field(
         default=None, metadata={"nargs": "*", "help": "Arguments of the weighting, as `name=value`."}
+    )
+    jd_preferences: list[str] | None = field(
+        default=None,
+        metadata={
+            "nargs": "*",
+            "help": "How much each objective is wanted, as `name=value` by the names of groups; 1 for those not named. "
+            "For weightings that take a `pref_vector`, which becomes their shares among the objectives that are there.",
+        },
+    )
+    jd_normalize: str = field(
+        default="none",
+        metadata={
+            "help": "What each objective's row is divided by before it is weighed: nothing (`none`), its norm "
+            "(`rows`), or its loss (`loss`: that is the row of the loss's logarithm). The update is that of the "
+            "divided rows."
+        },
+    )
+    jd_every: int = field(
+        default=1,
+        metadata={
+            "help": "Weigh at every Nth update; those between take the last weights, by name, and cost a plain step. "
+            "Not for objectives `instance`, which are others at every update."
+        },
+    )
+    jd_warmup_steps: int = field(
+        default=0, metadata={"help": "Take the mean for this many updates first: Trainer's own steps."}
+    )
+    jd_monitor_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "With `--jd_weighting mean`, watch only: measure the objectives' conflicts at every Nth update. "
+            "The others cost a plain step."
+        },
     )
     jd_objectives: str = field(
         default="instance",
@@ -148,10 +184,12 @@ class JDArguments:
             if value not in choices:
                 near = get_close_matches(str(value), choices, n=len(choices), cutoff=0.0)
                 raise ValueError(f"--{name} is `{value}`; choose one of {_listed(tuple(near))}.")
-        if self.jd_max_non_finite < 1:
-            raise ValueError(f"--jd_max_non_finite is {self.jd_max_non_finite}; give 1 or more.")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"--{name} is {value}; give {least} or more.")
         check_flags(self)
-        self.build_weighting()
+        check_weighting(self, self.build_weighting())
         self.keep_rows()
         super().__post_init__()  # ty: ignore[missing-attribute]  # that of TrainingArguments
 
@@ -172,15 +210,31 @@ class JDArguments:
             ValueError: The name or an argument is unknown, or an argument isn't of the form `name=value`.
         """
         arguments = {}
-        for pair in self.jd_weighting_args or []:
-            name, equals, text = pair.partition("=")
-            if not (name and equals and text):
-                raise ValueError(f"--jd_weighting_args holds `{pair}`; each argument is given as `name=value`.")
+        for name, text in _pairs("jd_weighting_args", self.jd_weighting_args):
             try:
                 arguments[name] = ast.literal_eval(text)
             except (ValueError, SyntaxError):
                 arguments[name] = text
         return build_weighting(self.jd_weighting, **arguments)
+
+    def preferences(self) -> dict[str, float]:
+        """Read `jd_preferences`, by name.
+
+        Raises:
+            ValueError: One isn't of the form `name=value`, comes twice, or has no finite value of 0 or more.
+        """
+        found: dict[str, float] = {}
+        for name, text in _pairs("jd_preferences", self.jd_preferences):
+            try:
+                value = float(text)
+            except ValueError:
+                value = math.nan
+            if not 0 <= value < math.inf:
+                raise ValueError(f"--jd_preferences has `{text}` for `{name}`; give a number of 0 or more.")
+            if name in found:
+                raise ValueError(f"--jd_preferences has two values for `{name}`.")
+            found[name] = value
+        return found
 
     def keep_rows(self) -> str | bool | int:
         """Read `jd_keep_rows`: "auto", True, False, or a number of bytes.
@@ -198,6 +252,15 @@ class JDArguments:
             raise ValueError(
                 f"--jd_keep_rows is `{self.jd_keep_rows}`; give `auto`, `true`, `false`, or a size such as `4GB`."
             ) from None
+
+
+def _pairs(flag: str, pairs: list[str] | None) -> list[tuple[str, str]]:
+    """The names and values of a flag that holds `name=value ...`."""
+    found = [pair.rpartition("=") for pair in pairs or []]
+    for name, equals, text in found:
+        if not (name and equals and text):
+            raise ValueError(f"--{flag} holds `{name}{equals}{text}`; each argument is given as `name=value`.")
+    return [(name, text) for name, _, text in found]
 
 
 @dataclass

@@ -1,15 +1,20 @@
-"""Which --jd_* flags contradict each other."""
+"""Which --jd_* flags contradict each other, or ask of the weighting what it can't do."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import inspect
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from hf_jd.weighting import WEIGHTINGS, MeanWeighting
 
 if TYPE_CHECKING:
     from hf_jd.arguments import JDArguments
 
 
 def check_flags(args: JDArguments) -> None:
-    """Raises a ValueError for flags that contradict each other."""
+    """Raises a ValueError for flags that contradict each other, whatever the weighting."""
     needs_column = {
         f"--jd_objectives {args.jd_objectives}": args.jd_objectives == "group",
         f"--jd_sampler {args.jd_sampler}": args.jd_sampler != "trainer",
@@ -31,3 +36,76 @@ def check_flags(args: JDArguments) -> None:
             f"--jd_sampler {args.jd_sampler} and --train_sampling_strategy {strategy} both order the examples: leave "
             "one of them out."
         )
+
+
+def check_weighting(args: JDArguments, weighting: Any) -> None:
+    """Raises a ValueError for flags that ask of the weighting, any callable, what it can't do."""
+    known = type(weighting) is WEIGHTINGS[args.jd_weighting]
+    name = args.jd_weighting if known else getattr(weighting, "__name__", type(weighting).__name__)
+    _check_preferences(args, weighting, name)
+    _check_rhythm(args, isinstance(weighting, MeanWeighting), name)
+    if args.jd_normalize != "none" and getattr(weighting, "reads", "gramian") == "losses":
+        raise ValueError(
+            f"--jd_normalize {args.jd_normalize} divides rows, and the weighting `{name}` reads losses only: leave it "
+            "at none."
+        )
+    if args.jd_normalize == "loss" and args.jd_ascend:
+        raise ValueError(
+            "--jd_normalize loss needs positive losses, and those of --jd_ascend are negated: use rows or none."
+        )
+
+
+def _check_preferences(args: JDArguments, weighting: Any, name: str) -> None:
+    preferences = args.preferences()
+    if not preferences:
+        return
+    if not hasattr(weighting, "pref_vector"):
+        takers = [key for key, cls in WEIGHTINGS.items() if "pref_vector" in inspect.signature(cls).parameters]
+        raise ValueError(
+            f"--jd_preferences is for weightings that take preferences, and `{name}` does not: use one of "
+            f"{_listed(takers)}."
+        )
+    if weighting.pref_vector is not None:
+        raise ValueError("--jd_preferences and the weighting's pref_vector say the same: leave one of them out.")
+    if not args.kind.shared:
+        raise ValueError(
+            f"--jd_preferences is by name, and objectives `{args.jd_objectives}` have none: use --jd_objectives group "
+            "or loss."
+        )
+    replace(weighting, pref_vector=[*preferences.values(), 1.0])  # Some don't take a 0.
+
+
+def _check_rhythm(args: JDArguments, mean: bool, name: str) -> None:
+    """Which updates are measured, and which take what is known without."""
+    if args.jd_every > 1:
+        flag = f"--jd_every {args.jd_every}"
+        if mean:
+            raise ValueError(
+                f"{flag}, but the weights of the mean are the same at every update: use --jd_monitor_every to measure "
+                "at some only."
+            )
+        if not args.kind.shared:
+            raise ValueError(
+                f"{flag} keeps weights by name, and objectives `{args.jd_objectives}` have none: use --jd_objectives "
+                "group or loss."
+            )
+        if args.jd_scope != "global":
+            raise ValueError(f"{flag} is for updates that are weighed as a whole: leave --jd_scope at global.")
+    if args.jd_warmup_steps and mean:
+        raise ValueError("--jd_warmup_steps takes the mean first, and --jd_weighting mean does always: leave it at 0.")
+    if args.jd_monitor_every is None:
+        return
+    if not mean:
+        raise ValueError(
+            f"--jd_monitor_every only watches, and the weighting `{name}` changes the steps: use --jd_weighting mean "
+            "with it, or --jd_every."
+        )
+    changes = {"--jd_normalize": args.jd_normalize != "none", "--jd_ascend": args.jd_ascend}
+    changes["--jd_group_reduction mean"] = args.own_mean
+    for flag, given in changes.items():
+        if given:
+            raise ValueError(f"--jd_monitor_every only watches, and {flag} changes the steps: leave one of them out.")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from itertools import combinations
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 # A cosine this small is rounding, not a conflict: at the solution of a weighting, many products are exactly 0.
 _NO_CONFLICT = 1e-6
+# Of more groups, the cosines of each two are too many lines of a log: 8 groups have 28.
+_FEW = 8
+
+Key = str | tuple[str, str]
+"""What a number is: the key it is logged under, or the names of the two groups whose cosine it is."""
+
+
+class Metrics(NamedTuple):
+    """Numbers of one step: values [q], which nothing waits for, and what each is."""
+
+    keys: Sequence[Key]
+    values: Tensor
 
 
 def step_metrics(
     gramian: Tensor, weights: Tensor, means: Tensor, counts: Tensor, groups: Tensor, names: Mapping[int, str]
-) -> dict[str, Tensor]:
-    """What a step tells about its objectives, as 0-d tensors that nothing waits for.
+) -> Metrics:
+    """What a step tells about its objectives.
 
     With S [K, m] the membership of the m objectives in the K groups, the row of group k is (S J)_k, its product with
     the update is (S G w)_k, and the step goes against the group where that is negative. The update meant here is J^T w,
@@ -32,49 +47,83 @@ def step_metrics(
         `conflicts` (share of the pairs of objectives whose product is negative), `cosine` (their mean cosine), `min_gw`
         (min_k (G w)_k), `grad_norm` (mean norm of a row), `weight_sum`; and for each group that is present
         `weight/<group>` (its share of the weights' sum), `against/<group>` (1 where the step goes against it),
-        `loss/<group>` (a token) and `grad_norm/<group>`; all with the prefix `jd/`.
+        `loss/<group>` (a token) and `grad_norm/<group>`; all with the prefix `jd/`. And the cosine of each two groups.
     """
     gramian, weights, means, counts = (
         x.detach().double().to(gramian.device) for x in (gramian, weights, means, counts)
     )
     products = gramian @ weights
     norms = gramian.diagonal().clamp(min=0).sqrt()
-    found = {
-        "min_gw": products.min(),
-        "grad_norm": norms.mean(),
-        "weight_sum": weights.sum(),
-    }
+    found = [products.min(), norms.mean(), weights.sum()]
     if len(gramian) > 1:
-        i, j = torch.triu_indices(len(gramian), len(gramian), offset=1, device=gramian.device)
-        cosines = gramian[i, j] / (norms[i] * norms[j]).clamp(min=torch.finfo(torch.float64).tiny)
-        found["conflicts"] = (cosines < -_NO_CONFLICT).double().mean()
-        found["cosine"] = cosines.mean()
-    step_norm = (weights @ products).clamp(min=0).sqrt()
-    for k, name in names.items():
-        member = (groups == k).to(gramian)
-        norm = (member @ gramian @ member).clamp(min=0).sqrt()
-        found[f"weight/{name}"] = (member @ weights) / weights.sum()
-        found[f"against/{name}"] = (member @ products < -_NO_CONFLICT * norm * step_norm).double()
-        found[f"loss/{name}"] = (member @ (means * counts)) / (member @ counts)
-        found[f"grad_norm/{name}"] = norm
-    return {f"jd/{key}": value for key, value in found.items()}
+        cosines = _cosines(gramian, norms)
+        found += [(cosines < -_NO_CONFLICT).double().mean(), cosines.mean()]
+    values = [torch.stack(found)]
+    if names:
+        member = (groups.to(gramian.device) == torch.tensor(list(names), device=gramian.device)[:, None]).double()
+        among = member @ gramian @ member.T
+        norms = among.diagonal().clamp(min=0).sqrt()
+        step_norm = (weights @ products).clamp(min=0).sqrt()
+        tokens = member @ counts
+        values += [
+            (member @ weights) / weights.sum(),
+            (member @ products < -_NO_CONFLICT * norms * step_norm).double(),
+            (member @ (means * counts)) / tokens,
+            norms,
+            _cosines(among, norms),
+        ]
+    return Metrics(_keys(len(gramian) > 1, tuple(names.values())), torch.cat(values))
+
+
+def loss_metrics(means: Tensor, counts: Tensor, groups: Tensor, names: Mapping[int, str]) -> Metrics:
+    """The `loss/<group>` of `step_metrics`, of a step that isn't weighed."""
+    member = (groups == torch.tensor(list(names), dtype=groups.dtype, device=groups.device)[:, None]).double()
+    return Metrics(tuple(f"jd/loss/{name}" for name in names.values()), (member @ (means * counts)) / (member @ counts))
+
+
+def _cosines(gramian: Tensor, norms: Tensor) -> Tensor:
+    """[m (m - 1) / 2], of each two rows."""
+    i, j = torch.triu_indices(len(gramian), len(gramian), offset=1, device=gramian.device)
+    return gramian[i, j] / (norms[i] * norms[j]).clamp(min=torch.finfo(torch.float64).tiny)
+
+
+@lru_cache(maxsize=64)
+def _keys(several: bool, names: tuple[str, ...]) -> tuple[Key, ...]:
+    """What `step_metrics` returns, in its order."""
+    keys = ["min_gw", "grad_norm", "weight_sum", *(["conflicts", "cosine"] if several else [])]
+    keys += [f"{kind}/{name}" for kind in ("weight", "against", "loss", "grad_norm") for name in names]
+    return (*(f"jd/{key}" for key in keys), *combinations(names, 2))
 
 
 class Averages:
     """Metrics averaged over the steps between two logs; each over the steps in which it was there."""
 
     def __init__(self):
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._sums: dict[Sequence[Key], Tensor] = {}
+        self._counts: dict[Sequence[Key], int] = {}
 
-    def add(self, metrics: dict[str, Tensor]) -> None:
+    def add(self, metrics: Metrics) -> None:
         """Takes in one step's metrics."""
-        for key, value in metrics.items():
-            self._sums[key] = self._sums.get(key, 0) + value
-            self._counts[key] = self._counts.get(key, 0) + 1
+        keys = tuple(metrics.keys)
+        self._sums[keys] = self._sums[keys] + metrics.values if keys in self._sums else metrics.values
+        self._counts[keys] = self._counts.get(keys, 0) + 1
 
-    def take(self) -> dict[str, float]:
-        """The averages since the last time, sorted by name; only here a GPU is waited for."""
-        averages = {key: (self._sums[key] / self._counts[key]).item() for key in sorted(self._sums)}
+    def take(self) -> dict[Key, float]:
+        """The averages since the last time; only here a GPU is waited for."""
+        sums: dict[Key, float] = {}
+        counts: dict[Key, int] = {}
+        for keys, values in self._sums.items():
+            for key, value in zip(keys, values.tolist(), strict=True):
+                sums[key] = sums.get(key, 0.0) + value
+                counts[key] = counts.get(key, 0) + self._counts[keys]
         self._sums, self._counts = {}, {}
-        return averages
+        return {key: sums[key] / counts[key] for key in sums}
+
+
+def readable(averages: Mapping[Key, float]) -> dict[str, float]:
+    """What is logged of them, sorted by name: of the cosines of groups, those of up to 8 groups."""
+    names = {name for key in averages if isinstance(key, tuple) for name in key}
+    found = {key: value for key, value in averages.items() if isinstance(key, str)}
+    if len(names) <= _FEW:
+        found |= {f"jd/cosine/{key[0]}/{key[1]}": value for key, value in averages.items() if isinstance(key, tuple)}
+    return dict(sorted(found.items()))

@@ -23,6 +23,7 @@ class Coverage:
     Attributes:
         names: Trainable parameters and their names, in the modules' order; sharded ones, where they are sharded.
         sharded: Whether FSDP2 shards parameters.
+        inputs: The tap on the modules' inputs.
     """
 
     def __init__(self, modules: Sequence[nn.Module], make_tap: Callable[[nn.Module], ModuleTap]):
@@ -36,8 +37,8 @@ class Coverage:
         self.sharded = False
         self._wanted: dict[nn.Module, dict[str, nn.Parameter]] | None = None
         self._fresh = False
-        self._inputs = InputTap(self._before_forward)
-        self._input_handles = [m.register_forward_pre_hook(self._inputs, with_kwargs=True) for m in modules]
+        self.inputs = InputTap(self._before_forward)
+        self._input_handles = [m.register_forward_pre_hook(self.inputs, with_kwargs=True) for m in modules]
 
     @property
     def taps(self) -> list[ModuleTap]:
@@ -47,7 +48,7 @@ class Coverage:
     @property
     def sizes(self) -> set[tuple[int, int]]:
         """(axis, size) of the first two dimensions of the modules' input tensors since the last Gramian."""
-        return self._inputs.sizes
+        return self.inputs.sizes
 
     def parameters(self) -> list[nn.Parameter]:
         """All parameters of the modules, frozen ones too."""
@@ -138,7 +139,7 @@ class Coverage:
             self._fresh = False
             self.scan()
         self._fresh = False
-        self._inputs.sizes.clear()
+        self.inputs.sizes.clear()
         for tap in self.taps:
             tap.calls = tap.elements = 0
 

@@ -1,6 +1,7 @@
 """The engine: losses -> Gramian, weights -> gradients, with one ordinary backward."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -83,7 +84,17 @@ class Engine:
         self._passes = Passes(plan, self._coverage, Checker() if check else None, self.sentinel)
         self._tiers: dict[nn.Parameter, int] = {}
         self._step: _Step | None = None
+        self.is_paused = False
         self._coverage.scan()
+
+    @contextmanager
+    def paused(self) -> Generator[None]:
+        """Leaves forwards and backwards untapped meanwhile: for steps that need no rows, at the price of none."""
+        self.is_paused = self._coverage.inputs.is_paused = True
+        try:
+            yield
+        finally:
+            self.is_paused = self._coverage.inputs.is_paused = False
 
     @property
     def recording(self) -> Recording | LeakRecording | None:

@@ -112,7 +112,9 @@ class ModuleTap:
         elif not self._met_forward:
             return None  # A recomputation has to save what its forward saved, and this tap came later.
         engine = self.engine()
-        if engine is None or not torch.is_grad_enabled() or (engine.recording is not None and engine.recording.busy):
+        if engine is None or engine.is_paused or not torch.is_grad_enabled():
+            return None
+        if engine.recording is not None and engine.recording.busy:
             return None
         self.calls += 1
         if isinstance(output, Tensor) and not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
@@ -149,13 +151,14 @@ class InputTap:
 
     def __init__(self, before_forward: Callable[[], None]):
         self.sizes: set[tuple[int, int]] = set()
+        self.is_paused = False
         self._before_forward = before_forward
 
     def __reduce__(self) -> tuple:
         return _NoTap, ()
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+        if self.is_paused or torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
             return
         self._before_forward()
         if torch.is_grad_enabled():

@@ -80,9 +80,10 @@ class LossesMixin(Host):
             ValueError: There is no built-in loss for the model or for such a batch, or the model's own loss has a part
                 that no token owns, and `--jd_extra_losses` is `error`.
         """
-        if self.jd_loss_func is not None:
-            return self.user_losses(model(**{k: v for k, v in inputs.items() if k != "labels"}), inputs)
         core = self.accelerator.unwrap_model(model)
+        if self.jd_loss_func is not None:
+            outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
+            return self.read_losses(outputs, inputs, core)
         several = self.jd_args.kind.several
         outputs = None
         if several and self._jd_brings_losses is not False:
@@ -93,17 +94,25 @@ class LossesMixin(Host):
                 return found
         kind = loss_kind(core)
         check_targets(kind, inputs)
-        smoothing = self.args.label_smoothing_factor if "labels" in inputs else 0.0
         # The model's own loss is asked for once, as a reference, and where it has a part that only it knows.
-        whole = not smoothing and self._jd_has_extra is not False
+        whole = not self._smoothing(inputs) and self._jd_has_extra is not False
         if outputs is None:
             outputs = model(**(inputs if whole else model_inputs(kind, inputs, core)))
-        losses, counted = LOSSES[kind](outputs, inputs, bare(core), smoothing)
+        losses, counted = self.read_losses(outputs, inputs, core)
         self._jd_summed = is_summed(kind, core)
         if whole:
             self._keep_extra(losses, counted, outputs)
         self._jd_averaged = several and kind in NAMED_LOSSES
         return NAMED_LOSSES[kind](outputs, inputs) if self._jd_averaged else (losses, counted)
+
+    def read_losses(self, outputs: Any, inputs: Mapping[str, Any], core: nn.Module) -> Any:
+        """What `compute_losses` reads from the outputs of the model `core`, as Trainer has got it."""
+        if self.jd_loss_func is not None:
+            return _checked(self.jd_loss_func(outputs, inputs.get("labels"), num_items_in_batch=None))
+        return LOSSES[loss_kind(core)](outputs, inputs, bare(core), self._smoothing(inputs))
+
+    def _smoothing(self, inputs: Mapping[str, Any]) -> float:
+        return self.args.label_smoothing_factor if "labels" in inputs else 0.0
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -120,11 +129,6 @@ class LossesMixin(Host):
             for name, values in losses.items()
         )
         return mean if self._jd_extra_loss is None else mean + self._jd_extra_loss
-
-    def user_losses(self, outputs: Any, inputs: Mapping[str, Any]) -> Any:
-        """What the user's `compute_loss_func` makes of the model's outputs, if that is unreduced."""
-        assert self.jd_loss_func is not None
-        return _checked(self.jd_loss_func(outputs, inputs.get("labels"), num_items_in_batch=None))
 
     def unreduced_losses(self, model: nn.Module, batch: Mapping[str, Any], again: bool = False) -> Forward:
         """Runs a batch forward; `again` where the update has met its examples before."""

@@ -20,8 +20,9 @@ from hf_jd.arguments import JDArguments
 from hf_jd.checkpoints import STATE_FILE, check_writable
 from hf_jd.collator import GroupCollator, group_names
 from hf_jd.gramian import Engine
-from hf_jd.metrics import Averages
-from hf_jd.trainer.forward import LossesMixin, without_groups
+from hf_jd.metrics import Averages, readable
+from hf_jd.trainer.control import Control
+from hf_jd.trainer.evaluating import EvaluationMixin
 from hf_jd.trainer.resuming import checkpoint_to_resume, load_weighting, save_weighting
 from hf_jd.trainer.run_log import RunLog
 from hf_jd.trainer.sampling import stratified_sampler
@@ -31,7 +32,7 @@ from hf_jd.trainer.weighing import JDState
 from hf_jd.weighting import Stateful
 
 
-class JDTrainerMixin(LossesMixin):
+class JDTrainerMixin(EvaluationMixin):
     """Jacobian descent for any subclass of Trainer, to be placed left of it.
 
     Args:
@@ -60,12 +61,13 @@ class JDTrainerMixin(LossesMixin):
         self._jd_seen = 0
         self.jd_apart = False
         self._jd_engine: tuple[nn.Module, Engine] | None = None
-        self.jd_group_names: list[str] | None = None
+        self.jd_group_names: list[str] | None = jd.jd_groups
         self._jd_broken_in_a_row = 0
         if jd.jd_group_column is not None:
             if self.train_dataset is not None:
                 self.jd_group_names = group_names(self.train_dataset, jd.jd_group_column, jd.jd_groups)
             self.data_collator = GroupCollator(self.data_collator, jd.jd_group_column, self.jd_group_names)
+        self.jd_control = Control(jd, self.weighting, self.jd_group_names)
 
     # ---- Trainer's side ----
 
@@ -86,6 +88,7 @@ class JDTrainerMixin(LossesMixin):
         self.jd_log.begin(resumed=bool(resume_from_checkpoint))
         if resume_from_checkpoint:
             resume_from_checkpoint = checkpoint_to_resume(self, resume_from_checkpoint)
+        self.jd_control.last = {}
         if isinstance(self.weighting, Stateful):
             self.weighting.reset()
         if self.args.torch_compile:
@@ -119,14 +122,10 @@ class JDTrainerMixin(LossesMixin):
         batches, self._jd_batches = self._jd_batches or [inputs], []
         return Update(self, model, batches, num_items_in_batch, alone=False).run()
 
-    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Predicts, without the groups' ids; see Trainer."""
-        return super().prediction_step(model, without_groups(inputs), *args, **kwargs)
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the metrics under `jd/` to the logs of training; see Trainer."""
         if "loss" in logs or "train_loss" in logs:
-            logs.update(self.jd_metrics.take())
+            logs.update(readable(self.jd_metrics.take()))
         super().log(logs, *args, **kwargs)
         if self.is_world_process_zero() and self.args.output_dir is not None:
             entry = {**self.state.log_history[-1], "max_steps": self.state.max_steps}
@@ -143,11 +142,13 @@ class JDTrainerMixin(LossesMixin):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             save_weighting(self.weighting, Path(output_dir))
+            self.jd_control.save(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             load_weighting(self.weighting, Path(checkpoint))
+            self.jd_control.load(Path(checkpoint))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.jd_args.jd_sampler == "trainer":
@@ -176,10 +177,6 @@ class JDTrainerMixin(LossesMixin):
                 self._jd_engine[1].detach()
             self._jd_engine = (self.model, Engine(self.model, check=self.jd_args.jd_check))
         return self._jd_engine[1]
-
-    def group_name(self, k: int) -> str:
-        """The name of the group with the id k."""
-        return str(k) if self.jd_group_names is None else self.jd_group_names[k]
 
     def count_broken(self, broken: bool) -> None:
         """Counts the updates in a row in which something wasn't finite, and stops after `--jd_max_non_finite`."""

@@ -76,6 +76,9 @@ class Recorder:
         present: [K] the sorted ids of the groups that are weighed together; None without a group column.
         materialise: Whether rows are kept as they are, or as the layers' inputs and gradients where those are smaller.
         keep_graph: Whether the graph of the losses is kept, for a second pass.
+
+    Attributes:
+        again: Whether all micro-batches have been met in this update before.
     """
 
     def __init__(
@@ -96,13 +99,14 @@ class Recorder:
         self.materialise = materialise
         self.keep_graph = keep_graph
         self.kind = trainer.jd_args.kind
+        self.again = False
         scaler = trainer.accelerator.scaler
         self.scale = 1.0 if scaler is None else scaler.get_scale()
 
     def parts(self, batch: Mapping[str, Any], again: bool = False) -> tuple[list[Part], Tensor | None]:
         """Runs a micro-batch forward: its objectives, and what is in none of them, with a graph."""
         trainer = self.trainer
-        losses, counted, groups, extra = trainer.unreduced_losses(self.model, batch, again)
+        losses, counted, groups, extra = trainer.unreduced_losses(self.model, batch, again or self.again)
         documents = packed_documents(batch)
         if documents is not None:
             documents = documents.to(trainer.args.device)

@@ -9,6 +9,7 @@ import torch
 from transformers.utils import logging
 
 from hf_jd.checkpoints import newest_whole, what_is_missing
+from hf_jd.trainer.control import WEIGHTS_FILE
 from hf_jd.weighting import Stateful
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def checkpoint_to_resume(trainer: JDTrainerMixin, asked: str | bool) -> str | bo
         states = ["rng_state.pth"] if len(processes) == 1 else [f"rng_state_{i}.pth" for i in processes]
         needed = ["optimizer.pt", "scheduler.pt", *states]
         needed += [WEIGHTING_FILE] if isinstance(trainer.weighting, Stateful) else []
+        needed += [WEIGHTS_FILE] if trainer.jd_args.jd_every > 1 else []
     if not isinstance(asked, bool):
         missing = what_is_missing(Path(asked), needed) if Path(asked).is_dir() else "there is no such directory"
         if missing is not None:

@@ -28,6 +28,12 @@ def check_setup(trainer: JDTrainerMixin) -> None:
             "use a dataset with a length, or --jd_sampler trainer."
         )
     check_engine(trainer)
+    spared = trainer.jd_args.jd_every > 1 or trainer.jd_args.jd_warmup_steps or trainer.jd_args.jd_monitor_every
+    if trainer.is_fsdp_enabled and spared:
+        raise ValueError(
+            "--jd_every, --jd_warmup_steps and --jd_monitor_every leave updates to a plain step, which does not work "
+            "with FSDP2 yet: measure at every update, or use DDP."
+        )
     if trainer.is_fsdp_enabled and (trainer.jd_args.kind.several or trainer.jd_args.jd_extra_losses == "objective"):
         raise ValueError(
             f"{type(trainer).__name__} does not weigh several losses by name under FSDP yet: use DDP, or add them up "

@@ -46,22 +46,26 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
                 f"The arguments of {type(self).__name__} are {type(given).__name__}, without the flags of both TRL's "
                 "SFT and Jacobian descent: use JDSFTConfig."
             )
-        _check_packing(given, "weighting" in kwargs or given.jd_weighting != "mean")
+        if given.packing and given.jd_group_column is not None:
+            raise ValueError(
+                f"--packing drops the column `{given.jd_group_column}`, so no example's group is known: leave packing "
+                "off, or use --padding_free alone."
+            )
         self._jd_warned_of_logits = False
         super().__init__(*args, **kwargs)
 
     def compute_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor]:
         """The loss of each token [B, T], as TRL's `loss_type` has it, and which of them count; see JDTrainerMixin."""
         core = bare(self.accelerator.unwrap_model(model))
-        trains_head = self._trains_head(core)
+        trains_head = self._trains_head(core, inputs)
         if self.jd_again:
             outputs = self._outputs_again(model, inputs, trains_head)
         else:
             outputs = self._outputs_of_trl(model, inputs, core, trains_head)
         if self.jd_loss_func is not None:
-            return self.user_losses(outputs, inputs)
-        losses, counted = self._token_losses(outputs, inputs, core)
-        if self.aux_loss_enabled and not self._smoothing and self._jd_has_extra is not False:
+            return self.read_losses(outputs, inputs, core)
+        losses, counted = self.read_losses(outputs, inputs, core)
+        if "aux_loss" in outputs and not self._smoothing(inputs) and self._jd_has_extra is not False:
             mean = losses.masked_fill(~counted, 0).sum() / counted.sum()
             whole = mean + self.router_aux_loss_coef * outputs["aux_loss"]
             self._keep_extra(losses, counted, {"loss": whole, "aux_loss": outputs["aux_loss"]})
@@ -72,14 +76,29 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
         with self.maybe_activation_offload_context:
             return super().training_step(*args, **kwargs)
 
-    @property
-    def _smoothing(self) -> float:
+    def read_losses(self, outputs: Any, inputs: Mapping[str, Any], core: nn.Module) -> Any:
+        """What `compute_losses` reads from the outputs of the model, with or without logits; see JDTrainerMixin."""
+        if self.jd_loss_func is not None:
+            return super().read_losses(outputs, inputs, core)
+        if outputs.get("log_probs") is not None:
+            losses, counted = -outputs["log_probs"], outputs["label_mask"]
+        else:
+            losses, counted = causal_lm(outputs, inputs, core, self._smoothing(inputs))
+        if self.args.loss_type == "dft":
+            losses = losses * (-losses.detach()).exp()  # arXiv 2508.05629
+        return losses, counted
+
+    def _smoothing(self, inputs: Mapping[str, Any]) -> float:
         return self.args.label_smoothing_factor if self.args.loss_type == "nll" else 0.0
 
-    def _trains_head(self, core: Any) -> bool:
+    def _asks_for_logits(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether TRL itself computes the loss from logits; it then leaves out a router's balancing loss."""
+        return self.jd_loss_func is not None or self._smoothing(inputs) > 0
+
+    def _trains_head(self, core: Any, inputs: Mapping[str, Any]) -> bool:
         """Whether TRL would read a trained weight behind the taps' back; says once what the logits cost."""
-        if self.jd_loss_func is not None or self._smoothing:
-            return False  # TRL computes the logits itself.
+        if self._asks_for_logits(inputs):
+            return False
         trained = any(p.requires_grad for p in core.get_output_embeddings().parameters())
         if trained and not self._jd_warned_of_logits:
             self._jd_warned_of_logits = True
@@ -110,31 +129,6 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
         call = {**inputs, "use_cache": False}
         if self.aux_loss_enabled:
             call["output_router_logits"] = True
-        if trains_head or self._smoothing or self.jd_loss_func is not None:
+        if trains_head or self._asks_for_logits(inputs):
             return model(**{key: value for key, value in call.items() if key != "labels"})
         return model(**call, fused_lm_head=True)
-
-    def _token_losses(
-        self, outputs: Mapping[str, Any], inputs: Mapping[str, Any], core: nn.Module
-    ) -> tuple[Tensor, Tensor]:
-        if outputs.get("log_probs") is not None:
-            losses, counted = -outputs["log_probs"], outputs["label_mask"]
-        else:
-            losses, counted = causal_lm(outputs, inputs, core, self._smoothing)
-        if self.args.loss_type == "dft":
-            losses = losses * (-losses.detach()).exp()  # arXiv 2508.05629
-        return losses, counted
-
-
-def _check_packing(args: JDSFTConfig, weighs: bool) -> None:
-    """Raises a ValueError where several examples in one row would have to be told apart."""
-    if args.packing and args.jd_group_column is not None:
-        raise ValueError(
-            f"--packing drops the column `{args.jd_group_column}`, so no example's group is known: leave packing off."
-        )
-    one_row = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
-    if one_row and (weighs or args.jd_group_column is not None):
-        raise ValueError(
-            f"--{'packing' if args.packing else 'padding_free'} puts several examples into one row, so they are no "
-            "objectives of their own yet: leave it off, or watch with --jd_weighting mean."
-        )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +14,12 @@ from hf_jd.collator import GROUP_KEY
 from hf_jd.distributed.gradients import add_gradients
 from hf_jd.distributed.processes import add_over_processes, gather_uneven, process_count
 from hf_jd.distributed.rows import AddedRows, GatheredRows, OwnRows
+from hf_jd.gramian import Jacobian
+from hf_jd.metrics import Metrics
 from hf_jd.objectives import Objectives
 from hf_jd.trainer.gradients import accumulate, added
 from hf_jd.trainer.kept import Kept, allowed, is_full
+from hf_jd.trainer.plain import plain_step
 from hf_jd.trainer.random_numbers import rng_state, set_rng_state
 from hf_jd.trainer.recording import Recorded, Recorder
 from hf_jd.trainer.second_pass import second_pass
@@ -63,21 +67,26 @@ class Update:
         Returns:
             The part of this process in the objectives' mean, times the number of processes, as Trainer logs it.
         """
+        if not self.trainer.jd_control.measures(self.trainer.state.global_step):
+            value = plain_step(self)
+            if value is not None:
+                return value
+            self.recorder.again = True
+        start = time.perf_counter()
         kept = self._recorded()
         if kept is None:
             return self._apart()
-        recorded = kept.recorded
+        recorded, recording = kept.recorded, time.perf_counter() - start
         own, jacobian = kept.joined()
-        kinds = OwnRows if self.alone else AddedRows if self.kind.shared else GatheredRows
-        rows = kinds(jacobian, self.trainer.trainable())
-        objectives = self._objectives(rows.table(own), own, recorded[0])
+        rows = self.rows(jacobian)
+        objectives = self.objectives(rows.table(own), own, recorded[0])
         gramian = rows.gramian() / self.recorder.scale**2
         usable = objectives.usable(gramian)
         factors = objectives.factors(usable)
-        share = 1 if objectives.normalised else 1 / self.parts
-        broken = self._count_broken(recorded, objectives, usable)
-        signed = factors * signs(self.trainer, objectives)
-        weights = weigh(self.trainer, gramian, objectives, usable, signed) * signed * share
+        broken = self.count_broken(recorded, objectives, usable)
+        signed = factors * signs(self.trainer, objectives.groups)
+        weights = weigh(self.trainer, gramian, objectives, usable, signed) * signed * self._share(objectives)
+        self._keep_price(kept.nbytes, recording, time.perf_counter() - start - recording)
         if self.trainer.accelerator.scaler is not None and broken:
             # An overflow has to stay in `.grad`: GradScaler then skips the step and lowers its scale.
             accumulate({p: torch.full_like(p, torch.inf) for p in self.trainer.trainable()})
@@ -86,9 +95,7 @@ class Update:
             accumulate(rows.weighted_sum(weights, usable))
         else:
             second_pass(self.recorder, recorded, weights[rows.mine], usable[rows.mine])
-        extra = self._add_extra(recorded)
-        mean = (factors * share / objectives.number(usable))[rows.mine] * own[:, 0]
-        return (mean[usable[rows.mine]].sum().to(self.trainer.args.device) + extra) * process_count()
+        return self.value(self.coefficients(objectives, usable), own, rows, usable, self._add_extra(recorded))
 
     def _recorded(self) -> Kept | None:
         """The micro-batches after their first pass; None where their rows are too many and are to be weighed apart."""
@@ -112,8 +119,39 @@ class Update:
         updates = (Update(self.trainer, self.recorder.model, [b], self.recorder.num_items, True) for b in self.batches)
         return torch.stack([update.run() for update in updates]).sum()
 
-    def _add_extra(self, recorded: list[Recorded]) -> Tensor:
-        """Adds the mean over micro-batches and processes of what no token or instance owns; its part of this process.
+    def value(self, each: Tensor, own: Tensor, rows: OwnRows, usable: Tensor, extras: Sequence[Tensor]) -> Tensor:
+        """The part of this process in the objectives' mean, times the number of processes, as Trainer logs it.
+
+        Args:
+            each: [M] the coefficients of the losses in that mean.
+            own: [m, 5] the table of this process.
+            rows: Which of the M rows are its own.
+            usable: [M] (bool).
+            extras: What no weighting sees, each [].
+        """
+        mine = usable[rows.mine]
+        total = (each[rows.mine] * own[:, 0])[mine].sum().to(self.trainer.args.device)
+        return sum(extras, total) * process_count()
+
+    def coefficients(self, objectives: Objectives, usable: Tensor) -> Tensor:
+        """[M] the coefficients of the losses in the objectives' mean."""
+        return objectives.factors(usable) * self._share(objectives) / objectives.number(usable)
+
+    def _share(self, objectives: Objectives) -> float:
+        return 1.0 if objectives.normalised else 1 / self.parts
+
+    def rows(self, jacobian: Jacobian | None) -> OwnRows:
+        """This process's rows among those that are weighed together; None where it has none."""
+        kind = OwnRows if self.alone else AddedRows if self.kind.shared else GatheredRows
+        return kind(jacobian, self.trainer.trainable())
+
+    def _keep_price(self, nbytes: int, recording: float, weighing: float) -> None:
+        keys = ("jd/seconds/rows", "jd/seconds/weighing", "jd/megabytes/rows")
+        price = torch.tensor([recording, weighing, nbytes / 1e6], dtype=torch.float64)
+        self.trainer.jd_metrics.add(Metrics(keys, price))
+
+    def _add_extra(self, recorded: list[Recorded]) -> list[Tensor]:
+        """Adds the mean over micro-batches and processes of what no token or instance owns; the parts of this process.
 
         Trainer adds the micro-batches' instead of averaging them, where the model normalises its other losses itself.
         """
@@ -122,14 +160,14 @@ class Update:
         total = added({p: share * gradient for p, gradient in extra.gradients.items()} for extra in extras)
         if add_over_processes(torch.tensor(float(self.trainer.has_extra), device=self.trainer.args.device)):
             accumulate(add_gradients(total, self.trainer.trainable()))
-        return sum((share * extra.value for extra in extras), torch.zeros((), device=self.trainer.args.device))
+        return [share * extra.value for extra in extras]
 
-    def _count_broken(self, recorded: list[Recorded], objectives: Objectives, usable: Tensor) -> Tensor:
+    def count_broken(self, recorded: list[Recorded], objectives: Objectives, usable: Tensor) -> Tensor:
         """How many instances and objectives are left out because they aren't finite; the same on all processes."""
         instances = torch.stack([r.broken for r in recorded]).sum()
         rows = (objectives.counts > 0).logical_and(~usable).sum()
         broken = add_over_processes(instances + rows) if self.alone else add_over_processes(instances) + rows
-        self.trainer.jd_metrics.add({"jd/non_finite": broken.double()})
+        self.trainer.jd_metrics.add(Metrics(("jd/non_finite",), broken.double()[None]))
         if self.trainer.accelerator.scaler is None:  # An overflow is how GradScaler finds its scale.
             self._report(objectives, usable)
             self.trainer.count_broken(bool(broken))
@@ -169,7 +207,7 @@ class Update:
         m = len(self.present) if self.kind.shared and self.present is not None else instances
         return m * sum(p.nbytes for p in self.trainer.trainable()) <= self.budget
 
-    def _objectives(self, table: Tensor, own: Tensor, first: Recorded) -> Objectives:
+    def objectives(self, table: Tensor, own: Tensor, first: Recorded) -> Objectives:
         """What is known of the rows [M, 5] of all processes, from that and the table [m, 5] of this one."""
         if self.kind.shared:
             table = torch.cat([table[:, :3], own[:, 3:]], dim=1)  # Groups and names are the same everywhere.

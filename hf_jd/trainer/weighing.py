@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hf_jd.metrics import step_metrics
+from hf_jd.metrics import loss_metrics, step_metrics
 from hf_jd.objectives import Objectives
 from hf_jd.weighting import Weighting
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class JDState:
-    """The last step, for callbacks.
+    """The last update that was measured, for callbacks.
 
     Attributes:
         names: [m] the objectives' names: those of groups or losses, the positions of instances in the update, or both,
@@ -56,16 +57,14 @@ def weigh(trainer: JDTrainerMixin, gramian: Tensor, objectives: Objectives, usab
         gramian = gramian.new_zeros(m, m).index_add(1, members, gramian)
     losses = torch.zeros_like(joined.losses).index_add(0, members, (factors * objectives.losses)[usable])
     names = _names(trainer, joined)
-    found = call_weighting(trainer.weighting, gramian, losses, names if trainer.jd_args.kind.shared else None)
+    lasting = names if trainer.jd_args.kind.shared else None
+    found = trainer.jd_control.weights(gramian, losses, lasting, trainer.state.global_step)
     weights[usable] = found[members]
     trainer.jd_state = JDState(names, gramian, found, losses)
-    group_names = {k: trainer.group_name(k) for k in joined.groups.unique().tolist() if k >= 0}
-    labels = [(joined.groups, group_names)]
-    if len(trainer.jd_loss_names) > 1:
-        labels.append((joined.names, dict(enumerate(trainer.jd_loss_names))))
+    labels = _labels(trainer, joined)
     for ids, label in labels:
         trainer.jd_metrics.add(step_metrics(gramian, found, joined.means, joined.counts, ids, label))
-    trainer.jd_log.add(gramian, *(labels[0] if group_names else labels[-1]))
+    trainer.jd_log.add(gramian, *(labels[0] if labels[0][1] else labels[-1]))
     return weights
 
 
@@ -84,14 +83,47 @@ def _names(trainer: JDTrainerMixin, joined: Objectives) -> list[str]:
     return names
 
 
-def signs(trainer: JDTrainerMixin, objectives: Objectives) -> Tensor:
-    """[M] -1 for the objectives of groups whose loss is to be raised, 1 for the others."""
+def _labels(trainer: JDTrainerMixin, joined: Objectives) -> list[tuple[Tensor, dict[int, str]]]:
+    """What tells the objectives apart in logs: the ids [M] of their groups, and of their losses, with the names."""
+    labels = [(joined.groups, {k: trainer.group_name(k) for k in joined.groups.unique().tolist() if k >= 0})]
+    if len(trainer.jd_loss_names) > 1:
+        labels.append((joined.names, dict(enumerate(trainer.jd_loss_names))))
+    return labels
+
+
+def keep_losses(trainer: JDTrainerMixin, joined: Objectives) -> None:
+    """Keeps the losses by group and by name, of an update that isn't weighed."""
+    for ids, label in _labels(trainer, joined):
+        trainer.jd_metrics.add(loss_metrics(joined.means, joined.counts, ids, label))
+
+
+def multipliers(trainer: JDTrainerMixin, table: Tensor) -> Tensor:
+    """c [M], float64, of an update that isn't measured: each objective's last weight over the mean's, with its sign.
+
+    Args:
+        trainer: Whose control it is.
+        table: [M, 5]; see `Part.table`.
+    """
+    c = signs(trainer, table[:, 3].long())
+    if not trainer.jd_args.kind.shared:
+        return c
+    names = [
+        trainer.group_name(group) if group >= 0 else trainer.jd_loss_names[name]
+        for group, name in table[:, 3:].long().tolist()
+    ]
+    return c * c.new_tensor([trainer.jd_control.multiplier(name, trainer.state.global_step) for name in names])
+
+
+def signs(trainer: JDTrainerMixin, groups: Tensor) -> Tensor:
+    """[M] -1 for the objectives of groups [M] whose loss is to be raised, 1 for the others."""
     raised = trainer.jd_args.jd_ascend or []
-    signs = [-1.0 if k >= 0 and trainer.group_name(k) in raised else 1.0 for k in objectives.groups.tolist()]
-    return torch.tensor(signs, dtype=torch.float64, device=objectives.table.device)
+    if not raised:
+        return torch.ones(len(groups), dtype=torch.float64, device=groups.device)
+    signs = [-1.0 if k >= 0 and trainer.group_name(k) in raised else 1.0 for k in groups.tolist()]
+    return torch.tensor(signs, dtype=torch.float64, device=groups.device)
 
 
-def call_weighting(weighting: Any, gramian: Tensor, losses: Tensor, names: list[str] | None) -> Tensor:
+def call_weighting(weighting: Any, gramian: Tensor, losses: Tensor, names: Sequence[str] | None) -> Tensor:
     """W(G) [m], float64, from a weighting of `hf_jd.weighting` or any other callable.
 
     Args:

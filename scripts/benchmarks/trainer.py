@@ -1,8 +1,9 @@
 """What JDTrainer costs beside Trainer: LoRA fine-tuning on the same data, in interleaved processes.
 
 Each round starts one process a configuration, one after the other. Each trains the same random Llama, and answers how
-long its steps took (without the first ones, with the self-check), how much resident memory its process had at most,
-and how much of that training had added. A ratio is the median over rounds of its number by Trainer's in the same round.
+long its steps took (without the first ones, with the self-check; the median of the means of ten), how much resident
+memory its process had at most, and how much of that training had added. A ratio is the median over rounds of its number
+by Trainer's in the same round.
 
     python scripts/benchmark.py trainer                 the table: 200 steps
     python scripts/benchmark.py trainer --steps 20 --rounds 1
@@ -27,6 +28,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_jd import JDTrainer, JDTrainingArguments
+from hf_jd.metrics import Averages, readable, step_metrics
 
 VOCABULARY = 1024
 BATCH = 16
@@ -38,7 +40,10 @@ CONFIGURATIONS: dict[str, dict[str, Any] | None] = {
     f"upgrad, instance (m = {BATCH})": {"jd_weighting": "upgrad"},
     f"upgrad, group (K = {GROUPS})": {"jd_weighting": "upgrad", **GROUP},
     "mean, instance": {"jd_weighting": "mean"},
+    f"watched at every 10th update, group (K = {GROUPS})": {"jd_weighting": "mean", "jd_monitor_every": 10, **GROUP},
+    f"upgrad at every 10th update, group (K = {GROUPS})": {"jd_weighting": "upgrad", "jd_every": 10, **GROUP},
 }
+BLOCK = 10  # steps that are averaged before their median is taken: some configurations measure at one of ten
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hidden", type=int, default=256, help="the model's width")
     parser.add_argument("--layers", type=int, default=4, help="the model's layers")
     parser.add_argument("--tokens", type=int, default=128, help="tokens of an example")
+    parser.add_argument("--only", default="", help="configurations with this in their names, beside Trainer")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.steps <= WARM_UP or args.rounds < 1:
@@ -60,8 +66,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.one:
         print(json.dumps(measure(CONFIGURATIONS[args.one], args)))
         return 0
-    rounds = [{name: _in_a_process(name, args) for name in CONFIGURATIONS} for _ in range(args.rounds)]
+    names = [name for name in CONFIGURATIONS if args.only in name or name == "Trainer"]
+    rounds = [{name: _in_a_process(name, args) for name in names} for _ in range(args.rounds)]
     print(table(rounds))
+    costs = ", ".join(f"{logging_cost(groups) * 1e3:.2f} ms (K = {groups})" for groups in (GROUPS, 10 * GROUPS))
+    print(f"\nWhat is logged of a step takes {costs}.")
     return 0
 
 
@@ -86,7 +95,22 @@ def measure(flags: dict[str, Any] | None, args: argparse.Namespace) -> dict[str,
             trainer = JDTrainer(model, JDTrainingArguments(**common, **flags), train_dataset=data, callbacks=[clock])
         trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"step": statistics.median(clock.steps[WARM_UP:]), "added": peak - before, "peak": peak}
+    steps = clock.steps[WARM_UP:]
+    blocks = [statistics.mean(steps[i : i + BLOCK]) for i in range(0, max(len(steps) - BLOCK + 1, 1), BLOCK)]
+    return {"step": statistics.median(blocks), "added": peak - before, "peak": peak}
+
+
+def logging_cost(groups: int, steps: int = 200) -> float:
+    """Seconds that a step's metrics take, with one log in ten steps."""
+    rows = torch.randn(groups, 64, dtype=torch.float64)
+    names, averages = {k: f"task {k}" for k in range(groups)}, Averages()
+    weights, means, counts = torch.rand(3, groups, dtype=torch.float64)
+    begin = time.perf_counter()
+    for step in range(steps):
+        averages.add(step_metrics(rows @ rows.T, weights, means, counts, torch.arange(groups), names))
+        if step % 10 == 9:
+            readable(averages.take())
+    return (time.perf_counter() - begin) / steps
 
 
 class _Clock(TrainerCallback):
@@ -108,7 +132,7 @@ class _Clock(TrainerCallback):
 def table(rounds: list[dict[str, dict[str, float]]]) -> str:
     """The rounds as a markdown table."""
     lines = ["| | step [ms] | wall / Trainer | peak / Trainer | added / Trainer |", "|---|---|---|---|---|"]
-    for name in CONFIGURATIONS:
+    for name in rounds[0]:
         step = statistics.median(found[name]["step"] for found in rounds)
         ratios = [
             statistics.median(found[name][key] / found["Trainer"][key] for found in rounds)

@@ -1062,3 +1062,18 @@ def test_a_gradient_that_is_not_finite_is_not_called_wrong():
     gramian = engine.compute_gramian(torch.stack([one, (two - two.detach()).sqrt(), three]))
     finite = gramian.diagonal().isfinite()
     assert finite.tolist() == [True, False, True]
+
+
+def test_a_paused_engine_meets_nothing_and_goes_on_afterwards():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    engine = Engine(model)
+    expected = engine.compute_gramian(model(x).squeeze(1))
+    with engine.paused():
+        losses = model(x).squeeze(1)
+        assert "Tap" not in str(losses.grad_fn.next_functions)
+        losses.sum().backward()
+    with pytest.raises(RuntimeError), engine.paused():
+        raise RuntimeError
+    assert torch.equal(engine.compute_gramian(model(x).squeeze(1)), expected)

@@ -29,6 +29,9 @@ CONFIGURATIONS = {
     "group": GROUP,
     "group-accumulated": {**GROUP, "gradient_accumulation_steps": 4},
     "group-means": {**GROUP, "jd_group_reduction": "mean", "gradient_accumulation_steps": 2},
+    "group-every-third": {**GROUP, "jd_every": 3, "gradient_accumulation_steps": 2},
+    "instance-watched": {"jd_weighting": "mean", "jd_monitor_every": 4, "jd_group_column": "task"},
+    "group-evaluated": {**GROUP, "eval_strategy": "steps", "eval_steps": 5, "per_device_eval_batch_size": 2},
     "group-two-pass": {**GROUP, "jd_backward": "two_pass", "gradient_accumulation_steps": 2},
     "loss": {"jd_objectives": "loss", "gradient_accumulation_steps": 2},
     "instance-loss": {"jd_objectives": "instance_loss", "gradient_accumulation_steps": 2},
@@ -86,9 +89,12 @@ def train(directory: Path, batch_size: int, **flags) -> dict:
         **flags,
     )
     cls = Several if "loss" in args.jd_objectives else Sequential
-    trainer = cls(lora("gpt2"), args, train_dataset=DATA, data_collator=collate)
+    trainer = cls(lora("gpt2"), args, train_dataset=DATA, eval_dataset=DATA[:20], data_collator=collate)
     trainer.train()
-    history = [{k: v for k, v in entry.items() if "runtime" not in k} for entry in trainer.state.log_history[:-1]]
+    # Of a process, or a machine; Trainer's own evaluation takes the mean of the batches of all processes.
+    own = ("runtime", "per_second", "jd/seconds", "jd/megabytes", "eval_loss")
+    logs = trainer.state.log_history[:-1]
+    history = [{k: v for k, v in entry.items() if not any(word in k for word in own)} for entry in logs]
     return {"parameters": flat(trainer.model), "history": history}
 
 

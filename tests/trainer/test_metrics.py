@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
+from transformers import TrainerCallback
+from transformers.integrations import rewrite_logs
 
-from hf_jd.metrics import Averages, step_metrics
+from hf_jd.metrics import Averages, Key, Metrics, readable, step_metrics
+from tests.trainer.runs import arguments, lora, run
+
+
+def values(metrics: Metrics) -> dict[Key, float]:
+    return dict(zip(metrics.keys, metrics.values.tolist(), strict=True))
 
 
 def test_definitions():
@@ -13,8 +22,7 @@ def test_definitions():
     rows = torch.randn(5, 7, dtype=torch.float64)
     weights, means, counts = torch.rand(5).double(), torch.rand(5).double(), torch.tensor([3.0, 1, 4, 1, 5])
     groups, names = torch.tensor([0, 2, 0, 2, 2]), {0: "a", 2: "c"}
-    found = step_metrics(rows @ rows.T, weights, means, counts, groups, names)
-    found = {key: value.item() for key, value in found.items()}
+    found = values(step_metrics(rows @ rows.T, weights, means, counts, groups, names))
     update = weights @ rows
     cosines = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)[
         tuple(torch.triu_indices(5, 5, 1))
@@ -32,6 +40,8 @@ def test_definitions():
         assert found[f"jd/grad_norm/{name}"] == pytest.approx(row.norm().item())
         tokens = counts[member].double()
         assert found[f"jd/loss/{name}"] == pytest.approx((means[member] @ tokens / tokens.sum()).item())
+    a, c = rows[groups == 0].sum(0), rows[groups == 2].sum(0)
+    assert found["a", "c"] == pytest.approx(torch.cosine_similarity(a, c, dim=0).item())
 
 
 def test_against_is_seen_and_rounding_is_not():
@@ -39,7 +49,7 @@ def test_against_is_seen_and_rounding_is_not():
     gramian = torch.tensor([[4.0, -2.0], [-2.0, 1.0]])
     against = []
     for weights in ([0.5, 0.5], [1.0, 2.0 - 1e-9]):
-        found = step_metrics(
+        metrics = step_metrics(
             gramian,
             torch.tensor(weights).double(),
             torch.ones(2),
@@ -47,7 +57,8 @@ def test_against_is_seen_and_rounding_is_not():
             torch.tensor([0, 1]),
             {0: "a", 1: "b"},
         )
-        against.append((found["jd/against/a"].item(), found["jd/against/b"].item()))
+        found = values(metrics)
+        against.append((found["jd/against/a"], found["jd/against/b"]))
     assert against == [(0, 1), (0, 0)]
 
 
@@ -55,14 +66,42 @@ def test_the_metrics_do_not_depend_on_the_scale():
     gramian = torch.tensor([[1.0, -0.5], [-0.5, 2.0]])
     arguments = torch.tensor([0.5, 0.5]), torch.ones(2), torch.ones(2), torch.tensor([0, 1]), {0: "a", 1: "b"}
     for scale in (1.0, 1e-16):
-        found = step_metrics(gramian * scale, *arguments)
+        found = values(step_metrics(gramian * scale, *arguments))
         assert found["jd/conflicts"] == 1
-        assert found["jd/cosine"].item() == pytest.approx(-0.5 / 2**0.5)
+        assert found["jd/cosine"] == pytest.approx(-0.5 / 2**0.5)
 
 
 def test_averages_are_over_the_steps_in_which_a_metric_was_there():
     averages = Averages()
-    averages.add({"b": torch.tensor(1.0), "a": torch.tensor(3.0)})
-    averages.add({"b": torch.tensor(2.0)})
-    assert averages.take() == {"a": 3.0, "b": 1.5}
+    averages.add(Metrics(("b", "a"), torch.tensor([1.0, 3.0])))
+    averages.add(Metrics(("b",), torch.tensor([2.0])))
+    averages.add(Metrics(("a", "b"), torch.tensor([5.0, 6.0])))
+    averages.add(Metrics(("a", "b"), torch.tensor([7.0, 7.0])))
+    assert averages.take() == {"a": 5.0, "b": 4.0}
     assert averages.take() == {}
+
+
+def test_cosines_of_few_groups_are_logged():
+    few = dict.fromkeys(combinations("abcdefgh", 2), 0.5) | {"jd/z": 1.0}
+    assert len(readable(few)) == 29
+    assert readable(few)["jd/cosine/a/b"] == 0.5
+    assert readable(few | {("a", "i"): 0.5}) == {"jd/z": 1.0}
+
+
+class Reporter(TrainerCallback):
+    """What a reporting callback gets, as those of transformers name it."""
+
+    def __init__(self):
+        self.got: dict[str, float] = {}
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.got |= rewrite_logs(logs)
+
+
+def test_reporters_get_numbers_by_name(tmp_path):
+    reporter = Reporter()
+    run(lora("gpt2"), arguments(tmp_path, jd_objectives="group", jd_group_column="task"), callbacks=[reporter])
+    assert {"train/jd/weight/code", "train/jd/cosine/chat/code", "train/jd/min_gw"} <= set(reporter.got)
+    assert {"train/jd/seconds/rows", "train/jd/seconds/weighing", "train/jd/megabytes/rows"} <= set(reporter.got)
+    # TensorBoard's drops all else.
+    assert all(isinstance(value, int | float) for value in reporter.got.values())

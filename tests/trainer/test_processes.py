@@ -36,7 +36,7 @@ def test_two_processes_are_one(name, two_processes, tmp_path):
     first, second = (torch.load(two_processes / f"{name}-{rank}.pt") for rank in (0, 1))
     assert torch.equal(first["parameters"], second["parameters"])
     assert relative(first["parameters"], one["parameters"]) < 1e-6
-    assert len(first["history"]) == len(one["history"]) == 10
+    assert len(first["history"]) == len(one["history"]) >= 10
     for ours, theirs in zip(first["history"], one["history"], strict=True):
         assert ours.keys() == theirs.keys()
         # Processes that weigh alone log their own metrics.

@@ -153,16 +153,41 @@ def test_mean_is_sft_with_packing(strategy, tmp_path):
     is_sft(build_lora, tmp_path, packing=True, packing_strategy=strategy, max_length=16)
 
 
-def test_packed_examples_are_no_objectives_yet(tmp_path):
-    with pytest.raises(ValueError, match="--packing puts several examples into one row"):
-        trained(JDSFTTrainer, build_lora(), tmp_path, packing=True, jd_weighting="upgrad")
+def test_packed_documents_are_instances(tmp_path):
+    settings = {"jd_weighting": "upgrad", "per_device_train_batch_size": len(DATA), "gradient_accumulation_steps": 1}
+    padded = trained(JDSFTTrainer, build_lora(), tmp_path, max_steps=3, **settings)
+    free = trained(JDSFTTrainer, build_lora(), tmp_path, max_steps=3, padding_free=True, max_length=None, **settings)
+    assert free.jd_state.gramian.shape == (len(DATA), len(DATA))
+    assert relative(flat(free.model), flat(padded.model)) < 1e-5
+    packed = trained(JDSFTTrainer, build_lora(), tmp_path, max_steps=1, packing=True, jd_weighting="upgrad")
+    assert len(packed.jd_state.gramian) == len(DATA)
+
+
+def test_documents_without_padding_have_their_groups(tmp_path):
+    settings = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "max_steps": 3, **KINDS["group"]}
+    padded = trained(JDSFTTrainer, build_lora(), tmp_path, **settings)
+    free = trained(JDSFTTrainer, build_lora(), tmp_path, padding_free=True, max_length=None, **settings)
+    assert relative(flat(free.model), flat(padded.model)) < 1e-5
     with pytest.raises(ValueError, match="--packing drops the column `task`"):
-        trained(JDSFTTrainer, build_lora(), tmp_path, packing=True, jd_weighting="mean", **KINDS["group"])
+        trained(JDSFTTrainer, build_lora(), tmp_path, packing=True, **KINDS["group"])
 
 
 def test_rows_are_instances(tmp_path):
     trainer = trained(JDSFTTrainer, build_lora(), tmp_path, jd_weighting="upgrad", max_steps=1)
     assert trainer.jd_state.gramian.shape == (4, 4)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:.*label_smoothing_factor:FutureWarning", "ignore:`return_outputs=True`:FutureWarning"
+)
+@pytest.mark.parametrize("flags", [{}, {"label_smoothing_factor": 0.1}, {"prediction_loss_only": False}], ids=str)
+def test_each_groups_loss_is_evaluated(flags, tmp_path):
+    data = DATA.map(lambda example: {**example, "task": "all"})
+    settings = {"jd_group_column": "task", "per_device_eval_batch_size": len(DATA), "prediction_loss_only": True}
+    trainer = trained(JDSFTTrainer, build_lora(), tmp_path, data, max_steps=1, **{**settings, **flags})
+    found = trainer.evaluate(data)
+    assert found["eval_all_loss"] == pytest.approx(found["eval_loss"], rel=1e-6)
+    assert found["eval_mean_token_accuracy"] >= 0
 
 
 def test_arguments_of_another_kind_are_refused(tmp_path):

@@ -1,0 +1,112 @@
+"""Between G and w: what a person sets of the weighing, with the --jd_* flags of control."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_jd.arguments import JDArguments
+from hf_jd.contradictions import check_weighting
+from hf_jd.trainer.weighing import call_weighting
+
+WEIGHTS_FILE = "jd_weights.json"
+"""The last weights, by name, in the checkpoints of a run that doesn't weigh at every update."""
+
+
+class Control:
+    """Weighs the objectives of an update as the flags say.
+
+    Args:
+        jd: The flags.
+        weighting: Any callable from a Gramian [m, m] to weights [m].
+        groups: The names of all groups, where they are known.
+
+    Attributes:
+        last: By the objectives' names, m w_k of the last update in which they were weighed; 1 is the mean's.
+
+    Raises:
+        ValueError: A preference is for no group, or a flag asks of the weighting what it can't do.
+    """
+
+    def __init__(self, jd: JDArguments, weighting: Callable[[Tensor], Tensor], groups: Sequence[str] | None):
+        check_weighting(jd, weighting)
+        self.jd = jd
+        self.weighting = weighting
+        self.preferences = jd.preferences()
+        self.last: dict[str, float] = {}
+        unknown = sorted(set(self.preferences) - set(groups if groups is not None else self.preferences))
+        if unknown:
+            raise ValueError(
+                f"--jd_preferences names {_listed(unknown)}, which is no group of the training set; its groups are "
+                f"{_listed(groups or [])}."
+            )
+
+    def weights(self, gramian: Tensor, losses: Tensor, names: Sequence[str] | None, step: int) -> Tensor:
+        """The weights [m], float64, of the rows as they are.
+
+        With scales d of `--jd_normalize` and D = diag(d), they are D W(D G D): the update is that of the scaled rows.
+
+        Args:
+            gramian: [m, m].
+            losses: [m].
+            names: [m] the objectives' names, where they stay the same from step to step.
+            step: How many updates came before this one.
+        """
+        m = len(losses)
+        if step < self.jd.jd_warmup_steps:
+            return torch.full((m,), 1 / m, dtype=torch.float64, device=gramian.device)
+        wanted = [self.preferences.get(name, 1.0) for name in names or []]
+        if self.preferences and not any(wanted):
+            return torch.zeros(m, dtype=torch.float64, device=gramian.device)
+        weighting: Any = self.weighting
+        if self.preferences:
+            weighting = replace(weighting, pref_vector=[value / sum(wanted) for value in wanted])
+        scales = self._scales(gramian, losses)
+        scaled = scales.outer(scales).to(gramian) * gramian
+        found = scales * call_weighting(weighting, scaled, losses, names)
+        if names is not None and self.jd.jd_every > 1:
+            self.last |= dict(zip(names, (m * found).tolist(), strict=True))
+        return found
+
+    def measures(self, step: int) -> bool:
+        """Whether the update after this many others needs rows: to be weighed, or watched."""
+        since = step - self.jd.jd_warmup_steps
+        if since < 0:
+            return False
+        if self.jd.jd_monitor_every is not None:
+            return since % self.jd.jd_monitor_every == 0
+        return since % self.jd.jd_every == 0 or not self.last
+
+    def multiplier(self, name: str, step: int) -> float:
+        """c of an objective in an update that isn't measured: its last weight over the mean's."""
+        return 1.0 if step < self.jd.jd_warmup_steps else self.last.get(name, 1.0)
+
+    def save(self, checkpoint: Path) -> None:
+        """Adds the last weights to a checkpoint, if updates to come need them."""
+        if self.jd.jd_every > 1:
+            (checkpoint / WEIGHTS_FILE).write_text(json.dumps(self.last), "utf-8")
+
+    def load(self, checkpoint: Path) -> None:
+        """Takes the last weights from a checkpoint; without them, the next update is measured."""
+        file = checkpoint / WEIGHTS_FILE
+        self.last = json.loads(file.read_text("utf-8")) if self.jd.jd_every > 1 and file.is_file() else {}
+
+    def _scales(self, gramian: Tensor, losses: Tensor) -> Tensor:
+        """d [m], float64: by what `--jd_normalize` multiplies each row; 1 for a row, or a loss, that is zero."""
+        sizes = {
+            "none": torch.ones_like(losses),
+            "rows": gramian.diagonal().clamp(min=0).sqrt(),
+            "loss": losses.abs(),
+        }[self.jd.jd_normalize]
+        sizes = sizes.to(gramian.device, torch.float64)
+        return 1 / torch.where(sizes > 0, sizes, 1)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -1,0 +1,86 @@
+"""Evaluation: the loss of each group, beside Trainer's own loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_jd.collator import GROUP_KEY
+from hf_jd.trainer.forward import LossesMixin, by_name, without_groups
+
+
+class EvaluationMixin(LossesMixin):
+    """What `JDTrainerMixin` adds to evaluation: `eval_<group>_loss`, the mean over a group's tokens (or instances)."""
+
+    jd_group_names: list[str] | None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        # Of each batch: its instances' groups [B], and the sums and numbers of their losses [B, K], by K names.
+        self._jd_evaluated: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Predicts, without the groups' ids, and keeps the losses of their instances; see Trainer."""
+        groups, inputs = inputs.get(GROUP_KEY), without_groups(inputs)
+        if groups is None:
+            return super().prediction_step(model, inputs, *args, **kwargs)
+        seen: dict[str, Any] = {}
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            # The last one that has logits: generation comes before, and TRL's metrics after.
+            if isinstance(output, Mapping) and ("logits" in output or "logits" not in seen.get("output", {})):
+                seen["output"] = output
+
+        hook = model.register_forward_hook(keep)
+        try:
+            result = super().prediction_step(model, inputs, *args, **kwargs)
+        finally:
+            hook.remove()
+        if result[0] is not None and "output" in seen:
+            self._keep_losses(model, self._prepare_inputs(inputs), seen["output"], groups.to(self.args.device))
+        return result
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Adds the groups' losses to the metrics; see Trainer."""
+        self._jd_evaluated = []
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = args[4] if len(args) > 4 else kwargs.get("metric_key_prefix", "eval")
+        if self._jd_evaluated:
+            groups, sums, counts = (torch.cat(parts) for parts in zip(*self._jd_evaluated, strict=True))
+            self._jd_evaluated = []
+            assert output.metrics is not None
+            for k in groups[(groups >= 0) & (counts > 0).any(1)].unique().tolist():
+                mine = groups == k
+                means = sums[mine].sum(0) / counts[mine].sum(0).clamp(min=1)
+                output.metrics[f"{prefix}_{self.group_name(k)}_loss"] = means.sum().item()
+        return output
+
+    def group_name(self, k: int) -> str:
+        """The name of the group with the id k."""
+        return str(k) if self.jd_group_names is None else self.jd_group_names[k]
+
+    @torch.no_grad()
+    def _keep_losses(self, model: nn.Module, inputs: Any, outputs: Any, groups: Tensor) -> None:
+        losses, counted = by_name(self._evaluated_losses(model, inputs, outputs))
+        names = [name for name, values in losses.items() if len(values.shape[:1]) and len(values) == len(groups)]
+        if not names:
+            return  # Losses of whole batches, or packed rows: no group's.
+        masked = [losses[name].double().masked_fill(~counted[name], 0) for name in names]
+        sums = torch.stack([values.reshape(len(groups), -1).sum(1) for values in masked], dim=1)
+        numbers = torch.stack([counted[name].reshape(len(groups), -1).sum(1) for name in names], dim=1)
+        # Without those that fill up the last round of batches.
+        self._jd_evaluated.append(self.accelerator.gather_for_metrics((groups, sums, numbers)))
+
+    def _evaluated_losses(self, model: nn.Module, inputs: dict[str, Any], outputs: Any) -> Any:
+        """The unreduced losses of a batch whose outputs are there; only losses of the user's own take another pass."""
+        computed, read = (
+            next(cls for cls in type(self).__mro__ if name in vars(cls)) for name in ("compute_losses", "read_losses")
+        )
+        if computed is read:
+            return self.read_losses(outputs, inputs, self.accelerator.unwrap_model(model))
+        self.jd_again = True
+        with self.compute_loss_context_manager():
+            return self.compute_losses(model, inputs)
