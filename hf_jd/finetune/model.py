@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from peft import LoraConfig, get_peft_model
@@ -66,6 +67,8 @@ def load_model(path: str, model: ModelArguments) -> nn.Module:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(loaded, config)
+        with warnings.catch_warnings():  # PEFT 0.21 reads a name that transformers 5 has replaced.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
+            return get_peft_model(loaded, config)
     except ValueError as error:
         raise ValueError(f"LoRA can't be added to `{path}`: {first_sentence(error)}") from error
