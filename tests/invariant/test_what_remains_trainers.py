@@ -1,0 +1,149 @@
+"""What JDTrainer doesn't touch is as in Trainer: under `mean`, parameters and logs are the same with each of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft.optimizers import create_loraplus_optimizer
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_utils import SchedulerType
+
+from tests.invariant.test_trainer_invariants import KINDS
+from tests.trainer.runs import arguments, examples, flat, logged, lora, relative, run
+
+SCHEDULES = {
+    "cosine_with_min_lr": {"lr_scheduler_kwargs": {"min_lr": 1e-3}},
+    "cosine_warmup_with_min_lr": {"lr_scheduler_kwargs": {"min_lr": 1e-3}},
+    "greedy": {"eval_strategy": "steps", "eval_steps": 2},
+    "reduce_lr_on_plateau": {"eval_strategy": "steps", "eval_steps": 2},
+    "warmup_stable_decay": {"lr_scheduler_kwargs": {"num_decay_steps": 2}},
+}
+
+
+def both(directory, kind="instance", settings=dict, **flags):
+    """Trainer and JDTrainer after the same run; `settings` makes what isn't a flag."""
+    flags = {"max_steps": 6, "gradient_accumulation_steps": 2, **flags}
+    found = []
+    for cls, own in ((TrainingArguments, {}), (None, {"jd_weighting": "mean", **KINDS[kind]})):
+        args = arguments(directory / str(len(found)), *filter(None, [cls]), **flags, **own)
+        model = lora("gpt2", warm=True)
+        extra = settings(model) if settings is not dict else {}
+        found.append(run(model, args, eval_dataset=examples(4, seed=1), **extra))
+    return found
+
+
+def are_alike(theirs, ours, tolerance=1e-10):
+    assert relative(flat(ours.model), flat(theirs.model)) < tolerance
+    for key in ("loss", "learning_rate", "eval_loss"):
+        assert logged(ours, key).tolist() == pytest.approx(logged(theirs, key).tolist(), rel=1e-6), key
+    assert logged(ours, "grad_norm").tolist() == pytest.approx(logged(theirs, "grad_norm").tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("schedule", [schedule.value for schedule in SchedulerType])
+def test_schedules(schedule, tmp_path):
+    are_alike(*both(tmp_path, lr_scheduler_type=schedule, warmup_steps=2, **SCHEDULES.get(schedule, {})))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "sgd", "adagrad", "rmsprop", "adafactor"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_optimizers(kind, optimizer, tmp_path):
+    # Optimizers that divide by the size of a gradient enlarge what is rounding.
+    are_alike(*both(tmp_path, kind, optim=optimizer), tolerance=1e-8)
+
+
+def test_lora_plus(tmp_path):
+    def settings(model):
+        optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=8)
+        return {"optimizers": (optimizer, None)}
+
+    are_alike(*both(tmp_path, settings=settings))
+
+
+class TwoModes(torch.optim.SGD):
+    """As schedule-free optimizers: it has to be put into training mode before it steps."""
+
+    training = False
+
+    def train(self):
+        self.training = True
+
+    def eval(self):
+        self.training = False
+
+    def step(self, closure=None):
+        assert self.training
+        return super().step(closure)
+
+
+def test_schedule_free(tmp_path):
+    def settings(model):
+        return {"optimizers": (TwoModes([p for p in model.parameters() if p.requires_grad], lr=0.1), None)}
+
+    are_alike(*both(tmp_path, settings=settings, eval_strategy="steps", eval_steps=2))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {
+            "load_best_model_at_end": True,
+            "eval_strategy": "steps",
+            "eval_steps": 2,
+            "save_strategy": "steps",
+            "save_steps": 2,
+        },
+        {"average_tokens_across_devices": False},
+        {"label_names": ["labels"], "eval_strategy": "steps", "eval_steps": 3},
+        {"prediction_loss_only": True, "eval_strategy": "steps", "eval_steps": 3},
+        {"include_num_input_tokens_seen": "all"},
+        {"logging_first_step": True, "logging_steps": 2},
+        {"num_train_epochs": 2, "max_steps": -1},
+        {"dataloader_drop_last": True},
+    ],
+    ids=lambda flags: next(iter(flags)),
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_flags(kind, flags, tmp_path):
+    theirs, ours = both(tmp_path, kind, learning_rate=0.1, **flags)
+    are_alike(theirs, ours, 1e-8)
+    assert ours.state.num_input_tokens_seen == theirs.state.num_input_tokens_seen
+    assert ours.state.global_step == theirs.state.global_step
+    assert (theirs.state.best_model_checkpoint is not None) == ("load_best_model_at_end" in flags)
+    assert ours.state.best_global_step == theirs.state.best_global_step
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_that_is_too_big_is_made_smaller(kind, tmp_path):
+    def settings(model):
+        def full(module, args, kwargs):
+            if len(kwargs["input_ids"]) > 2:
+                raise RuntimeError("CUDA out of memory.")
+
+        model.register_forward_pre_hook(full, with_kwargs=True)
+        return {}
+
+    flags = {"auto_find_batch_size": True, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 2}
+    theirs, ours = both(tmp_path, kind, settings, **flags)
+    are_alike(theirs, ours)
+    assert ours._train_batch_size == theirs._train_batch_size < 4
+
+
+def test_callbacks_are_called_alike(tmp_path):
+    class Calls(TrainerCallback):
+        def __init__(self):
+            self.names = []
+
+        def __getattribute__(self, name):
+            if name.startswith("on_"):
+                self.names.append(name)
+            return super().__getattribute__(name)
+
+    calls = []
+
+    def settings(model):
+        calls.append(Calls())
+        return {"callbacks": [calls[-1]]}
+
+    both(tmp_path, settings=settings, eval_strategy="steps", eval_steps=2)
+    assert calls[0].names == calls[1].names
+    assert {"on_step_end", "on_evaluate", "on_substep_end", "on_pre_optimizer_step"} <= set(calls[0].names)
