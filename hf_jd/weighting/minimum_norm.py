@@ -8,29 +8,86 @@ from hf_jd.weighting.cosines import cosine_factor
 from hf_jd.weighting.nearest import nearest_point
 
 _TOLERANCE = 1e-12  # of a cosine
+_PRECISION = 1e-14  # of the largest weight
+_FEW = 64  # rows up to which quadprog is faster than Newton's method
+_DAMPING = 1e-6  # keeps steps finite where fewer than r values are above their offsets
+_NEWTON_STEPS = 100  # ten are usual
 
 
 def smallest_solution(rows: np.ndarray, weights: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    """Finds the z >= 0 of smallest |z + offset| with the same rows^T z as `weights`.
+    """Finds the z >= 0 of smallest |z + offset| with the same rows^T z as `weights`, for one problem [f] or k of them.
 
     Args:
         rows: [f, r], of length about 1.
-        weights: One non-negative solution, [f].
-        offset: [f].
+        weights: One non-negative solution, [f] or [k, f].
+        offset: [f] or [k, f].
 
     Returns:
-        z, [f]: `weights` itself where the rows are independent, or where rounding leaves no other solution.
+        z, like `weights`: `weights` itself where the rows are independent, or where rounding leaves no other solution.
     """
     if not len(rows):
         return weights
-    vectors, values, _ = np.linalg.svd(rows, full_matrices=False)
-    vectors = vectors[:, values > values[0] * len(rows) * 1e-14]
-    if vectors.shape[1] == len(rows):
+    basis, values, _ = np.linalg.svd(rows, full_matrices=False)
+    basis = basis[:, values > values[0] * len(rows) * 1e-14]
+    if basis.shape[1] == len(rows):
         return weights
-    constraints = np.hstack([vectors, np.eye(len(rows))])
-    bounds = np.concatenate([vectors.T @ weights, np.zeros(len(rows))])
-    nearest = nearest_point(-offset, constraints, bounds, equalities=vectors.shape[1])
+    if weights.ndim == 1:
+        return _shortest(basis, weights, offset)
+    return np.stack([_shortest(basis, z, u) for z, u in zip(weights, offset, strict=True)])
+
+
+def _shortest(basis: np.ndarray, weights: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """Finds one problem's z [f], by the method that is faster for its size; `basis` [f, r] spans the rows' columns."""
+    if len(basis) > _FEW:
+        solution = _newton(basis, weights, offset)
+        if solution is not None:
+            return solution
+    constraints = np.hstack([basis, np.eye(len(basis))])
+    bounds = np.concatenate([basis.T @ weights, np.zeros(len(basis))])
+    nearest = nearest_point(-offset, constraints, bounds, equalities=basis.shape[1])
     return weights if nearest is None else nearest.point.clip(min=0)
+
+
+def _newton(basis: np.ndarray, weights: np.ndarray, offset: np.ndarray) -> np.ndarray | None:
+    """Solves min |v|^2 subject to Q^T v = b, v >= offset, by Newton's method on its dual; Q [f, r] is orthonormal.
+
+    v = max(offset, Q mu), where mu minimises a convex function that is quadratic between the kinks at (Q mu)_i =
+    offset_i: with an exact line search, finitely many steps of r unknowns end at the solution itself.
+    """
+    right = basis.T @ (weights + offset)
+    right[np.abs(right) <= _PRECISION * np.abs(weights + offset).max()] = 0
+    multipliers, values = right, basis @ right
+    for _ in range(_NEWTON_STEPS):
+        solution = np.maximum(offset, values)
+        gradient = basis.T @ solution - right
+        if np.abs(gradient).max() <= _PRECISION * np.abs(solution).max():
+            return solution - offset
+        fixed = basis[values < offset]
+        curvature = (1 + _DAMPING) * np.eye(len(right)) - fixed.T @ fixed
+        step = np.linalg.solve(curvature, -gradient)
+        change = basis @ step
+        length = _line_minimum(values - offset, change, gradient @ step)
+        multipliers = multipliers + length * step
+        values = basis @ multipliers
+    return None
+
+
+def _line_minimum(above: np.ndarray, change: np.ndarray, slope: float) -> float:
+    """Finds the t >= 0 at which the slope along a line, `slope` < 0 at 0, vanishes.
+
+    It grows with t at the rate sum of change_i^2 over the i with above_i + t change_i > 0.
+    """
+    crossing = above * change < 0
+    kinks = -above[crossing] / change[crossing]
+    order = kinks.argsort()
+    squares = change**2
+    turns = (squares * np.sign(change))[crossing][order]
+    active = (above > 0) | ((above == 0) & (change > 0))
+    rates = squares[active].sum() + np.concatenate([[0.0], turns.cumsum()])
+    starts = np.concatenate([[0.0], kinks[order]])
+    slopes = slope + np.concatenate([[0.0], (rates[:-1] * np.diff(starts)).cumsum()])
+    piece = max(int(np.searchsorted(slopes, 0.0)) - 1, 0)
+    return starts[piece] - slopes[piece] / rates[piece] if rates[piece] > 0 else 1.0
 
 
 def minimum_norm_weights(cosines: np.ndarray, offsets: np.ndarray) -> np.ndarray:

@@ -31,7 +31,9 @@ _ROUNDING = 1e-3  # times the tolerance: what rounding leaves of a projection of
 SMALL = 32**3  # problems times m^2 up to which one at a time is faster: `benchmark.py weightings --solvers` measures it
 _REGULARISATION = 1e-8  # the root of float64's precision: where rounding and the diagonal disturb least together
 _PROXIMAL_STEPS = 2
+_LOW_RANK = 2 / 3  # of the number of rows
 _LAST_REGULARISATION = 1e-10
+_ZERO = 1e-14  # length of a projection, by the sum of the weights, that rounding leaves of 0
 
 
 def cone_projection(gramian: Tensor, targets: Tensor) -> Tensor:
@@ -56,7 +58,7 @@ def cone_projection(gramian: Tensor, targets: Tensor) -> Tensor:
     if solved.all():
         return weights
     others, other_violation = solvers[1](gramian, targets[~solved])
-    better = ~(violation[~solved] <= other_violation)
+    better = violation[~solved].isnan() | (other_violation < violation[~solved])
     index = (~solved).nonzero()[:, 0][better]
     weights[index], violation[index] = others[better], other_violation[better]
     if (violation <= _LARGEST).all():
@@ -134,8 +136,12 @@ def _solve_singular(cosines: Tensor, targets: Tensor) -> Tensor:
     """A little more diagonal picks, of all solutions, the one of smallest |u + z|.
 
     What it changes besides is taken back by proximal steps, z <- argmin_{z >= 0} v^T C v + epsilon |v - v_last|^2.
-    Where many rows are dependent the exchanges seldom settle, so few are tried.
+    Where many rows are dependent the exchanges seldom settle, so few are tried; of many problems where most rows are
+    dependent, none: all is NaN.
     """
+    large = len(targets) * len(cosines) ** 2 > SMALL
+    if large and torch.linalg.matrix_rank(cosines, hermitian=True) <= _LOW_RANK * len(cosines):
+        return torch.full_like(targets, torch.nan)
     regular = cosines.clone()
     regular.diagonal().add_(_REGULARISATION)
     right = -targets @ regular
@@ -167,18 +173,41 @@ def _solve_quadprog(cosines: np.ndarray, targets: np.ndarray, factor: np.ndarray
 
 def _nearest(factor: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Finds the multipliers [k, m] of the projections of L^T u, L [m, r]; NaN where rounding leaves none."""
-    m, rank = factor.shape
+    if factor.shape[1] == len(factor):
+        return _multipliers(factor, targets)[0]
+    corrections, tight = _stationary(factor, targets) or _multipliers(factor, targets)
+    for rows in np.unique(tight, axis=0):  # one factorisation serves all problems with the same tight rows
+        block = np.ix_((tight == rows).all(axis=1), rows)
+        corrections[block] = smallest_solution(factor[rows], corrections[block], targets[block])
+    return corrections
+
+
+def _stationary(factor: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Solves all problems by one if the dual cone is {0}: None if it isn't.
+
+    No row's projection is longer than that of the rows' sum. If this is 0, so is L^T v for a v >= 1, and any u is
+    raised to a multiple of that v.
+    """
+    if len(targets) == 1:
+        return None
+    weights = 1 + _multipliers(factor, np.ones((1, len(factor))))[0][0]
+    if not np.linalg.norm(weights @ factor) <= _ZERO * weights.sum():
+        return None
+    weights -= factor @ np.linalg.lstsq(factor, weights)[0]  # what rounding left of L^T v
+    return weights * targets.max(axis=1, keepdims=True) - targets, np.ones(targets.shape, dtype=bool)
+
+
+def _multipliers(factor: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Projects the L^T u one by one; returns the multipliers [k, m], and which rows the projections touch [k, m]."""
     constraints = np.ascontiguousarray(factor.T)
-    bounds = np.zeros(m)
+    bounds = np.zeros(len(factor))
     corrections = np.full_like(targets, np.nan)
+    tight = np.zeros(targets.shape, dtype=bool)
     for i, point in enumerate(targets @ factor):
         nearest = nearest_point(point, constraints, bounds)
         if nearest is None:  # a hair's breadth helps against rounding
             nearest = nearest_point(point, constraints, bounds - 1e-13)
-        if nearest is None:
-            continue
-        corrections[i] = nearest.multipliers
-        if rank < m:
-            tight = factor @ nearest.point <= 1e-9
-            corrections[i, tight] = smallest_solution(factor[tight], corrections[i, tight], targets[i, tight])
-    return corrections
+        if nearest is not None:
+            corrections[i] = nearest.multipliers
+            tight[i] = factor @ nearest.point <= 1e-9
+    return corrections, tight
