@@ -114,7 +114,9 @@ goes to another solver. Rows that are opposite but for 1e-8 of their length are 
 apart; there the best solution found is taken, up to 1e-6, and past that an error shows the eigenvalues.
 
 Few problems are solved by quadprog, one by one on the CPU, many by a batched active-set method on the device of G. The
-choice is made from the table that `python scripts/benchmark.py weightings --solvers` measures. For m > 32 on another
+choice is made from the table that `python scripts/benchmark.py weightings --solvers` measures. Many problems of low rank
+(at most two thirds of m) go to quadprog as well. One projection, that of the rows' sum, shows whether the dual cone is
+{0}; then all are solved. Of more than 64 dependent rows, Newton's method on the dual finds the weights of minimum norm. For m > 32 on another
 device than the CPU, G stays there, and the host reads only scalars, such as whether an iteration may end (a test counts
 them on the CPU) - unless a problem falls to quadprog. `mgda`, `cagrad` and `pcd` copy G to the CPU once.
 
@@ -136,8 +138,12 @@ pairs or more conflict, and large batches hold an example twice.
     python scripts/benchmark.py gramians gramians.pt && python scripts/benchmark.py weightings --gramians gramians.pt
 
 At m = 256 MGDA takes about 5 ms and DualProj 9 (on fine-tuning's Gramians, 9 and 27). `mean`, `sum`, `constant` and
-`random` take 0.03 ms at m = 8 and 0.1 at 256, where TorchJD's take 0.005: a Gramian is checked, whoever reads it.
-At m = 8 `imtl_g` is slower than TorchJD's by 0.05 ms, and `krum` by 0.02; both are faster at 256.
+`random` take 0.03 ms at m = 8 and 0.1 at 256, where TorchJD's take 0.005: a Gramian is checked, whoever reads it. So
+these four miss the aim of being no slower than TorchJD's, by hundredths of a millisecond, and at m = 8 two more do:
+`imtl_g` is slower than TorchJD's by 0.05 ms, and `krum` by 0.02; both are faster at 256.
+
+Where other processes keep the cores busy, the threads of BLAS (NumPy has its own) wait for each other at every small
+system, which may cost far more than the work itself: set `OMP_NUM_THREADS=1` there.
 
 The solvers do not start from the last step's solution. With the same examples in every step, which is the best case,
 15 % of the signs change from one step to the next, and what it gains is not to be told from noise: at m = 128, 9.9 ms
