@@ -114,11 +114,12 @@ goes to another solver. Rows that are opposite but for 1e-8 of their length are 
 apart; there the best solution found is taken, up to 1e-6, and past that an error shows the eigenvalues.
 
 Few problems are solved by quadprog, one by one on the CPU, many by a batched active-set method on the device of G. The
-choice is made from the table that `python scripts/benchmark.py weightings --solvers` measures. Many problems of low rank
-(at most two thirds of m) go to quadprog as well. One projection, that of the rows' sum, shows whether the dual cone is
-{0}; then all are solved. Of more than 64 dependent rows, Newton's method on the dual finds the weights of minimum norm. For m > 32 on another
-device than the CPU, G stays there, and the host reads only scalars, such as whether an iteration may end (a test counts
-them on the CPU) - unless a problem falls to quadprog. `mgda`, `cagrad` and `pcd` copy G to the CPU once.
+choice is made from the table that `python scripts/benchmark.py weightings --solvers` measures. Many problems of low
+rank (at most two thirds of m) go to quadprog as well. The projection of the rows' sum shows whether the dual cone is
+{0}; then it solves all. Of more than 64 dependent rows, Newton's method on the dual finds the weights of minimum norm.
+For m > 32 on another device than the CPU, G stays there, and the host reads only scalars, such as whether an iteration
+may end (a test counts them on the CPU) - unless problems go to quadprog. `mgda`, `cagrad` and `pcd` copy G to the CPU
+once.
 
 ## What they cost
 
