@@ -95,3 +95,13 @@ def test_a_cone_of_zero_alone_is_seen_from_one_projection(common: float, monkeyp
     torch.testing.assert_close(
         found * lengths / lengths[:, None], expected * lengths / lengths[:, None], rtol=0, atol=1e-9
     )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_line_search_ends_where_the_slope_vanishes(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    above, change = random.standard_normal(30), random.standard_normal(30)
+    t = minimum_norm._line_minimum(above, change, -40.0)
+    gained = (above + t * change).clip(min=0) - above.clip(min=0)
+    assert t > 0
+    assert gained @ change == pytest.approx(40.0, rel=1e-12)
