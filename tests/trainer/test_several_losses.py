@@ -297,7 +297,6 @@ def test_a_balancing_loss_is_one_objective_over_accumulation(kind, tmp_path):
         (lambda a, b: {"a": a, "b": (b, b[:1] > 0)}, {"jd_objectives": "loss"}, "`b` has shape .2., and what counts"),
         (lambda a, b: {"a": a, "b": b[:1]}, {"jd_objectives": "loss"}, "different numbers of instances"),
     ],
-    ids=str,
 )
 def test_bad_losses(returned, flags, message, tmp_path):
     class Bad(JDTrainer):
