@@ -150,6 +150,13 @@ class JDArguments:
             "help": "Prove on the first step, with one more backward pass, that the Jacobian and losses are right."
         },
     )
+    jd_check_processes: int = field(
+        default=100,
+        metadata={
+            "help": "Compare the weights of all processes by hash, at the start and every so many updates, and stop "
+            "where they differ; 0: never."
+        },
+    )
     jd_extra_losses: str = field(
         default="mean",
         metadata={

@@ -38,7 +38,7 @@ def what_is_missing(checkpoint: Path, needed: Iterable[str]) -> str | None:
     if not weights:
         return "it has no weights"
     for name in needed:
-        if not (checkpoint / name).is_file():
+        if not (checkpoint / name).exists():
             return f"it has no {name}"
     for file in [*weights, *(checkpoint / name for name in needed)]:
         if not _is_whole(file):
@@ -47,6 +47,8 @@ def what_is_missing(checkpoint: Path, needed: Iterable[str]) -> str | None:
 
 
 def _is_whole(file: Path) -> bool:
+    if file.is_dir():  # as FSDP2 writes shards, and last what they are
+        return (file / ".metadata").is_file()
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, "pt"):

@@ -27,7 +27,7 @@ def check_engine(trainer: JDTrainerMixin) -> None:
             '`fsdp_version: 2` in the configuration of accelerate, or "fsdp_version": 2 in --fsdp_config.'
         )
     if trainer.is_deepspeed_enabled:
-        raise ValueError(f"{name} does not work with DeepSpeed yet: use DDP or FSDP2, one process a GPU.")
+        _check_deepspeed(trainer)
     spread = any(isinstance(p, DTensor) for p in model.parameters()) and not isinstance(model, FSDPModule)
     if spread or max(trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size()) > 1:
         raise ValueError(
@@ -40,3 +40,13 @@ def check_engine(trainer: JDTrainerMixin) -> None:
             f"The model is spread over the devices {', '.join(devices)}: load it without device_map, and start one "
             "process a GPU with `accelerate launch`, with FSDP2 where one GPU can't hold it."
         )
+
+
+def _check_deepspeed(trainer: JDTrainerMixin) -> None:
+    if trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+        raise ValueError(
+            f"{type(trainer).__name__} does not work with ZeRO 3, whose parameters are empty when rows are weighed: "
+            "use FSDP2, which shards as much, or ZeRO 1 or 2."
+        )
+    if trainer.jd_args.jd_backward != "two_pass":
+        raise ValueError("DeepSpeed owns the backward pass, so that an update takes two: add --jd_backward two_pass.")

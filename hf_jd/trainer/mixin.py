@@ -23,6 +23,7 @@ from hf_jd.gramian import Engine
 from hf_jd.metrics import Averages, readable
 from hf_jd.trainer.control import Control
 from hf_jd.trainer.evaluating import EvaluationMixin
+from hf_jd.trainer.peers import check_given, check_same_weights, lost_peers
 from hf_jd.trainer.resuming import checkpoint_to_resume, load_weighting, save_weighting
 from hf_jd.trainer.run_log import RunLog
 from hf_jd.trainer.sampling import stratified_sampler
@@ -95,13 +96,16 @@ class JDTrainerMixin(EvaluationMixin):
             # The engine walks a graph, and keeps it for another walk: its buffers must not be given away.
             functorch_config.donated_buffer = False  # ty: ignore[invalid-assignment]
         self.engine()  # Hooks must be there before anything compiles the model.
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        with lost_peers(self):
+            check_given(self)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Keeps the micro-batches of an update, for `training_step`; see Trainer."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._jd_batches = list(batches)
         self._jd_seen = 0
+        check_same_weights(self)
         return batches, num_items_in_batch
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:

@@ -27,7 +27,7 @@ def checkpoint_to_resume(trainer: JDTrainerMixin, asked: str | bool) -> str | bo
     if not trainer.args.save_only_model:
         processes = range(trainer.args.world_size)
         states = ["rng_state.pth"] if len(processes) == 1 else [f"rng_state_{i}.pth" for i in processes]
-        needed = ["optimizer.pt", "scheduler.pt", *states]
+        needed = [*_optimizer_files(trainer), "scheduler.pt", *states]
         needed += [WEIGHTING_FILE] if isinstance(trainer.weighting, Stateful) else []
         needed += [WEIGHTS_FILE] if trainer.jd_args.jd_every > 1 else []
     if not isinstance(asked, bool):
@@ -43,6 +43,16 @@ def checkpoint_to_resume(trainer: JDTrainerMixin, asked: str | bool) -> str | bo
         logger.warning("No checkpoint is whole: training starts at the beginning.")
         return None
     return True if found is None else str(found)
+
+
+def _optimizer_files(trainer: JDTrainerMixin) -> list[str]:
+    """What Trainer calls the optimizer's state; FSDP2 writes its shards into a folder, DeepSpeed what it likes."""
+    if trainer.is_deepspeed_enabled:
+        return []
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if plugin is None:
+        return ["optimizer.pt"]
+    return ["optimizer.bin" if "FULL" in str(plugin.state_dict_type) else "optimizer_0"]
 
 
 def save_weighting(weighting: object, checkpoint: Path) -> None:

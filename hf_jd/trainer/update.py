@@ -12,11 +12,12 @@ from transformers.utils import logging
 
 from hf_jd.collator import GROUP_KEY
 from hf_jd.distributed.gradients import add_gradients
-from hf_jd.distributed.processes import add_over_processes, gather_uneven, process_count
+from hf_jd.distributed.processes import add_over_processes, anywhere, gather_uneven, process_count
 from hf_jd.distributed.rows import AddedRows, GatheredRows, OwnRows
 from hf_jd.gramian import Jacobian
 from hf_jd.metrics import Metrics
 from hf_jd.objectives import Objectives
+from hf_jd.trainer.deepspeed import second_pass_of_deepspeed
 from hf_jd.trainer.gradients import accumulate, added
 from hf_jd.trainer.kept import Kept, allowed, is_full
 from hf_jd.trainer.plain import plain_step
@@ -56,7 +57,7 @@ class Update:
         self.budget = allowed(trainer)
         self.present = self._present_groups()
         # A second pass can walk the graph of one micro-batch again; those of several would not fit in memory.
-        keep_graph = self.jd.jd_backward == "two_pass" and len(batches) == 1
+        keep_graph = self.jd.jd_backward == "two_pass" and len(batches) == 1 and not trainer.is_deepspeed_enabled
         self.recorder = Recorder(
             trainer, model, num_items, self.micro_batches, self.present, self._rows_fit(), keep_graph
         )
@@ -93,6 +94,8 @@ class Update:
         elif self.jd.jd_backward == "one_pass":
             # GradScaler divides by its scale, which is in the rows.
             accumulate(rows.weighted_sum(weights, usable))
+        elif self.trainer.is_deepspeed_enabled:
+            second_pass_of_deepspeed(self.recorder, recorded, weights[rows.mine], usable[rows.mine])
         else:
             second_pass(self.recorder, recorded, weights[rows.mine], usable[rows.mine])
         return self.value(self.coefficients(objectives, usable), own, rows, usable, self._add_extra(recorded))
@@ -158,7 +161,7 @@ class Update:
         share = 1 / (self.micro_batches * process_count())
         extras = [r.extra for r in recorded if r.extra is not None]
         total = added({p: share * gradient for p, gradient in extra.gradients.items()} for extra in extras)
-        if add_over_processes(torch.tensor(float(self.trainer.has_extra), device=self.trainer.args.device)):
+        if not self.trainer.is_deepspeed_enabled and anywhere(self.trainer.has_extra, self.trainer.args.device):
             accumulate(add_gradients(total, self.trainer.trainable()))
         return [share * extra.value for extra in extras]
 

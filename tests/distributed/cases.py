@@ -5,22 +5,24 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
+from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.data import SequentialSampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_jd import JDTrainer, JDTrainingArguments
 from hf_jd.distributed import columns
-from tests.distributed.counting import counted
+from tests.distributed.counting import Call, counted, deadly
 from tests.models import tiny_gpt2, tiny_llama, with_lora
 from tests.trainer.runs import TASKS, arguments, collate, examples
 
@@ -115,6 +117,7 @@ def train(
     spoiled: str | None = None,
     sharded: bool = False,
     checkpointing: bool = False,
+    clip: float = 0.5,
     **flags: Any,
 ) -> dict[str, Any]:
     """Trains for some steps: the parameters, what was logged, and the collectives that were called.
@@ -132,6 +135,7 @@ def train(
         spoiled: A function of this module that makes losses or rows infinite.
         sharded: Whether FSDP2 shards the model.
         checkpointing: Whether FSDP2 checkpoints activations.
+        clip: The norm that gradients are clipped to, 0 for none.
         flags: Of the arguments.
     """
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -147,7 +151,7 @@ def train(
             TrainingArguments if stock else JDTrainingArguments,
             per_device_train_batch_size=batch // processes,
             max_steps=steps,
-            max_grad_norm=0.5,
+            max_grad_norm=clip,
             accelerator_config={"even_batches": even},
             **flags,
         )
@@ -177,3 +181,136 @@ def hidden_gradients(model: nn.Module) -> int:
     kept = [p.unsharded_accumulated_grad is not None or p.unsharded_param.grad is not None for p in parameters]
     assert kept
     return sum(kept)
+
+
+def differ(what: str) -> None:
+    """Trains with something that is not the same on all processes."""
+    rank = torch.distributed.get_rank()
+    data = examples(16, seed=rank if what == "examples" else 0)
+    if what == "order" and rank == 1:
+        data = data[::-1]
+    flags = {"seed": 7 + rank} if what == "seed" else {"jd_backward": ["one_pass", "two_pass"][rank]}
+    with tempfile.TemporaryDirectory() as directory, fresh_accelerate():
+        args = arguments(directory, jd_check_processes=2, **(flags if what in ("seed", "flags") else {}))
+        trainer = Ours(MODELS["lora"](), args, train_dataset=data, data_collator=collate)
+        if what == "weights" and rank == 1:
+            trainer.add_callback(Touch())
+        trainer.train()
+
+
+class Touch(TrainerCallback):
+    """Changes a weight a little in the second update."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            with torch.no_grad():
+                next(p for p in model.parameters() if p.requires_grad).view(-1)[0].mul_(1 + 1e-15)
+
+
+class Kill(TrainerCallback):
+    """Kills this process in a collective of the fifth update."""
+
+    def __init__(self, calls: list[Call], call: int):
+        self.calls, self.call = calls, call
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            deadly["call"] = len(self.calls) + self.call
+
+
+def survive(directory: str, sharded: bool = False, kill: int | None = None) -> list[float]:
+    """Trains, and saves every third update; goes on from the last checkpoint, if there is one.
+
+    Args:
+        directory: Of the checkpoints.
+        sharded: Whether FSDP2 shards the model.
+        kill: The collective of the fifth update in which the last process is killed.
+    """
+    fsdp = {"fsdp": True, "fsdp_config": {"fsdp_version": 2}} if sharded else {}
+    flags = {"max_steps": 10, "save_strategy": "steps", "save_steps": 3, "jd_weighting": "gradvac", **GROUP, **fsdp}
+    with fresh_accelerate(), counted() as calls:
+        args = arguments(directory, **flags)
+        if sharded:
+            shard(args)
+        trainer = Ours(MODELS["lora"](), args, train_dataset=examples(24), data_collator=collate)
+        if kill is not None and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
+            trainer.add_callback(Kill(calls, kill))
+        trainer.train(resume_from_checkpoint=any(Path(directory).glob("checkpoint-*")))
+        return whole(trainer.model).tolist()
+
+
+class EngineOfDeepSpeed:
+    """Stands in for DeepSpeed's engine: it takes gradients from its own backward pass only, averages and steps.
+
+    Args:
+        trainer: Whose model and optimizer it owns.
+    """
+
+    def __init__(self, trainer: Trainer):
+        self.trainer, self.boundary, self.inside, self.backwards, self.steps = trainer, False, False, 0, 0
+        self.parameters = [p for p in trainer.model.parameters() if p.requires_grad]
+        for p in self.parameters:
+            p.register_post_accumulate_grad_hook(self.accumulated)
+
+    def accumulated(self, parameter: Tensor) -> None:
+        """What ZeRO does when a gradient is ready."""
+        assert self.inside, "a hook of the engine fired outside of its own backward pass"
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        self.boundary = is_boundary
+
+    def backward(self, loss: Tensor, scale_wrt_gas: bool = True) -> None:
+        assert not scale_wrt_gas
+        self.backwards += 1
+        self.inside = True
+        loss.backward()
+        self.inside = False
+
+    def get_global_grad_norm(self) -> float:
+        return 0.0
+
+    def step(self) -> None:
+        assert self.boundary
+        self.steps += 1
+        for p in self.parameters:
+            torch.distributed.all_reduce(p.grad)
+            p.grad /= torch.distributed.get_world_size()
+        self.trainer.optimizer.optimizer.step()
+        self.trainer.optimizer.optimizer.zero_grad()
+
+
+class UnderDeepSpeed(Ours):
+    """Trains with the stand-in, in the places where accelerate would call DeepSpeed."""
+
+    def _prepare_for_training(self, *args, **kwargs):
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self.standin = EngineOfDeepSpeed(self)
+        self.is_deepspeed_enabled = True
+        self.accelerator.state.distributed_type = DistributedType.DEEPSPEED
+        self.accelerator.deepspeed_engine_wrapped = DeepSpeedEngineWrapper(self.standin)
+        self.accelerator.no_sync = lambda model: nullcontext()
+        return prepared
+
+    def training_step(self, model, *args, **kwargs):
+        return super().training_step(getattr(model, "module", model), *args, **kwargs)
+
+
+def deepspeed(accumulated: int, n: int = 24, **flags: Any) -> dict[str, Any]:
+    """Ten updates under the stand-in: the parameters, and how often the engine went backward and stepped."""
+    with tempfile.TemporaryDirectory() as directory, fresh_accelerate():
+        args = arguments(
+            directory,
+            per_device_train_batch_size=4 // torch.distributed.get_world_size(),
+            gradient_accumulation_steps=accumulated,
+            max_steps=10,
+            max_grad_norm=0,
+            jd_backward="two_pass",
+            accelerator_config={"even_batches": False},
+            **flags,
+        )
+        data = examples(n, unlabelled=(0, 1, 5))
+        settings = {"data_collator": collate, "compute_loss_func": token_losses}
+        trainer = UnderDeepSpeed(MODELS["lora"](), args, train_dataset=data, **settings)
+        trainer.train()
+        parameters = whole(trainer.model).numpy()
+    return {"parameters": parameters, "backwards": trainer.standin.backwards, "steps": trainer.standin.steps}

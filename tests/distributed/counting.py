@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import functools
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, distributed
+
+deadly: dict[str, int] = {}
+"""The call in which this process is killed, if it is to be."""
 
 
 class Call(NamedTuple):
@@ -45,6 +50,8 @@ def counted() -> Iterator[list[Call]]:
         @functools.wraps(before[name])
         def call(*args: Any, **kwargs: Any) -> Any:
             calls.append(Call(name, _sent(name, args)))
+            if len(calls) == deadly.get("call"):
+                os.kill(os.getpid(), signal.SIGKILL)
             return before[name](*args, **kwargs)
 
         return call

@@ -43,11 +43,16 @@ class Pool:
 
     def run(self, case: str, **arguments: Any) -> list[Any]:
         """What a function of `tests.distributed.cases` returned on each process."""
+        answers = self.answers_of(case, **arguments)
+        for failed, answer in answers:
+            assert not failed, answer
+        return [answer for _, answer in answers]
+
+    def answers_of(self, case: str, **arguments: Any) -> list[tuple[bool, Any]]:
+        """Whether the function failed on each process, and what it answered, or its error."""
         self.ask(case, **arguments)
         found = dict(self.answers.get(timeout=SECONDS) for _ in self.processes)
-        for failed, answer in found.values():
-            assert not failed, answer
-        return [found[r][1] for r in range(len(found))]
+        return [found[r] for r in range(len(found))]
 
     def answer(self, seconds: float) -> tuple[int, tuple[bool, Any]] | None:
         """The next (rank, (failed, answer)) within some seconds."""

@@ -1,0 +1,64 @@
+"""The other processes: were they given the same, do they stay the same, and what if one of them ends?"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_jd.checkpoints import newest_whole
+from hf_jd.distributed.agreement import check_alike, check_weights
+from hf_jd.distributed.processes import process_count, rank
+
+if TYPE_CHECKING:
+    from hf_jd.trainer.mixin import JDTrainerMixin
+
+_SIGNS = ("connection", "timed out", "timeout", "nccl", "gloo", "broken pipe", "socket")
+
+
+def check_given(trainer: JDTrainerMixin) -> None:
+    """Raises a ValueError where processes have other seeds, flags, groups or examples than the others."""
+    args = trainer.args
+    own = {name: value for name, value in vars(trainer.jd_args).items() if name.startswith("jd_")}
+    names = ["seed", "data_seed", "gradient_accumulation_steps", "max_steps", "num_train_epochs", "learning_rate"]
+    given = {name: getattr(args, name) for name in names}
+    check_alike({**given, **own, "groups": trainer.jd_group_names, "examples": _examples(trainer.train_dataset)})
+
+
+def check_same_weights(trainer: JDTrainerMixin) -> None:
+    """Raises a ValueError where, every `--jd_check_processes` updates, the weights are not the same everywhere."""
+    every, step = trainer.jd_args.jd_check_processes, trainer.state.global_step
+    if every and step % every == 0:
+        assert trainer.model is not None
+        named = trainer.model.named_parameters()
+        check_weights({name: p for name, p in named if p.requires_grad}, step)
+
+
+@contextmanager
+def lost_peers(trainer: JDTrainerMixin) -> Generator[None]:
+    """Says what happened, and what to do, where another process has ended."""
+    try:
+        yield
+    except RuntimeError as error:
+        if process_count() == 1 or not any(sign in str(error).lower() for sign in _SIGNS):
+            raise
+        found = None if trainer.args.output_dir is None else newest_whole(Path(trainer.args.output_dir), [])[0]
+        kept = f"The last whole checkpoint is `{found}`" if found else "There is no whole checkpoint yet"
+        raise RuntimeError(
+            f"Process {rank()} of {process_count()} ends in update {trainer.state.global_step + 1}, because another "
+            f"one has ended or didn't answer in time (--ddp_timeout): see the others' logs. {kept}; start all "
+            "processes again, with --resume_from_checkpoint, to go on from there."
+        ) from error
+
+
+def _examples(dataset: Any) -> Any:
+    """How many examples there are, and some of them, where they can be read without side effects."""
+    if not hasattr(dataset, "__len__"):
+        return None
+    n = len(dataset)
+    if hasattr(dataset, "with_format"):
+        dataset = dataset.with_format(None)  # Without transforms, which may be random.
+    elif not isinstance(dataset, list):
+        return n
+    return n, [dataset[i] for i in sorted({0, 1, n // 2, n - 1}) if 0 <= i < n]

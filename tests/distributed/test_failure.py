@@ -1,0 +1,59 @@
+"""Processes that end, and processes that don't train the same."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from hf_jd.checkpoints import newest_whole
+from tests.distributed.pool import Pool
+
+
+@pytest.mark.parametrize(
+    ("what", "name"),
+    [("seed", "`seed`"), ("flags", "`jd_backward`"), ("examples", "`examples`"), ("order", "`examples`")],
+)
+def test_what_differs_is_said_by_all(what, name, pools):
+    for failed, answer in pools(2).answers_of("differ", what=what):
+        assert failed
+        assert f"The processes were not given the same: {name} (here: " in answer
+
+
+def test_weights_that_differ_are_found(pools):
+    for failed, answer in pools(2).answers_of("differ", what="weights"):
+        assert failed
+        assert "After 2 updates, 1 of 8 parameters are not the same on all processes (first: `" in answer
+
+
+@pytest.fixture(scope="module")
+def unharmed(tmp_path_factory, pools):
+    """The parameters of runs that nothing befell."""
+    return {
+        sharded: pools(2).run("survive", directory=str(tmp_path_factory.mktemp("whole")), sharded=sharded)[0]
+        for sharded in (False, True)
+    }
+
+
+@pytest.mark.parametrize(("sharded", "kill"), [(False, 1), (False, 4), (True, 6)])
+def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(sharded, kill, tmp_path, unharmed):
+    pool = Pool(2, timeout=20)
+    start = time.monotonic()
+    pool.ask("survive", directory=str(tmp_path), sharded=sharded, kill=kill)
+    answered = pool.answer(60)
+    pool.end()
+    assert answered is not None
+    rank, (failed, answer) = answered
+    assert time.monotonic() - start < 60
+    assert rank == 0
+    assert failed
+    assert "because another one has ended or didn't answer in time" in answer
+    checkpoint, _ = newest_whole(tmp_path, ["scheduler.pt"])
+    assert checkpoint is not None
+    assert f"The last whole checkpoint is `{checkpoint}`" in answer
+    pool = Pool(2)
+    try:
+        resumed = pool.run("survive", directory=str(tmp_path), sharded=sharded)
+    finally:
+        pool.end()
+    assert resumed[0] == unharmed[sharded]
