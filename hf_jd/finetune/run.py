@@ -133,12 +133,13 @@ def build_trainer(
 
 
 def _by_task(examples: Dataset, column: str | None) -> Any:
-    """One evaluation set for each task; without a task column, the one set."""
+    """One evaluation set for each task, whose losses are then its own; without a task column, the one set."""
     if column is None:
         return examples
     rows: dict[str, list[int]] = {}
     for row, task in enumerate(examples[column]):
         rows.setdefault(str(task), []).append(row)
+    examples = examples.remove_columns(column)
     return {task: examples.select(rows[task]) for task in sorted(rows)}
 
 
