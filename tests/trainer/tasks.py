@@ -28,7 +28,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from tests.models import VOCABULARY
+from tests.models import VOCABULARY, tiny_gpt2
 
 TASKS = ("code", "docs", "chat")
 CLASSES = 3
@@ -161,6 +161,7 @@ class Task:
 
 QUERY = ["query", "value"]
 TABLE = {
+    "causal": Task(tiny_gpt2, _masked, ["c_attn"], "items", smoothed=True),
     "seq2seq": Task(_t5, lambda g: {**_text(g), "labels": _ids(g, 3 + _class(g))}, ["q", "v"], smoothed=True),
     "masked": Task(_bert(BertForMaskedLM), _masked, QUERY, smoothed=True),
     "single-label": Task(
@@ -200,7 +201,10 @@ def model_of(task: Task, adapted: bool) -> nn.Module:
         return model
     torch.manual_seed(1)
     head = [n for n in ("classifier", "qa_outputs") if hasattr(model, n)]
-    config = LoraConfig(r=2, target_modules=task.targets, modules_to_save=head or None, init_lora_weights=False)
+    conv1d = "c_attn" in task.targets  # GPT-2's weights are transposed.
+    config = LoraConfig(
+        r=2, target_modules=task.targets, modules_to_save=head or None, init_lora_weights=False, fan_in_fan_out=conv1d
+    )
     return get_peft_model(model, config).double()
 
 

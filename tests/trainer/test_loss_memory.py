@@ -1,0 +1,55 @@
+"""What autograd keeps for an unreduced loss is what it keeps for the loss of transformers, within a tenth."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.trainer_pt_utils import LabelSmoother
+
+from hf_jd import JDTrainer
+from hf_jd.losses import causal_lm
+from tests.models import tiny_gpt2
+from tests.trainer.runs import arguments, collate, examples
+
+VOCABULARY = 1000
+
+
+def kept(loss) -> int:
+    """The bytes of all storages that autograd saves for the backward of `loss()`."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        loss().backward()
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}.values())
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_bytes_kept_for_the_backward(dtype, smoothing):
+    torch.manual_seed(0)
+    logits = torch.randn(4, 16, VOCABULARY, dtype=dtype, requires_grad=True)
+    labels = torch.randint(VOCABULARY, (4, 16))
+    labels[:, :5] = -100
+
+    def theirs():
+        if smoothing:
+            return LabelSmoother(smoothing)({"logits": 1 * logits}, labels, shift_labels=True)
+        return ForCausalLMLoss(1 * logits, labels, VOCABULARY)
+
+    def ours():
+        return causal_lm({"logits": 1 * logits}, {"labels": labels}, torch.nn.Identity(), smoothing)[0].sum()
+
+    reference = kept(theirs)
+    assert reference >= labels.numel() * VOCABULARY * torch.float32.itemsize * (0.5 if smoothing else 1)
+    assert kept(ours) <= 1.1 * reference
+
+
+def test_bytes_kept_by_a_trainers_steps(tmp_path):
+    """Of the model and its loss, after the first step, which asks for the model's own loss as a reference."""
+    batch = collate(examples(4))
+    model = tiny_gpt2(vocab_size=VOCABULARY)
+    trainer = JDTrainer(model, arguments(tmp_path), data_collator=collate)
+    trainer.engine().detach()
+    counts = [kept(lambda: trainer.compute_losses(model, batch)[0].sum()) for _ in range(2)]
+    reference = kept(lambda: model(**batch).loss)
+    assert counts[1] <= 1.1 * reference < counts[0]
