@@ -1,10 +1,10 @@
 """Mean is Trainer, for every task: all go through rows and Gramian.
 
-Trainer's settings that meet here are six, of two values each; their 64 products, for 20 steps of every task, would take an
-hour. Six runs of a task meet every pair of values of every two settings: a setting that is wrong by itself, or together
-with another one, fails for each task. (What a third setting changes is met as well, though not by each task: over all
-tasks, every three values of three settings meet.) Two steps are an epoch, the second of which has an uneven micro-batch, and
-an error in a step is one in all that follow; one run of each task takes 20, over ten epochs.
+Trainer's settings that meet here are six, of two values each: 64 products, too many to run them all for every task. Six
+runs of a task meet every pair of values of every two settings: a setting that is wrong by itself, or together with
+another one, fails for each task. (What a third one changes is met too, though not by each task: over all tasks, every
+three values of three settings meet.) Two steps are an epoch, the second of which has an uneven micro-batch, and what
+is wrong in a step is so in all that follow; one run of each task takes 20, over several epochs.
 
 Most heads ignore the number of items that Trainer counts, and it does not divide by the number of micro-batches either:
 there the reference is Trainer's step on one big batch.
