@@ -216,6 +216,10 @@ class Objectives:
         """[M] (bool): the rows that have losses, and are finite as these are."""
         return (self.counts > 0) & self.losses.isfinite() & gramian.diagonal().isfinite().to(self.table.device)
 
+    def broken(self, usable: Tensor) -> Tensor:
+        """[M] (bool): the objectives that have losses, and aren't usable: their loss or row isn't finite."""
+        return (self.counts > 0).logical_and(~usable)
+
     def members(self, usable: Tensor) -> Tensor:
         """Which objective each usable row belongs to: one of its own, or that of the whole batches, the last one."""
         names = self.names[usable]

@@ -99,6 +99,7 @@ def finetune(model: ModelArguments, data: DataArguments, run: RunArguments, trai
             print(f"\n{evaluation_table(results)}")
         print(f"\nSaved in {folder}.")
     trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()  # A process that ends in a group of gloo's may abort.
     return Results.read(folder)
 
 

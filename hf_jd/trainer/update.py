@@ -91,11 +91,12 @@ class Update:
         if self.trainer.accelerator.scaler is not None and broken:
             # An overflow has to stay in `.grad`: GradScaler then skips the step and lowers its scale.
             accumulate({p: torch.full_like(p, torch.inf) for p in self.trainer.trainable()})
-        elif self.jd.jd_backward == "one_pass":
-            # GradScaler divides by its scale, which is in the rows.
-            accumulate(rows.weighted_sum(weights, usable))
         elif self.trainer.is_deepspeed_enabled:
             second_pass_of_deepspeed(self.recorder, recorded, weights[rows.mine], usable[rows.mine])
+        elif self.jd.jd_backward == "one_pass" or objectives.broken(usable).any():
+            # Rows are picked; a second pass would multiply those that aren't finite by 0, which is NaN.
+            # GradScaler divides by its scale, which is in the rows.
+            accumulate(rows.weighted_sum(weights, usable))
         else:
             second_pass(self.recorder, recorded, weights[rows.mine], usable[rows.mine])
         return self.value(self.coefficients(objectives, usable), own, rows, usable, self._add_extra(recorded))
@@ -168,7 +169,7 @@ class Update:
     def count_broken(self, recorded: list[Recorded], objectives: Objectives, usable: Tensor) -> Tensor:
         """How many instances and objectives are left out because they aren't finite; the same on all processes."""
         instances = torch.stack([r.broken for r in recorded]).sum()
-        rows = (objectives.counts > 0).logical_and(~usable).sum()
+        rows = objectives.broken(usable).sum()
         broken = add_over_processes(instances + rows) if self.alone else add_over_processes(instances) + rows
         self.trainer.jd_metrics.add(Metrics(("jd/non_finite",), broken.double()[None]))
         if self.trainer.accelerator.scaler is None:  # An overflow is how GradScaler finds its scale.
@@ -178,7 +179,7 @@ class Update:
 
     def _report(self, objectives: Objectives, usable: Tensor) -> None:
         """Logs the objectives whose loss is finite, and row isn't."""
-        for k in (objectives.counts > 0).logical_and(~usable).nonzero().flatten().tolist():
+        for k in objectives.broken(usable).nonzero().flatten().tolist():
             group = int(objectives.groups[k])
             named = f" (group `{self.trainer.group_name(group)}`)" if group >= 0 else ""
             step = self.trainer.state.global_step + 1
