@@ -48,7 +48,8 @@ class Update:
     ):
         self.trainer = trainer
         self.jd = trainer.jd_args
-        self.batches = batches
+        # Of several processes, all have to run as many passes.
+        self.batches = [b for b in batches if process_count() > 1 or _holds_examples(b)]
         self.alone = alone
         self.micro_batches = trainer.current_gradient_accumulation_steps if self.alone else len(batches)
         # How many updates like this one are averaged, unless the losses already hold their share of the whole.
@@ -68,6 +69,8 @@ class Update:
         Returns:
             The part of this process in the objectives' mean, times the number of processes, as Trainer logs it.
         """
+        if not self.batches:
+            return torch.zeros((), device=self.trainer.args.device)
         if not self.trainer.jd_control.measures(self.trainer.state.global_step):
             value = plain_step(self)
             if value is not None:
@@ -188,7 +191,7 @@ class Update:
     def _present_groups(self) -> Tensor | None:
         """The sorted ids [K] of the groups that are weighed together; None without a group column."""
         column = self.jd.jd_group_column
-        if column is None:
+        if column is None or not self.batches:
             return None
         for batch in self.batches:
             if GROUP_KEY not in batch:
@@ -217,3 +220,8 @@ class Update:
             table = torch.cat([table[:, :3], own[:, 3:]], dim=1)  # Groups and names are the same everywhere.
         whole = len(self.trainer.jd_loss_names) - 1 if len(first.parts) > 1 and not self.kind.shared else None
         return Objectives(table, self.jd.own_mean, first.parts[0].denominators is not None, whole)
+
+
+def _holds_examples(batch: Mapping[str, Any]) -> bool:
+    """Whether there is any example in a batch: many models fail on a batch of none."""
+    return any(value.numel() for key, value in batch.items() if key != GROUP_KEY and isinstance(value, Tensor))

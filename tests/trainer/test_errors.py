@@ -24,7 +24,7 @@ from tests.trainer.runs import arguments, collate, examples, lora, run
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"jd_weighting": "upgrat"}, "(?i)unknown weighting 'upgrat'.*upgrad"),
+        ({"jd_weighting": "upgrat"}, "Unknown weighting 'upgrat'. The known ones are upgrad, .*mgda"),
         ({"jd_weighting_args": ["speed=3"]}, "Unknown argument 'speed'"),
         ({"jd_weighting_args": ["speed"]}, "`speed`; each argument is given as `name=value`"),
         ({"jd_objectives": "task"}, "--jd_objectives is `task`; choose one of .*`instance`"),
