@@ -34,10 +34,13 @@ class GroupCollator:
         self.ids = None if names is None else {name: i for i, name in enumerate(names)}
 
     def __call__(self, examples: list) -> Any:
-        """Collates; ids [B] are -1 for a name that isn't known, and absent for examples without the column."""
+        """Collates; ids [B] are -1 for a name that isn't known, and absent for examples without the column.
+
+        An example that packs several documents has a list of their names; then there is one id a document.
+        """
         if not all(isinstance(example, dict) and self.column in example for example in examples):
             return self.collator(examples)
-        values = [example[self.column] for example in examples]
+        values = [name for example in examples for name in _each(example[self.column])]
         batch = self.collator([{k: v for k, v in example.items() if k != self.column} for example in examples])
         batch[GROUP_KEY] = torch.tensor([self._id(value) for value in values], dtype=torch.int64)
         return batch
@@ -75,11 +78,11 @@ def group_names(dataset: Any, column: str, known: list[str] | None = None) -> li
         raise _missing_column(column, columns)
     if known or not hasattr(dataset, "__len__"):
         return known
-    return sorted(set(group_of_each(dataset, column)))
+    return sorted({name for names in groups_of_each(dataset, column) for name in names})
 
 
-def group_of_each(dataset: Any, column: str) -> list[str]:
-    """The name of each example's group.
+def groups_of_each(dataset: Any, column: str) -> list[list[str]]:
+    """The names of each example's groups: one, or those of the documents that it packs.
 
     Args:
         dataset: A Dataset or a list of examples.
@@ -90,13 +93,17 @@ def group_of_each(dataset: Any, column: str) -> list[str]:
     """
     names = []
     for row, value in enumerate(_values(dataset, column, getattr(dataset, "column_names", None))):
-        if is_missing(value):
+        if any(is_missing(name) for name in _each(value)):
             raise ValueError(
                 f"Row {row} of the training set has no value in the group column `{column}`: fill it in, or leave "
                 "the row out."
             )
-        names.append(str(value))
+        names.append([str(name) for name in _each(value)])
     return names
+
+
+def _each(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _values(dataset: Any, column: str, columns: list[str] | None) -> Iterable[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hf_jd.collator import group_of_each
+from hf_jd.collator import groups_of_each
 from hf_jd.sampler import StratifiedSampler
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def stratified_sampler(trainer: JDTrainerMixin, dataset: Any) -> StratifiedSampl
     elif processes > 1 and accelerator.even_batches:
         length += -length % together
     return StratifiedSampler(
-        group_of_each(dataset, column),
+        [name for (name,) in groups_of_each(dataset, column)],
         update_size=together * args.gradient_accumulation_steps,
         batch_size=batch // processes if accelerator.split_batches else batch,
         length=length,

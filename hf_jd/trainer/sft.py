@@ -6,7 +6,9 @@ TRL's own `compute_loss` runs, so its metrics are its own; the tokens' losses ar
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,11 +16,13 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_jd.arguments import JDArguments
+from hf_jd.collator import group_names
 from hf_jd.losses import bare, causal_lm
 from hf_jd.trainer.mixin import JDTrainerMixin
 
 try:
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig, SFTTrainer, pack_dataset
+    from trl.data_utils import get_dataset_column_names
 except ImportError as error:
     raise ImportError(f"JDSFTTrainer needs TRL ({error}): pip install 'hf-jd[trl]'.") from error
 
@@ -46,13 +50,36 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
                 f"The arguments of {type(self).__name__} are {type(given).__name__}, without the flags of both TRL's "
                 "SFT and Jacobian descent: use JDSFTConfig."
             )
-        if given.packing and given.jd_group_column is not None:
+        if given.packing and given.jd_group_column is not None and given.packing_strategy == "wrapped":
             raise ValueError(
-                f"--packing drops the column `{given.jd_group_column}`, so no example's group is known: leave packing "
-                "off, or use --padding_free alone."
+                f"--packing_strategy wrapped cuts documents anywhere, so no row has one group of the column "
+                f"`{given.jd_group_column}`: use bfd."
+            )
+        if given.packing and given.jd_sampler != "trainer":
+            raise ValueError(
+                f"--jd_sampler {given.jd_sampler} orders the examples by their group, and a row of --packing holds "
+                "several: leave one of the two out."
             )
         self._jd_warned_of_logits = False
         super().__init__(*args, **kwargs)
+
+    def _prepare_dataset(
+        self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
+    ) -> Any:
+        """Prepares a dataset as TRL does; where it is packed, each row names its documents' groups, which TRL drops."""
+        column = args.jd_group_column if packing else None
+        if column is not None and dataset_name == "train":
+            group_names(dataset, column)  # After the packing, rows could not be told.
+        if column is None or column not in (get_dataset_column_names(dataset) or []):
+            return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
+        whole = copy(args)
+        whole.max_length = None  # The packing cuts.
+        tokens = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
+        tokens = tokens.select_columns(["input_ids", "labels", column])
+        tokens = tokens.map(lambda example: {column: [example[column]] * len(example["input_ids"])})
+        packed = pack_dataset(tokens, args.max_length, args.packing_strategy)
+        packed = packed.map(lambda row: {column: [row[column][end - 1] for end in accumulate(row["seq_lengths"])]})
+        return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed
 
     def compute_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor]:
         """The loss of each token [B, T], as TRL's `loss_type` has it, and which of them count; see JDTrainerMixin."""

@@ -148,9 +148,14 @@ def test_mean_is_sft_with_a_balancing_loss(tmp_path):
     assert relative(logged(ours, "aux_loss"), logged(theirs, "aux_loss")) < 1e-5
 
 
-@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
-def test_mean_is_sft_with_packing(strategy, tmp_path):
-    is_sft(build_lora, tmp_path, packing=True, packing_strategy=strategy, max_length=16)
+@pytest.mark.parametrize(
+    ("kind", "strategy"),
+    [("instance", "bfd"), ("instance", "wrapped"), ("group", "bfd"), ("group", "bfd_split")],
+)
+def test_mean_is_sft_with_packing(kind, strategy, tmp_path):
+    flags = {"packing": True, "packing_strategy": strategy, "max_length": 16, "shuffle_dataset": kind == "group"}
+    ours, theirs = is_sft(build_lora, tmp_path, **flags, **KINDS[kind])
+    assert ours.train_dataset["input_ids"][:] == theirs.train_dataset["input_ids"][:]
 
 
 def test_packed_documents_are_instances(tmp_path):
@@ -168,8 +173,50 @@ def test_documents_without_padding_have_their_groups(tmp_path):
     padded = trained(JDSFTTrainer, build_lora(), tmp_path, **settings)
     free = trained(JDSFTTrainer, build_lora(), tmp_path, padding_free=True, max_length=None, **settings)
     assert relative(flat(free.model), flat(padded.model)) < 1e-5
-    with pytest.raises(ValueError, match="--packing drops the column `task`"):
-        trained(JDSFTTrainer, build_lora(), tmp_path, packing=True, **KINDS["group"])
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packing_is_padding(kind, accumulation, strategy, tmp_path):
+    # Every update has all documents, in some order.
+    settings = {"jd_weighting": "upgrad", "max_steps": 3, **KINDS[kind], "jd_group_column": "task"}
+    padded = trained(JDSFTTrainer, build_lora(), tmp_path, per_device_train_batch_size=len(DATA), **settings)
+    packing = {"packing": True, "packing_strategy": strategy, "max_length": 24, "shuffle_dataset": True}
+    rows = {"per_device_train_batch_size": 6 // accumulation, "gradient_accumulation_steps": accumulation}
+    packed = trained(JDSFTTrainer, build_lora(), tmp_path, **packing, **rows, **settings)
+    assert 3 < len(packed.train_dataset) <= 6
+    assert len(packed.jd_state.gramian) == (3 if kind == "group" else len(DATA))
+    assert relative(flat(packed.model), flat(padded.model)) < 1e-5
+    for task in ("t0", "t1", "t2"):
+        assert relative(logged(packed, f"jd/loss/{task}"), logged(padded, f"jd/loss/{task}")) < 1e-5
+
+
+def test_packed_documents_that_are_cut_keep_their_groups(tmp_path):
+    settings = {"packing": True, "max_length": 12, "max_steps": 1, "per_device_train_batch_size": 50, **KINDS["group"]}
+    for strategy, tokens in (("bfd", 12 * len(DATA)), ("bfd_split", None)):
+        trainer = trained(JDSFTTrainer, build_lora(), tmp_path, packing_strategy=strategy, **settings)
+        for row in trainer.train_dataset:
+            assert len(row["task"]) == len(row["seq_lengths"])
+        assert trainer.jd_state.names == ["t0", "t1", "t2"]
+        assert tokens is None or sum(len(row["input_ids"]) for row in trainer.train_dataset) <= tokens
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"packing_strategy": "wrapped"}, "--packing_strategy wrapped cuts documents .*`task`: use bfd"),
+        (
+            {"jd_sampler": "stratified"},
+            "--jd_sampler stratified orders the examples .* a row of --packing holds several",
+        ),
+        ({"jd_group_column": "topic"}, "no group column `topic`; its columns are .*`task`"),
+    ],
+    ids=["wrapped", "stratified", "missing"],
+)
+def test_packing_without_groups_is_refused(flags, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        trained(JDSFTTrainer, build_lora(), tmp_path, packing=True, **{**KINDS["group"], **flags})
 
 
 def test_rows_are_instances(tmp_path):
