@@ -74,7 +74,7 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         whole = copy(args)
         whole.max_length = None  # The packing cuts.
-        tokens = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
+        tokens: Any = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
         tokens = tokens.select_columns(["input_ids", "labels", column])
         tokens = tokens.map(lambda example: {column: [example[column]] * len(example["input_ids"])})
         packed = pack_dataset(tokens, args.max_length, args.packing_strategy)
