@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft.optimizers import create_loraplus_optimizer
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
 from tests.invariant.test_trainer_invariants import KINDS
@@ -99,6 +99,7 @@ def test_schedule_free(tmp_path):
         {"logging_first_step": True, "logging_steps": 2},
         {"num_train_epochs": 2, "max_steps": -1},
         {"dataloader_drop_last": True},
+        {"train_sampling_strategy": "group_by_length"},
     ],
     ids=lambda flags: next(iter(flags)),
 )
@@ -147,3 +148,40 @@ def test_callbacks_are_called_alike(tmp_path):
     both(tmp_path, settings=settings, eval_strategy="steps", eval_steps=2)
     assert calls[0].names == calls[1].names
     assert {"on_step_end", "on_evaluate", "on_substep_end", "on_pre_optimizer_step"} <= set(calls[0].names)
+
+
+def test_inputs_are_prepared_by_trainer(tmp_path, monkeypatch):
+    prepare, batches = Trainer._prepare_inputs, []
+
+    def shifted(self, inputs):
+        batches.append(inputs)
+        return {**prepare(self, inputs), "input_ids": inputs["input_ids"] % 30}
+
+    plain, _ = both(tmp_path / "plain")
+    monkeypatch.setattr(Trainer, "_prepare_inputs", shifted)
+    theirs, ours = both(tmp_path)
+    are_alike(theirs, ours)
+    assert relative(flat(theirs.model), flat(plain.model)) > 1e-4
+    assert all(batch["input_ids"].max() < 37 and "labels" in batch for batch in batches), "batches are left as they are"
+
+
+def test_dropout_goes_on_after_an_evaluation(tmp_path):
+    flags = {"eval_strategy": "steps", "eval_steps": 2}
+    theirs, ours = (
+        run(lora("gpt2", dropout=0.2), args, eval_dataset=examples(4, seed=1))
+        for args in (
+            arguments(tmp_path, TrainingArguments, **flags),
+            arguments(tmp_path, jd_weighting="mean", **flags),
+        )
+    )
+    are_alike(theirs, ours)
+    assert ours.model.training == theirs.model.training
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_devices_cache_is_cleared_as_often(every, tmp_path, monkeypatch):
+    calls = []
+    for place in ("transformers.trainer", "hf_jd.trainer.forward"):
+        monkeypatch.setattr(f"{place}.clear_device_cache", lambda *args, place=place: calls.append(place))
+    both(tmp_path, torch_empty_cache_steps=every)
+    assert calls.count("hf_jd.trainer.forward") == calls.count("transformers.trainer") >= 11 // every

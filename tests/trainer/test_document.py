@@ -1,7 +1,8 @@
-"""The page of the trainer names what there is."""
+"""The documents of the trainer name what there is."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 
 from hf_jd.arguments import JDArguments
 
-PAGE = (Path(__file__).parents[2] / "docs" / "trainer.md").read_text("utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "trainer.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("field", fields(JDArguments), ids=lambda field: field.name)
@@ -20,3 +22,18 @@ def test_each_flag_is_on_the_page_as_its_help_has_it(field):
 def test_no_other_flag_is_on_the_page():
     rows = [line for line in PAGE.splitlines() if line.startswith("| `--jd_")]
     assert len([row for row in rows if row.count("|") == 4]) == len(fields(JDArguments))
+
+
+def test_each_duty_has_a_test_that_exists():
+    _, table = (ROOT / "docs" / "design.md").read_text("utf-8").split("## What Trainer leaves")
+    duties = [line for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(duties) > 20
+    defined = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^ *def (test_\w+)", path.read_text("utf-8"), re.MULTILINE)
+    }
+    for duty in duties:
+        names = re.findall(r"`(test_\w+)`", duty.split("|")[2])
+        assert names
+        assert set(names) <= defined, duty
