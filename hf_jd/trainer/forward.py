@@ -55,6 +55,8 @@ class LossesMixin(Host):
         self._jd_extra_loss: Tensor | None = None
         self._jd_has_extra: bool | None = None
         self._jd_extra_name = "extra"
+        # What a router's balancing loss is multiplied by, where that is known to be all that is left over.
+        self._jd_router: float | None = None
         self.jd_loss_names: list[str] = []
         self._jd_summed = False
         self.jd_again = False
@@ -95,13 +97,16 @@ class LossesMixin(Host):
         kind = loss_kind(core)
         check_targets(kind, inputs)
         # The model's own loss is asked for once, as a reference, and where it has a part that only it knows.
-        whole = not self._smoothing(inputs) and self._jd_has_extra is not False
+        whole = not self._smoothing(inputs) and self._jd_has_extra is not False and self._jd_router is None
         if outputs is None:
             outputs = model(**(inputs if whole else model_inputs(kind, inputs, core)))
         losses, counted = self.read_losses(outputs, inputs, core)
         self._jd_summed = is_summed(kind, core)
         if whole:
             self._keep_extra(losses, counted, outputs)
+            self._keep_router(losses, counted, outputs, core)
+        elif self._jd_router is not None and counted.any():
+            self._jd_extra_loss = self._jd_router * outputs["aux_loss"]
         self._jd_averaged = several and kind in NAMED_LOSSES
         return NAMED_LOSSES[kind](outputs, inputs) if self._jd_averaged else (losses, counted)
 
@@ -215,6 +220,13 @@ class LossesMixin(Host):
                     logger.warning(f"{own}: that part is added to the objectives' mean, and no weighting sees it.")
         if self._jd_has_extra:
             self._jd_extra_loss = left
+
+    def _keep_router(self, losses: Tensor, counted: Tensor, outputs: Any, core: nn.Module) -> None:
+        """Finds out whether what is left over is a router's balancing loss alone: it can be had without the model's."""
+        coefficient, aux = getattr(bare(core), "router_aux_loss_coef", None), outputs.get("aux_loss")
+        if self._jd_has_extra and coefficient is not None and aux is not None and loss_kind(core) == "ForCausalLM":
+            others = rest(losses, counted, outputs["loss"] - coefficient * aux.to(outputs["loss"]), self._jd_summed)[1]
+            self._jd_router = None if others or not counted.any() else coefficient
 
     def _batch_loss(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
         """What Trainer asks of a `compute_loss_func`, in evaluation: one loss, from the user's unreduced ones."""
