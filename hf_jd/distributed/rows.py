@@ -16,12 +16,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.nn import functional
 
 from hf_jd.distributed.columns import Bucket, Piece, buckets, offsets
 from hf_jd.distributed.gradients import Gradients, Sent, add_gradients, in_turn, used_flags
 from hf_jd.distributed.processes import add_over_processes, gather, gather_uneven, process_count, rank
 from hf_jd.gramian import Jacobian
 from hf_jd.gramian.rows import combine, inner
+
+SUMMED_HERE = ("cpu",)
+"""Devices on which a reduce-scatter is an all-to-all and a sum: gloo's own takes longer than an all-reduce would."""
 
 
 class OwnRows:
@@ -72,11 +76,12 @@ class OwnRows:
         self._used = [p for p, flag in zip(self.parameters, flags.tolist(), strict=True) if flag]
 
     def _pack(self, part: list[Piece], packed: Tensor) -> None:
-        """Copies columns of the rows into `packed` [m_r, C], which holds zeros."""
-        if self.jacobian is not None:
+        """Copies columns of the rows into `packed` [m_r, C]."""
+        if self.jacobian is None:
+            packed.zero_()
+        else:
             for (p, start, stop), where in offsets(part):
-                if p in self._own:
-                    packed[:, where] = self.jacobian.rows(p)[:, start:stop]
+                packed[:, where] = self.jacobian.columns(p, start, stop) if p in self._own else 0
 
 
 class GatheredRows(OwnRows):
@@ -145,7 +150,8 @@ class AddedRows(OwnRows):
         self._sums: list[tuple[Bucket, Tensor]] = []
         gramian = torch.zeros(self._objectives, self._objectives, dtype=torch.float64, device=self.parameters[0].device)
         cut = buckets(self._used, process_count(), self._objectives)
-        for bucket, rows in in_turn(self._exchange(bucket) for bucket in cut):
+        for bucket, received in in_turn(self._exchange(bucket) for bucket in cut):
+            rows = self._summed(bucket, received)
             gramian += inner(rows, rows)
             self._sums.append((bucket, rows))
         self.jacobian = None  # Each process keeps 1/W of the sums.
@@ -164,18 +170,45 @@ class AddedRows(OwnRows):
         return update.by_parameter()
 
     def _exchange(self, bucket: Bucket) -> Sent:
-        """The rows [K, C] of this process are sent by columns; the sums [K, C / W] over all processes arrive."""
+        """The rows [K, C] of this process are sent by columns; for what arrives see `_summed`."""
+        if bucket.device.type in SUMMED_HERE:
+            return self._send_parts(bucket)
         flat = bucket.zeros(process_count(), self._objectives)
         for part, packed in zip(bucket.parts, flat, strict=True):
             self._pack(part, packed)
         sums = torch.empty_like(flat[0])
         return Sent(bucket, sums, distributed.reduce_scatter_single(sums.view(-1), flat.view(-1), async_op=True), flat)
 
+    def _send_parts(self, bucket: Bucket) -> Sent:
+        """Each process is sent its part; the others' rows [W - 1, K, C / W] of the own part arrive."""
+        k, widths = self._objectives, bucket.widths
+        sizes = [0 if q == rank() else k * width for q, width in enumerate(widths)]
+        flat = torch.empty(sum(sizes), dtype=bucket.dtype, device=bucket.device)
+        for q, packed in enumerate(flat.split(sizes)):
+            if q != rank():
+                self._pack(bucket.parts[q], packed.view(k, -1))
+        rows = flat.new_empty(process_count() - 1, k, widths[rank()])
+        received = [0 if q == rank() else rows[0].numel() for q in range(process_count())]
+        work = distributed.all_to_all_single(rows.view(-1), flat, received, sizes, async_op=True)
+        return Sent(bucket, rows, work, flat)
+
+    def _summed(self, bucket: Bucket, received: Tensor) -> Tensor:
+        """[K, C / W] the sums over all processes: what arrived, or the others' rows that did plus the own ones."""
+        if bucket.device.type not in SUMMED_HERE:
+            return received
+        sums = received[0] if len(received) == 1 else received.sum(0)
+        if self.jacobian is not None:
+            for (p, start, stop), where in offsets(bucket.parts[rank()]):
+                if p in self._own:
+                    sums[:, where] += self.jacobian.columns(p, start, stop)
+        return sums
+
     def _weigh(self, bucket: Bucket, sums: Tensor, weights: Tensor, usable: Tensor) -> Sent:
         """The update's columns of this process, gathered from all where the parameters are whole."""
         own = combine(weights, sums) if usable.all() else combine(weights[usable], sums[usable])
         if bucket.sharded:
             return Sent(bucket, own, None, own)
+        own = functional.pad(own, (0, max(bucket.widths) - len(own)))  # All parts of a gather are as long.
         columns = own.new_empty(process_count(), len(own))
         return Sent(bucket, columns, distributed.all_gather_single(columns.view(-1), own, async_op=True), own)
 

@@ -80,6 +80,12 @@ class Jacobian:
             return rows.dense()
         return torch.zeros(len(self), parameter.numel(), dtype=parameter.dtype, device=parameter.device)
 
+    def columns(self, parameter: nn.Parameter, start: int, stop: int) -> Tensor:
+        """Some columns of the rows of one parameter that is used: [R, stop - start]."""
+        rows = self._rows[parameter]
+        assert rows is not None
+        return rows.columns(start, stop)
+
     def select(self, index: Tensor) -> "Jacobian":
         """The rows of some objectives, by indices [R']; the others are dropped, not multiplied by 0."""
         return self._map(lambda rows: rows.select(index.to(rows.device)), len(index))

@@ -37,9 +37,9 @@ class RoutedRows(Rows):
         parts = (self.grad_output, self.input, self.owners)
         return list(zip(*(part.split(self.lengths) for part in parts), strict=True))
 
-    def dense(self) -> Tensor:
-        rows = self.input.new_zeros(self.objectives, *self.shape)
-        for e, expert in enumerate(self._experts()):
+    def block(self, first: int, last: int) -> Tensor:
+        rows = self.input.new_zeros(self.objectives, last - first, *self.shape[1:])
+        for e, expert in enumerate(self._experts()[first:last]):
             self._fill(rows[:, e], *expert)
         return rows.flatten(1)
 

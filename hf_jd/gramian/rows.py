@@ -4,6 +4,7 @@ Each class knows the products that Jacobian descent needs of its rows. A new rep
 else; `jacobian.py` puts the parameters of a model together.
 """
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -57,9 +58,19 @@ class Rows(ABC):
     shape: torch.Size
     device: torch.device
 
-    @abstractmethod
     def dense(self) -> Tensor:
         """The rows as one tensor [R, numel]."""
+        return self.block(0, self.shape[0])
+
+    @abstractmethod
+    def block(self, first: int, last: int) -> Tensor:
+        """The columns of `parameter[first:last]`: [R, (last - first) * numel / len(parameter)]."""
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        """Some columns of `dense()`, without forming much more: [R, stop - start]."""
+        width = math.prod(self.shape[1:])
+        first = start // width
+        return self.block(first, -(-stop // width))[:, start - first * width : stop - first * width]
 
     @abstractmethod
     def gramian(self) -> Tensor:
@@ -119,9 +130,16 @@ class DenseRows(Rows):
         self.transposed = transposed
 
     def dense(self) -> Tensor:
-        if not self.transposed:
-            return self.rows
-        return self.rows.unflatten(1, self.shape[::-1]).transpose(1, 2).flatten(1)
+        return super().dense() if self.transposed else self.rows
+
+    def block(self, first: int, last: int) -> Tensor:
+        if self.transposed:
+            return self.rows.unflatten(1, self.shape[::-1])[:, :, first:last].transpose(1, 2).flatten(1)
+        width = math.prod(self.shape[1:])
+        return self.rows[:, first * width : last * width]
+
+    def columns(self, start: int, stop: int) -> Tensor:
+        return super().columns(start, stop) if self.transposed else self.rows[:, start:stop]
 
     def gramian(self) -> Tensor:
         return inner(self.rows, self.rows)
@@ -173,9 +191,10 @@ class SparseRows(Rows):
         self.owners, self.ids = keys // shape[0], keys % shape[0]
         self.values = values.new_zeros(len(keys), values.shape[1]).index_add_(0, slots, values)
 
-    def dense(self) -> Tensor:
-        rows = self.values.new_zeros(self.objectives, *self.shape)
-        rows[self.owners, self.ids] = self.values
+    def block(self, first: int, last: int) -> Tensor:
+        inside = ((self.ids >= first) & (self.ids < last)).nonzero().flatten()
+        rows = self.values.new_zeros(self.objectives, last - first, self.shape[1])
+        rows[self.owners[inside], self.ids[inside] - first] = self.values[inside]
         return rows.flatten(1)
 
     def gramian(self) -> Tensor:
@@ -256,8 +275,8 @@ class OuterRows(Rows):
         self.grad_output, self.input = grad_output, input
         self.shape, self.objectives, self.device = shape, len(input), input.device
 
-    def dense(self) -> Tensor:
-        return torch.bmm(self.grad_output.transpose(1, 2), self.input).flatten(1)
+    def block(self, first: int, last: int) -> Tensor:
+        return torch.bmm(self.grad_output[..., first:last].transpose(1, 2), self.input).flatten(1)
 
     def gramian(self) -> Tensor:
         """The cheaper of the ghost form sum((x_i x_j^T) * (g_i g_j^T)) and rows materialised in chunks.
@@ -337,8 +356,8 @@ class SumRows(Rows):
         self.sparse: Any = sum(sparse[1:], start=sparse[0])
         self.shape, self.objectives, self.device = self.outer.shape, self.outer.objectives, self.outer.device
 
-    def dense(self) -> Tensor:
-        return (self.sparse + DenseRows(self.outer.dense(), self.shape)).dense()
+    def block(self, first: int, last: int) -> Tensor:
+        return self.sparse.block(first, last) + self.outer.block(first, last)
 
     def gramian(self) -> Tensor:
         cross = self.sparse.cross(self.outer)

@@ -21,7 +21,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_jd import JDTrainer, JDTrainingArguments
-from hf_jd.distributed import columns
+from hf_jd.distributed import columns, rows
 from tests.distributed.counting import Call, counted, deadly
 from tests.models import tiny_gpt2, tiny_llama, with_lora
 from tests.trainer.runs import TASKS, arguments, collate, examples
@@ -112,6 +112,7 @@ def train(
     even: bool = False,
     steps: int = 10,
     bucket: int | None = None,
+    summed_here: bool = True,
     unlabelled: tuple[int, ...] = (5,),
     tasks: str = "",
     spoiled: str | None = None,
@@ -130,6 +131,7 @@ def train(
         even: Whether the last batch is filled by repeating examples.
         steps: How many.
         bucket: Bytes of a bucket.
+        summed_here: Whether groups' rows are added up by hf_jd, as on CPUs, or by a reduce-scatter, as on GPUs.
         unlabelled: The examples without labels.
         tasks: The group of each example, by its number, where it isn't the usual one.
         spoiled: A function of this module that makes losses or rows infinite.
@@ -143,6 +145,7 @@ def train(
     for example, digit in zip(data, tasks, strict=False):
         example["task"] = TASKS[int(digit)]
     columns.BUCKET_BYTES = bucket or 32 * 1024 * 1024
+    rows.SUMMED_HERE = ("cpu",) if summed_here else ()
     if sharded:
         flags |= {"fsdp": True, "fsdp_config": {"fsdp_version": 2, "activation_checkpointing": checkpointing}}
     with tempfile.TemporaryDirectory() as directory, counted() as calls, fresh_accelerate():

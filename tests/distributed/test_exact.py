@@ -44,6 +44,14 @@ def test_many_processes_are_one(processes, kind, accumulated, pools, alone):
     assert_logged_alike(many[0], one)
 
 
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_what_gpus_run_is_the_same(sharded, pools, alone):
+    configuration = {**GROUP, "model": "full", "n": 24, "tasks": "00112101221000001111"}
+    many = pools(4).run("train", **configuration, bucket=5000, summed_here=False, sharded=sharded)
+    assert "reduce_scatter_single" in {call.name for call in many[0]["calls"]}
+    assert relative(many[0], alone(**configuration)) < 1e-10
+
+
 def test_uneven_batches_of_four_processes(pools, alone):
     # Batches of 8, 8 and 7: two instances on each process, and one on the last.
     configuration = {"batch": 8, "n": 23, **GROUP}

@@ -123,6 +123,16 @@ def test_routed_rows(tokens: int):
     assert is_matrix(settled.below(other), torch.cat([matrix, theirs]))
 
 
+@pytest.mark.parametrize("kind", [*KINDS, lambda: routed(60)[0]], ids=lambda kind: kind.__name__)
+def test_columns(kind):
+    """Also where they begin and end within an element of the first dimension."""
+    rows = kind()
+    for start, stop in itertools.combinations(range(rows.shape.numel() + 1), 2):
+        found = rows.columns(start, stop)
+        assert found.shape == (OBJECTIVES, stop - start)
+        assert torch.equal(found, rows.dense()[:, start:stop]) or relative(found, rows.dense()[:, start:stop]) < EXACT
+
+
 @pytest.mark.parametrize("ids", ["sorted", "mixed", "uneven", "none", "one", "by token"])
 @pytest.mark.parametrize("p, d, tokens", [(2, 3, 50), (40, 30, 1), (40, 30, 6), (3, 40, 6)])
 def test_outer_products_of_segments(ids: str, p: int, d: int, tokens: int):
