@@ -32,6 +32,7 @@ class Coverage:
         self._make_tap = make_tap
         self._taps: dict[nn.Module, tuple[ModuleTap, torch.utils.hooks.RemovableHandle]] = {}
         self._climbed: dict[nn.Parameter, int] = {}
+        self._moved: set[nn.Parameter] = set()
         self._tree: list[nn.Module] = []
         self._scanned: list[tuple] | None = None
         self.sharded = False
@@ -105,6 +106,11 @@ class Coverage:
                     parameter = sharded.get(parameter, parameter)
                     full = f"{path}.{name}" if path else name
                     self.names.setdefault(parameter, prefix + full)
+                    if parameter.is_complex():
+                        raise ValueError(
+                            f"{full} is complex, and a Gramian is one of real rows: make a parameter of "
+                            "torch.view_as_real(value), and read it through torch.view_as_complex."
+                        )
                     holder = self._holder(modules, path, parameter)
                     if holder is not None:
                         targets[modules[holder]][full[len(holder) + 1 :] if holder else full] = parameter
@@ -124,14 +130,16 @@ class Coverage:
 
     def _before_forward(self) -> None:
         self._fresh = False
+        self._moved.clear()
         self.scan()
         self._fresh = True
 
     def climb(self, parameters: Iterable[nn.Parameter]) -> None:
         """The holders of these parameters were not called although they have gradients: look one module higher."""
-        for parameter in parameters:
+        for parameter in set(parameters) - self._moved:
             self._scanned = None
             self._climbed[parameter] = self._climbed.get(parameter, 0) + 1
+            self._moved.add(parameter)  # Whether this is high enough, the next forward tells.
 
     def finish_step(self) -> None:
         """Sets the taps that the step has shown to be needed, and starts to count forwards anew."""
@@ -154,10 +162,15 @@ class Coverage:
         """The path of the module to tap; None above the root."""
         steps = self._climbed.get(parameter, 0)
         while True:
-            if type(modules[path]).forward is not nn.Module.forward:  # Containers are never called.
+            if _takes_hooks(modules[path]):
                 if steps == 0:
                     return path
                 steps -= 1
             if not path:
                 return None
             path = path.rpartition(".")[0]
+
+
+def _takes_hooks(module: nn.Module) -> bool:
+    """Whether a forward hook of the module can be set and will run: containers are never called."""
+    return not isinstance(module, torch.jit.ScriptModule) and type(module).forward is not nn.Module.forward

@@ -1,5 +1,6 @@
 """The engine: losses -> Gramian, weights -> gradients, with one ordinary backward."""
 
+import weakref
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,6 +73,10 @@ class Engine:
     ):
         if not modules or not all(isinstance(module, nn.Module) for module in modules):
             raise ValueError(f"Engine takes one or more torch.nn.Module, got {modules!r}.")
+        if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
+            raise ValueError(
+                "a scripted module takes no hooks: give Engine the module that torch.jit.script was given."
+            )
         if batch_dim not in (0, None):
             raise ValueError(f"batch_dim is {batch_dim!r}; allowed are 0 and None.")
         if not isinstance(keep_rows, bool | int) and keep_rows != "auto":
@@ -79,7 +84,9 @@ class Engine:
         self.batch_dim = batch_dim
         self.keep_rows = keep_rows
         self.sentinel = torch.zeros((), requires_grad=True)
-        self._coverage = Coverage(modules, lambda module: ModuleTap(self, module))
+        engine: weakref.ref[Engine] = weakref.ref(self)
+        self._coverage = Coverage(modules, lambda module: ModuleTap(engine, module))
+        weakref.finalize(self, self._coverage.remove)  # The model's hooks must not keep the engine, nor outlive it.
         plan = Plan(rules)
         self._passes = Passes(plan, self._coverage, Checker() if check else None, self.sentinel)
         self._tiers: dict[nn.Parameter, int] = {}

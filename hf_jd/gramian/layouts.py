@@ -50,6 +50,11 @@ class Segments:
         return self.ids is not None and self.ids.dim() == 2
 
     @cached_property
+    def distinguish(self) -> bool:
+        """Whether leading rows or tokens belong to different objectives, so that a wrong order would show."""
+        return self.objectives > 1 if self.ids is None else bool((self.ids != self.ids.flatten()[0]).any())
+
+    @cached_property
     def _sorted(self) -> tuple[Tensor | None, list[int]]:
         """The order that makes each objective contiguous (None: already so), and how many entries each one has."""
         assert self.ids is not None

@@ -198,16 +198,15 @@ class Passes:
         return recording
 
     def _leaking(self, losses: Tensor, differentiator: Differentiator, batch: Batch) -> set[nn.Module]:
-        """The modules at which the gradient of one loss reaches rows of other instances."""
-        found: set[nn.Module] = set()
-        for objective, loss in enumerate(losses[:MIXING_TESTS]):
-            self.recording = LeakRecording(batch, objective)
-            try:
+        """The modules at which two losses reach the same place."""
+        self.recording = recording = LeakRecording(batch)
+        try:
+            for loss in losses[:MIXING_TESTS]:
+                recording.begin()
                 differentiator.gradients(loss, [self._sentinel])
-            finally:
-                found |= self.recording.leaking
-                self.recording = None
-        return found
+        finally:
+            self.recording = None
+        return recording.leaking
 
     def _complete(
         self, losses: Tensor, differentiator: Differentiator, recording: Recording, reached: set[nn.Parameter]

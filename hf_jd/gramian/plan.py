@@ -80,8 +80,8 @@ class Plan:
         Args:
             tap: The module's tap.
             rank: Dimensions of the output gradient.
-            conclusive: Whether the step has several objectives: with one, no check can tell layouts apart, so what it
-                approves is kept for such steps only.
+            conclusive: Whether instances belong to different objectives: else no check can tell layouts apart, so what
+                it approves is kept for such steps only.
             inputs: The tensors that the module was called with.
         """
         key = (tap.module, rank, conclusive)

@@ -64,7 +64,6 @@ class Recording:
         reached: Parameters without a tap that the backward was asked for and found.
         tiers: 1 (closed form) or 2 (vjp of a module) of each parameter.
         probed: By parameter, the sum of rows weighted by the probe.
-        busy: Whether a module is being called again to form rows, so that taps look away.
     """
 
     def __init__(
@@ -85,7 +84,6 @@ class Recording:
         self.reached: set[nn.Parameter] = set()
         self.tiers: dict[nn.Parameter, int] = {}
         self.probed: dict[nn.Parameter, Tensor] = {}
-        self.busy = False
         self._plan = plan
         self._dropped: set[nn.Parameter] = set()
         self._embedded: list[Tensor] = []
@@ -101,9 +99,12 @@ class Recording:
         return found
 
     def record(
-        self, tap: ModuleTap, call: Call, inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor | None]
+        self, tap: ModuleTap, call: Call, inputs: Sequence[Tensor] | None, grad_outputs: Sequence[Tensor | None]
     ) -> None:
-        """Takes what a tap met in the backward. Raises nothing for what it cannot map: that is left to tier 3."""
+        """Takes what a tap met in the backward. Raises nothing for what it cannot map: that is left to tier 3.
+
+        Inputs are None where the model has changed them in place since.
+        """
         first = next((g for g in grad_outputs if g is not None), None)
         targets = tap.targets
         individual = self._plan.individual
@@ -111,17 +112,19 @@ class Recording:
             targets = {name: p for name, p in targets.items() if p not in individual and p.requires_grad}
         if first is None or not targets:
             return
-        site = self._plan.site(tap, first.dim(), self.batch.segments.objectives > 1, inputs)
+        site = self._plan.site(tap, first.dim(), self.batch.segments.distinguish, inputs or ())
         layout = site.choose_layout(first.shape[:-1] or first.shape, self.batch.instances)
         self.meetings.append(Meeting(targets, site, layout, first.dtype, len(first)))
-        if layout is None and not isinstance(site.method, str) and len(inputs) == 1:
+        if layout is None and not isinstance(site.method, str) and inputs is not None and len(inputs) == 1:
             self._unbatched.append((site, targets, inputs[0], first))
             return
         if isinstance(site.module, nn.Embedding):
             self._embedded.append(first)
-        self.busy = True
-        found = {} if layout is None else self._rows(site, layout, targets, call, inputs, grad_outputs)
-        self.busy = False
+        ModuleTap.look_away = True
+        try:
+            found = {} if layout is None else self._rows(site, layout, targets, call, inputs, grad_outputs)
+        finally:
+            ModuleTap.look_away = False
         self._take(targets, found)
 
     def finish(self) -> None:
@@ -141,6 +144,8 @@ class Recording:
                     )
             self.tiers.update(dict.fromkeys((targets[name] for name in found if name in targets), 1))
             self._take(targets, found)
+        if self.gramian_only:
+            self.shared |= self.unmapped & self._dropped  # Their part is in the Gramian, and all their rows will come.
 
     def _take(self, targets: Mapping[str, nn.Parameter], found: dict[str, Rows]) -> None:
         self.unmapped.update(parameter for name, parameter in targets.items() if name not in found)
@@ -155,13 +160,13 @@ class Recording:
         layout: str,
         targets: Mapping[str, nn.Parameter],
         call: Call,
-        inputs: Sequence[Tensor],
+        inputs: Sequence[Tensor] | None,
         grad_outputs: Sequence[Tensor | None],
     ) -> dict[str, Rows]:
         """The rows of the targets at one site, by its method or the next that works."""
         while True:
             try:
-                return self._try_method(site, layout, targets, call, inputs, grad_outputs)
+                return self._try_method(site, layout, targets, call, inputs or (), grad_outputs)
             except (torch.OutOfMemoryError, UnsupportedError):
                 raise
             except UnmappedError:
@@ -169,7 +174,7 @@ class Recording:
             except Exception:
                 # The method does not fit this call: the shapes of a closed form, what vmap cannot trace, a module that
                 # cannot be called again. The next one may, and the self-check has the last word.
-                if site.method == LOOPED:
+                if site.method == LOOPED or inputs is None:
                     return {}
                 site.fall_back()
 

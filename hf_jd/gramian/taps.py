@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
         engine = ctx.tap.engine()
         if engine is not None and engine.recording is not None:
-            engine.recording.record(ctx.tap, ctx.call, ctx.saved_tensors, grad_outputs)
+            engine.recording.record(ctx.tap, ctx.call, _saved(ctx), grad_outputs)
         return None, None, None, None, *grad_outputs, *[None] * ctx.n_inputs
 
 
@@ -84,10 +84,13 @@ class ModuleTap:
         targets: The trainable parameters whose rows this module brings, by their name below the module.
         calls: Forwards with gradient since the last Gramian.
         elements: Numbers of inputs and outputs of those forwards, what factors would hold.
+        look_away: Of all engines' taps: whether a module is being called again to form rows.
     """
 
-    def __init__(self, engine: "Engine", module: nn.Module):
-        self.engine = weakref.ref(engine)
+    look_away: ClassVar[bool] = False
+
+    def __init__(self, engine: "weakref.ref[Engine]", module: nn.Module):
+        self.engine = engine
         self.module = module
         self.targets: Mapping[str, nn.Parameter] = {}
         self.calls = 0
@@ -112,9 +115,7 @@ class ModuleTap:
         elif not self._met_forward:
             return None  # A recomputation has to save what its forward saved, and this tap came later.
         engine = self.engine()
-        if engine is None or engine.is_paused or not torch.is_grad_enabled():
-            return None
-        if engine.recording is not None and engine.recording.busy:
+        if engine is None or engine.is_paused or ModuleTap.look_away or not torch.is_grad_enabled():
             return None
         self.calls += 1
         if isinstance(output, Tensor) and not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
@@ -172,6 +173,15 @@ class _NoTap:
 
     def __call__(self, *args: Any) -> None:
         return None
+
+
+def _saved(ctx: Any) -> tuple[Tensor, ...] | None:
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace" not in str(error):
+            raise
+        return None  # The model changed an input that autograd itself had no need of.
 
 
 def _autocast(tensor: Tensor) -> tuple[str, torch.dtype, bool]:

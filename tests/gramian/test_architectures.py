@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
@@ -774,6 +775,121 @@ class MultiLinear(nn.Module):
         return self.layers(x)
 
 
+class BiasKeepsNoInput(nn.Module):
+    """Inputs of layers whose gradients need none are changed in place: autograd has not saved them."""
+
+    class Shift(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = randn(D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.shift
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.biased, self.shifted = nn.Linear(D, D), nn.Linear(D, D), self.Shift()
+        self.biased.weight.requires_grad = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        y = self.biased(h)
+        h += y
+        z = self.shifted(h)
+        h *= 2
+        return (h + z).tanh()
+
+
+class Reordered(nn.Module):
+    """Instances in another order inside, as models that sort them by length have."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(D, 3), nn.LayerNorm(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear(x.flip(0))).flip(0)
+
+
+class BatchLast(nn.Module):
+    """A layer of [T, d, B]."""
+
+    class Product(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.matrix = randn(3, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.matrix @ x
+
+    def __init__(self):
+        super().__init__()
+        self.product = self.Product()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x.permute(1, 2, 0)).permute(2, 0, 1).tanh()
+
+
+class OneByOne(nn.Module):
+    """Layers called for each instance alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(D, 3), nn.LayerNorm(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.norm(self.linear(one)) for one in x])
+
+
+class CalledByForward(nn.Module):
+    """`layer.forward(x)` runs no hooks."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(D, D), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one.forward(x).tanh())
+
+
+class Scripted(nn.Module):
+    """A part that is compiled by TorchScript, which takes no hooks."""
+
+    def __init__(self):
+        super().__init__()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*torch.jit.script")
+            self.part = torch.jit.script(nn.Sequential(nn.Linear(D, D), nn.Tanh()))
+        self.head = nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.part(x))
+
+
+@dataclass
+class Carrier:
+    """No pytree: torch does not look inside."""
+
+    value: Tensor
+
+
+class DataclassOut(nn.Module):
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.matrix = randn(D, 3)
+
+        def forward(self, carrier: Carrier) -> Carrier:
+            return Carrier(carrier.value @ self.matrix)
+
+    def __init__(self):
+        super().__init__()
+        self.inner = self.Inner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(Carrier(x)).value.tanh()
+
+
 class Lambda(nn.Module):
     """Modules without parameters, and containers that are never called."""
 
@@ -816,6 +932,10 @@ VECTORS: dict[str, Callable[[], nn.Module]] = {
     "read two levels up": ReadTwoLevelsUp,
     "weight in the loss": ReadOutside,
     "in place": InPlace,
+    "in place on inputs": BiasKeepsNoInput,
+    "called by forward": CalledByForward,
+    "scripted part": Scripted,
+    "dataclasses": DataclassOut,
     "views": Views,
     "random": Random,
     "dropouts": Dropouts,
@@ -850,6 +970,9 @@ SEQUENCES: dict[str, Callable[[], nn.Module]] = {
     "flattened and stacked": Flattened,
     "gathered": Gathered,
     "shared table": SharedTransposed,
+    "in another order": Reordered,
+    "batch last": BatchLast,
+    "one by one": OneByOne,
     "linear in rank 3": lambda: Plain(nn.Linear(D, 3)),
     "conv1d": lambda: Plain(nn.Conv1d(5, 4, 3)),
     "transposed conv1d": lambda: Plain(nn.ConvTranspose1d(5, 4, 3)),

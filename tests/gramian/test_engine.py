@@ -18,6 +18,7 @@ from hf_jd.gramian.layouts import Segments
 from tests.gramian.oracle import (
     EXACT,
     SINGLE,
+    TIER_3,
     assert_engine_right,
     brute_gramian,
     brute_rows,
@@ -145,6 +146,17 @@ def test_one_objective_first_in_time_first_order():
     for size in (1, T, B):
         losses = model(batch(T, size, 4)).square().sum((0, 2))
         assert_gramian(engine, losses, model)
+
+
+def test_one_group_first_in_time_first_order():
+    """As with one objective: no check can tell layouts apart where all instances belong to one group."""
+    model = mlp()
+    engine = Engine(model)
+    for ids in ([0] * T, [0, 1, 1, 0, 0]):
+        segments = torch.tensor(ids)
+        each = model(batch(T, T, 4)).square().sum((0, 2))
+        losses = torch.zeros(2).double().index_add(0, segments, each)
+        assert_gramian(engine, losses, model, segments=segments)
 
 
 def test_batches_of_changing_size_and_length():
@@ -311,6 +323,18 @@ def test_accumulate_several_times():
     assert all(relative(p.grad, expected[p]) < EXACT for p in names)
 
 
+def test_a_parameter_met_with_and_without_a_batch_counts_once():
+    """DeBERTa's projections see tokens and relative positions."""
+    layer, table = nn.Linear(4, 4).double(), batch(2 * T + 1, 4)
+    engine = Engine(layer, keep_rows=False)
+    x = batch(B, T, 4)
+    losses = (layer(x) @ layer(table).T).square().sum((1, 2))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", TIER_3)
+        for _ in range(2):  # The second time, no forward says how often the layer is used.
+            assert_gramian(engine, losses, layer)
+
+
 @pytest.mark.parametrize("keep_rows", [True, False])
 def test_losses_backward_afterwards(keep_rows: bool):
     """TorchJD's way: the graph is kept, and hooks of the engine look away."""
@@ -415,6 +439,15 @@ def test_two_engines_on_one_model():
     losses = model(batch(B, 4)).square().sum(1)
     assert_gramian(whole, losses, model)
     assert_gramian(part, losses, model[0])
+
+
+def test_a_second_engine_looks_away_while_the_first_calls_a_module_again():
+    model = nn.Sequential(nn.Linear(4, WIDTH), nn.PReLU(), nn.ConvTranspose1d(WIDTH, 2, 1)).double()
+    engines = [Engine(model), Engine(model)]
+    for engine in engines:
+        losses = model[2](model[:2](batch(B, T, 4)).transpose(1, 2)).square().sum((1, 2))
+        assert_gramian(engine, losses, model)
+        assert set(engine.tiers().values()) == {1, 2}
 
 
 def test_memory_stays_flat_over_forwards_without_backward():
@@ -672,9 +705,12 @@ def test_detach_leaves_the_model_as_it_was():
 
 def test_an_engine_that_is_gone_lets_the_model_be():
     model = mlp()
+    before = [list(m._forward_hooks) for m in model.modules()]
     engine = Engine(model)
+    engine.compute_gramian(losses_of(model))
     del engine
-    gc.collect()
+    assert [list(m._forward_hooks) for m in model.modules()] == before
+    assert not model._forward_pre_hooks
     assert_engine_right(model, lambda step: model(batch(B, 4, seed=step)).square().sum(1))
 
 
@@ -933,6 +969,12 @@ def test_jacobian_bytes(jacobians):
 # Errors.
 
 
+def scripted(model: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*torch.jit.script")
+        return torch.jit.script(model)
+
+
 def losses_of(model: nn.Module) -> Tensor:
     return model(batch(B, 4)).square().sum(1)
 
@@ -942,6 +984,8 @@ def losses_of(model: nn.Module) -> Tensor:
     [
         (lambda: Engine(), "one or more"),
         (lambda: Engine("model"), "one or more"),
+        (lambda: Engine(scripted(mlp())), "scripted module"),
+        (lambda: Engine(nn.ParameterList([torch.zeros(2, dtype=torch.complex128)])), "0 is complex.*view_as_real"),
         (lambda: Engine(mlp(), batch_dim=1), "batch_dim is 1"),
         (lambda: Engine(mlp(), keep_rows="always"), "keep_rows is 'always'"),
     ],
