@@ -19,8 +19,7 @@ from hf_jd.gramian.taps import Call, ModuleTap
 
 # How far apart the two sides may be: relative to the parameter's own gradient, and relative to the typical gradient of
 # the model, below which a parameter's gradient is rounding noise (a bias that softmax cancels) and proves nothing.
-# Some layers of models in float64 compute in float32 by themselves.
-TOLERANCE = {torch.float64: (1e-5, 1e-8), torch.float32: (5e-3, 1e-6)}
+TOLERANCE = {torch.float64: (1e-5, 1e-10), torch.float32: (5e-3, 1e-6)}
 HALF_TOLERANCE = (1e-1, 1e-2)
 
 
