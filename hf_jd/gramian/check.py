@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_jd.gramian.layouts import candidates
+from hf_jd.gramian.plan import Site
 from hf_jd.gramian.recording import Batch, Meeting, Recording
 from hf_jd.gramian.taps import Call, ModuleTap
 
@@ -24,28 +25,33 @@ HALF_TOLERANCE = (1e-1, 1e-2)
 
 
 class Checker:
-    """Says which rows still need a proof, and which are wrong."""
+    """Says which rows still need a proof, and which are wrong.
+
+    Attributes:
+        asleep: Parameters whose gradient was zero in their last proof, which proves nothing (lora_A at its start, where
+            lora_B is zero). As soon as their rows are not, they need another one.
+    """
 
     def __init__(self) -> None:
+        self.asleep: set[nn.Parameter] = set()
         self._generator = torch.Generator().manual_seed(0)
 
     def pending(self, recording: Recording) -> bool:
         """Whether something was met in a way that no check has proved: a parameter, a layout, a rank, a mode.
 
-        A gradient of zero proves nothing (lora_A at its start, where lora_B is zero): it is looked at again after 1, 2,
-        4, ... such steps.
+        Too small a gradient proves nothing: it is looked at again after 1, 2, 4, ... such steps, counted here.
         """
-        pending = False
-        for meeting in recording.meetings:
-            site, training = meeting.site, meeting.site.module.training
-            for parameter in meeting.targets.values():
-                entry = (parameter, meeting.layout, training)
-                if entry in site.proved or parameter in recording.unmapped:
-                    continue
-                seen = site.vacuous.get(entry, 0)
-                if seen:
-                    site.vacuous[entry] = seen + 1
-                pending = pending or (seen & (seen - 1)) == 0
+        uses = {
+            (meeting.site, parameter, meeting.layout)
+            for meeting in recording.meetings
+            for parameter in meeting.targets.values()
+            if parameter not in recording.unmapped
+        }
+        pending = bool(recording.awake) or any(is_due(*use) for use in uses)
+        for site, parameter, layout in uses:
+            entry = (parameter, layout, site.module.training)
+            if entry in site.vacuous and entry not in site.proved:
+                site.vacuous[entry] += 1
         return pending
 
     def probe(self, losses: Tensor) -> Tensor:
@@ -86,6 +92,10 @@ class Checker:
                     meeting.site.proved.add(entry)
                 else:
                     meeting.site.vacuous.setdefault(entry, 1)
+                if size == 0.0:
+                    self.asleep.add(parameter)
+                else:
+                    self.asleep.discard(parameter)
 
     def diagnose(
         self,
@@ -130,6 +140,13 @@ class Checker:
             "packed rows attention across documents (give no attention_mask, and use_cache=False). "
             "To take the losses as they are, differentiate them one by one: Engine(..., batch_dim=None)."
         )
+
+
+def is_due(site: Site, parameter: nn.Parameter, layout: str | None) -> bool:
+    """Whether the rows of a parameter, met so, have to be proved in this step."""
+    entry = (parameter, layout, site.module.training)
+    seen = site.vacuous.get(entry, 0)
+    return entry not in site.proved and (seen & (seen - 1)) == 0
 
 
 class LeakRecording:

@@ -113,12 +113,14 @@ class Engine:
         """Whether parameters are sharded, so that all processes must make the same number of passes."""
         return self._coverage.sharded
 
-    def compute_gramian(self, losses: Tensor, segments: Tensor | None = None) -> Tensor:
-        """The Gramian of the losses, G = J J^T. The graph is kept, so that `losses.backward(weights)` works too.
+    def compute_gramian(self, losses: Tensor, segments: Tensor | None = None, retain_graph: bool = True) -> Tensor:
+        """The Gramian of the losses, G = J J^T.
 
         Args:
             losses: [m] or [m, ...], one leading entry an instance of the batch; with `segments` one an objective.
             segments: Ids 0..K-1 of the objective that each instance [B], or each token [B, T], belongs to; -1 for none.
+            retain_graph: True keeps the graph, so that `losses.backward(weights)` works too. False lets the backward
+                free activations on the way, as a plain one does, where rows are kept and no pass has to follow.
 
         Returns:
             Losses of shape s give a Gramian of shape s + reversed(s): [m] gives [m, m], [m, K] gives [m, K, K, m].
@@ -133,7 +135,8 @@ class Engine:
         if mode == "gramian":
             jacobian, gramian = None, self._gramian_only(losses, segments)
         else:
-            jacobian = self.compute_jacobian(losses, segments, materialise=mode == "rows")
+            rows = mode == "rows"
+            jacobian = self.compute_jacobian(losses, segments, rows, retain_graph or not rows)
             gramian = jacobian.gramian()
         # Rows by tiers 2 and 3 are dense, which the factors' size did not tell beforehand.
         if mode == "factors" and jacobian is not None and jacobian.nbytes > self._budget(losses.device):
@@ -142,7 +145,9 @@ class Engine:
         self._step = _Step(losses.shape, losses if jacobian is None else jacobian, versions)
         return self._generalized(gramian, losses)
 
-    def compute_jacobian(self, losses: Tensor, segments: Tensor | None = None, materialise: bool = True) -> Jacobian:
+    def compute_jacobian(
+        self, losses: Tensor, segments: Tensor | None = None, materialise: bool = True, retain_graph: bool = True
+    ) -> Jacobian:
         """The rows themselves, to be added to or stacked with those of other batches.
 
         Args:
@@ -150,13 +155,14 @@ class Engine:
                 instance i and of the trailing index k.
             segments: As for `compute_gramian`.
             materialise: False keeps the factors of rows where those are smaller.
+            retain_graph: As for `compute_gramian`.
 
         Raises:
             ValueError: As for `compute_gramian`.
         """
         parts = []
         for vector, batch in self._vectors(losses, segments):
-            outcome = self._passes.run(vector, batch, materialise, gramian_only=False)
+            outcome = self._passes.run(vector, batch, materialise, False, retain_graph or losses.dim() > 1)
             self._tiers = outcome.tiers
             parts.append(Jacobian({p: outcome.rows.get(p) for p in self._coverage.names}, len(vector)))
         self._passes.finish(losses.sum())
@@ -239,7 +245,7 @@ class Engine:
 
     def _gramian_only(self, losses: Tensor, segments: Tensor | None) -> Tensor:
         ((vector, batch),) = self._vectors(losses, segments)
-        outcome = self._passes.run(vector, batch, materialise=False, gramian_only=True)
+        outcome = self._passes.run(vector, batch, materialise=False, gramian_only=True, retain_graph=True)
         self._passes.finish(losses.sum())
         self._tiers = outcome.tiers
         rest = Jacobian({p: outcome.rows.get(p) for p in self._coverage.names}, len(vector)).gramian()

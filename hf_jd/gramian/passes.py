@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hf_jd.gramian.check import Checker, LeakRecording
 from hf_jd.gramian.coverage import Coverage
 from hf_jd.gramian.fallback import individual_rows
+from hf_jd.gramian.foresight import is_last
 from hf_jd.gramian.graph import Differentiator, walk
 from hf_jd.gramian.layouts import UnsupportedError
 from hf_jd.gramian.plan import Plan
@@ -57,7 +58,9 @@ class Passes:
         self._absent: set[nn.Parameter] = set()
         self._warned: set[nn.Parameter] = set()
 
-    def run(self, losses: Tensor, batch: Batch | None, materialise: bool, gramian_only: bool) -> Outcome:
+    def run(
+        self, losses: Tensor, batch: Batch | None, materialise: bool, gramian_only: bool, retain_graph: bool
+    ) -> Outcome:
         """The rows of losses [R].
 
         Args:
@@ -65,6 +68,7 @@ class Passes:
             batch: The instances behind them; None where losses have no instance dimension.
             materialise: Whether rows are formed even where their factors are smaller.
             gramian_only: Whether rows are dropped once their inner products are taken.
+            retain_graph: Whether the graph must be kept where this call needs it no more.
 
         Raises:
             ValueError: A model that mixes instances.
@@ -74,16 +78,18 @@ class Passes:
             rows = individual_rows(differentiator, losses, list(self._coverage.names))
             used = {p: r for p, r in rows.items() if r is not None}
             return Outcome(used, None, dict.fromkeys(used, 3))
+        if not retain_graph and self._is_last(losses, batch):
+            return self._only_pass(losses, differentiator, batch, materialise)
         try:
             recording = self._record(losses, differentiator, batch, materialise, gramian_only)
             self._check_length(losses, batch, recording)
             reached = self._unmet(losses, differentiator, recording)
         except RuntimeError:
             # Reentrant checkpointing was switched on since the graph was looked at: it refuses, or hides modules.
-            if self._reentrant is not False or not walk(losses)[0]:
+            if self._reentrant is not False or not walk(losses).reentrant:
                 raise
             self._reentrant = None
-            return self.run(losses, batch, materialise, gramian_only)
+            return self.run(losses, batch, materialise, gramian_only, retain_graph)
         if self._checker is not None:
             recording = self._prove(losses, differentiator, recording)
         return self._complete(losses, differentiator, recording, reached)
@@ -102,11 +108,25 @@ class Passes:
     def _differentiator(self, losses: Tensor) -> Differentiator:
         touched = None
         if self._reentrant is not False:
-            self._reentrant, leaves = walk(losses)
-            touched = [*self._coverage.parameters(), *leaves] if self._reentrant else None
+            graph = walk(losses)
+            self._reentrant = graph.reentrant
+            touched = [*self._coverage.parameters(), *graph.leaves] if self._reentrant else None
         if not self._coverage.sharded:
             return Differentiator(touched)
         return Differentiator(touched, self._coverage.whole(), Lockstep(losses.device), self._sentinel)
+
+    def _is_last(self, losses: Tensor, batch: Batch) -> bool:
+        if self._coverage.sharded or self._reentrant is not False:
+            return False
+        return is_last(losses, batch, self._plan, self._coverage.names, self._checker)
+
+    def _only_pass(self, losses: Tensor, differentiator: Differentiator, batch: Batch, materialise: bool) -> Outcome:
+        """Rows by one backward that frees the graph."""
+        recording = self._record(losses, differentiator, batch, materialise, gramian_only=False, retain_graph=False)
+        self._absent = self._coverage.names.keys() - recording.met.keys()
+        if self._checker is not None:
+            self._checker.pending(recording)  # Counts the step.
+        return self._complete(losses, differentiator, recording, set())
 
     def _record(
         self,
@@ -116,15 +136,17 @@ class Passes:
         materialise: bool,
         gramian_only: bool,
         probe: Tensor | None = None,
+        retain_graph: bool = True,
     ) -> Recording:
         """One backward of the sum of the losses to the sentinel; again, where a use was met too late to add up."""
         shared = self._coverage.shared() if gramian_only else set()
+        asleep = set() if self._checker is None else self._checker.asleep
         while True:
-            recording = Recording(self._plan, batch, materialise, gramian_only, set(shared), probe)
+            recording = Recording(self._plan, batch, materialise, gramian_only, set(shared), asleep, probe)
             self.recording = recording
             try:
                 absent = [p for p in self._absent if p in self._coverage.names]
-                gradients = differentiator.gradients(losses.sum(), [self._sentinel, *absent])
+                gradients = differentiator.gradients(losses.sum(), [self._sentinel, *absent], retain_graph)
             except UnsupportedError as error:
                 name = self._coverage.names[next(iter(recording.meetings[-1].targets.values()))]
                 raise UnsupportedError(f"{name}: {error}") from None
@@ -142,7 +164,7 @@ class Passes:
         reached = recording.reached - met.keys()
         missing = [p for p in names if p not in met and p not in individual and p not in self._absent]
         if missing:
-            if self._reentrant is False and walk(losses)[0]:
+            if self._reentrant is False and walk(losses).reentrant:
                 raise RuntimeError("a reentrant checkpoint hides modules")
             gradients = differentiator.gradients(losses.sum(), missing)
             reached |= {p for p, g in zip(missing, gradients, strict=True) if g is not None}

@@ -44,18 +44,27 @@ class Site:
         self.method = ladder[self.method] if isinstance(self.method, str) else LINEAR
         self.rejected.clear()
 
-    def choose_layout(self, lead: Sequence[int], instances: int) -> str | None:
-        """The layout to read this call's tensors in; None where the shapes allow none that was not rejected."""
+    def layout_for(self, lead: Sequence[int], instances: int) -> str | None:
+        """The layout to read a call's tensors in, as things stand; None where shapes allow none that was not rejected.
+
+        Args:
+            lead: Dimensions of the output gradient but for the last.
+            instances: B.
+        """
         if self.layout == "axis0" and lead[0] == instances:
             return self.layout
-        found = candidates(lead, instances)
-        possible = [c for c in found if c not in self.rejected]
+        possible = [c for c in candidates(lead, instances) if c not in self.rejected]
+        return self.layout if self.layout in possible else next(iter(possible), None)
+
+    def choose_layout(self, lead: Sequence[int], instances: int) -> str | None:
+        """Decides for `layout_for`; where all layouts that shapes allow were rejected, for the next method's first."""
+        self.layout = self.layout_for(lead, instances)
         # The vjp of a table would hold rows of its full size.
-        if found and not possible and self.method != LOOPED and not isinstance(self.module, nn.Embedding):
-            self.fall_back()
-            possible = found
-        if self.layout not in possible:
-            self.layout = possible[0] if possible else None
+        if self.layout is None and self.method != LOOPED and not isinstance(self.module, nn.Embedding):
+            found = candidates(lead, instances)
+            if found:
+                self.fall_back()
+                self.layout = found[0]
         return self.layout
 
 
@@ -88,6 +97,10 @@ class Plan:
         if key not in self._sites:
             self._sites[key] = Site(tap.module, self._rule(tap, inputs) or LINEAR)
         return self._sites[key]
+
+    def known_site(self, tap: ModuleTap, rank: int, conclusive: bool) -> Site | None:
+        """The site, if it was met before."""
+        return self._sites.get((tap.module, rank, conclusive))
 
     def reject(self, wrong: Mapping[nn.Parameter, Sequence[Site]]) -> None:
         """Takes back one decision behind each parameter's wrong rows; where none is left, it goes to tier 3.

@@ -1,6 +1,6 @@
 """One backward: what the taps bring -> the rows of each parameter."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,7 @@ class Recording:
         materialise: Whether rows are formed even where their factors are smaller.
         gramian_only: Rows become inner products at once and are dropped, but for `shared` parameters.
         shared: Parameters with several uses in the step, whose rows must add up first.
+        asleep: Parameters whose gradient was zero when they were last looked at.
         probe: Random weights [R] of the self-check: sum_i r_i row_i is kept of each parameter.
 
     Attributes:
@@ -63,6 +64,7 @@ class Recording:
         unmapped: Parameters met where no layout fits: tier 3 in this step.
         reached: Parameters without a tap that the backward was asked for and found.
         tiers: 1 (closed form) or 2 (vjp of a module) of each parameter.
+        awake: Those of `asleep` that have rows other than zero.
         probed: By parameter, the sum of rows weighted by the probe.
     """
 
@@ -73,10 +75,12 @@ class Recording:
         materialise: bool,
         gramian_only: bool,
         shared: set[nn.Parameter],
+        asleep: Set[nn.Parameter],
         probe: Tensor | None = None,
     ):
         self.batch, self.materialise, self.gramian_only = batch, materialise, gramian_only
-        self.shared, self.probe = shared, probe
+        self.shared, self.asleep, self.probe = shared, asleep, probe
+        self.awake: set[nn.Parameter] = set()
         self.rows: dict[nn.Parameter, Rows] = {}
         self.gramian: Tensor | None = None
         self.meetings: list[Meeting] = []
@@ -211,6 +215,8 @@ class Recording:
 
     def _add(self, parameter: nn.Parameter, rows: Rows) -> None:
         rows = rows.settled(parameter.dtype, self.materialise)
+        if parameter in self.asleep and bool(rows.gramian().any()):
+            self.awake.add(parameter)
         if self.probe is not None:
             part = rows.weighted_sum(self.probe)
             self.probed[parameter] = self.probed[parameter] + part if parameter in self.probed else part

@@ -60,6 +60,7 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sentinel: Tensor, tap: "ModuleTap", call: Call, n_outputs: int, *tensors: Tensor) -> Any:
         ctx.tap, ctx.call, ctx.n_inputs = tap, call, len(tensors) - n_outputs
+        ctx.shapes = [output.shape for output in tensors[:n_outputs]]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[n_outputs:])
         outputs = tuple(output.detach() for output in tensors[:n_outputs])

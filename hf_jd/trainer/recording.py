@@ -156,16 +156,16 @@ class Recorder:
                 parts, extra = self.parts(batch, again=True)
             if extra is not None and extra.isfinite():
                 own = Extra(extra.detach(), engine.gradients(extra * self.scale))
-            rows = [self._rows(part) for part in parts]
+            rows = [self._rows(part, self.keep_graph or part is not parts[-1]) for part in parts]
         if not self.keep_graph:
             parts = [part.detached() for part in parts]
         found = [part for part in rows if part is not None]
         return Recorded(batch, state, parts, Jacobian.cat(found) if found else None, broken, own)
 
-    def _rows(self, part: Part) -> Jacobian | None:
+    def _rows(self, part: Part, retain_graph: bool) -> Jacobian | None:
         engine = self.trainer.engine()
         if part.counts.any():
-            return engine.compute_jacobian(part.matrix() * self.scale, part.segments, self.materialise)
+            return engine.compute_jacobian(part.matrix() * self.scale, part.segments, self.materialise, retain_graph)
         engine.keep_up(part.losses.sum())
         return Jacobian(dict.fromkeys(self.trainer.trainable()), len(part.losses)) if len(part.losses) else None
 

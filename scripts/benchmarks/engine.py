@@ -174,8 +174,8 @@ class Way:
         engine = Engine(self.model, keep_rows=keep_rows)
 
         def step(values: Tensor) -> None:
-            engine.compute_gramian(values, self._segments)
-            del values  # And so the graph, before the gradient is formed.
+            engine.compute_gramian(values, self._segments, retain_graph=False)
+            del values  # And so what is left of the graph, before the gradient is formed.
             engine.accumulate_grad(self._weights)
 
         return step
@@ -185,7 +185,7 @@ class Way:
         engine = Engine(self.model)
 
         def step(values: Tensor) -> None:
-            jacobian = engine.compute_jacobian(values, self._segments, materialise=False)
+            jacobian = engine.compute_jacobian(values, self._segments, materialise=False, retain_graph=False)
             del values
             jacobian.gramian()
             for p, gradient in jacobian.weighted_sum(self._weights).items():

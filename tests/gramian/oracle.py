@@ -148,7 +148,7 @@ def check_step(
     Args:
         engine: The engine.
         names: The parameters that count.
-        losses: With their graph.
+        losses: With their graph, which may be freed.
         segments: For the engine.
         tolerance: Relative.
         keep_rows: The modes to go through.
@@ -183,6 +183,8 @@ def check_step(
         for p in names:
             p.grad = None
     engine.keep_rows = configured
+    freed = engine.compute_jacobian(losses, segments, retain_graph=False)
+    found += [f"graph freed: {w}" for w in wrong_parameters(names, jacobian_rows(freed, losses), expected, tolerance)]
     return found
 
 

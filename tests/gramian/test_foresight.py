@@ -1,0 +1,156 @@
+"""A backward that is known to be a step's last frees the graph; where something is left to find out, it must not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from hf_jd.gramian import Engine
+from tests.gramian.oracle import EXACT, SINGLE, brute_gramian, brute_rows, perturb, relative, trainable
+from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, with_lora
+
+B, T, WIDTH = 3, 5, 8
+
+
+def inputs(step: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+
+
+def is_freed(losses: Tensor) -> bool:
+    try:
+        losses.sum().backward()
+    except RuntimeError:
+        return True
+    return False
+
+
+def steps(model: nn.Module, engine: Engine, losses_of, count: int = 4, tolerance: float = EXACT) -> list[bool]:
+    """Takes steps, each compared with brute force; whether each one freed its graph."""
+    names, freed = trainable(model), []
+    for step in range(count):
+        losses = losses_of(step)
+        expected = brute_gramian(brute_rows(losses, list(names)), losses.shape)
+        gramian = engine.compute_gramian(losses, retain_graph=False)
+        assert relative(gramian, expected) < tolerance, f"step {step}"
+        freed.append(is_freed(losses))
+    return freed
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 6)).double()
+
+
+def test_the_first_step_proves_and_keeps_the_next_ones_free():
+    model = mlp()
+    losses_of = lambda step: model(inputs(step, B + step, 4)).square().sum(1)  # noqa: E731
+    assert steps(model, Engine(model, keep_rows=True), losses_of) == [False, True, True, True]
+
+
+@pytest.mark.parametrize("keep_rows", [True, False, "auto", 1])
+def test_the_update_comes_after_a_freed_graph_or_the_graph_is_kept(keep_rows):
+    model = mlp()
+    engine, names = Engine(model, keep_rows=keep_rows), trainable(model)
+    for step in range(3):
+        losses = model(inputs(step, B, 4)).square().sum(1)
+        expected = torch.autograd.grad(losses.sum(), list(names), retain_graph=True)
+        engine.compute_gramian(losses, retain_graph=False)
+        model.zero_grad()
+        engine.accumulate_grad(torch.ones_like(losses))
+        for p, gradient in zip(names, expected, strict=True):
+            torch.testing.assert_close(p.grad, gradient)
+
+
+def test_the_graph_is_kept_by_default():
+    model = mlp()
+    engine = Engine(model, keep_rows=True)
+    for step in range(3):
+        losses = model(inputs(step, B, 4)).square().sum(1)
+        engine.compute_gramian(losses)
+        assert not is_freed(losses)
+
+
+def test_activations_are_gone_before_the_losses_are():
+    model = mlp()
+    engine = Engine(model, keep_rows=True)
+    for step in range(2):
+        activation = model[1](model[0](inputs(step, B, 64, 4)))  # So long that rows are smaller than their factors.
+        watched = StorageWeakRef(activation.untyped_storage())
+        losses = model[2](activation).square().sum((1, 2))
+        del activation
+        engine.compute_gramian(losses, retain_graph=False)
+        assert watched.expired() == (step > 0)
+
+
+class Heads(nn.Module):
+    """Two heads, of which each step takes one; and a weight that some steps read past its module."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(4, WIDTH).double()
+        self.heads = nn.ModuleList(nn.Linear(WIDTH, 2).double() for _ in range(2))
+
+    def forward(self, x: Tensor, head: int, tied: bool = False) -> Tensor:
+        x = torch.tanh(self.body(x))
+        y = self.heads[head](x).square().sum(1)
+        return y + (x @ self.heads[1 - head].weight.T).square().sum(1) if tied else y
+
+
+def test_heads_in_turn():
+    model = Heads()
+    freed = steps(model, Engine(model, keep_rows=True), lambda step: model(inputs(step, B, 4), step % 2), count=6)
+    assert (freed[0], freed[-1]) == (False, True)
+
+
+@pytest.mark.filterwarnings("ignore:.*bring no rows in the")
+def test_a_weight_that_is_suddenly_read_past_its_module():
+    model = Heads()
+    freed = steps(model, Engine(model, keep_rows=True), lambda s: model(inputs(s, B, 4), 0, tied=s in (3, 4)), count=6)
+    assert freed[2:4] == [True, False]
+
+
+def test_a_called_head_whose_output_no_loss_needs():
+    model = Heads()
+
+    def losses_of(step: int) -> Tensor:
+        x = torch.tanh(model.body(inputs(step, B, 4)))
+        outputs = [head(x).square().sum(1) for head in model.heads]
+        return outputs[0] if step in (1, 3) else outputs[0] + outputs[1]
+
+    assert steps(model, Engine(model, keep_rows=True), losses_of)[1:] == [True, True, True]
+
+
+def test_training_mode_and_what_is_trainable_ask_for_a_new_proof():
+    model = mlp()
+    engine = Engine(model, keep_rows=True)
+    losses_of = lambda step: model(inputs(step, B, 4)).square().sum(1)  # noqa: E731
+    assert steps(model, engine, losses_of, 2) == [False, True]
+    model.eval()
+    assert steps(model, engine, losses_of, 2) == [False, True]
+    model[0].requires_grad_(False)
+    assert steps(model, engine, losses_of, 2) == [True, True]
+    model[0].requires_grad_(True)
+    assert steps(model, engine, losses_of, 1) == [True]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "positions", "checkpointing", "reentrant"])
+def test_language_models(kind: str):
+    model = tiny_gpt2() if kind == "positions" else tiny_llama()
+    model = (with_lora(model) if kind == "lora" else model).double()
+    perturb(trainable(model))  # lora_B is zero, and so is the gradient of lora_A.
+    if kind in ("checkpointing", "reentrant"):
+        model.activation_checkpointing_enable({"use_reentrant": kind == "reentrant"})
+        model.enable_input_require_grads()
+    model.train()
+    ids = torch.randint(3, VOCABULARY, (4, B, T), generator=torch.Generator().manual_seed(0))
+
+    def losses_of(step: int) -> Tensor:
+        logits = model(input_ids=ids[step]).logits
+        return nn.functional.cross_entropy(logits.transpose(1, 2), ids[step], reduction="none").sum(1)
+
+    freed = steps(model, Engine(model, keep_rows=True), losses_of, tolerance=SINGLE)
+    # Positions without a batch dimension take their rows from the words' gradient, where that is found to fit.
+    assert (freed[0], freed[-1]) == (False, kind not in ("positions", "reentrant"))
