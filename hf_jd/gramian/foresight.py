@@ -4,35 +4,34 @@ A plain step frees activations as its backward goes. The engine can do so too, o
 where each parameter that the losses depend on is met by a tap, at a place and in a layout that were proved.
 """
 
-from collections.abc import Iterable
-
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_jd.gramian.check import Checker, is_due
+from hf_jd.gramian.coverage import Coverage
 from hf_jd.gramian.graph import walk
 from hf_jd.gramian.plan import Plan
 from hf_jd.gramian.recording import Batch
 
 
-def is_last(
-    losses: Tensor, batch: Batch, plan: Plan, parameters: Iterable[nn.Parameter], checker: Checker | None
-) -> bool:
+def is_last(losses: Tensor, batch: Batch, plan: Plan, coverage: Coverage, checker: Checker | None) -> bool:
     """Whether a backward to the taps will bring all rows of the losses, so that none has to follow.
 
     Args:
         losses: [R].
         batch: The instances behind them.
         plan: What was learnt in the steps before.
-        parameters: The trainable ones.
+        coverage: Which tap brings which parameter.
         checker: None where rows need no proof.
     """
     graph = walk(losses)
     if graph.reentrant or plan.individual:
         return False
-    conclusive, tapped = batch.segments.objectives > 1, set()
+    own, tapped = set(coverage.taps), set()
     for node in graph.taps:
+        if node.tap not in own:
+            continue
         for shape in node.shapes:
-            site = plan.known_site(node.tap, len(shape), conclusive)
+            site = plan.known_site(node.tap, len(shape), batch.segments.distinguish)
             # Methods that call a module again may give up at a call's shapes, and leave its parameters to tier 3.
             if site is None or isinstance(site.method, str):
                 return False
@@ -43,4 +42,4 @@ def is_last(
     if checker and not checker.asleep.isdisjoint(tapped):
         return False
     leaves = set(graph.leaves)
-    return all(p in tapped or p not in leaves for p in parameters)
+    return all(p in tapped or p not in leaves for p in coverage.names)

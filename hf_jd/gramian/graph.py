@@ -86,7 +86,7 @@ class Graph:
     Attributes:
         reentrant: Whether a reentrant checkpoint does, which hides its own part.
         leaves: The tensors that require grad.
-        taps: The nodes of the engine's taps, each with its `tap` and the `shapes` of its outputs.
+        taps: The nodes of engines' taps, each with its `tap` and the `shapes` of its outputs.
     """
 
     reentrant: bool = False

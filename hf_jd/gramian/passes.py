@@ -118,7 +118,7 @@ class Passes:
     def _is_last(self, losses: Tensor, batch: Batch) -> bool:
         if self._coverage.sharded or self._reentrant is not False:
             return False
-        return is_last(losses, batch, self._plan, self._coverage.names, self._checker)
+        return is_last(losses, batch, self._plan, self._coverage, self._checker)
 
     def _only_pass(self, losses: Tensor, differentiator: Differentiator, batch: Batch, materialise: bool) -> Outcome:
         """Rows by one backward that frees the graph."""

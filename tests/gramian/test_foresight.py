@@ -123,6 +123,18 @@ def test_a_called_head_whose_output_no_loss_needs():
     assert steps(model, Engine(model, keep_rows=True), losses_of)[1:] == [True, True, True]
 
 
+def test_the_taps_of_another_engine_do_not_count():
+    model = Heads()
+    body, whole = Engine(model.body, keep_rows=True), Engine(model, keep_rows=True)
+    for step in range(3):
+        losses = model(inputs(step, B, 4), 0)
+        expected = brute_gramian(brute_rows(losses, list(trainable(model))), losses.shape)
+        assert relative(whole.compute_gramian(losses), expected) < EXACT
+        expected = brute_gramian(brute_rows(losses, list(trainable(model.body))), losses.shape)
+        assert relative(body.compute_gramian(losses, retain_graph=False), expected) < EXACT
+    assert is_freed(losses)
+
+
 def test_training_mode_and_what_is_trainable_ask_for_a_new_proof():
     model = mlp()
     engine = Engine(model, keep_rows=True)
