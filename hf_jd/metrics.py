@@ -120,10 +120,15 @@ class Averages:
         return {key: sums[key] / counts[key] for key in sums}
 
 
+def pairs(averages: Mapping[Key, float]) -> dict[tuple[str, str], float]:
+    """The cosines among them, by the names of two groups or losses."""
+    return {key: value for key, value in averages.items() if isinstance(key, tuple)}
+
+
 def readable(averages: Mapping[Key, float]) -> dict[str, float]:
     """What is logged of them, sorted by name: of the cosines of groups, those of up to 8 groups."""
-    names = {name for key in averages if isinstance(key, tuple) for name in key}
+    cosines = pairs(averages)
     found = {key: value for key, value in averages.items() if isinstance(key, str)}
-    if len(names) <= _FEW:
-        found |= {f"jd/cosine/{key[0]}/{key[1]}": value for key, value in averages.items() if isinstance(key, tuple)}
+    if len({name for pair in cosines for name in pair}) <= _FEW:
+        found |= {f"jd/cosine/{a}/{b}": value for (a, b), value in cosines.items()}
     return dict(sorted(found.items()))

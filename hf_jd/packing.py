@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def packed_documents(batch: Mapping[str, Any]) -> Tensor | None:
@@ -61,6 +62,23 @@ def unpacked(tokens: Tensor, documents: Tensor) -> Tensor:
     return padded.index_put((where[order], offsets), tokens.flatten()[order])
 
 
+def by_document(losses: Mapping[str, Tensor], documents: Tensor) -> dict[str, Tensor]:
+    """Losses of tokens [B, T], or of next tokens [B, T - 1], as those of documents [D, L]; a batch's [] as it is.
+
+    Raises:
+        ValueError: They are losses of rows, which hold several documents.
+    """
+    rows, length = documents.shape
+    losses = {k: F.pad(v, (0, 1)) if v.shape == (rows, length - 1) else v for k, v in losses.items()}
+    for name, values in losses.items():
+        if values.ndim and values.shape != documents.shape:
+            raise ValueError(
+                f"The loss `{name}` has shape {list(values.shape)}, and the batch has rows of several documents: give "
+                f"one loss for each token, {list(documents.shape)}, or use a collator that pads instead of packing."
+            )
+    return {name: unpacked(values, documents) if values.ndim else values for name, values in losses.items()}
+
+
 def by_token(segments: Tensor, documents: Tensor) -> Tensor:
     """The segment of each token [B, T], from those of the documents [D]; -1 for none."""
     return torch.where(documents >= 0, segments[documents.clamp(min=0)], -1)
@@ -76,7 +94,7 @@ def without_documents(batch: Mapping[str, Any], documents: Tensor, keep: Tensor)
     """
     kept = by_token(keep.long(), documents).flatten() == 1
     lengths = torch.bincount(documents.flatten()[kept], minlength=len(keep))[keep]
-    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    bounds = F.pad(lengths.cumsum(0), (1, 0))
     longest = int(lengths.max())
 
     def of(key: str, value: Any) -> Any:

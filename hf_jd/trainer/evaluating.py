@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_jd.collator import GROUP_KEY
+from hf_jd.packing import by_document, packed_documents
 from hf_jd.trainer.forward import LossesMixin, by_name, without_groups
 
 
@@ -65,9 +66,13 @@ class EvaluationMixin(LossesMixin):
     @torch.no_grad()
     def _keep_losses(self, model: nn.Module, inputs: Any, outputs: Any, groups: Tensor) -> None:
         losses, counted = by_name(self._evaluated_losses(model, inputs, outputs))
+        documents = packed_documents(inputs)
+        if documents is not None:
+            of_tokens = [name for name, values in losses.items() if values.ndim > 1]
+            losses, counted = (by_document({n: found[n] for n in of_tokens}, documents) for found in (losses, counted))
         names = [name for name, values in losses.items() if len(values.shape[:1]) and len(values) == len(groups)]
         if not names:
-            return  # Losses of whole batches, or packed rows: no group's.
+            return  # Losses of whole batches, or of rows that hold several documents: no group's.
         masked = [losses[name].double().masked_fill(~counted[name], 0) for name in names]
         sums = torch.stack([values.reshape(len(groups), -1).sum(1) for values in masked], dim=1)
         numbers = torch.stack([counted[name].reshape(len(groups), -1).sum(1) for name in names], dim=1)

@@ -154,21 +154,22 @@ class LossesMixin(Host):
         if self.jd_args.own_mean or (len(losses) > 1 and not self._jd_averaged):
             return None
         averaged = micro_batches * process_count()
-        if not (self.model_accepts_loss_kwargs or self.jd_loss_func) and self._jd_summed:
-            return {name: torch.full_like(values.sum(), averaged) for name, values in losses.items()}
-        means = {name: found.sum().clamp(min=1) * averaged for name, found in counted.items()}
-        if not (self.model_accepts_loss_kwargs or self.jd_loss_func) or self._jd_averaged:
-            return means  # Trainer averages the micro-batches, whatever their sizes.
-        ((name, values),) = losses.items()
+        by_batch = not (self.model_accepts_loss_kwargs or self.jd_loss_func) or self._jd_averaged
+        if self.loss_is_scaled_for_ga is not None:
+            by_batch = not self.loss_is_scaled_for_ga
         if self._jd_summed:
-            return {name: torch.ones((), device=values.device)}
-        if values.ndim < 2:
+            return {name: torch.full_like(values.sum(), averaged if by_batch else 1) for name, values in losses.items()}
+        means = {name: found.sum().clamp(min=1) * averaged for name, found in counted.items()}
+        if by_batch:
+            return means  # Trainer averages the micro-batches, whatever their sizes.
+        several = len(losses) > 1 or next(iter(losses.values())).ndim < 2
+        if several or (num_items is None and self.loss_is_scaled_for_ga):
             return None
         if num_items is None:
             return means
         # The tokens of all processes, unless the user has each process average its own.
         processes = 1 if self.args.average_tokens_across_devices else process_count()
-        return {name: torch.as_tensor(num_items * processes, device=values.device)}
+        return {name: torch.as_tensor(num_items * processes, device=found.device) for name, found in counted.items()}
 
     @property
     def has_extra(self) -> bool:

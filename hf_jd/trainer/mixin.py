@@ -20,7 +20,7 @@ from hf_jd.arguments import JDArguments
 from hf_jd.checkpoints import STATE_FILE, check_writable
 from hf_jd.collator import GroupCollator, group_names
 from hf_jd.gramian import Engine
-from hf_jd.metrics import Averages, readable
+from hf_jd.metrics import Averages, pairs, readable
 from hf_jd.trainer.control import Control
 from hf_jd.trainer.evaluating import EvaluationMixin
 from hf_jd.trainer.peers import check_given, check_same_weights, lost_peers
@@ -128,12 +128,12 @@ class JDTrainerMixin(EvaluationMixin):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the metrics under `jd/` to the logs of training; see Trainer."""
-        if "loss" in logs or "train_loss" in logs:
-            logs.update(readable(self.jd_metrics.take()))
+        averages = self.jd_metrics.take() if "loss" in logs or "train_loss" in logs else {}
+        logs.update(readable(averages))
         super().log(logs, *args, **kwargs)
         if self.is_world_process_zero() and self.args.output_dir is not None:
             entry = {**self.state.log_history[-1], "max_steps": self.state.max_steps}
-            self.jd_log.write(Path(self.args.output_dir), entry)
+            self.jd_log.write(Path(self.args.output_dir), entry, pairs(averages))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # A checkpoint that is written over another one is not whole until it is finished.

@@ -29,7 +29,7 @@ def plain_step(update: Update) -> Tensor | None:
         The same as `Update.run`; None where something isn't finite, and the update has to be measured.
     """
     trainer, kept, extras = update.trainer, Kept(update.kind.shared), []
-    with set_aside(trainer.trainable()) as gradients, trainer.engine().paused():
+    with set_aside(update.trainable) as gradients, trainer.engine().paused():
         for batch in update.batches:
             found, extra = _forward(update, batch)
             extras += [] if extra is None else [extra / (update.micro_batches * process_count())]
@@ -54,7 +54,7 @@ def plain_step(update: Update) -> Tensor | None:
     if not late and not objectives.normalised and usable.any():
         common = each[usable][0].item()
         gradients = {p: common * gradient for p, gradient in gradients.items()}
-    total = add_gradients(gradients, trainer.trainable())
+    total = add_gradients(gradients, update.trainable)
     if add_over_processes(torch.stack([found.broken for found in kept.recorded]).sum()):
         return None
     if trainer.accelerator.scaler is None and not _finite(list(total.values())):

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.utils import logging
 
 from hf_jd.collator import GROUP_KEY
 from hf_jd.distributed.processes import anywhere, process_count
 from hf_jd.gramian import Jacobian
 from hf_jd.objectives import Loss, Part, by_loss
-from hf_jd.packing import by_token, packed_documents, unpacked, without_documents
+from hf_jd.packing import by_document, by_token, packed_documents, without_documents
 from hf_jd.trainer.random_numbers import rng_state
 
 if TYPE_CHECKING:
@@ -110,7 +109,7 @@ class Recorder:
         documents = packed_documents(batch)
         if documents is not None:
             documents = documents.to(trainer.args.device)
-            losses, counted = (_by_document(tokens, documents) for tokens in (losses, counted))
+            losses, counted = (by_document(tokens, documents) for tokens in (losses, counted))
         instances = self._instances(batch, losses, groups)
         if groups is None:
             groups = torch.full((instances,), -1, device=trainer.args.device)
@@ -209,23 +208,6 @@ class Recorder:
             groups = batch.get(GROUP_KEY)
             named = "" if groups is None else f" (group `{self.trainer.group_name(int(groups[i]))}`)"
             logger.warning(f"Update {step}: instance {i}{named} has a loss that isn't finite, and is left out.")
-
-
-def _by_document(losses: dict[str, Tensor], documents: Tensor) -> dict[str, Tensor]:
-    """Losses of tokens [B, T], or of next tokens [B, T - 1], as those of documents [D, L]; a batch's as it is.
-
-    Raises:
-        ValueError: They are losses of rows, which hold several documents.
-    """
-    rows, length = documents.shape
-    losses = {k: F.pad(v, (0, 1)) if v.shape == (rows, length - 1) else v for k, v in losses.items()}
-    for name, values in losses.items():
-        if values.ndim and values.shape != documents.shape:
-            raise ValueError(
-                f"The loss `{name}` has shape {list(values.shape)}, and the batch has rows of several documents: give "
-                f"one loss for each token, {list(documents.shape)}, or use a collator that pads instead of packing."
-            )
-    return {name: unpacked(values, documents) if values.ndim else values for name, values in losses.items()}
 
 
 def selected(batch: Mapping[str, Any], keep: Tensor) -> dict[str, Any]:

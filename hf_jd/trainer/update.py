@@ -51,6 +51,7 @@ class Update:
         # Of several processes, all have to run as many passes.
         self.batches = [b for b in batches if process_count() > 1 or _holds_examples(b)]
         self.alone = alone
+        self.trainable = trainer.trainable()  # The walk over all modules takes time.
         self.micro_batches = trainer.current_gradient_accumulation_steps if self.alone else len(batches)
         # How many updates like this one are averaged, unless the losses already hold their share of the whole.
         self.parts = self.micro_batches * process_count() if self.alone else 1
@@ -93,7 +94,7 @@ class Update:
         self._keep_price(kept.nbytes, recording, time.perf_counter() - start - recording)
         if self.trainer.accelerator.scaler is not None and broken:
             # An overflow has to stay in `.grad`: GradScaler then skips the step and lowers its scale.
-            accumulate({p: torch.full_like(p, torch.inf) for p in self.trainer.trainable()})
+            accumulate({p: torch.full_like(p, torch.inf) for p in self.trainable})
         elif self.trainer.is_deepspeed_enabled:
             second_pass_of_deepspeed(self.recorder, recorded, weights[rows.mine], usable[rows.mine])
         elif self.jd.jd_backward == "one_pass" or objectives.broken(usable).any():
@@ -123,8 +124,12 @@ class Update:
                 f"{self.jd.jd_keep_rows}: each micro-batch is weighed by itself from now on, as --jd_when_full asks."
             )
         self.trainer.jd_apart = True
-        updates = (Update(self.trainer, self.recorder.model, [b], self.recorder.num_items, True) for b in self.batches)
-        return torch.stack([update.run() for update in updates]).sum()
+        values = []
+        for i, batch in enumerate(self.batches):
+            update = Update(self.trainer, self.recorder.model, [batch], self.recorder.num_items, alone=True)
+            update.recorder.again = i == 0  # It has been recorded, and told how many rows there would be.
+            values.append(update.run())
+        return torch.stack(values).sum()
 
     def value(self, each: Tensor, own: Tensor, rows: OwnRows, usable: Tensor, extras: Sequence[Tensor]) -> Tensor:
         """The part of this process in the objectives' mean, times the number of processes, as Trainer logs it.
@@ -150,7 +155,7 @@ class Update:
     def rows(self, jacobian: Jacobian | None) -> OwnRows:
         """This process's rows among those that are weighed together; None where it has none."""
         kind = OwnRows if self.alone else AddedRows if self.kind.shared else GatheredRows
-        return kind(jacobian, self.trainer.trainable())
+        return kind(jacobian, self.trainable)
 
     def _keep_price(self, nbytes: int, recording: float, weighing: float) -> None:
         keys = ("jd/seconds/rows", "jd/seconds/weighing", "jd/megabytes/rows")
@@ -166,7 +171,7 @@ class Update:
         extras = [r.extra for r in recorded if r.extra is not None]
         total = added({p: share * gradient for p, gradient in extra.gradients.items()} for extra in extras)
         if not self.trainer.is_deepspeed_enabled and anywhere(self.trainer.has_extra, self.trainer.args.device):
-            accumulate(add_gradients(total, self.trainer.trainable()))
+            accumulate(add_gradients(total, self.trainable))
         return [share * extra.value for extra in extras]
 
     def count_broken(self, recorded: list[Recorded], objectives: Objectives, usable: Tensor) -> Tensor:
@@ -212,7 +217,7 @@ class Update:
             return self.jd.keep_rows() is True
         instances = sum(len(next(iter(batch.values()))) for batch in self.batches)
         m = len(self.present) if self.kind.shared and self.present is not None else instances
-        return m * sum(p.nbytes for p in self.trainer.trainable()) <= self.budget
+        return m * sum(p.nbytes for p in self.trainable) <= self.budget
 
     def objectives(self, table: Tensor, own: Tensor, first: Recorded) -> Objectives:
         """What is known of the rows [M, 5] of all processes, from that and the table [m, 5] of this one."""

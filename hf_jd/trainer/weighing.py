@@ -61,10 +61,8 @@ def weigh(trainer: JDTrainerMixin, gramian: Tensor, objectives: Objectives, usab
     found = trainer.jd_control.weights(gramian, losses, lasting, trainer.state.global_step)
     weights[usable] = found[members]
     trainer.jd_state = JDState(names, gramian, found, losses)
-    labels = _labels(trainer, joined)
-    for ids, label in labels:
+    for ids, label in _labels(trainer, joined):
         trainer.jd_metrics.add(step_metrics(gramian, found, joined.means, joined.counts, ids, label))
-    trainer.jd_log.add(gramian, *(labels[0] if labels[0][1] else labels[-1]))
     return weights
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from itertools import combinations, product
 
 import pytest
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from tests.invariant.test_trainer_invariants import KINDS
 from tests.trainer.runs import arguments, flat, logged, relative, run
@@ -125,3 +125,16 @@ def test_trainer_is_still_wrong_for_heads_that_ignore_the_number_of_items(name, 
     for key in ("loss", "grad_norm"):
         assert relative(logged(ours, key), logged(one, key)) < 1e-6
     assert ours.state.total_flos == three.state.total_flos
+
+
+@pytest.mark.parametrize("name", [name for name in TABLE if TABLE[name].normalises != "items"])
+def test_mean_is_a_trainer_that_is_told_to_average_the_micro_batches(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "loss_is_scaled_for_ga", False)
+    task, data = TABLE[name], examples_of(TABLE[name], 14)
+    flags = {"max_steps": 2, "optim": "sgd", "per_device_train_batch_size": 3, "gradient_accumulation_steps": 3}
+    theirs = stock_run(task, False, data, tmp_path, **flags)
+    args = arguments(tmp_path, jd_weighting="mean", **flags, **KINDS["group"])
+    ours = run(model_of(task, False), args, data, data_collator=collate)
+    assert relative(flat(ours.model), flat(theirs.model)) < task.tolerance
+    for key in ("loss", "grad_norm"):
+        assert relative(logged(ours, key), logged(theirs, key)) < 1e-6

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
+from hf_jd import JDTrainer
 from hf_jd.gramian import Engine
 from tests.models import tiny_gpt2
 from tests.trainer.runs import arguments, examples, flat, logged, lora, relative, run, stock
@@ -92,6 +94,56 @@ def test_mean_is_trainer_where_the_model_takes_no_token_count(kind, scope, tmp_p
     ours = run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", jd_scope=scope, **flags, **KINDS[kind]))
     # A mean of float32 losses and a sum of quotients round differently.
     assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
+    assert relative(logged(ours, "loss"), logged(theirs, "loss")) < 1e-6
+
+
+def means(model, inputs, divide_by=None):
+    """Of a batch's instances: the squares of their logits, by their length. Their mean, or their sum by a number."""
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    losses = (logits.square().mean(-1) * inputs["attention_mask"]).sum(1) / inputs["attention_mask"].sum(1)
+    return losses if divide_by is None else losses.sum() / divide_by
+
+
+class TheirMeans(Trainer):
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return means(model, inputs).mean()
+
+
+class OurMeans(JDTrainer):
+    loss_is_scaled_for_ga = False
+
+    def compute_losses(self, model, inputs):
+        return means(model, inputs)
+
+
+class TheirShares(Trainer):
+    loss_is_scaled_for_ga = True
+
+    def get_batch_samples(self, *args):
+        batches, number = super().get_batch_samples(*args)
+        self.instances = sum(len(batch["labels"]) for batch in batches)
+        return batches, number
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return means(model, inputs, self.instances)
+
+
+class OurShares(OurMeans):
+    loss_is_scaled_for_ga = True
+
+
+@pytest.mark.parametrize("accepts", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("theirs", "ours"), [(TheirMeans, OurMeans), (TheirShares, OurShares)])
+def test_mean_is_a_trainer_that_says_how_its_loss_is_scaled(theirs, ours, kind, accepts, tmp_path, monkeypatch):
+    # 13 examples: the last update of an epoch has micro-batches of 2 and 2 and 2 and 1, or of one only.
+    monkeypatch.setattr("transformers.GPT2LMHeadModel.accepts_loss_kwargs", accepts, raising=False)
+    flags = {"gradient_accumulation_steps": 4, "max_steps": 6}
+    theirs = run(lora("gpt2"), arguments(tmp_path, TrainingArguments, **flags), examples(13), theirs)
+    ours = run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", **flags, **KINDS[kind]), examples(13), ours)
+    assert relative(flat(ours.model), flat(theirs.model)) < 1e-10
     assert relative(logged(ours, "loss"), logged(theirs, "loss")) < 1e-6
 
 

@@ -133,6 +133,28 @@ def test_documents_that_attend_each_other_are_refused(tmp_path):
         run(lora("llama", warm=True), args, flattened(), data_collator=attending)
 
 
+def test_the_groups_losses_of_a_packed_evaluation_set(tmp_path):
+    class Rows(JDTrainer):
+        def compute_losses(self, model, inputs):
+            losses, counted = super().compute_losses(model, inputs)
+            return (losses * counted).sum(1)
+
+    def evaluated(collator, cls=JDTrainer):
+        args = arguments(tmp_path, per_device_eval_batch_size=3, **GROUP)
+        data = flattened(8)
+        data[4]["labels"] = [-100] * len(data[4]["labels"])
+        model = lora("llama", warm=True)
+        model.config.use_cache = False
+        return cls(model, args, train_dataset=data, eval_dataset=data, data_collator=collator).evaluate()
+
+    padded, packed = evaluated(collate), evaluated(packing())
+    for task in ("code", "docs", "chat"):
+        assert packed[f"eval_{task}_loss"] == pytest.approx(padded[f"eval_{task}_loss"], rel=1e-5)
+    assert len({packed[f"eval_{task}_loss"] for task in ("code", "docs", "chat")}) == 3
+    # Losses of rows are no group's, and are no reason to stop a run at its first evaluation.
+    assert not any("code" in key for key in evaluated(packing(), Rows))
+
+
 def test_losses_of_packed_rows(tmp_path):
     class Rows(JDTrainer):
         def compute_losses(self, model, inputs):

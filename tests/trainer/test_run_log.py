@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hf_jd import JDTrainer
+from hf_jd.metrics import Averages, pairs, step_metrics
 from hf_jd.report.history import current_lines, read_history
 from hf_jd.trainer.run_log import RunLog
 from tests.models import tiny_gpt2, with_lora
@@ -72,13 +73,13 @@ def test_a_new_run_in_the_same_folder_is_read_alone(tmp_path):
 
 
 def test_pairs_are_averaged_over_the_steps_that_had_both(tmp_path):
-    log = RunLog()
     gramian = torch.tensor([[1.0, 0.5, 0.0], [0.5, 1.0, 0.0], [0.0, 0.0, 4.0]])
-    log.add(gramian, torch.tensor([0, 0, 1]), {0: "a", 1: "b"})
-    log.add(gramian[:2, :2], torch.tensor([0, 2]), {0: "a", 2: "c"})
-    log.add(gramian[:2, :2], torch.tensor([2, 0]), {0: "a", 2: "c"})
-    log.write(tmp_path / "new", {"step": 1})
-    log.write(tmp_path / "new", {"step": 2})
+    averages, log = Averages(), RunLog()
+    for ids, names in (([0, 0, 1], {0: "a", 1: "b"}), ([0, 2], {0: "a", 2: "c"}), ([2, 0], {0: "a", 2: "c"})):
+        m = len(ids)
+        averages.add(step_metrics(gramian[:m, :m], *torch.ones(3, m), torch.tensor(ids), names))
+    log.write(tmp_path / "new", {"step": 1}, pairs(averages.take()))
+    log.write(tmp_path / "new", {"step": 2}, pairs(averages.take()))
     first, second = (json.loads(line) for line in (tmp_path / "new" / "jd_log.jsonl").read_text().splitlines())
     assert first["pairs"] == {"names": ["a", "b", "c"], "cosines": [0.0, 0.5, None]}
     assert (first["begins"], "begins" in second, "pairs" in second) == ("anew", False, False)

@@ -114,6 +114,10 @@ def test_mean_is_sft_with_flags(flags, tmp_path):
     is_sft(build_lora, tmp_path, **flags)
 
 
+def test_metrics_count_once_where_rows_turn_out_to_be_too_many(tmp_path):
+    is_sft(build_lora, tmp_path, jd_keep_rows="100", jd_when_full="micro_batch")
+
+
 @pytest.mark.filterwarnings("ignore:.*further passes now")
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
