@@ -1,7 +1,7 @@
 """Which module brings the rows of which trainable parameter, and the taps on those modules."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -98,7 +98,8 @@ class Coverage:
         targets: dict[nn.Module, dict[str, nn.Parameter]] = defaultdict(dict)
         for i, root in enumerate(self._modules):
             prefix = f"{i}." if len(self._modules) > 1 else ""
-            modules = dict(root.named_modules())
+            modules = dict(_all_paths(root))
+            holders: dict[nn.Parameter, dict[str, str]] = defaultdict(dict)
             for path, module in modules.items():
                 for name, parameter in module._parameters.items():
                     if parameter is None or not parameter.requires_grad:
@@ -113,7 +114,10 @@ class Coverage:
                         )
                     holder = self._holder(modules, path, parameter)
                     if holder is not None:
-                        targets[modules[holder]][full[len(holder) + 1 :] if holder else full] = parameter
+                        holders[parameter][holder] = full[len(holder) + 1 :] if holder else full
+            for parameter, places in holders.items():
+                for path in _lowest(places):
+                    targets[modules[path]][places[path]] = parameter
         self._wanted = targets
         self._tree = [module for root in self._modules for module in root.modules()]
         self._scanned = self._state()
@@ -169,6 +173,19 @@ class Coverage:
             if not path:
                 return None
             path = path.rpartition(".")[0]
+
+
+def _all_paths(module: nn.Module, path: str = "", above: tuple[nn.Module, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
+    """Each path to each module: a `ParameterDict` that several modules share is read by all of them."""
+    yield path, module
+    for name, child in module._modules.items():
+        if child is not None and child is not module and child not in above:
+            yield from _all_paths(child, f"{path}.{name}" if path else name, (*above, module))
+
+
+def _lowest(paths: Iterable[str]) -> list[str]:
+    """Those without another one below: what a module's own call brings, its parts would bring again."""
+    return [path for path in paths if not any(p != path and (not path or p.startswith(path + ".")) for p in paths)]
 
 
 def _takes_hooks(module: nn.Module) -> bool:

@@ -6,14 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
+from torch.func import vjp, vmap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from hf_jd.gramian.again import call_again, check_buffers, copied_buffers
 from hf_jd.gramian.graph import Differentiator
 from hf_jd.gramian.layouts import Segments, shared_features
 from hf_jd.gramian.rows import DenseRows, Rows
-from hf_jd.gramian.rules import check_buffers, outer
+from hf_jd.gramian.rules import outer
 from hf_jd.gramian.taps import Call
 
 
@@ -47,7 +48,7 @@ def module_rows(
     def one(inputs: list[Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
         # Inside vmap each instance is a batch of one.
         inputs = [t.unsqueeze(axis) if b else t for t, b in zip(inputs, batched, strict=True)]
-        return again.row(inputs, [g.unsqueeze(axis) for g in gradients])
+        return again.traced_row(inputs, [g.unsqueeze(axis) for g in gradients])
 
     def some(members: Tensor) -> dict[str, Tensor]:
         index = members.to(given[0].device)
@@ -80,19 +81,35 @@ class _Repeated:
     """
 
     def __init__(self, module: nn.Module, targets: Mapping[str, nn.Parameter], call: Call, used: Sequence[bool]):
-        self.buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+        self.buffers = copied_buffers(module)
         self._module, self._call, self._used = module, call, used
         self._parameters = {name: p.detach() for name, p in targets.items()}
 
+    def traced_row(self, inputs: list[Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
+        """The vector-Jacobian product for output gradients, by parameter; inside `vmap`."""
+        return vjp(lambda parameters: self._outputs(parameters, inputs), self._parameters)[1](tuple(gradients))[0]
+
     def row(self, inputs: list[Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
-        """The vector-Jacobian product for output gradients, by parameter."""
+        """The same by plain autograd, which knows any custom function."""
+        with torch.enable_grad():
+            parameters = {name: p.clone().requires_grad_() for name, p in self._parameters.items()}
+            outputs = self._outputs(parameters, inputs)
+        pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad and o.numel()]
+        if not pairs:
+            return {name: torch.zeros_like(p) for name, p in self._parameters.items()}
+        found = torch.autograd.grad(
+            [o for o, _ in pairs],
+            list(parameters.values()),
+            [g for _, g in pairs],
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return {name: g.to_dense() if g.is_sparse else g for name, g in zip(parameters, found, strict=True)}
 
-        def outputs(parameters: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            args, kwargs = self._call.arguments(inputs)
-            result = functional_call(self._module, {**parameters, **self.buffers}, args, kwargs)
-            return tuple(o for o, used in zip(self._call.float_outputs(result), self._used, strict=True) if used)
-
-        return vjp(outputs, self._parameters)[1](tuple(gradients))[0]
+    def _outputs(self, parameters: dict[str, Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        args, kwargs = self._call.arguments(inputs)
+        result = call_again(self._module, {**parameters, **self.buffers}, args, kwargs)
+        return tuple(o for o, used in zip(self._call.float_outputs(result), self._used, strict=True) if used)
 
 
 class _LinearMaps(TorchFunctionMode):
@@ -137,8 +154,8 @@ def linear_rows(
     """
     with call.context(), torch.enable_grad(), _LinearMaps(list(targets.values())) as maps:
         args, kwargs = call.arguments(list(tensors))
-        buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-        outputs = call.float_outputs(functional_call(module, buffers, args, kwargs))
+        buffers = copied_buffers(module)
+        outputs = call.float_outputs(call_again(module, buffers, args, kwargs))
     check_buffers(module, buffers)
     used = [weight for weight, _, _ in maps.met]
     if len(used) != len(targets) or {id(w) for w in used} != {id(p) for p in targets.values()}:

@@ -35,14 +35,12 @@ class Meeting:
         site: The module, and how its rows are formed.
         layout: How its tensors held the batch; None where no layout fits.
         dtype: Of the output gradient.
-        leading: First dimension of the output gradient.
     """
 
     targets: Mapping[str, nn.Parameter]
     site: Site
     layout: str | None
     dtype: torch.dtype
-    leading: int
 
 
 class Recording:
@@ -118,7 +116,7 @@ class Recording:
             return
         site = self._plan.site(tap, first.dim(), self.batch.segments.distinguish, inputs or ())
         layout = site.choose_layout(first.shape[:-1] or first.shape, self.batch.instances)
-        self.meetings.append(Meeting(targets, site, layout, first.dtype, len(first)))
+        self.meetings.append(Meeting(targets, site, layout, first.dtype))
         if layout is None and not isinstance(site.method, str) and inputs is not None and len(inputs) == 1:
             self._unbatched.append((site, targets, inputs[0], first))
             return

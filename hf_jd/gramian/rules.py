@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
+from hf_jd.gramian.again import call_again, check_buffers, copied_buffers
 from hf_jd.gramian.layouts import Segments, UnsupportedError, shared_features
 from hf_jd.gramian.rows import DenseRows, OuterRows, Rows, SparseRows, narrow
 
@@ -198,9 +198,9 @@ def recognise(module: nn.Module, input: Tensor) -> Rule | None:
     if next(module.children(), None) is not None or "weight" not in names or not set(names) <= {"weight", "bias"}:
         return _scale_of(module, names[0], input) if len(names) == 1 and "." not in names[0] else None
     weight, bias = module.get_parameter("weight"), module.get_parameter("bias") if "bias" in names else None
-    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    buffers = copied_buffers(module)
     try:
-        output = functional_call(module, buffers, (input,))
+        output = call_again(module, buffers, (input,))
         check_buffers(module, buffers)
         if weight.dim() == 2 and not input.is_floating_point():
             return _scaled_embedding(module, input, output)
@@ -213,12 +213,6 @@ def recognise(module: nn.Module, input: Tensor) -> Rule | None:
     except Exception:
         return None  # A layer that cannot be called on this input alone, for whatever reason: no closed form.
     return _scale_of(module, "weight", input) if bias is None else None
-
-
-def check_buffers(module: nn.Module, copies: Mapping[str, Tensor]) -> None:
-    """Raises RuntimeError where a second call changed the copies of a module's buffers: its forward has a memory."""
-    if any(not torch.equal(copies[name], buffer) for name, buffer in module.named_buffers()):
-        raise RuntimeError("the module's forward changes its buffers, so that another call computes something else")
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -245,11 +239,10 @@ def _scale_of(module: nn.Module, name: str, input: Tensor) -> Rule | None:
     weight = module.get_parameter(name)
     if weight.dim() != 1 or not input.is_floating_point():
         return None
-
-    buffers = {key: buffer.clone() for key, buffer in module.named_buffers()}
+    buffers = copied_buffers(module)
 
     def at(value: Tensor, x: Tensor) -> Tensor:
-        return functional_call(module, {name: value, **buffers}, (x,))
+        return call_again(module, {name: value, **buffers}, (x,))
 
     try:
         zero, one = at(torch.zeros_like(weight), input), at(torch.ones_like(weight), input)
@@ -263,7 +256,7 @@ def _scale_of(module: nn.Module, name: str, input: Tensor) -> Rule | None:
         return None  # As above: no closed form.
 
     def scale(module: nn.Module, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
-        f = functional_call(module, {name: torch.full_like(module.get_parameter(name), unit)}, (input,))
+        f = call_again(module, {name: torch.full_like(module.get_parameter(name), unit)}, (input,))
         return {name: _sum(shared_features(grad_output * f), segments, module.get_parameter(name))}
 
     return scale

@@ -890,6 +890,57 @@ class DataclassOut(nn.Module):
         return self.inner(Carrier(x)).value.tanh()
 
 
+class SharedDictionary(nn.Module):
+    """Adapters that read one dictionary, which the model holds too."""
+
+    class Adapter(nn.Module):
+        def __init__(self, bank: nn.ParameterDict, sign: int):
+            super().__init__()
+            self.bank, self.sign = bank, sign
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.sign * x @ self.bank["matrix"]
+
+    def __init__(self):
+        super().__init__()
+        self.bank = nn.ParameterDict({"matrix": randn(D, D)})
+        self.one, self.two = self.Adapter(self.bank, 1), self.Adapter(self.bank, -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x).tanh())
+
+
+class TwoPaths(nn.Module):
+    """A part that is held at two paths, in a module that is called again for its own parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = randn(D)
+        self.one = self.two = nn.Sequential(nn.Linear(D, D), nn.BatchNorm1d(D)).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x * self.scale).tanh())
+
+
+class ScalarOut(nn.Module):
+    """A part gives one number, without a batch."""
+
+    class Temperature(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.log = randn()
+
+        def forward(self) -> Tensor:
+            return self.log.exp()
+
+    def __init__(self):
+        super().__init__()
+        self.temperature, self.linear = self.Temperature(), nn.Linear(D, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.linear(x) * self.temperature()).tanh()
+
+
 class Lambda(nn.Module):
     """Modules without parameters, and containers that are never called."""
 
@@ -936,6 +987,9 @@ VECTORS: dict[str, Callable[[], nn.Module]] = {
     "called by forward": CalledByForward,
     "scripted part": Scripted,
     "dataclasses": DataclassOut,
+    "shared dictionary": SharedDictionary,
+    "two paths": TwoPaths,
+    "scalar out": ScalarOut,
     "views": Views,
     "random": Random,
     "dropouts": Dropouts,
@@ -1086,6 +1140,24 @@ def test_buffers_are_left_as_the_forward_left_them(build: Callable[[], nn.Module
             warnings.simplefilter("ignore", UserWarning)
             engine.compute_gramian(losses)
         assert all(torch.equal(v, before[k]) for k, v in model.named_buffers())
+
+
+def test_a_module_that_is_called_again_keeps_its_tensors():
+    model = build_in_float64(TwoPaths, torch.ones(2, D).double())
+    before = [*model.parameters(), *model.buffers()]
+    engine = Engine(model)
+    engine.compute_gramian(losses_from(model, (3, D))(0))
+    assert engine.tiers()["scale"] == 2
+    assert all(a is b for a, b in zip([*model.parameters(), *model.buffers()], before, strict=True))
+
+
+@pytest.mark.parametrize("build", [SharedDictionary, Custom])
+def test_of_what_tier_2_covers(build: Callable[[], nn.Module]):
+    """Adapters that read one dictionary; functions that only plain autograd knows."""
+    model = build_in_float64(build, torch.ones(2, D).double())
+    engine = Engine(model)
+    engine.compute_gramian(losses_from(model, (3, D))(0))
+    assert 3 not in engine.tiers().values()
 
 
 def test_a_plain_backward_through_hooks_is_a_plain_backward():
