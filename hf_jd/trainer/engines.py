@@ -28,7 +28,14 @@ def check_engine(trainer: JDTrainerMixin) -> None:
         )
     if trainer.is_deepspeed_enabled:
         _check_deepspeed(trainer)
-    spread = any(isinstance(p, DTensor) for p in model.parameters()) and not isinstance(model, FSDPModule)
+    layout = trainer.accelerator.parallelism_config
+    sharded = [p for p in model.parameters() if isinstance(p, DTensor)]
+    if (layout is not None and layout.dp_replicate_enabled) or any(p.device_mesh.ndim > 1 for p in sharded):
+        raise ValueError(
+            f"{name} does not work with replicas of shards (HSDP), since each process owns a part of the Gramian: use "
+            "FSDP2 over all processes, with dp_replicate_size 1."
+        )
+    spread = bool(sharded) and not isinstance(model, FSDPModule)
     if spread or max(trainer.get_tp_size(), trainer.get_cp_size(), trainer.get_sp_size()) > 1:
         raise ValueError(
             f"{name} does not work with tensor, context or sequence parallelism: load the model without a tp_plan, and "
@@ -45,8 +52,8 @@ def check_engine(trainer: JDTrainerMixin) -> None:
 def _check_deepspeed(trainer: JDTrainerMixin) -> None:
     if trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
         raise ValueError(
-            f"{type(trainer).__name__} does not work with ZeRO 3, whose parameters are empty when rows are weighed: "
-            "use FSDP2, which shards as much, or ZeRO 1 or 2."
+            f"{type(trainer).__name__} does not work with ZeRO 3, which leaves parameters empty between passes, while "
+            "rows, and what proves them, are of whole ones: use FSDP2, which shards as much, or ZeRO 1 or 2."
         )
     if trainer.jd_args.jd_backward != "two_pass":
         raise ValueError("DeepSpeed owns the backward pass, so that an update takes two: add --jd_backward two_pass.")

@@ -97,7 +97,7 @@ class JDTrainerMixin(EvaluationMixin):
             functorch_config.donated_buffer = False  # ty: ignore[invalid-assignment]
         self.engine()  # Hooks must be there before anything compiles the model.
         with lost_peers(self):
-            check_given(self)
+            check_given(self, resume_from_checkpoint)
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:

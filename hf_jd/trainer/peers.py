@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hf_jd.checkpoints import newest_whole
 from hf_jd.distributed.agreement import check_alike, check_weights
 from hf_jd.distributed.processes import process_count, rank
+from hf_jd.trainer.resuming import needed_files
 
 if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin
@@ -17,13 +18,14 @@ if TYPE_CHECKING:
 _SIGNS = ("connection", "timed out", "timeout", "nccl", "gloo", "broken pipe", "socket")
 
 
-def check_given(trainer: JDTrainerMixin) -> None:
-    """Raises a ValueError where processes have other seeds, flags, groups or examples than the others."""
+def check_given(trainer: JDTrainerMixin, resumed: str | bool | None) -> None:
+    """Raises a ValueError where processes have other seeds, flags, groups or examples, or resume another checkpoint."""
     args = trainer.args
     own = {name: value for name, value in vars(trainer.jd_args).items() if name.startswith("jd_")}
     names = ["seed", "data_seed", "gradient_accumulation_steps", "max_steps", "num_train_epochs", "learning_rate"]
     given = {name: getattr(args, name) for name in names}
-    check_alike({**given, **own, "groups": trainer.jd_group_names, "examples": _examples(trainer.train_dataset)})
+    found = {"groups": trainer.jd_group_names, "examples": _examples(trainer.train_dataset)}
+    check_alike({**given, **own, **found, "resume_from_checkpoint": resumed})
 
 
 def check_same_weights(trainer: JDTrainerMixin) -> None:
@@ -43,7 +45,8 @@ def lost_peers(trainer: JDTrainerMixin) -> Generator[None]:
     except RuntimeError as error:
         if process_count() == 1 or not any(sign in str(error).lower() for sign in _SIGNS):
             raise
-        found = None if trainer.args.output_dir is None else newest_whole(Path(trainer.args.output_dir), [])[0]
+        directory = trainer.args.output_dir
+        found = None if directory is None else newest_whole(Path(directory), needed_files(trainer))[0]
         kept = f"The last whole checkpoint is `{found}`" if found else "There is no whole checkpoint yet"
         raise RuntimeError(
             f"Process {rank()} of {process_count()} ends in update {trainer.state.global_step + 1}, because another "

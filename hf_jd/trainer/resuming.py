@@ -23,13 +23,7 @@ logger = logging.get_logger(__name__)
 
 def checkpoint_to_resume(trainer: JDTrainerMixin, asked: str | bool) -> str | bool | None:
     """The checkpoint that is asked for, or the newest whole one of the output directory."""
-    needed = []
-    if not trainer.args.save_only_model:
-        processes = range(trainer.args.world_size)
-        states = ["rng_state.pth"] if len(processes) == 1 else [f"rng_state_{i}.pth" for i in processes]
-        needed = [*_optimizer_files(trainer), "scheduler.pt", *states]
-        needed += [WEIGHTING_FILE] if isinstance(trainer.weighting, Stateful) else []
-        needed += [WEIGHTS_FILE] if trainer.jd_args.jd_every > 1 else []
+    needed = needed_files(trainer)
     if not isinstance(asked, bool):
         missing = what_is_missing(Path(asked), needed) if Path(asked).is_dir() else "there is no such directory"
         if missing is not None:
@@ -43,6 +37,17 @@ def checkpoint_to_resume(trainer: JDTrainerMixin, asked: str | bool) -> str | bo
         logger.warning("No checkpoint is whole: training starts at the beginning.")
         return None
     return True if found is None else str(found)
+
+
+def needed_files(trainer: JDTrainerMixin) -> list[str]:
+    """What a checkpoint must have beside the model's weights and Trainer's state, of all processes."""
+    if trainer.args.save_only_model:
+        return []
+    processes = range(trainer.args.world_size)
+    states = ["rng_state.pth"] if len(processes) == 1 else [f"rng_state_{i}.pth" for i in processes]
+    needed = [*_optimizer_files(trainer), "scheduler.pt", *states]
+    needed += [WEIGHTING_FILE] if isinstance(trainer.weighting, Stateful) else []
+    return needed + ([WEIGHTS_FILE] if trainer.jd_args.jd_every > 1 else [])
 
 
 def _optimizer_files(trainer: JDTrainerMixin) -> list[str]:

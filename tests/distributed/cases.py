@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -14,7 +15,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.data import SequentialSampler
@@ -25,6 +27,7 @@ from hf_jd.distributed import columns, rows
 from tests.distributed.counting import Call, counted, deadly
 from tests.models import tiny_gpt2, tiny_llama, with_lora
 from tests.trainer.runs import TASKS, arguments, collate, examples
+from tests.trainer.survivor import die_writing
 
 GROUP = {"jd_objectives": "group", "jd_group_column": "task"}
 MODELS = {
@@ -188,6 +191,14 @@ def hidden_gradients(model: nn.Module) -> int:
     return sum(kept)
 
 
+def shard_replicas() -> None:
+    """Trains a model of which two groups of processes hold a replica each, in shards."""
+    with tempfile.TemporaryDirectory() as directory, fresh_accelerate():
+        model = MODELS["lora"]()
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
+        Ours(fully_shard(model, mesh=mesh), arguments(directory), train_dataset=examples(), data_collator=collate).train()
+
+
 def differ(what: str) -> None:
     """Trains with something that is not the same on all processes."""
     rank = torch.distributed.get_rank()
@@ -200,7 +211,7 @@ def differ(what: str) -> None:
         trainer = Ours(MODELS["lora"](), args, train_dataset=data, data_collator=collate)
         if what == "weights" and rank == 1:
             trainer.add_callback(Touch())
-        trainer.train()
+        trainer.train(resume_from_checkpoint=directory if what == "checkpoint" else None)
 
 
 class Touch(TrainerCallback):
@@ -223,14 +234,27 @@ class Kill(TrainerCallback):
             deadly["call"] = len(self.calls) + self.call
 
 
-def survive(directory: str, sharded: bool = False, kill: int | None = None) -> list[float]:
-    """Trains, and saves every third update; goes on from the last checkpoint, if there is one.
+def survive(
+    directory: str, sharded: bool = False, kill: int | None = None, kill_in_write: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """Trains, and saves every third update; goes on from the newest whole checkpoint, if there is one.
 
     Args:
         directory: Of the checkpoints.
         sharded: Whether FSDP2 shards the model.
         kill: The collective of the fifth update in which the last process is killed.
+        kill_in_write: The process that is killed in the third checkpoint, and in which of the files that it writes.
+
+    Returns:
+        The parameters, and what was said of checkpoints.
     """
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("hf_jd.trainer.resuming").addHandler(handler)
+    if kill_in_write is not None and torch.distributed.get_rank() == kill_in_write[0]:
+        die_writing(kill_in_write[1])
+
     fsdp = {"fsdp": True, "fsdp_config": {"fsdp_version": 2}} if sharded else {}
     flags = {"max_steps": 10, "save_strategy": "steps", "save_steps": 3, "jd_weighting": "gradvac", **GROUP, **fsdp}
     with fresh_accelerate(), counted() as calls:
@@ -241,7 +265,7 @@ def survive(directory: str, sharded: bool = False, kill: int | None = None) -> l
         if kill is not None and torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
             trainer.add_callback(Kill(calls, kill))
         trainer.train(resume_from_checkpoint=any(Path(directory).glob("checkpoint-*")))
-        return whole(trainer.model).tolist()
+        return {"parameters": whole(trainer.model).tolist(), "said": said}
 
 
 class EngineOfDeepSpeed:

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from accelerate.parallelism_config import ParallelismConfig
+
 from hf_jd import JDTrainer
 from hf_jd.trainer.engines import check_engine
 from tests.distributed.cases import GROUP
@@ -45,10 +47,14 @@ def test_a_model_on_several_devices_is_refused(tmp_path):
         check_engine(trainer)
 
 
-def test_fsdp1_and_tensor_parallelism_are_refused(tmp_path, monkeypatch):
+def test_fsdp1_replicas_and_tensor_parallelism_are_refused(tmp_path, monkeypatch):
     trainer = JDTrainer(lora("gpt2"), arguments(tmp_path), train_dataset=examples())
     monkeypatch.setattr(trainer, "get_tp_size", lambda: 2)
     with pytest.raises(ValueError, match="tensor, context or sequence parallelism: load the model without a tp_plan"):
+        check_engine(trainer)
+    monkeypatch.setattr(trainer, "get_tp_size", lambda: 1)
+    monkeypatch.setattr(trainer.accelerator.state, "parallelism_config", ParallelismConfig(dp_replicate_size=2))
+    with pytest.raises(ValueError, match="HSDP.*dp_replicate_size 1"):
         check_engine(trainer)
     monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
     monkeypatch.setattr(trainer.accelerator, "state", SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1)))

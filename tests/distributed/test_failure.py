@@ -12,7 +12,13 @@ from tests.distributed.pool import Pool
 
 @pytest.mark.parametrize(
     ("what", "name"),
-    [("seed", "`seed`"), ("flags", "`jd_backward`"), ("examples", "`examples`"), ("order", "`examples`")],
+    [
+        ("seed", "`seed`"),
+        ("flags", "`jd_backward`"),
+        ("examples", "`examples`"),
+        ("order", "`examples`"),
+        ("checkpoint", "`resume_from_checkpoint`"),
+    ],
 )
 def test_what_differs_is_said_by_all(what, name, pools):
     for failed, answer in pools(2).answers_of("differ", what=what):
@@ -56,4 +62,34 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(shard
         resumed = pool.run("survive", directory=str(tmp_path), sharded=sharded)
     finally:
         pool.end()
-    assert resumed[0] == unharmed[sharded]
+    assert resumed[0]["parameters"] == unharmed[sharded]["parameters"]
+
+
+# Of one checkpoint, the first process writes arguments, optimizer, scheduler, weighting, random numbers and state.
+@pytest.mark.parametrize(
+    ("sharded", "rank", "file", "missing"),
+    [
+        (False, 0, 2, "it has no trainer_state.json"),
+        (False, 0, 6, "its trainer_state.json is cut off"),
+        (False, 1, 1, "rng_state_1.pth"),
+        (True, 1, 1, "rng_state_1.pth"),
+    ],
+)
+def test_a_process_killed_while_several_write_a_checkpoint(sharded, rank, file, missing, tmp_path, unharmed):
+    pool = Pool(2, timeout=20)
+    pool.ask("survive", directory=str(tmp_path), sharded=sharded, kill_in_write=(rank, file))
+    answered = pool.answer(60)
+    pool.end()
+    assert answered is not None
+    survivor, (failed, answer) = answered
+    assert survivor == 1 - rank
+    assert failed
+    assert f"The last whole checkpoint is `{tmp_path / 'checkpoint-6'}`" in answer
+    pool = Pool(2)
+    try:
+        resumed = pool.run("survive", directory=str(tmp_path), sharded=sharded)
+    finally:
+        pool.end()
+    for result in resumed:
+        assert result["parameters"] == unharmed[sharded]["parameters"]
+        assert any("Skipping checkpoint-9, which was not written to its end" in m and missing in m for m in result["said"])

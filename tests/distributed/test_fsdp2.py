@@ -23,6 +23,12 @@ def test_many_processes_are_one(processes, kind, accumulated, pools, alone):
         assert [c.name for c in result["calls"]] == [c.name for c in many[0]["calls"]]
 
 
+def test_replicas_of_shards_are_refused(pools):
+    for failed, answer in pools(4).answers_of("shard_replicas"):
+        assert failed
+        assert "does not work with replicas of shards (HSDP)" in answer
+
+
 @pytest.mark.parametrize("model", ["lora", "full"])
 @pytest.mark.parametrize("own", [INSTANCE, GROUP], ids=["instance", "group"])
 def test_mean_is_stock_fsdp2(own, model, pools):
