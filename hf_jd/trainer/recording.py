@@ -15,6 +15,7 @@ from hf_jd.distributed.processes import anywhere, process_count
 from hf_jd.gramian import Jacobian
 from hf_jd.objectives import Loss, Part, by_loss
 from hf_jd.packing import by_document, by_token, packed_documents, without_documents
+from hf_jd.trainer.empty import holds_examples, stand_in
 from hf_jd.trainer.random_numbers import rng_state
 
 if TYPE_CHECKING:
@@ -104,8 +105,11 @@ class Recorder:
 
     def parts(self, batch: Mapping[str, Any], again: bool = False) -> tuple[list[Part], Tensor | None]:
         """Runs a micro-batch forward: its objectives, and what is in none of them, with a graph."""
-        trainer = self.trainer
+        trainer, empty = self.trainer, not holds_examples(batch)
+        batch = stand_in(batch) if empty else batch
         losses, counted, groups, extra = trainer.unreduced_losses(self.model, batch, again or self.again)
+        if empty:
+            counted, extra = {name: torch.zeros_like(found) for name, found in counted.items()}, None
         documents = packed_documents(batch)
         if documents is not None:
             documents = documents.to(trainer.args.device)

@@ -18,6 +18,7 @@ from hf_jd.gramian import Jacobian
 from hf_jd.metrics import Metrics
 from hf_jd.objectives import Objectives
 from hf_jd.trainer.deepspeed import second_pass_of_deepspeed
+from hf_jd.trainer.empty import holds_examples
 from hf_jd.trainer.gradients import accumulate, added
 from hf_jd.trainer.kept import Kept, allowed, is_full
 from hf_jd.trainer.plain import plain_step
@@ -49,7 +50,7 @@ class Update:
         self.trainer = trainer
         self.jd = trainer.jd_args
         # Of several processes, all have to run as many passes.
-        self.batches = [b for b in batches if process_count() > 1 or _holds_examples(b)]
+        self.batches = [b for b in batches if process_count() > 1 or holds_examples(b)]
         self.alone = alone
         self.trainable = trainer.trainable()  # The walk over all modules takes time.
         self.micro_batches = trainer.current_gradient_accumulation_steps if self.alone else len(batches)
@@ -225,8 +226,3 @@ class Update:
             table = torch.cat([table[:, :3], own[:, 3:]], dim=1)  # Groups and names are the same everywhere.
         whole = len(self.trainer.jd_loss_names) - 1 if len(first.parts) > 1 and not self.kind.shared else None
         return Objectives(table, self.jd.own_mean, first.parts[0].denominators is not None, whole)
-
-
-def _holds_examples(batch: Mapping[str, Any]) -> bool:
-    """Whether there is any example in a batch: many models fail on a batch of none."""
-    return any(value.numel() for key, value in batch.items() if key != GROUP_KEY and isinstance(value, Tensor))

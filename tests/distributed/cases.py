@@ -28,6 +28,7 @@ from tests.distributed.counting import Call, counted, deadly
 from tests.models import tiny_gpt2, tiny_llama, with_lora
 from tests.trainer.runs import TASKS, arguments, collate, examples
 from tests.trainer.survivor import die_writing
+from tests.trainer.test_nothing_to_learn import without_some
 
 GROUP = {"jd_objectives": "group", "jd_group_column": "task"}
 MODELS = {
@@ -118,6 +119,7 @@ def train(
     summed_here: bool = True,
     unlabelled: tuple[int, ...] = (5,),
     tasks: str = "",
+    dropped: tuple[int, ...] = (),
     spoiled: str | None = None,
     sharded: bool = False,
     checkpointing: bool = False,
@@ -137,6 +139,7 @@ def train(
         summed_here: Whether groups' rows are added up by hf_jd, as on CPUs, or by a reduce-scatter, as on GPUs.
         unlabelled: The examples without labels.
         tasks: The group of each example, by its number, where it isn't the usual one.
+        dropped: The examples that the collator leaves out.
         spoiled: A function of this module that makes losses or rows infinite.
         sharded: Whether FSDP2 shards the model.
         checkpointing: Whether FSDP2 checkpoints activations.
@@ -167,7 +170,7 @@ def train(
             MODELS[model](),
             args,
             train_dataset=data,
-            data_collator=collate,
+            data_collator=without_some(*(data[i]["input_ids"] for i in dropped)) if dropped else collate,
             compute_loss_func=reduced_loss if stock else token_losses,
         )
         if spoiled is not None:
@@ -194,9 +197,9 @@ def hidden_gradients(model: nn.Module) -> int:
 def shard_replicas() -> None:
     """Trains a model of which two groups of processes hold a replica each, in shards."""
     with tempfile.TemporaryDirectory() as directory, fresh_accelerate():
-        model = MODELS["lora"]()
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
-        Ours(fully_shard(model, mesh=mesh), arguments(directory), train_dataset=examples(), data_collator=collate).train()
+        model = fully_shard(MODELS["lora"](), mesh=mesh)
+        Ours(model, arguments(directory), train_dataset=examples(), data_collator=collate).train()
 
 
 def differ(what: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-
 from accelerate.parallelism_config import ParallelismConfig
 
 from hf_jd import JDTrainer

@@ -84,6 +84,19 @@ def test_groups_on_some_processes_only(processes, pools, alone):
 
 
 @pytest.mark.parametrize("own", [INSTANCE, GROUP], ids=["instance", "group"])
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("flags", [{}, {"jd_backward": "two_pass"}, {"gradient_accumulation_steps": 2}], ids=repr)
+def test_a_batch_of_no_example_on_one_process(flags, sharded, own, pools, alone):
+    # They are the whole first batch of the first process, and the whole third one of the second.
+    dropped = (0, 1, 10, 11)
+    labels = {"n": 24, "unlabelled": (5, *dropped)}  # Nobody reads those that are left out.
+    many = pools(2).run("train", **own, **flags, **labels, dropped=dropped, sharded=sharded)
+    one = alone(**own, **flags, **labels)
+    assert relative(many[0], one) < 1e-10
+    assert_logged_alike(many[1], one)
+
+
+@pytest.mark.parametrize("own", [INSTANCE, GROUP], ids=["instance", "group"])
 @pytest.mark.parametrize(
     ("spoiled", "backward"), [("spoil_loss", "one_pass"), ("spoil_loss", "two_pass"), ("spoil_row", "one_pass")]
 )
