@@ -19,7 +19,7 @@ from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from torch.utils.data import SequentialSampler
+from torch.utils.data import IterableDataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_jd import JDTrainer, JDTrainingArguments
@@ -50,6 +50,18 @@ def token_losses(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> A
 def reduced_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
     """The same as one number, for the stock Trainer."""
     return token_losses(outputs, labels)[0].sum() / num_items_in_batch
+
+
+class Stream(IterableDataset):
+    """Examples of one length, which come one after the other."""
+
+    def __init__(self, rows: list[dict[str, Any]]):
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+        for row in self.rows:
+            yield {**row, **{key: (row[key] + [value] * 10)[:10] for key, value in padding.items()}}
 
 
 class InOrder(Trainer):
@@ -120,6 +132,7 @@ def train(
     unlabelled: tuple[int, ...] = (5,),
     tasks: str = "",
     dropped: tuple[int, ...] = (),
+    dispatched: bool | None = None,
     spoiled: str | None = None,
     sharded: bool = False,
     checkpointing: bool = False,
@@ -140,6 +153,7 @@ def train(
         unlabelled: The examples without labels.
         tasks: The group of each example, by its number, where it isn't the usual one.
         dropped: The examples that the collator leaves out.
+        dispatched: Of a stream, whether one process reads it for all, or each reads it whole; None for a list.
         spoiled: A function of this module that makes losses or rows infinite.
         sharded: Whether FSDP2 shards the model.
         checkpointing: Whether FSDP2 checkpoints activations.
@@ -161,7 +175,7 @@ def train(
             per_device_train_batch_size=batch // processes,
             max_steps=steps,
             max_grad_norm=clip,
-            accelerator_config={"even_batches": even},
+            accelerator_config={"even_batches": even, "dispatch_batches": dispatched},
             **flags,
         )
         if sharded:
@@ -169,7 +183,7 @@ def train(
         trainer = (InOrder if stock else Ours)(
             MODELS[model](),
             args,
-            train_dataset=data,
+            train_dataset=data if dispatched is None else Stream(data),
             data_collator=without_some(*(data[i]["input_ids"] for i in dropped)) if dropped else collate,
             compute_loss_func=reduced_loss if stock else token_losses,
         )

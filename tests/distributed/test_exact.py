@@ -83,6 +83,19 @@ def test_groups_on_some_processes_only(processes, pools, alone):
     assert_logged_alike(many[0], one)
 
 
+@pytest.mark.parametrize("dispatched", [False, True])
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_a_stream_with_groups(accumulated, dispatched, pools, alone):
+    names = ["code", "docs", "chat"]
+    configuration = {**GROUP, "n": 24, "gradient_accumulation_steps": accumulated, "jd_groups": names}
+    many = pools(2).run("train", **configuration, dispatched=dispatched)
+    one = alone(**configuration)
+    assert relative(many[0], one) < 1e-10
+    # How many updates an epoch of a stream has isn't known.
+    without = [{"history": [{**entry, "epoch": 0.0} for entry in ran["history"]]} for ran in (many[1], one)]
+    assert_logged_alike(*without)
+
+
 @pytest.mark.parametrize("own", [INSTANCE, GROUP], ids=["instance", "group"])
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
 @pytest.mark.parametrize("flags", [{}, {"jd_backward": "two_pass"}, {"gradient_accumulation_steps": 2}], ids=repr)
