@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 65_536  # columns in one inner product: float32 sums of more lose digits (1.7e-3 relative at 10M columns)
-BLOCK = 32  # objectives up to which a symmetric product is not cut into blocks
+BLOCK = 64  # objectives up to which a symmetric product is fastest in one piece
 COLUMNS = 64  # columns up to which a product of many rows is formed transposed, several times faster
 
 
