@@ -30,10 +30,12 @@ class Checker:
     Attributes:
         asleep: Parameters whose gradient was zero in their last proof, which proves nothing (lora_A at its start, where
             lora_B is zero). As soon as their rows are not, they need another one.
+        expects: Whether the next step will need a proof, or may: what a proof compares is then recorded first.
     """
 
     def __init__(self) -> None:
         self.asleep: set[nn.Parameter] = set()
+        self.expects = True
         self._generator = torch.Generator().manual_seed(0)
 
     def pending(self, recording: Recording) -> bool:
@@ -41,17 +43,13 @@ class Checker:
 
         Too small a gradient proves nothing: it is looked at again after 1, 2, 4, ... such steps, counted here.
         """
-        uses = {
-            (meeting.site, parameter, meeting.layout)
-            for meeting in recording.meetings
-            for parameter in meeting.targets.values()
-            if parameter not in recording.unmapped
-        }
+        uses = _uses(recording)
         pending = bool(recording.awake) or any(is_due(*use) for use in uses)
         for site, parameter, layout in uses:
             entry = (parameter, layout, site.module.training)
             if entry in site.vacuous and entry not in site.proved:
                 site.vacuous[entry] += 1
+        self.expects = any(is_due(*use) for use in uses)
         return pending
 
     def probe(self, losses: Tensor) -> Tensor:
@@ -80,22 +78,21 @@ class Checker:
     def approve(self, recording: Recording, expected: Mapping[nn.Parameter, Tensor | None]) -> None:
         """Remembers what was proved, and what had too small a gradient to be."""
         typical = _typical(expected.values())
-        for meeting in recording.meetings:
-            for parameter in meeting.targets.values():
-                if parameter in recording.unmapped:
-                    continue
-                entry = (parameter, meeting.layout, meeting.site.module.training)
-                gradient = expected.get(parameter)
-                relative, noise = _tolerance(parameter, recording)
-                size = 0.0 if gradient is None else float(gradient.norm()) / math.sqrt(max(1, gradient.numel()))
-                if size * relative > noise * typical:
-                    meeting.site.proved.add(entry)
-                else:
-                    meeting.site.vacuous.setdefault(entry, 1)
-                if size == 0.0:
-                    self.asleep.add(parameter)
-                else:
-                    self.asleep.discard(parameter)
+        uses = _uses(recording)
+        for site, parameter, layout in uses:
+            entry = (parameter, layout, site.module.training)
+            gradient = expected.get(parameter)
+            relative, noise = _tolerance(parameter, recording)
+            size = 0.0 if gradient is None else float(gradient.norm()) / math.sqrt(max(1, gradient.numel()))
+            if size * relative > noise * typical:
+                site.proved.add(entry)
+            else:
+                site.vacuous.setdefault(entry, 1)
+            if size == 0.0:
+                self.asleep.add(parameter)
+            else:
+                self.asleep.discard(parameter)
+        self.expects = bool(self.asleep) or any(is_due(*use) for use in uses)
 
     def diagnose(
         self,
@@ -140,6 +137,16 @@ class Checker:
             "packed rows attention across documents (give no attention_mask, and use_cache=False). "
             "To take the losses as they are, differentiate them one by one: Engine(..., batch_dim=None)."
         )
+
+
+def _uses(recording: Recording) -> set[tuple[Site, nn.Parameter, str | None]]:
+    """Each way in which a parameter was met, but for those whose rows are not read from it."""
+    return {
+        (meeting.site, parameter, meeting.layout)
+        for meeting in recording.meetings
+        for parameter in meeting.targets.values()
+        if parameter not in recording.unmapped
+    }
 
 
 def is_due(site: Site, parameter: nn.Parameter, layout: str | None) -> bool:

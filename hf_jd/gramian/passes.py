@@ -81,7 +81,8 @@ class Passes:
         if not retain_graph and self._is_last(losses, batch):
             return self._only_pass(losses, differentiator, batch, materialise)
         try:
-            recording = self._record(losses, differentiator, batch, materialise, gramian_only)
+            probe = self._checker.probe(losses) if self._checker is not None and self._checker.expects else None
+            recording = self._record(losses, differentiator, batch, materialise, gramian_only, probe)
             self._check_length(losses, batch, recording)
             reached = self._unmet(losses, differentiator, recording)
         except RuntimeError:
@@ -90,8 +91,11 @@ class Passes:
                 raise
             self._reentrant = None
             return self.run(losses, batch, materialise, gramian_only, retain_graph)
-        if self._checker is not None:
+        if self._checker is not None and self._checker.pending(recording):
             recording = self._prove(losses, differentiator, recording)
+        if recording.probe is not None:
+            more = bool(reached or self._plan.individual or recording.unmapped)
+            recording = self._record_again(losses, differentiator, recording, None, retain_graph or more)
         return self._complete(losses, differentiator, recording, reached)
 
     def gradients(self, scalar: Tensor) -> dict[nn.Parameter, Tensor]:
@@ -187,21 +191,23 @@ class Passes:
         )
 
     def _prove(self, losses: Tensor, differentiator: Differentiator, recording: Recording) -> Recording:
-        """Compares the rows with autograd; takes back decisions until they are right or none is left."""
+        """Compares the rows with autograd; takes back decisions until they are right or none is left.
+
+        Returns:
+            The last recording, with a probe in the place of its rows.
+        """
         checker = self._checker
         assert checker is not None
-        if not checker.pending(recording):
-            return recording
-        start, attempts = time.perf_counter(), 0
-        probe = checker.probe(losses)
+        start, passes, first = time.perf_counter(), 1, recording
+        probe = checker.probe(losses) if first.probe is None else first.probe
         parameters = list(recording.met)
         expected = dict(zip(parameters, differentiator.gradients((probe * losses).sum(), parameters), strict=True))
         suspects: set[nn.Parameter] = set()
-        first = recording
-        first.rows = {}  # Not beside those of the next recording.
-        for _ in range(ATTEMPTS):
-            recording = self._record(losses, differentiator, first.batch, first.materialise, first.gramian_only, probe)
-            attempts += 1
+        first.rows = {}
+        for attempt in range(ATTEMPTS):
+            if attempt or first.probe is None:
+                recording = self._record_again(losses, differentiator, first, probe)
+                passes += 1
             wrong = checker.wrong(recording, expected)
             suspects |= wrong
             self._plan.reject({p: [m.site for m in meetings] for p, meetings in recording.met.items() if p in wrong})
@@ -209,15 +215,26 @@ class Passes:
                 break
         else:
             self._plan.individual |= wrong
-            recording = self._record(losses, differentiator, first.batch, first.materialise, first.gramian_only, probe)
+            recording = self._record_again(losses, differentiator, first, probe)
         lost = suspects & (self._plan.individual | recording.unmapped)
         if lost:
             leaking = self._leaking(losses, differentiator, first.batch)
             checker.diagnose(first, lost, leaking, expected, self._coverage.names)
         checker.approve(recording, expected)
         seconds = time.perf_counter() - start
-        logger.info("The rows were proved against autograd in %.2f s, %d backward passes.", seconds, attempts + 1)
+        logger.info("The rows were proved against autograd in %.2f s, %d backward passes.", seconds, passes)
         return recording
+
+    def _record_again(
+        self,
+        losses: Tensor,
+        differentiator: Differentiator,
+        first: Recording,
+        probe: Tensor | None,
+        retain_graph: bool = True,
+    ) -> Recording:
+        batch, kept = first.batch, (first.materialise, first.gramian_only)
+        return self._record(losses, differentiator, batch, *kept, probe, retain_graph)
 
     def _leaking(self, losses: Tensor, differentiator: Differentiator, batch: Batch) -> set[nn.Module]:
         """The modules at which two losses reach the same place."""

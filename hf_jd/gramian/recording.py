@@ -53,7 +53,8 @@ class Recording:
         gramian_only: Rows become inner products at once and are dropped, but for `shared` parameters.
         shared: Parameters with several uses in the step, whose rows must add up first.
         asleep: Parameters whose gradient was zero when they were last looked at.
-        probe: Random weights [R] of the self-check: sum_i r_i row_i is kept of each parameter.
+        probe: Random weights [R] of the self-check: sum_i r_i row_i is kept of each parameter, in the place of its
+            rows, beside which the self-check's own backward would not find room.
 
     Attributes:
         rows: By parameter, the sum over its uses.
@@ -218,6 +219,7 @@ class Recording:
         if self.probe is not None:
             part = rows.weighted_sum(self.probe)
             self.probed[parameter] = self.probed[parameter] + part if parameter in self.probed else part
+            return
         if not self.gramian_only or parameter in self.shared:
             self.rows[parameter] = self.rows[parameter] + rows if parameter in self.rows else rows
             return
