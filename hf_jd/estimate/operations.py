@@ -21,8 +21,8 @@ def product_flops(matrix: Matrix, case: Case) -> float:
 
 
 def attention_flops(shape: Shape, case: Case) -> float:
-    """4 N T h for the two products of each attention, of h the width of all heads; the causal half is not left out."""
-    return 4 * case.all_tokens * case.tokens * shape.attention * shape.layers
+    """4 N T h for the two products of each attention, of h the width of its heads; the causal half is not left out."""
+    return 4 * case.all_tokens * case.tokens * shape.attention
 
 
 def forward_flops(shape: Shape, case: Case) -> float:

@@ -16,7 +16,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig
 
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -77,10 +77,10 @@ class Shape:
         vectors: Trained numbers in norms and biases.
         parameters: Numbers in all parameters.
         trainable: Numbers in the trained ones, n.
-        layers: Blocks.
+        layers: Blocks, of encoder and decoder where there are two.
         hidden: Width of the residual stream.
         vocabulary: Outputs of the head, 0 without one.
-        attention: Width of all heads together, 0 without attention.
+        attention: Width of all heads of all attentions together, 0 without attention.
         fused: Whether adapters are fused with the experts that they adapt, so that their rows take a backward pass for
             each objective.
     """
@@ -135,9 +135,10 @@ def read_config(config: str) -> PretrainedConfig:
 
 
 def build_on_meta(config: PretrainedConfig, lora: int | None) -> nn.Module:
-    """The model without storage, by its own class, or as a causal language model; with adapters where asked for."""
+    """The model without storage, by its own class, or as a language model; with adapters where asked for."""
     own = getattr(transformers, (config.architectures or ["-"])[0], None)
-    builders = [own._from_config] if own is not None else [AutoModelForCausalLM.from_config, AutoModel.from_config]
+    generator = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    builders = [own._from_config] if own is not None else [generator.from_config, AutoModel.from_config]
     for build in builders:
         try:
             with torch.device("meta"):
@@ -173,9 +174,7 @@ def shape_of(model: nn.Module) -> Shape:
     except NotImplementedError:
         head = words = outputs = None
     tables = _tables(model, head, words)
-    heads = getattr(config, "num_attention_heads", 0) or 0
-    hidden = config.hidden_size
-    width = heads * (getattr(config, "head_dim", None) or hidden // max(1, heads))
+    stacks = _stacks(config)
     parameters = list(model.parameters())
     return Shape(
         name=type(whole.get_base_model() if hasattr(whole, "get_base_model") else model).__name__,
@@ -184,12 +183,30 @@ def shape_of(model: nn.Module) -> Shape:
         vectors=sum(p.numel() for p in parameters if p.requires_grad and p.dim() < 2),
         parameters=sum(p.numel() for p in parameters),
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        layers=config.num_hidden_layers,
-        hidden=hidden,
+        layers=sum(blocks for blocks, _ in stacks),
+        hidden=config.hidden_size,
         vocabulary=0 if outputs is None else outputs.shape[0],
-        attention=width,
+        attention=sum(blocks * width for blocks, width in stacks),
         fused=any(isinstance(module, ParamWrapper) for module in model.modules()),
     )
+
+
+def _stacks(config: PretrainedConfig) -> list[tuple[int, int]]:
+    """(blocks, width of the heads of a block's attentions) of each stack: a decoder attends to its encoder, too."""
+
+    def first(*names: str) -> int:
+        return next((value for name in names if (value := getattr(config, name, None))), 0)
+
+    def width(heads: int) -> int:
+        return heads * (first("head_dim", "d_kv") or config.hidden_size // max(1, heads))
+
+    if not config.is_encoder_decoder:
+        return [(config.num_hidden_layers, width(first("num_attention_heads")))]
+    encoder, decoder = (
+        width(first(f"{side}_attention_heads", "num_attention_heads")) for side in ("encoder", "decoder")
+    )
+    layers = first("encoder_layers", "num_hidden_layers"), first("decoder_layers", "num_decoder_layers")
+    return [(layers[0], encoder), (layers[1], 2 * decoder)]
 
 
 def _matrices(model: nn.Module, config: PretrainedConfig) -> Iterator[Matrix]:

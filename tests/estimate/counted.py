@@ -11,7 +11,16 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    T5Config,
+)
 
 from hf_jd.estimate.cases import Case
 from hf_jd.gramian import Engine
@@ -37,6 +46,17 @@ CONFIGS: dict[str, PretrainedConfig] = {
         **_TOKENS,
     ),
     "gpt2": GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **_TOKENS),
+    "bart": BartConfig(
+        d_model=48,
+        encoder_layers=2,
+        decoder_layers=3,
+        encoder_attention_heads=4,
+        decoder_attention_heads=3,
+        encoder_ffn_dim=80,
+        decoder_ffn_dim=64,
+        **_TOKENS,
+    ),
+    "t5": T5Config(d_model=40, d_kv=12, d_ff=80, num_layers=2, num_decoder_layers=3, num_heads=4, **_TOKENS),
     "mixtral": MixtralConfig(
         hidden_size=32,
         intermediate_size=48,
@@ -52,6 +72,8 @@ FIRST_MAPS = {
     "llama": [(48, 48), (24, 48), (24, 48)],
     "llama, tied": [(64, 64)] * 3,
     "gpt2": [(96, 32)],
+    "bart": [(48, 48)] * 6,
+    "t5": [(48, 40)] * 6,
     "mixtral": [(32, 32), (16, 32), (16, 32)],
 }
 """[p, d] of the maps that get an adapter and read the embeddings."""
@@ -71,7 +93,8 @@ class Counter(FlopCounterMode):
 def build(config: PretrainedConfig, lora: int | None, seed: int = 0) -> nn.Module:
     """The model, in plain products: the counter knows no fused ones."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model = kind.from_config(config, attn_implementation="eager", experts_implementation="eager")
     if lora is not None:
         settings = {"target_modules": "all-linear", "fan_in_fan_out": isinstance(config, GPT2Config)}
         model = get_peft_model(model, LoraConfig(r=lora, init_lora_weights=False, **settings))
@@ -90,11 +113,9 @@ class Counted:
 
 def count(model: nn.Module, case: Case) -> Counted:
     """Takes a plain step and one of the engine, of one micro-batch on one process."""
-    ids = torch.arange(case.batch * case.tokens).view(case.batch, case.tokens) % VOCABULARY
+    ids = _ids(case)
     segments = None if case.groups is None else torch.arange(case.batch) * case.groups // case.batch
-    with Counter() as plain:
-        _losses(model, ids, None, case).mean().backward()
-    model.zero_grad()
+    plain = count_plain(model, case)
     engine = Engine(model, check=False)
     engine.compute_jacobian(_losses(model, ids, segments, case), segments, case.materialise)  # Rules are found once.
     with Counter() as rows:
@@ -104,11 +125,24 @@ def count(model: nn.Module, case: Case) -> Counted:
     with Counter() as update:
         jacobian.weighted_sum(torch.ones(len(jacobian)))
     engine.detach()
-    return Counted(plain.get_total_flops(), rows.get_total_flops(), update.get_total_flops(), held)
+    return Counted(plain, rows.get_total_flops(), update.get_total_flops(), held)
+
+
+def count_plain(model: nn.Module, case: Case) -> int:
+    """Operations of a plain step."""
+    with Counter() as plain:
+        _losses(model, _ids(case), None, case).mean().backward()
+    model.zero_grad()
+    return plain.get_total_flops()
+
+
+def _ids(case: Case) -> Tensor:
+    return torch.arange(case.batch * case.tokens).view(case.batch, case.tokens) % VOCABULARY
 
 
 def _losses(model: nn.Module, ids: Tensor, segments: Tensor | None, case: Case) -> Tensor:
-    logits = model(input_ids=ids, use_cache=False).logits
+    both = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    logits = model(input_ids=ids, use_cache=False, **both).logits
     losses = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none").mean(1)
     if segments is None or case.groups is None:
         return losses

@@ -16,7 +16,7 @@ from hf_jd.estimate.operations import (
     update_flops,
 )
 from hf_jd.estimate.shapes import build_on_meta, shape_of
-from tests.estimate.counted import CONFIGS, FIRST_MAPS, build, count, numbers
+from tests.estimate.counted import CONFIGS, FIRST_MAPS, build, count, count_plain, numbers
 
 CASES = {
     "instances": {"batch": 5, "tokens": 24},
@@ -26,8 +26,10 @@ CASES = {
     "two groups": {"batch": 6, "tokens": 20, "groups": 2},
     "more groups": {"batch": 10, "tokens": 8, "groups": 5},
 }
-# PEFT's adapters of experts are fused with what they adapt: no tap meets them.
-TUNED = [(name, rank) for name in CONFIGS for rank in (3, None) if (name, rank) != ("mixtral", 3)]
+# PEFT's adapters of experts are fused with what they adapt: no tap meets them. Nor does one meet the positions of an
+# encoder and its decoder, if they are trained.
+UNTAPPED = [("mixtral", 3), ("bart", None), ("t5", None)]
+TUNED = [(name, rank) for name in CONFIGS for rank in (3, None) if (name, rank) not in UNTAPPED]
 
 
 def unneeded(name: str, rank: int | None, case: Case) -> float:
@@ -50,6 +52,13 @@ def test_operations_and_bytes_are_those_of_a_real_step(name, rank):
         step = counted.jacobian_and_gramian + counted.update
         assert step_flops(shape, case) - left_out == pytest.approx(step, rel=close)
         assert row_bytes(shape, case) == pytest.approx(counted.row_bytes, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_a_plain_step_of_an_encoder_and_its_decoder(name):
+    shape, model, case = shape_of(build_on_meta(CONFIGS[name], None)), build(CONFIGS[name], None), Case(5, 24)
+    assert plain_flops(shape, case) == count_plain(model, case)
+    assert shape.layers == 5
 
 
 def test_rows_are_kept_in_each_way_in_these_cases():
