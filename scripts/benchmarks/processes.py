@@ -2,7 +2,11 @@
 
 Each process has one thread and m = 8 instances. Timed in turn, in one run: a step of DDP (mean loss, `.backward()`),
 and an update by UPGrad as `JDTrainer` takes it. A ratio is the median over rounds of (its time / DDP's in the same
-round); the parts of the update are medians too, of the first process.
+round); the parts of the update are medians too, of the first process. So is the time in which all weights are compared
+by hash, as `--jd_check_processes` asks for from time to time.
+
+What an exchange during the backward pass could save at best: as many bytes as those of the rows are sent after the pass
+that brings them, or while it runs, as if all of them were there when it begins; both as ratios to the pass alone.
 
     python scripts/benchmark.py processes
 """
@@ -20,6 +24,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.engine import VOCABULARY, Case, build, losses
+from hf_jd.distributed.agreement import check_weights
 from hf_jd.distributed.rows import AddedRows, GatheredRows
 from hf_jd.gramian import Engine
 from hf_jd.weighting import UPGradWeighting
@@ -30,6 +35,7 @@ CASES = [
     Case("lora", 256, 8, 128, groups=4),
     Case("full", 256, 8, 128, groups=4),
 ]
+COLUMNS = 4 * 1024 * 1024  # of what is sent at a time
 PARTS = ["forward", "rows", "table", "gramian", "weights", "update"]
 
 
@@ -96,6 +102,7 @@ def run(rank: int, port: int, rounds: int) -> None:
     distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=PROCESSES)
     for case in CASES:
         measure(case, rank, rounds)
+    overlap(CASES[-1], rank, rounds)
     distributed.destroy_process_group()
 
 
@@ -119,6 +126,8 @@ def measure(case: Case, rank: int, rounds: int) -> None:
             steps[name](ids)
             distributed.barrier()
             seconds[name].append(time.perf_counter() - start)
+    trained = {name: p for name, p in plain.named_parameters() if p.requires_grad}
+    checks = [seconds_of_check(trained) for _ in range(rounds)]
     ratios = [o / d for o, d in zip(seconds["ours"][2:], seconds["ddp"][2:], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4)
     n = sum(p.numel() for p in plain.parameters() if p.requires_grad)
@@ -126,7 +135,56 @@ def measure(case: Case, rank: int, rounds: int) -> None:
     if rank == 0:
         ddp = 1000 * statistics.median(seconds["ddp"][2:])
         print(f"{case.label()}, n = {n / 1e6:.2f}M: {middle:.3f} [{low:.3f}, {high:.3f}] of DDP's {ddp:.1f} ms")
-        print(f"    {parts}", flush=True)
+        print(f"    {parts}; weights compared: {1000 * statistics.median(checks):.1f} ms", flush=True)
+
+
+def overlap(case: Case, rank: int, rounds: int) -> None:
+    """Times the backward pass that brings rows: alone, before an exchange of as many bytes, and during one."""
+    torch.manual_seed(rank)
+    ids = torch.randint(0, VOCABULARY, (case.batch, case.tokens))
+    model = build(case)
+    engine, groups = Engine(model), case.groups or 1
+    leaving = groups * sum(p.numel() for p in model.parameters() if p.requires_grad) // PROCESSES
+    parts = [torch.ones(min(COLUMNS, leaving - start)) for start in range(0, leaving, COLUMNS)]
+    seconds: dict[str, list[float]] = {"alone": [], "after": [], "during": []}
+    for i in range(rounds + 2):
+        names = list(seconds)
+        for when in names[i % 3 :] + names[: i % 3]:
+            segments = torch.arange(case.batch) % groups
+            values = torch.zeros(groups).index_add(0, segments, losses(model, ids))
+            distributed.barrier()
+            start = time.perf_counter()
+            work = send(parts, rank) if when == "during" else []
+            engine.compute_jacobian(values, segments)
+            work += send(parts, rank) if when == "after" else []
+            for one in work:
+                one.wait()
+            distributed.barrier()
+            seconds[when].append(time.perf_counter() - start)
+    if rank == 0:
+        alone = seconds["alone"][2:]
+        found = {k: statistics.median(t / a for t, a in zip(s[2:], alone, strict=True)) for k, s in seconds.items()}
+        print(
+            f"{4 * leaving / 1e6:.1f} MB sent after the backward: {found['after']:.3f}, during: {found['during']:.3f}"
+        )
+
+
+def send(parts: list[Tensor], rank: int) -> list[distributed.Work]:
+    """Begins to send each of some tensors to the other process."""
+    work = []
+    for part in parts:
+        sizes = [0 if q == rank else len(part) for q in range(PROCESSES)]
+        received = torch.empty_like(part)
+        work.append(distributed.all_to_all_single(received, part, sizes, sizes, async_op=True))
+    return work
+
+
+def seconds_of_check(parameters: dict[str, nn.Parameter]) -> float:
+    """Compares parameters with those of the other process."""
+    distributed.barrier()
+    start = time.perf_counter()
+    check_weights(parameters, step=0)
+    return time.perf_counter() - start
 
 
 def main(argv: list[str] | None = None) -> None:
