@@ -12,7 +12,7 @@ from hf_jd.estimate.held import kept_as, pairs_cost_more
 from hf_jd.estimate.shapes import Matrix, Shape, Table
 
 _CHUNK = 65_536  # columns that the engine multiplies at once (`hf_jd.gramian.rows`)
-_BLOCK = 32  # objectives up to which it does not cut a Gramian into blocks
+_BLOCK = 64  # objectives up to which it does not cut a Gramian into blocks
 
 
 def product_flops(matrix: Matrix, case: Case) -> float:
@@ -68,7 +68,7 @@ def squared(r: int) -> int:
 def gramian_flops(shape: Shape, case: Case) -> float:
     """2 R^2 for each column of J; of W processes, each takes M rows of 1 / W of the columns, 2 M^2 n / W.
 
-    Less for R > 32 (`squared`). Of factors on one process the cheaper of 2 N^2 (p + d) and 2 N p d + 2 R^2 p d; of E
+    Less for R > 64 (`squared`). Of factors on one process the cheaper of 2 N^2 (p + d) and 2 N p d + 2 R^2 p d; of E
     experts, to which tokens go evenly, of 2 (p + d + R) for each pair of tokens of one of them and the same.
     """
     if case.processes > 1:
