@@ -176,7 +176,12 @@ class LeakRecording:
         self._calls.clear()
 
     def record(
-        self, tap: ModuleTap, call: Call, inputs: Sequence[Tensor] | None, grad_outputs: Sequence[Tensor | None]
+        self,
+        tap: ModuleTap,
+        targets: Mapping[str, nn.Parameter],
+        call: Call,
+        inputs: Sequence[Tensor] | None,
+        grad_outputs: Sequence[Tensor | None],
     ) -> None:
         """Looks where the loss arrives; a table, or a tensor that need not hold the batch, proves nothing."""
         g = next((g for g in grad_outputs if g is not None), None)

@@ -38,6 +38,7 @@ class Coverage:
         self.sharded = False
         self._wanted: dict[nn.Module, dict[str, nn.Parameter]] | None = None
         self._fresh = False
+        self._flags: list[tuple[nn.Parameter, bool]] = []
         self.inputs = InputTap(self._before_forward)
         self._input_handles = [m.register_forward_pre_hook(self.inputs, with_kwargs=True) for m in modules]
 
@@ -87,7 +88,7 @@ class Coverage:
 
     def read(self) -> None:
         """Reads what is trainable now: the names, and which taps the next `scan` sets."""
-        if self._fresh and all(p.requires_grad for p in self.names):
+        if self._fresh and all(p.requires_grad is trainable for p, trainable in self._flags):
             return  # The forward that has just been made has read it.
         state = self._state()
         if state == self._scanned:
@@ -120,6 +121,7 @@ class Coverage:
                     targets[modules[path]][places[path]] = parameter
         self._wanted = targets
         self._tree = [module for root in self._modules for module in root.modules()]
+        self._flags = [(p, p.requires_grad) for p in self.parameters()]
         self._scanned = self._state()
 
     def _state(self) -> list[tuple]:

@@ -36,9 +36,9 @@ def is_last(losses: Tensor, batch: Batch, plan: Plan, coverage: Coverage, checke
             if site is None or isinstance(site.method, str):
                 return False
             layout = site.layout_for(shape[:-1] or shape, batch.instances)
-            if layout is None or (checker and any(is_due(site, p, layout) for p in node.tap.targets.values())):
+            if layout is None or (checker and any(is_due(site, p, layout) for p in node.targets.values())):
                 return False
-        tapped |= set(node.tap.targets.values())
+        tapped |= set(node.targets.values())
     if checker and not checker.asleep.isdisjoint(tapped):
         return False
     leaves = set(graph.leaves)

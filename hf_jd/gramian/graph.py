@@ -51,12 +51,15 @@ class Differentiator:
             scalar: 0-d.
             inputs: Leaves of the graph.
             retain_graph: False frees the graph on the way, but for reentrant checkpointing and sharded parameters.
+
+        Raises:
+            ValueError: A graph that another backward has freed.
         """
         if self._lockstep is not None:
             self._lockstep.announce()
             return self._full_pass(scalar, inputs)
         if self._touched is None:
-            return list(torch.autograd.grad(scalar, inputs, retain_graph=retain_graph, allow_unused=True))
+            return _plain_gradients(scalar, inputs, retain_graph)
         saved = {p: p.grad for p in self._touched}
         try:
             for p in saved:
@@ -78,6 +81,18 @@ class Differentiator:
         asked = [*(self._whole.get(tensor, tensor) for tensor in inputs), self._everywhere]
         found: list[Tensor | None] = list(torch.autograd.grad(scalar, asked, retain_graph=True, allow_unused=True))
         return found[:-1]
+
+
+def _plain_gradients(scalar: Tensor, inputs: Sequence[Tensor], retain_graph: bool) -> list[Tensor | None]:
+    try:
+        return list(torch.autograd.grad(scalar, inputs, retain_graph=retain_graph, allow_unused=True))
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise ValueError(
+            "the graph of these losses was freed by another backward: take the Gramian before it, give that backward "
+            "retain_graph=True, or compute the losses again."
+        ) from error
 
 
 @dataclass

@@ -187,7 +187,7 @@ class Passes:
         raise ValueError(
             f"{batch.instances} instances were given (losses of shape {list(losses.shape)}), but the first dimensions "
             f"of the model's inputs are {sizes}: give one loss an instance of the batch, in its order, or segments [B] "
-            "that say whose each instance is."
+            "that say whose each instance is. Losses of separate forwards: Engine(..., batch_dim=None)."
         )
 
     def _prove(self, losses: Tensor, differentiator: Differentiator, recording: Recording) -> Recording:

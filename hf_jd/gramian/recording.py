@@ -102,14 +102,18 @@ class Recording:
         return found
 
     def record(
-        self, tap: ModuleTap, call: Call, inputs: Sequence[Tensor] | None, grad_outputs: Sequence[Tensor | None]
+        self,
+        tap: ModuleTap,
+        targets: Mapping[str, nn.Parameter],
+        call: Call,
+        inputs: Sequence[Tensor] | None,
+        grad_outputs: Sequence[Tensor | None],
     ) -> None:
         """Takes what a tap met in the backward. Raises nothing for what it cannot map: that is left to tier 3.
 
         Inputs are None where the model has changed them in place since.
         """
         first = next((g for g in grad_outputs if g is not None), None)
-        targets = tap.targets
         individual = self._plan.individual
         if any(p in individual or not p.requires_grad for p in targets.values()):
             targets = {name: p for name, p in targets.items() if p not in individual and p.requires_grad}

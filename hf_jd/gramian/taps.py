@@ -59,7 +59,7 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, sentinel: Tensor, tap: "ModuleTap", call: Call, n_outputs: int, *tensors: Tensor) -> Any:
-        ctx.tap, ctx.call, ctx.n_inputs = tap, call, len(tensors) - n_outputs
+        ctx.tap, ctx.targets, ctx.call, ctx.n_inputs = tap, tap.targets, call, len(tensors) - n_outputs
         ctx.shapes = [output.shape for output in tensors[:n_outputs]]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[n_outputs:])
@@ -70,7 +70,7 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
         engine = ctx.tap.engine()
         if engine is not None and engine.recording is not None:
-            engine.recording.record(ctx.tap, ctx.call, _saved(ctx), grad_outputs)
+            engine.recording.record(ctx.tap, ctx.targets, ctx.call, _saved(ctx), grad_outputs)
         return None, None, None, None, *grad_outputs, *[None] * ctx.n_inputs
 
 
@@ -82,7 +82,8 @@ class ModuleTap:
         module: The module that it is registered on.
 
     Attributes:
-        targets: The trainable parameters whose rows this module brings, by their name below the module.
+        targets: The trainable parameters whose rows this module brings, by their name below the module; what a forward
+            met stays as it was then.
         calls: Forwards with gradient since the last Gramian.
         elements: Numbers of inputs and outputs of those forwards, what factors would hold.
         look_away: Of all engines' taps: whether a module is being called again to form rows.

@@ -840,6 +840,21 @@ def test_adapters_added_and_switched_between_steps():
         assert all(active in name for name in engine.tiers())
 
 
+@pytest.mark.parametrize("kept", [None, "lm_head"], ids=["adapters", "and a head"])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_a_forward_without_adapters_before_the_gramian(gradient: bool, kept: str | None):
+    """A reference model is the same model with its adapters off, which freezes them meanwhile."""
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=kept and [kept], init_lora_weights=False)
+    model = get_peft_model(tiny_llama(), config).double()
+    engine = Engine(model)
+    for step in range(2):
+        losses = lm_losses(model, token_ids(B, T, step))
+        with model.disable_adapter(), torch.set_grad_enabled(gradient):
+            model(input_ids=token_ids(B, T, step))
+        assert_gramian(engine, losses, model, tolerance=SINGLE)
+        assert set(engine.tiers().values()) == {1}
+
+
 def test_a_parameter_unused_in_some_steps():
     first, second = mlp(seed=0), mlp(seed=1)
     model = nn.ModuleList([first, second])
@@ -969,6 +984,11 @@ def test_jacobian_bytes(jacobians):
 # Errors.
 
 
+def freed(losses: Tensor) -> Tensor:
+    losses.sum().backward()
+    return losses
+
+
 def scripted(model: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*torch.jit.script")
@@ -1006,9 +1026,21 @@ def test_bad_engine(build, message: str):
         (lambda model: losses_of(model) * float("nan"), "not finite"),
         (lambda model: losses_of(model).sum().expand(4), "4 instances"),
         (lambda model: losses_of(model)[:2], "2 instances"),
-        (lambda model: torch.cat([losses_of(model), losses_of(model)]), "6 instances"),
+        (lambda model: torch.cat([losses_of(model), losses_of(model)]), "6 instances.*separate forwards"),
+        (lambda model: freed(losses_of(model)), "graph of these losses was freed"),
     ],
-    ids=["scalar", "detached", "another's", "empty", "infinite", "nan", "of no instance", "too few", "too many"],
+    ids=[
+        "scalar",
+        "detached",
+        "another's",
+        "empty",
+        "infinite",
+        "nan",
+        "of no instance",
+        "too few",
+        "too many",
+        "freed",
+    ],
 )
 def test_bad_losses(losses, message: str):
     model = mlp()
