@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from hf_jd.gramian.again import call_again, check_buffers, copied_buffers
 from hf_jd.gramian.layouts import Segments, UnsupportedError, shared_features
-from hf_jd.gramian.rows import DenseRows, OuterRows, Rows, SparseRows, narrow
+from hf_jd.gramian.rows import DenseRows, OuterRows, Rows, SparseRows, accumulation_dtype, narrow
 
 Rule = Callable[[Any, Any, Tensor, Segments], dict[str, Rows]]
 
@@ -93,9 +93,16 @@ def layer_norm(module: nn.LayerNorm, input: Tensor, grad_output: Tensor, segment
 def rms_norm(module: nn.RMSNorm, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
     """y = x_hat w: rows sum_t g_t x_hat_t."""
     features = len(module.normalized_shape)
-    x_hat = F.rms_norm(input, module.normalized_shape, eps=module.eps)
-    values = shared_features(grad_output, features) * shared_features(x_hat, features)
-    return {"weight": _sum(values, segments, module.weight)}
+    x, g = shared_features(input, features), shared_features(grad_output, features)
+    eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+    return {"weight": _sum(_times_normalised(g, x, eps), segments, module.weight)}
+
+
+def _times_normalised(g: Tensor, x: Tensor, eps: float) -> Tensor:
+    """g x / sqrt(mean x^2 + eps) over the features [..., d], with fewer walks through memory than x_hat would take."""
+    x = x.to(accumulation_dtype(x))
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
+    return (g * x).mul_(torch.rsqrt(mean_square + eps))
 
 
 def _channels(module: Any, x_hat: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
@@ -252,11 +259,35 @@ def _scale_of(module: nn.Module, name: str, input: Tensor) -> Rule | None:
         f = one if unit else zero
         if zero.shape != input.shape or not _same(at(probe, input), zero + probe * f) or not _same(one, zero + f):
             return None
+        eps = _rms_eps(lambda x: at(torch.full_like(weight, unit), x), input)
     except Exception:
         return None  # As above: no closed form.
 
     def scale(module: nn.Module, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
-        f = call_again(module, {name: torch.full_like(module.get_parameter(name), unit)}, (input,))
-        return {name: _sum(shared_features(grad_output * f), segments, module.get_parameter(name))}
+        parameter = module.get_parameter(name)
+        if eps is None:
+            values = shared_features(
+                grad_output * call_again(module, {name: torch.full_like(parameter, unit)}, (input,))
+            )
+        else:
+            values = _times_normalised(shared_features(grad_output), shared_features(input), eps)
+        return {name: _sum(values, segments, parameter)}
 
     return scale
+
+
+def _rms_eps(f: Callable[[Tensor], Tensor], input: Tensor) -> float | None:
+    """The eps of f(x) = x / sqrt(mean x^2 + eps), read from a small x; None where f is another function.
+
+    Args:
+        f: A layer of the last dimension.
+        input: One of its inputs: the proof is made on it, and on a thousand times it.
+    """
+    small = 1e-3
+    constant = torch.full_like(input[..., :1, :], small, dtype=accumulation_dtype(input))
+    value = float(f(constant).double().mean())
+    if not 0 < value < 1 + 1e-5:
+        return None
+    eps = max((small / value) ** 2 - small**2, 0.0)
+    proved = all(_same(_times_normalised(torch.ones_like(x), x, eps), f(x)) for x in (input, 1000 * input))
+    return eps if proved else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
@@ -775,6 +775,37 @@ class MultiLinear(nn.Module):
         return self.layers(x)
 
 
+class Normalised(nn.Module):
+    """RMSNorms, and what looks like one: each is a scale of w or 1 + w by a function of its own."""
+
+    FUNCTIONS: ClassVar[dict[str, Callable[[Tensor], Tensor]]] = {
+        "rms": lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6),
+        "large eps": lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 0.5),
+        "no eps": lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True)),
+        "clipped": lambda x: (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)).clamp(-1.5, 1.5),
+        "sum, not mean": lambda x: x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6),
+        "centred": lambda x: x - x.mean(-1, keepdim=True),
+        "bounded where large": lambda x: torch.tanh(x / 50) * 50 * torch.rsqrt(x.square().mean(-1, keepdim=True)),
+    }
+
+    class Scale(nn.Module):
+        def __init__(self, function: Callable[[Tensor], Tensor], offset: float):
+            super().__init__()
+            self.weight, self.function, self.offset = randn(D), function, offset
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.offset + self.weight) * self.function(x)
+
+    def __init__(self):
+        super().__init__()
+        scales = [self.Scale(f, offset) for f in self.FUNCTIONS.values() for offset in (0.0, 1.0)]
+        self.layers = nn.ModuleList([nn.Linear(D, D) for _ in scales])
+        self.scales = nn.ModuleList(scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(scale(layer(x).tanh()) for layer, scale in zip(self.layers, self.scales, strict=True))
+
+
 class BiasKeepsNoInput(nn.Module):
     """Inputs of layers whose gradients need none are changed in place: autograd has not saved them."""
 
@@ -1002,6 +1033,7 @@ VECTORS: dict[str, Callable[[], nn.Module]] = {
     "spectral norm": lambda: WeightNorm(nn.utils.parametrizations.spectral_norm),
     "orthogonal": lambda: WeightNorm(nn.utils.parametrizations.orthogonal),
     "many norms": MultiLinear,
+    "RMSNorms, and alike": Normalised,
     "containers": Lambda,
     **{
         f"outputs of rank {len(shape) + 1}": lambda shape=shape: NoModules(*shape)
