@@ -100,6 +100,11 @@ class LossesMixin(Host):
         whole = not self._smoothing(inputs) and self._jd_has_extra is not False and self._jd_router is None
         if outputs is None:
             outputs = model(**(inputs if whole else model_inputs(kind, inputs, core)))
+        if not isinstance(outputs, Mapping):
+            raise ValueError(
+                f"The model returned a {type(outputs).__name__}, without names, so its logits can't be told: set "
+                "model.config.return_dict = True, or override `compute_losses`."
+            )
         losses, counted = self.read_losses(outputs, inputs, core)
         self._jd_summed = is_summed(kind, core)
         if whole:

@@ -8,8 +8,9 @@ from peft.optimizers import create_loraplus_optimizer
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
+from hf_jd import JDTrainer
 from tests.invariant.test_trainer_invariants import KINDS
-from tests.trainer.runs import arguments, examples, flat, logged, lora, relative, run
+from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, relative, run
 
 SCHEDULES = {
     "cosine_with_min_lr": {"lr_scheduler_kwargs": {"min_lr": 1e-3}},
@@ -185,3 +186,87 @@ def test_the_devices_cache_is_cleared_as_often(every, tmp_path, monkeypatch):
         monkeypatch.setattr(f"{place}.clear_device_cache", lambda *args, place=place: calls.append(place))
     both(tmp_path, torch_empty_cache_steps=every)
     assert calls.count("hf_jd.trainer.forward") == calls.count("transformers.trainer") >= 11 // every
+
+
+def size(prediction, compute_result=True):
+    """A metric that depends on each logit, and on what comes with them."""
+    logits = torch.as_tensor(prediction.predictions)
+    extra = [value for value in (prediction.inputs, prediction.losses) if value is not None]
+    total = sum(torch.as_tensor(value).double().sum().item() for value in extra)
+    return {"size": float(logits.abs().sum()) + float(torch.as_tensor(prediction.label_ids).sum()) + total}
+
+
+class Interrupts(TrainerCallback):
+    """Evaluates, ends an epoch and ends the run, whatever the flags say."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_evaluate = state.global_step == 1
+        control.should_epoch_stop = state.global_step == 3
+        control.should_training_stop = state.global_step == 5
+        return control
+
+
+class Freezes(TrainerCallback):
+    """Freezes some parameters for two steps."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        for name, parameter in model.named_parameters():
+            if "lora_A" in name:
+                parameter.requires_grad_(state.global_step not in (2, 3))
+
+
+EVALUATE = {"eval_strategy": "steps", "eval_steps": 2}
+FEATURES = {
+    "evaluation at the start": ({**EVALUATE, "eval_on_start": True, "eval_delay": 3}, {}),
+    "metrics": ({**EVALUATE, "include_for_metrics": ["inputs", "loss"]}, {"compute_metrics": size}),
+    "metrics by batch": ({**EVALUATE, "batch_eval_metrics": True}, {"compute_metrics": size}),
+    "logits kept apart": ({**EVALUATE, "eval_accumulation_steps": 1}, {"compute_metrics": size}),
+    "logits made smaller": (
+        {**EVALUATE, "bf16_full_eval": True},
+        {"compute_metrics": size, "preprocess_logits_for_metrics": lambda logits, labels: logits.argmax(-1)},
+    ),
+    "the best one saved": ({**EVALUATE, "save_strategy": "best", "metric_for_best_model": "eval_loss"}, {}),
+    "only the model saved": ({"save_strategy": "steps", "save_steps": 2, "save_only_model": True}, {}),
+    "control": ({}, {"callbacks": [Interrupts()]}),
+    "freezing": ({"optim": "sgd"}, {"callbacks": [Freezes()]}),
+    "an optimizer's class": ({}, {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})}),
+    "checkpointing": (
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
+        {},
+    ),
+    "reentrant checkpointing": (
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+        {},
+    ),
+    "part of an epoch": ({"num_train_epochs": 1.5, "max_steps": -1, "data_seed": 7}, {}),
+    "batches of equal work": ({"train_sampling_strategy": "batch_rebalance", "logging_nan_inf_filter": False}, {}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*None of the inputs have requires_grad")
+@pytest.mark.parametrize("feature", FEATURES)
+def test_features(feature, tmp_path):
+    flags, extra = FEATURES[feature]
+    theirs, ours = both(tmp_path, "group", lambda model: extra, learning_rate=0.01, **flags)
+    are_alike(theirs, ours, 1e-8)
+    assert ours.state.global_step == theirs.state.global_step
+    assert logged(ours, "eval_size").tolist() == pytest.approx(logged(theirs, "eval_size").tolist(), rel=1e-5)
+    assert len(logged(ours, "eval_size")) or "compute_metrics" not in extra
+    saved = [sorted(path.name for path in (tmp_path / run).glob("checkpoint-*")) for run in "01"]
+    assert saved[0] == saved[1]
+
+
+@pytest.mark.parametrize("flags", [{}, {"ignore_data_skip": True}], ids=["skipping", "not skipping"])
+def test_resuming_is_trainers(flags, tmp_path):
+    flags = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 3, **flags}
+    both(tmp_path, max_steps=3, **flags)
+    resumed = []
+    for folder, own in (("0", [TrainingArguments]), ("1", [])):
+        settings = {} if own else {"jd_weighting": "mean"}
+        args = arguments(tmp_path / folder, *own, max_steps=6, gradient_accumulation_steps=2, **flags, **settings)
+        trainer = (Trainer if own else JDTrainer)(
+            lora("gpt2", warm=True), args, train_dataset=examples(), data_collator=collate
+        )
+        trainer.train(resume_from_checkpoint=True)
+        resumed.append(trainer)
+    are_alike(*resumed)

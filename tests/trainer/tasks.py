@@ -110,7 +110,7 @@ def _tagged(g: torch.Generator) -> dict[str, Any]:
 def _answered(g: torch.Generator) -> dict[str, Any]:
     # 20 lies behind every input: such a start or end is ignored.
     start, end = torch.randint(4, (2,), generator=g).tolist()
-    return {**_text(g), "start_positions": start, "end_positions": end if torch.rand(1, generator=g) < 0.6 else 20}
+    return {**_text(g), "start_positions": start, "end_positions": end if torch.rand(1, generator=g) < 0.8 else 20}
 
 
 def _choices(g: torch.Generator) -> dict[str, Any]:

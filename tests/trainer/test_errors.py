@@ -110,6 +110,16 @@ def test_a_model_without_a_built_in_loss(tmp_path):
         run(BertForNextSentencePrediction(config), arguments(tmp_path))
 
 
+def test_a_model_without_names(tmp_path):
+    def unnamed(module, args, output):
+        return output.to_tuple()
+
+    model = lora("gpt2")
+    model.register_forward_hook(unnamed)
+    with pytest.raises(ValueError, match="returned a tuple, without names.*return_dict = True"):
+        run(model, arguments(tmp_path))
+
+
 def test_a_loss_that_no_token_owns(tmp_path):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
