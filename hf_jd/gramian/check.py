@@ -7,6 +7,7 @@ add up to the gradient and are still wrong.
 """
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -22,6 +23,7 @@ from hf_jd.gramian.taps import Call, ModuleTap
 # the model, below which a parameter's gradient is rounding noise (a bias that softmax cancels) and proves nothing.
 TOLERANCE = {torch.float64: (1e-5, 1e-10), torch.float32: (5e-3, 1e-6)}
 HALF_TOLERANCE = (1e-1, 1e-2)
+OUTLIERS = 1e3  # times the median parameter's gradient
 
 
 class Checker:
@@ -206,13 +208,15 @@ def _tolerance(parameter: nn.Parameter, recording: Recording) -> tuple[float, fl
 
 
 def _typical(gradients: Iterable[Tensor | None]) -> float:
-    """Root mean square over the elements of all gradients."""
-    square, count = 0.0, 1
+    """Root mean square over the elements of all gradients, but for outliers beside which the others would not count."""
+    square, count, sizes = 0.0, 1, [0.0]
     for gradient in gradients:
         if gradient is not None:
-            square += float(gradient.norm()) ** 2
+            norm = float(gradient.norm())
+            square += norm**2
             count += gradient.numel()
-    return math.sqrt(square / count)
+            sizes.append(norm / math.sqrt(max(1, gradient.numel())))
+    return min(math.sqrt(square / count), OUTLIERS * statistics.median(filter(None, sizes)) if any(sizes) else 0.0)
 
 
 def _owner(names: Mapping[nn.Parameter, str], meeting: Meeting) -> str:

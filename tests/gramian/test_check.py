@@ -116,6 +116,15 @@ def test_in_batch_negatives_are_named():
         engine.compute_gramian(losses)
 
 
+def test_mixing_is_noticed_beside_a_gradient_that_dwarfs_it():
+    model = nn.ModuleList([mlp(), nn.Linear(4, 4, dtype=torch.float64)])
+    engine = Engine(model)
+    y = model[0](batch(B, 4))
+    losses = nn.functional.cross_entropy(y @ y.T, torch.arange(B), reduction="none")
+    with pytest.raises(ValueError, match="mix"):
+        engine.compute_gramian(losses + 1e12 * model[1](batch(B, 4)).sum(1))
+
+
 @pytest.mark.parametrize("reader, read", [(1, 0), (2, 0), (0, 2), (2, 1)])
 def test_one_instance_that_reads_another_is_noticed(reader: int, read: int):
     """All others are isolated: a check of `losses[0]` alone would pass for most of these."""
