@@ -3,7 +3,7 @@
 Each run is `hf-jd finetune examples/multitask.yaml` with UPGrad, one objective an example, at one batch size. The file
 holds, by the name of the run, the Gramians [m, m] of its steps in their order.
 
-    python scripts/benchmark.py gramians /tmp/gramians.pt
+    python scripts/benchmark.py gramians gramians.pt
 """
 
 from __future__ import annotations
