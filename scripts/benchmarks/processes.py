@@ -81,7 +81,7 @@ class Update:
                 segments = torch.arange(len(values)) % self._groups
                 values = values.new_zeros(self._groups).index_add(0, segments, values)
             self.watch("forward")
-            jacobian = self._engine.compute_jacobian(values, segments)
+            jacobian = self._engine.compute_jacobian(values, segments, retain_graph=False)
         self.watch("rows")
         rows = (GatheredRows if self._groups is None else AddedRows)(jacobian, self._parameters)
         objectives = len(rows.table(torch.stack([values.detach().double()] * 4, dim=1)))
