@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
 from transformers import Seq2SeqTrainer, Trainer
 
@@ -93,8 +94,10 @@ class JDTrainerMixin(EvaluationMixin):
         if isinstance(self.weighting, Stateful):
             self.weighting.reset()
         if self.args.torch_compile:
-            # The engine walks a graph, and keeps it for another walk: its buffers must not be given away.
+            # The engine walks a graph, and keeps it for another walk: its buffers must not be given away. And what was
+            # compiled for a model without the engine's hooks must not run in the place of one with them.
             functorch_config.donated_buffer = False  # ty: ignore[invalid-assignment]
+            dynamo_config.skip_nnmodule_hook_guards = False  # ty: ignore[invalid-assignment]
         self.engine()  # Hooks must be there before anything compiles the model.
         with lost_peers(self):
             check_given(self, resume_from_checkpoint)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
@@ -290,8 +291,8 @@ def factors(rounds: int) -> None:
 def compiled(rounds: int) -> None:
     """The engine's steps on compiled models, against a compiled plain step."""
     head("case", "compiled plain step", "one-pass", "two-pass")
-    # Compiled backwards else refuse a graph that is kept.
-    with functorch_config.patch(donated_buffer=False):
+    # Compiled backwards else refuse a graph that is kept, and the plain model's code would run in the engine's place.
+    with functorch_config.patch(donated_buffer=False), dynamo_config.patch(skip_nnmodule_hook_guards=False):
         for case in COMPILED:
             line(case, ["plain", "one-pass", "two-pass"], rounds, compiled=True)
 

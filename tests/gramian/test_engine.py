@@ -11,6 +11,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
+from torch._functorch import config as functorch_config
 from torch.utils.checkpoint import checkpoint
 
 from hf_jd.gramian import Engine, Jacobian
@@ -886,6 +888,20 @@ def test_torch_compile(order: str, backend: str):
         for step in range(2):
             losses = compiled(batch(B, 4, seed=step)).square().sum(1)
             assert_gramian(engine, losses, model)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo looks at it.
+@pytest.mark.parametrize("alike", [False, True], ids=["the same model", "another of its kind"])
+def test_what_was_compiled_without_the_engine_is_compiled_anew(alike: bool):
+    torch._dynamo.reset()
+    model = mlp()
+    before = torch.compile(copy.deepcopy(model) if alike else model, backend="aot_eager")
+    with dynamo_config.patch(skip_nnmodule_hook_guards=False), functorch_config.patch(donated_buffer=False):
+        before(batch(B, 4)).sum().backward()
+        engine, compiled = Engine(model), torch.compile(model, backend="aot_eager")
+        assert_gramian(engine, compiled(batch(B, 4)).square().sum(1), model)
+    assert set(engine.tiers().values()) == {1}
     torch._dynamo.reset()
 
 
