@@ -316,7 +316,7 @@ def sweep(rounds: int) -> None:
     axes = figure.subplots()
     for (name, found), style in zip(costs.items(), ("o--", "o-"), strict=True):
         axes.plot(sizes, found, style, label={"plain": "plain step", "one-pass": "engine, one-pass"}[name])
-    axes.set(xscale="log", xticks=sizes, xticklabels=sizes, ylim=(0, None))
+    axes.set(xscale="log", xticks=sizes, xticklabels=sizes, ylim=(0, 1.1 * max(map(max, costs.values()))))
     axes.set(xlabel="instances m of a step", ylabel="ms an instance", title="LoRA, h = 256, T = 64, one CPU thread")
     axes.minorticks_off()
     axes.legend()

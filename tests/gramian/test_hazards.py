@@ -9,6 +9,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from hf_jd.gramian import Engine
 from tests.gramian.oracle import (
@@ -565,3 +569,20 @@ def test_embedding_options(option: str):
         return
     tiers = assert_engine_right(model, lambda step: model(tokens).sin().sum((1, 2)))
     assert tiers["0.weight"] == 1
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("norm", [LlamaRMSNorm, Gemma2RMSNorm, T5LayerNorm, Olmo2RMSNorm])
+def test_rms_norms_of_float32(norm: type[nn.Module], size: float):
+    """Their closed form knows the layer's eps, which counts where inputs are small."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), norm(12, eps=1e-5))
+    model[0].weight.data *= size
+    nn.init.normal_(model[1].weight)
+    engine = Engine(model)
+    for _ in range(2):
+        losses = model(torch.randn(4, 5, 6)).square().sum((1, 2))
+        expected = brute_rows(losses, list(model.parameters()))
+        jacobian = engine.compute_jacobian(losses)
+        assert relative(jacobian.rows(model[1].weight), expected[model[1].weight]) < SINGLE
+        assert set(engine.tiers().values()) == {1}
