@@ -316,7 +316,9 @@ def _batch(losses: Tensor, segments: Tensor | None) -> Batch:
             f"segments has shape {list(segments.shape)} and dtype {segments.dtype}; allowed are integer ids [B] or "
             "[B, T]."
         )
-    low, high = (int(segments.min()), int(segments.max())) if segments.numel() else (-1, -1)
+    if not segments.numel():
+        raise ValueError(f"segments has shape {list(segments.shape)}: there is no instance. Leave out an empty batch.")
+    low, high = int(segments.min()), int(segments.max())
     if low < -1 or high >= objectives:
         raise ValueError(
             f"segments has ids from {low} to {high}; with {objectives} losses, ids 0 to {objectives - 1} are allowed, "

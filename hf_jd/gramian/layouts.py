@@ -52,7 +52,7 @@ class Segments:
     @cached_property
     def distinguish(self) -> bool:
         """Whether leading rows or tokens belong to different objectives, so that a wrong order would show."""
-        return self.objectives > 1 if self.ids is None else bool((self.ids != self.ids.flatten()[0]).any())
+        return self.objectives > 1 if self.ids is None else len(self.ids.unique()) > 1
 
     @cached_property
     def _sorted(self) -> tuple[Tensor | None, list[int]]:

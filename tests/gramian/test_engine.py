@@ -1081,6 +1081,7 @@ def test_no_trainable_parameter():
         (torch.tensor([True, False, True]), "bool"),
         (torch.zeros(1, 1, 1, dtype=torch.long), "shape"),
         (torch.tensor(0), "shape"),
+        (torch.zeros(0, dtype=torch.long), r"\[0\].*no instance"),
     ],
 )
 def test_bad_segments(segments: Tensor, message: str):
