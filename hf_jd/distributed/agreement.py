@@ -39,7 +39,8 @@ def check_alike(facts: Mapping[str, Any]) -> None:
 
 
 def check_weights(parameters: Mapping[str, nn.Parameter], step: int) -> None:
-    """Compares the parameters, bit by bit, by a hash of each; of sharded ones there is nothing to compare.
+    """Compares the parameters, bit by bit, by a hash of each; of sharded ones, and those that ZeRO 3 has emptied, there
+    is nothing to compare.
 
     Args:
         parameters: By name; in the same order on all processes.
@@ -48,7 +49,7 @@ def check_weights(parameters: Mapping[str, nn.Parameter], step: int) -> None:
     Raises:
         ValueError: Some differ; names them, on all processes.
     """
-    whole = {name: p for name, p in parameters.items() if not isinstance(p, DTensor)}
+    whole = {name: p for name, p in parameters.items() if not isinstance(p, DTensor) and p.numel()}
     if process_count() == 1 or not whole:
         return
     every = gather(torch.stack([_bits(p.detach()) for p in whole.values()]))

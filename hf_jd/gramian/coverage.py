@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import nn
 
-from hf_jd.gramian.sharding import is_sharded, whole_parameters
+from hf_jd.gramian.sharding import is_partitioned, is_sharded, whole_parameters
 from hf_jd.gramian.taps import InputTap, ModuleTap
 
 
@@ -22,7 +22,6 @@ class Coverage:
 
     Attributes:
         names: Trainable parameters and their names, in the modules' order; sharded ones, where they are sharded.
-        sharded: Whether FSDP2 shards parameters.
         inputs: The tap on the modules' inputs.
     """
 
@@ -35,7 +34,7 @@ class Coverage:
         self._moved: set[nn.Parameter] = set()
         self._tree: list[nn.Module] = []
         self._scanned: list[tuple] | None = None
-        self.sharded = False
+        self._sharded = False
         self._wanted: dict[nn.Module, dict[str, nn.Parameter]] | None = None
         self._fresh = False
         self._flags: list[tuple[nn.Parameter, bool]] = []
@@ -56,9 +55,14 @@ class Coverage:
         """All parameters of the modules, frozen ones too."""
         return [p for module in self._modules for p in module.parameters()]
 
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 or ZeRO 3 shares the parameters out."""
+        return self._sharded or is_partitioned(self.names)
+
     def whole(self) -> dict[nn.Parameter, nn.Parameter]:
         """By sharded parameter, the whole one that forwards have used."""
-        return whole_parameters(self._modules) if self.sharded else {}
+        return whole_parameters(self._modules) if self._sharded else {}
 
     def shared(self) -> set[nn.Parameter]:
         """Parameters that several taps bring, or a tap that was called more than once."""
@@ -94,7 +98,7 @@ class Coverage:
         if state == self._scanned:
             return
         self.names = {}
-        self.sharded = is_sharded(self._modules)
+        self._sharded = is_sharded(self._modules)
         sharded = {whole: p for p, whole in self.whole().items()}
         targets: dict[nn.Module, dict[str, nn.Parameter]] = defaultdict(dict)
         for i, root in enumerate(self._modules):

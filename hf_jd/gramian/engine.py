@@ -113,6 +113,11 @@ class Engine:
         """Whether parameters are sharded, so that all processes must make the same number of passes."""
         return self._coverage.sharded
 
+    def held(self) -> list[nn.Parameter]:
+        """The trainable parameters, and frozen ones beside them in the same modules: what forming rows needs."""
+        held = (p for tap in self._coverage.taps for p in tap.module.parameters(recurse=False))
+        return list(dict.fromkeys([*self._coverage.names, *held]))
+
     def compute_gramian(self, losses: Tensor, segments: Tensor | None = None, retain_graph: bool = True) -> Tensor:
         """The Gramian of the losses, G = J J^T.
 

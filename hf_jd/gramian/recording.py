@@ -10,6 +10,7 @@ from hf_jd.gramian.fallback import linear_rows, module_rows
 from hf_jd.gramian.layouts import Segments, UnmappedError, UnsupportedError, arrange
 from hf_jd.gramian.plan import LINEAR, LOOPED, Plan, Site
 from hf_jd.gramian.rows import Rows
+from hf_jd.gramian.sharding import is_partitioned
 from hf_jd.gramian.taps import Call, ModuleTap
 
 
@@ -172,6 +173,8 @@ class Recording:
     ) -> dict[str, Rows]:
         """The rows of the targets at one site, by its method or the next that works."""
         while True:
+            if isinstance(site.method, str) and is_partitioned(targets.values()):
+                return {}  # Calling a module would gather its parameters, on this process alone.
             try:
                 return self._try_method(site, layout, targets, call, inputs or (), grad_outputs)
             except (torch.OutOfMemoryError, UnsupportedError):
@@ -206,7 +209,7 @@ class Recording:
             self.tiers[parameter] = 1 if name in found else 2
         # In a backward, a sharded parameter's module holds the whole one.
         rest = {name: site.module.get_parameter(name) for name in targets if name not in found}
-        if rest:
+        if rest and not is_partitioned(rest.values()):
             _, segments = arrange(layout, self.batch.segments, self.batch.instances, first)
             axis = int(layout[4:]) if layout.startswith("axis") else 0
             again = (site.module, rest, call, inputs, grad_outputs, segments, axis)

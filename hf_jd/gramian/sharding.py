@@ -1,4 +1,4 @@
-"""FSDP2: parameters are whole inside forwards and backwards, and sharded outside.
+"""FSDP2 and ZeRO 3: parameters are whole inside forwards and backwards, and shared out outside.
 
 Rows are those of whole parameters, and are filed under the sharded ones, which the optimizer holds. Every backward pass
 gathers the shards anew, so that all processes must make the same number of passes, whatever their data makes necessary.
@@ -22,6 +22,11 @@ def whole_parameters(modules: Iterable[nn.Module]) -> dict[nn.Parameter, nn.Para
     states = [m._get_fsdp_state() for root in modules for m in root.modules() if isinstance(m, FSDPModule)]
     parameters = [p for state in states for group in state._fsdp_param_groups for p in group.fsdp_params]
     return {p.sharded_param: p._unsharded_param for p in parameters if hasattr(p, "_unsharded_param")}
+
+
+def is_partitioned(parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether ZeRO 3 shares the parameters out: it marks all of a model's, and they stay the same objects."""
+    return hasattr(next(iter(parameters), None), "ds_id")
 
 
 def is_sharded(modules: Iterable[nn.Module]) -> bool:

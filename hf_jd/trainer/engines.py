@@ -50,10 +50,5 @@ def check_engine(trainer: JDTrainerMixin) -> None:
 
 
 def _check_deepspeed(trainer: JDTrainerMixin) -> None:
-    if trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
-        raise ValueError(
-            f"{type(trainer).__name__} does not work with ZeRO 3, which leaves parameters empty between passes, while "
-            "rows, and what proves them, are of whole ones: use FSDP2, which shards as much, or ZeRO 1 or 2."
-        )
     if trainer.jd_args.jd_backward != "two_pass":
         raise ValueError("DeepSpeed owns the backward pass, so that an update takes two: add --jd_backward two_pass.")

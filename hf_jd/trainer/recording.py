@@ -103,11 +103,19 @@ class Recorder:
         scaler = trainer.accelerator.scaler
         self.scale = 1.0 if scaler is None else scaler.get_scale()
 
-    def parts(self, batch: Mapping[str, Any], again: bool = False) -> tuple[list[Part], Tensor | None]:
-        """Runs a micro-batch forward: its objectives, and what is in none of them, with a graph."""
+    def parts(
+        self, batch: Mapping[str, Any], again: bool = False, model: nn.Module | None = None
+    ) -> tuple[list[Part], Tensor | None]:
+        """Runs a micro-batch forward: its objectives, and what is in none of them, with a graph.
+
+        Args:
+            batch: The micro-batch.
+            again: Whether it has been met in this update before.
+            model: Another one than the recorder's.
+        """
         trainer, empty = self.trainer, not holds_examples(batch)
         batch = stand_in(batch) if empty else batch
-        losses, counted, groups, extra = trainer.unreduced_losses(self.model, batch, again or self.again)
+        losses, counted, groups, extra = trainer.unreduced_losses(model or self.model, batch, again or self.again)
         if empty:
             counted, extra = {name: torch.zeros_like(found) for name, found in counted.items()}, None
         documents = packed_documents(batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from hf_jd.distributed.rows import AddedRows, GatheredRows, OwnRows
 from hf_jd.gramian import Jacobian
 from hf_jd.metrics import Metrics
 from hf_jd.objectives import Objectives
-from hf_jd.trainer.deepspeed import second_pass_of_deepspeed
+from hf_jd.trainer.deepspeed import measured_model, measuring, second_pass_of_deepspeed
 from hf_jd.trainer.empty import holds_examples
 from hf_jd.trainer.gradients import accumulate, added
 from hf_jd.trainer.kept import Kept, allowed, is_full
@@ -31,6 +31,28 @@ if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin
 
 logger = logging.get_logger(__name__)
+
+
+class Weighed(NamedTuple):
+    """An update after its first pass.
+
+    Attributes:
+        recorded: The micro-batches of this process.
+        own: [m, 5] the table of their objectives.
+        rows: Their rows, among those of all M objectives.
+        objectives: What is known of these.
+        usable: [M] (bool) those whose loss and row are finite.
+        weights: [M], signs and factors included.
+        broken: [] how many instances and objectives are left out.
+    """
+
+    recorded: list[Recorded]
+    own: Tensor
+    rows: OwnRows
+    objectives: Objectives
+    usable: Tensor
+    weights: Tensor
+    broken: Tensor
 
 
 class Update:
@@ -48,6 +70,7 @@ class Update:
         self, trainer: JDTrainerMixin, model: nn.Module, batches: list[Mapping[str, Any]], num_items: Any, alone: bool
     ):
         self.trainer = trainer
+        self.model = model
         self.jd = trainer.jd_args
         # Of several processes, all have to run as many passes.
         self.batches = [b for b in batches if process_count() > 1 or holds_examples(b)]
@@ -61,8 +84,9 @@ class Update:
         self.present = self._present_groups()
         # A second pass can walk the graph of one micro-batch again; those of several would not fit in memory.
         keep_graph = self.jd.jd_backward == "two_pass" and len(batches) == 1 and not trainer.is_deepspeed_enabled
+        measured = measured_model(trainer, model)
         self.recorder = Recorder(
-            trainer, model, num_items, self.micro_batches, self.present, self._rows_fit(), keep_graph
+            trainer, measured, num_items, self.micro_batches, self.present, self._rows_fit(), keep_graph
         )
 
     def run(self) -> Tensor:
@@ -78,10 +102,30 @@ class Update:
             if value is not None:
                 return value
             self.recorder.again = True
+        with measuring(self.model, self.trainer.engine()):
+            weighed = self._weighed()
+        if weighed is None:
+            return self._apart()
+        recorded, own, rows, objectives, usable, weights, broken = weighed
+        if self.trainer.accelerator.scaler is not None and broken:
+            # An overflow has to stay in `.grad`: GradScaler then skips the step and lowers its scale.
+            accumulate({p: torch.full_like(p, torch.inf) for p in self.trainable})
+        elif self.trainer.is_deepspeed_enabled:
+            second_pass_of_deepspeed(self.recorder, self.model, recorded, weights[rows.mine], usable[rows.mine])
+        elif self.jd.jd_backward == "one_pass" or objectives.broken(usable).any():
+            # Rows are picked; a second pass would multiply those that aren't finite by 0, which is NaN.
+            # GradScaler divides by its scale, which is in the rows.
+            accumulate(rows.weighted_sum(weights, usable))
+        else:
+            second_pass(self.recorder, recorded, weights[rows.mine], usable[rows.mine])
+        return self.value(self.coefficients(objectives, usable), own, rows, usable, self._add_extra(recorded))
+
+    def _weighed(self) -> Weighed | None:
+        """The first pass, and the weights; None where rows are too many and are to be weighed apart."""
         start = time.perf_counter()
         kept = self._recorded()
         if kept is None:
-            return self._apart()
+            return None
         recorded, recording = kept.recorded, time.perf_counter() - start
         own, jacobian = kept.joined()
         rows = self.rows(jacobian)
@@ -93,18 +137,7 @@ class Update:
         signed = factors * signs(self.trainer, objectives.groups)
         weights = weigh(self.trainer, gramian, objectives, usable, signed) * signed * self._share(objectives)
         self._keep_price(kept.nbytes, recording, time.perf_counter() - start - recording)
-        if self.trainer.accelerator.scaler is not None and broken:
-            # An overflow has to stay in `.grad`: GradScaler then skips the step and lowers its scale.
-            accumulate({p: torch.full_like(p, torch.inf) for p in self.trainable})
-        elif self.trainer.is_deepspeed_enabled:
-            second_pass_of_deepspeed(self.recorder, recorded, weights[rows.mine], usable[rows.mine])
-        elif self.jd.jd_backward == "one_pass" or objectives.broken(usable).any():
-            # Rows are picked; a second pass would multiply those that aren't finite by 0, which is NaN.
-            # GradScaler divides by its scale, which is in the rows.
-            accumulate(rows.weighted_sum(weights, usable))
-        else:
-            second_pass(self.recorder, recorded, weights[rows.mine], usable[rows.mine])
-        return self.value(self.coefficients(objectives, usable), own, rows, usable, self._add_extra(recorded))
+        return Weighed(recorded, own, rows, objectives, usable, weights, broken)
 
     def _recorded(self) -> Kept | None:
         """The micro-batches after their first pass; None where their rows are too many and are to be weighed apart."""
@@ -127,7 +160,7 @@ class Update:
         self.trainer.jd_apart = True
         values = []
         for i, batch in enumerate(self.batches):
-            update = Update(self.trainer, self.recorder.model, [batch], self.recorder.num_items, alone=True)
+            update = Update(self.trainer, self.model, [batch], self.recorder.num_items, alone=True)
             update.recorder.again = i == 0  # It has been recorded, and told how many rows there would be.
             values.append(update.run())
         return torch.stack(values).sum()
