@@ -7,6 +7,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -16,7 +17,13 @@ STATE_FILE = "trainer_state.json"
 """What Trainer writes last: where it is whole, so is all that was written before."""
 
 _PREFIX = "checkpoint-"
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "adapter_model.bin")
+_WEIGHTS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*",
+    "adapter_model.bin",
+    "global_step*/*_model_states.pt",  # DeepSpeed's
+)
 
 
 def what_is_missing(checkpoint: Path, needed: Iterable[str]) -> str | None:
@@ -26,7 +33,7 @@ def what_is_missing(checkpoint: Path, needed: Iterable[str]) -> str | None:
 
     Args:
         checkpoint: Its directory.
-        needed: Names of files that it must have, beside the model's weights and Trainer's state.
+        needed: Names of files that it must have, or patterns, beside the model's weights and Trainer's state.
     """
     try:
         json.loads((checkpoint / STATE_FILE).read_text("utf-8"))
@@ -37,10 +44,11 @@ def what_is_missing(checkpoint: Path, needed: Iterable[str]) -> str | None:
     weights = [file for pattern in _WEIGHTS for file in checkpoint.glob(pattern)]
     if not weights:
         return "it has no weights"
-    for name in needed:
-        if not (checkpoint / name).exists():
+    others = {name: list(checkpoint.glob(name)) for name in needed}
+    for name, found in others.items():
+        if not found:
             return f"it has no {name}"
-    for file in [*weights, *(checkpoint / name for name in needed)]:
+    for file in chain(weights, *others.values()):
         if not _is_whole(file):
             return f"its {file.name} is cut off"
     return None

@@ -39,11 +39,10 @@ def check_alike(facts: Mapping[str, Any]) -> None:
 
 
 def check_weights(parameters: Mapping[str, nn.Parameter], step: int) -> None:
-    """Compares the parameters, bit by bit, by a hash of each; of sharded ones, and those that ZeRO 3 has emptied, there
-    is nothing to compare.
+    """Compares the parameters, bit by bit, by a hash of each; of those that are shared out there is nothing to compare.
 
     Args:
-        parameters: By name; in the same order on all processes.
+        parameters: By name; in the same order on all processes. ZeRO 3's are empty.
         step: The updates until now.
 
     Raises:

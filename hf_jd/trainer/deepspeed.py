@@ -1,30 +1,26 @@
 """DeepSpeed: its engine owns the backward pass, `.grad` and the optimizer's step, so that an update takes two passes.
 
-The first one measures rows on the model inside the engine, with `autograd.grad`, so that none of the engine's hooks takes
-it for its own. The second gives the engine the weighed losses, once a micro-batch; in the last one, accelerate has it
-take its step.
+The first one measures rows on the model inside the engine, with `autograd.grad`, so that none of the engine's hooks
+takes it for its own. The second gives the engine the weighed losses, once a micro-batch; in the last one, accelerate
+has it take its step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from hf_jd.distributed.processes import process_count
-from hf_jd.gramian import Engine
-from hf_jd.gramian.sharding import is_partitioned
+from hf_jd.objectives import Part
+from hf_jd.packing import packed_documents
 from hf_jd.trainer.random_numbers import set_rng_state
-from hf_jd.trainer.recording import Recorded, Recorder
+from hf_jd.trainer.recording import Recorded, Recorder, selected
 
 if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin
-
-_MEASURING = -1  # among the modules that a parameter is in use by; DeepSpeed's own are numbered from 0
 
 
 def second_pass_of_deepspeed(
@@ -46,15 +42,55 @@ def second_pass_of_deepspeed(
         mine = slice(None) if recorder.kind.shared else slice(start, start + len(one.losses))
         start += len(one.losses)
         set_rng_state(one.rng_state, trainer.args.device)
-        parts, extra = recorder.parts(one.batch, again=True, model=model)
-        losses = torch.cat([part.losses for part in parts])[usable[mine]]
+        batch, left = _without_broken(one, usable[mine], recorder.kind.shared)
+        parts, extra = recorder.parts(batch, again=True, model=model)
+        kept = usable[mine][left]
+        # A smaller batch may be divided by another number.
+        each = (weights[mine] / _denominators(one.parts))[left][kept]
+        losses = torch.cat([part.losses for part in parts])
+        losses = (losses * _denominators(parts).to(losses))[kept]
         # The engine averages over processes; and all of them have to call it, with losses or without.
-        total = (weights[mine][usable[mine]].to(losses) * losses).sum() * process_count()
+        total = (each.to(losses) * losses).sum() * process_count()
         if extra is not None:
             total = total + torch.where(extra.isfinite(), extra, 0) / recorder.micro_batches
         state._set_sync_gradients(steps and i == len(recorded) - 1)
         trainer.accelerator.backward(total, scale_wrt_gas=False)
     state._set_sync_gradients(steps)
+
+
+def _denominators(parts: Sequence[Part]) -> Tensor:
+    """[m] what losses were divided by; 1 where that is known only when all have been counted."""
+    known = [p.counts.new_ones(len(p.counts)) if p.denominators is None else p.denominators for p in parts]
+    return torch.cat([found.double() for found in known])
+
+
+def _without_broken(one: Recorded, usable: Tensor, shared: bool) -> tuple[Mapping[str, Any], Tensor]:
+    """The micro-batch without the instances of objectives that aren't finite, whose gradient times 0 would be NaN.
+
+    Args:
+        one: The micro-batch.
+        usable: [m] (bool) of its objectives.
+        shared: Whether they stay the same ones without those instances.
+
+    Returns:
+        The batch, and which of the m objectives it has (bool).
+    """
+    first = one.parts[0]
+    counts = torch.cat([part.counts for part in one.parts])
+    broken = (counts > 0).to(usable.device) & ~usable
+    bad = broken[: len(first.counts)].view(first.columns, -1).any(0)
+    if not bad.any():
+        return one.batch, torch.ones_like(usable)
+    out = (first.segments >= 0) & bad.to(first.segments.device)[first.segments.clamp(min=0)]
+    documents = packed_documents(one.batch)
+    keep = ~out
+    if documents is not None:
+        keep = torch.ones(int(documents.max()) + 1, dtype=torch.bool, device=out.device)
+        keep[documents.to(out.device)[out]] = False
+    left = torch.ones_like(usable)
+    if not shared:
+        left[: len(first.counts)] = ~bad.repeat(first.columns)
+    return selected(one.batch, keep), left
 
 
 def measured_model(trainer: JDTrainerMixin, model: nn.Module) -> nn.Module:
@@ -63,80 +99,3 @@ def measured_model(trainer: JDTrainerMixin, model: nn.Module) -> nn.Module:
     A forward of the engine prepares its own reduction, which any backward from the outputs would then begin.
     """
     return model.get_submodule("module") if trainer.is_deepspeed_enabled else model
-
-
-@contextmanager
-def measuring(model: nn.Module, engine: Engine) -> Generator[None]:
-    """Has ZeRO 3, which empties parameters between passes, stand a measuring pass; of other models nothing is asked.
-
-    Rows, their columns and their proof are of whole parameters: those of the modules that bring rows are gathered
-    meanwhile. What is in other modules stays shared out, and is gathered by DeepSpeed for each of them, in each of several
-    passes through one graph.
-
-    Args:
-        model: DeepSpeed's engine, or another model.
-        engine: What measures.
-    """
-    held = engine.held()
-    if not is_partitioned(held):
-        yield
-        return
-    from deepspeed.runtime.zero import GatheredParameters  # Not a dependency: who partitions parameters has it.
-
-    optimizer: Any = model.optimizer
-    coordinator, inside = optimizer.parameter_offload.get_param_coordinator(), model.get_submodule("module")
-    with GatheredParameters(held):
-        for p in held:
-            p.ds_active_sub_modules.add(_MEASURING)  # ty: ignore[unresolved-attribute]
-        hooks = [
-            inside.register_forward_pre_hook(lambda *_: _forget(coordinator), prepend=True),
-            inside.register_forward_hook(_Repeatable(coordinator)),
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for p in held:
-                p.ds_active_sub_modules.clear()  # ty: ignore[unresolved-attribute]
-            _forget(coordinator)
-
-
-def _forget(coordinator: Any) -> None:
-    """Has DeepSpeed fetch nothing ahead: it would go by the modules' order in another pass, or on another process."""
-    if not coordinator.is_invalid_trace():
-        coordinator._invalidate_trace()
-
-
-class _Repeatable:
-    """A forward hook that lets several backward passes walk one graph.
-
-    DeepSpeed (0.19) gathers a module's parameters at its gradient as often as the module was called, and lets them go when
-    the gradients of all its inputs have passed: it counts down, and is through after one pass. Here the counts begin anew
-    in each; and what the last one has left gathered is let go first, so that all processes gather as much.
-
-    Args:
-        coordinator: Of DeepSpeed's parameters.
-    """
-
-    def __init__(self, coordinator: Any):
-        self._coordinator = coordinator
-        self._counts: dict[nn.Module, dict[str, int]] = {}
-        self._passed = -1
-
-    def __call__(self, model: nn.Module, args: tuple, output: Any) -> None:
-        """Notes the counts after a forward, and has its backward passes begin with them."""
-        names = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")
-        for module in model.modules():
-            self._counts[module] = {name: module.__dict__[name] for name in names if name in module.__dict__}
-        for leaf in pytree.tree_leaves(output):
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                leaf.register_hook(self._restart)
-
-    def _restart(self, gradient: Tensor) -> None:
-        now = torch._C._current_graph_task_id()
-        if now != self._passed:
-            self._passed = now
-            self._coordinator.release_backward_leftovers()
-            for module, counts in self._counts.items():
-                module.__dict__.update(counts)

@@ -45,19 +45,22 @@ def needed_files(trainer: JDTrainerMixin) -> list[str]:
         return []
     processes = range(trainer.args.world_size)
     states = ["rng_state.pth"] if len(processes) == 1 else [f"rng_state_{i}.pth" for i in processes]
-    needed = [*_optimizer_files(trainer), "scheduler.pt", *states]
+    needed = [*_optimizer_files(trainer), *states]
     needed += [WEIGHTING_FILE] if isinstance(trainer.weighting, Stateful) else []
     return needed + ([WEIGHTS_FILE] if trainer.jd_args.jd_every > 1 else [])
 
 
 def _optimizer_files(trainer: JDTrainerMixin) -> list[str]:
-    """What Trainer calls the optimizer's state; FSDP2 writes its shards into a folder, DeepSpeed what it likes."""
+    """What Trainer calls the states of optimizer and schedule; FSDP2 and DeepSpeed write theirs into a folder."""
     if trainer.is_deepspeed_enabled:
-        return []
+        plugin = trainer.accelerator.state.deepspeed_plugin
+        shards = range(trainer.args.world_size) if plugin.zero_stage else []
+        own = [f"global_step*/*zero_pp_rank_{i}_mp_rank_00_optim_states.pt" for i in shards]
+        return own if "scheduler" in plugin.deepspeed_config else [*own, "scheduler.pt"]
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     if plugin is None:
-        return ["optimizer.pt"]
-    return ["optimizer.bin" if "FULL" in str(plugin.state_dict_type) else "optimizer_0"]
+        return ["optimizer.pt", "scheduler.pt"]
+    return ["optimizer.bin" if "FULL" in str(plugin.state_dict_type) else "optimizer_0", "scheduler.pt"]
 
 
 def save_weighting(weighting: object, checkpoint: Path) -> None:

@@ -17,7 +17,7 @@ from hf_jd.distributed.rows import AddedRows, GatheredRows, OwnRows
 from hf_jd.gramian import Jacobian
 from hf_jd.metrics import Metrics
 from hf_jd.objectives import Objectives
-from hf_jd.trainer.deepspeed import measured_model, measuring, second_pass_of_deepspeed
+from hf_jd.trainer.deepspeed import measured_model, second_pass_of_deepspeed
 from hf_jd.trainer.empty import holds_examples
 from hf_jd.trainer.gradients import accumulate, added
 from hf_jd.trainer.kept import Kept, allowed, is_full
@@ -26,6 +26,7 @@ from hf_jd.trainer.random_numbers import rng_state, set_rng_state
 from hf_jd.trainer.recording import Recorded, Recorder
 from hf_jd.trainer.second_pass import second_pass
 from hf_jd.trainer.weighing import signs, weigh
+from hf_jd.trainer.zero3 import measuring
 
 if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin

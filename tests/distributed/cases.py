@@ -6,14 +6,13 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
-from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from torch import Tensor, nn
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -37,7 +36,26 @@ MODELS = {
     "wide": lambda: tiny_gpt2(n_embd=64),
     "lora32": lambda: with_lora(tiny_gpt2(), warm=True).float(),
     "llama": lambda: with_lora(tiny_llama(), warm=True),
+    "biases": lambda: only(tiny_gpt2(), "bias"),
+    "norms": lambda: only(tiny_llama().double(), "norm"),
+    "positions": lambda: only(tiny_gpt2(), "wpe"),
+    "dora": lambda: with_lora(tiny_gpt2(), warm=True, use_dora=True),
+    "embedding": lambda: with_lora(tiny_gpt2(), warm=True, target_modules=["wte", "c_attn"]),
+    "checkpointed": lambda: checkpointed(with_lora(tiny_gpt2(), warm=True)),
 }
+
+
+def only(model: nn.Module, name: str) -> nn.Module:
+    """The model with the parameters trainable that have `name` in theirs."""
+    for path, parameter in model.named_parameters():
+        parameter.requires_grad = name in path
+    return model
+
+
+def checkpointed(model: Any) -> Any:
+    """The model with activation checkpointing."""
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    return model
 
 
 def token_losses(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
@@ -285,78 +303,85 @@ def survive(
         return {"parameters": whole(trainer.model).tolist(), "said": said}
 
 
-class EngineOfDeepSpeed:
-    """Stands in for DeepSpeed's engine: it takes gradients from its own backward pass only, averages and steps.
+@contextmanager
+def under_deepspeed() -> Iterator[None]:
+    """Has accelerate start DeepSpeed on a CPU, by arguments alone: where the environment asks for one, it does not."""
+    asked = os.environ.pop("ACCELERATE_USE_CPU")
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        with fresh_accelerate():
+            yield
+    finally:
+        os.environ["ACCELERATE_USE_CPU"] = asked
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+
+
+def zero(stage: int, **more: Any) -> dict[str, Any]:
+    """A configuration of DeepSpeed under which no parameter is too small to be shared out."""
+    auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto")
+    sizes = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    return {"zero_optimization": sizes, "zero_allow_untested_optimizer": True, **auto, **more}
+
+
+def deepspeed(
+    stage: int,
+    model: str = "lora",
+    batch: int = 4,
+    n: int = 24,
+    steps: int = 10,
+    unlabelled: tuple[int, ...] = (0, 1, 5),
+    spoiled: str | None = None,
+    clip: float = 0.0,
+    stock: bool = False,
+    directory: str | None = None,
+    resume: bool = False,
+    **flags: Any,
+) -> dict[str, Any]:
+    """Trains with DeepSpeed: the parameters, and what was logged; see `train`.
 
     Args:
-        trainer: Whose model and optimizer it owns.
+        stage: Of ZeRO.
+        model: One of `MODELS`.
+        batch: The global batch.
+        n: How many examples there are.
+        steps: How many.
+        unlabelled: The examples without labels.
+        spoiled: A function of this module that makes losses or rows infinite.
+        clip: The norm that gradients are clipped to, 0 for none.
+        stock: Whether the stock Trainer trains.
+        directory: Of checkpoints; None for one that is removed.
+        resume: Whether to go on from the newest whole checkpoint.
+        flags: Of the arguments.
     """
+    processes = torch.distributed.get_world_size()
+    with tempfile.TemporaryDirectory() as temporary, under_deepspeed():
+        from deepspeed.runtime.zero import GatheredParameters  # Only these tests wait for it to be imported.
 
-    def __init__(self, trainer: Trainer):
-        self.trainer, self.boundary, self.inside, self.backwards, self.steps = trainer, False, False, 0, 0
-        self.parameters = [p for p in trainer.model.parameters() if p.requires_grad]
-        for p in self.parameters:
-            p.register_post_accumulate_grad_hook(self.accumulated)
-
-    def accumulated(self, parameter: Tensor) -> None:
-        """What ZeRO does when a gradient is ready."""
-        assert self.inside, "a hook of the engine fired outside of its own backward pass"
-
-    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
-        self.boundary = is_boundary
-
-    def backward(self, loss: Tensor, scale_wrt_gas: bool = True) -> None:
-        assert not scale_wrt_gas
-        self.backwards += 1
-        self.inside = True
-        loss.backward()
-        self.inside = False
-
-    def get_global_grad_norm(self) -> float:
-        return 0.0
-
-    def step(self) -> None:
-        assert self.boundary
-        self.steps += 1
-        for p in self.parameters:
-            torch.distributed.all_reduce(p.grad)
-            p.grad /= torch.distributed.get_world_size()
-        self.trainer.optimizer.optimizer.step()
-        self.trainer.optimizer.optimizer.zero_grad()
-
-
-class UnderDeepSpeed(Ours):
-    """Trains with the stand-in, in the places where accelerate would call DeepSpeed."""
-
-    def _prepare_for_training(self, *args, **kwargs):
-        prepared = super()._prepare_for_training(*args, **kwargs)
-        self.standin = EngineOfDeepSpeed(self)
-        self.is_deepspeed_enabled = True
-        self.accelerator.state.distributed_type = DistributedType.DEEPSPEED
-        self.accelerator.deepspeed_engine_wrapped = DeepSpeedEngineWrapper(self.standin)
-        self.accelerator.no_sync = lambda model: nullcontext()
-        return prepared
-
-    def training_step(self, model, *args, **kwargs):
-        return super().training_step(getattr(model, "module", model), *args, **kwargs)
-
-
-def deepspeed(accumulated: int, n: int = 24, **flags: Any) -> dict[str, Any]:
-    """Ten updates under the stand-in: the parameters, and how often the engine went backward and stepped."""
-    with tempfile.TemporaryDirectory() as directory, fresh_accelerate():
         args = arguments(
-            directory,
-            per_device_train_batch_size=4 // torch.distributed.get_world_size(),
-            gradient_accumulation_steps=accumulated,
-            max_steps=10,
-            max_grad_norm=0,
-            jd_backward="two_pass",
+            directory or temporary,
+            TrainingArguments if stock else JDTrainingArguments,
+            per_device_train_batch_size=batch // processes,
+            max_steps=steps,
+            max_grad_norm=clip,
             accelerator_config={"even_batches": False},
+            deepspeed=zero(stage),
+            **({} if stock else {"jd_backward": "two_pass"}),
             **flags,
         )
-        data = examples(n, unlabelled=(0, 1, 5))
-        settings = {"data_collator": collate, "compute_loss_func": token_losses}
-        trainer = UnderDeepSpeed(MODELS["lora"](), args, train_dataset=data, **settings)
-        trainer.train()
-        parameters = whole(trainer.model).numpy()
-    return {"parameters": parameters, "backwards": trainer.standin.backwards, "steps": trainer.standin.steps}
+        trainer = (InOrder if stock else Ours)(
+            MODELS[model](),
+            args,
+            train_dataset=examples(n, unlabelled=unlabelled),
+            data_collator=collate,
+            compute_loss_func=reduced_loss if stock else token_losses,
+        )
+        if spoiled is not None:
+            trainer.spoiled = globals()[spoiled]
+        trainer.train(resume_from_checkpoint=resume)
+        assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
+        trainable = [p for p in trainer.model.parameters() if p.requires_grad]
+        empty = [p.numel() == 0 for p in trainable]
+        assert all(empty) if stage == 3 else not any(empty)
+        with GatheredParameters(trainable, enabled=stage == 3):
+            parameters = whole(trainer.model).numpy()
+    return {"parameters": parameters, "history": trainer.state.log_history}
