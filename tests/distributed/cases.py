@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.data import IterableDataset, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from hf_jd import JDTrainer, JDTrainingArguments
 from hf_jd.distributed import columns, rows
@@ -33,6 +33,7 @@ GROUP = {"jd_objectives": "group", "jd_group_column": "task"}
 MODELS = {
     "lora": lambda: with_lora(tiny_gpt2(), warm=True),
     "full": tiny_gpt2,
+    "full32": lambda: tiny_gpt2().float(),
     "wide": lambda: tiny_gpt2(n_embd=64),
     "lora32": lambda: with_lora(tiny_gpt2(), warm=True).float(),
     "llama": lambda: with_lora(tiny_llama(), warm=True),
@@ -316,11 +317,19 @@ def under_deepspeed() -> Iterator[None]:
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
 
-def zero(stage: int, **more: Any) -> dict[str, Any]:
+def zero(stage: int, offload: bool) -> dict[str, Any]:
     """A configuration of DeepSpeed under which no parameter is too small to be shared out."""
-    auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto")
-    sizes = {"stage": stage, "stage3_param_persistence_threshold": 0}
-    return {"zero_optimization": sizes, "zero_allow_untested_optimizer": True, **auto, **more}
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    settings: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    if offload:
+        settings |= {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
+    return {
+        "zero_optimization": settings,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": "auto"},
+        **dict.fromkeys(names, "auto"),
+    }
 
 
 def deepspeed(
@@ -333,6 +342,8 @@ def deepspeed(
     spoiled: str | None = None,
     clip: float = 0.0,
     stock: bool = False,
+    loaded: str | None = None,
+    offload: bool = False,
     directory: str | None = None,
     resume: bool = False,
     **flags: Any,
@@ -349,6 +360,8 @@ def deepspeed(
         spoiled: A function of this module that makes losses or rows infinite.
         clip: The norm that gradients are clipped to, 0 for none.
         stock: Whether the stock Trainer trains.
+        loaded: Where the model is loaded from instead, once DeepSpeed is known to be asked for.
+        offload: Whether parameters and optimizer live in another memory.
         directory: Of checkpoints; None for one that is removed.
         resume: Whether to go on from the newest whole checkpoint.
         flags: Of the arguments.
@@ -364,12 +377,12 @@ def deepspeed(
             max_steps=steps,
             max_grad_norm=clip,
             accelerator_config={"even_batches": False},
-            deepspeed=zero(stage),
+            deepspeed=zero(stage, offload),
             **({} if stock else {"jd_backward": "two_pass"}),
             **flags,
         )
         trainer = (InOrder if stock else Ours)(
-            MODELS[model](),
+            MODELS[model]() if loaded is None else AutoModelForCausalLM.from_pretrained(loaded),
             args,
             train_dataset=examples(n, unlabelled=unlabelled),
             data_collator=collate,
@@ -383,5 +396,5 @@ def deepspeed(
         empty = [p.numel() == 0 for p in trainable]
         assert all(empty) if stage == 3 else not any(empty)
         with GatheredParameters(trainable, enabled=stage == 3):
-            parameters = whole(trainer.model).numpy()
+            parameters = whole(trainer.model).double().numpy()
     return {"parameters": parameters, "history": trainer.state.log_history}

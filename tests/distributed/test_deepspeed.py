@@ -11,7 +11,7 @@ from accelerate.parallelism_config import ParallelismConfig
 
 from hf_jd import JDTrainer
 from hf_jd.trainer.engines import check_engine
-from tests.distributed.cases import GROUP
+from tests.distributed.cases import GROUP, MODELS
 from tests.distributed.test_exact import INSTANCE, relative
 from tests.trainer.runs import arguments, examples, lora
 
@@ -55,6 +55,19 @@ def test_without_zero(own, own_pools, alone):
     assert relative(own_pools(2).run("deepspeed", stage=0, **configuration)[0], alone(**configuration)) < 1e-5
 
 
+def test_a_model_that_is_shared_out_as_it_is_loaded(own, tmp_path, own_pools, alone):
+    MODELS["full32"]().save_pretrained(tmp_path)
+    configuration = {**own, **LABELS, "clip": 0.0, "optim": "sgd", "learning_rate": 0.1}
+    found = own_pools(2).run("deepspeed", stage=3, loaded=str(tmp_path), **configuration)[0]
+    assert relative(found, alone(model="full32", **configuration)) < ROUNDING
+
+
+def test_offloaded(own_pools, alone):
+    configuration = {**GROUP, **LABELS, "model": "full", "clip": 0.0}
+    found = own_pools(2).run("deepspeed", stage=3, offload=True, **configuration)[0]
+    assert relative(found, alone(**configuration)) < ROUNDING
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_clipping_is_by_the_global_norm(stage, own_pools, alone):
     configuration = {**GROUP, **LABELS, "model": "full", "clip": 0.5}
@@ -71,12 +84,14 @@ def test_ways_of_fine_tuning_under_zero_3(model, own, own_pools, alone):
     assert relative(own_pools(2).run("deepspeed", stage=3, **configuration)[1], alone(**configuration)) < ROUNDING
 
 
+@pytest.mark.parametrize(("model", "tolerance"), [("full", ROUNDING), ("full32", 2e-3)], ids=["float64", "bfloat16"])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_mean_is_stock_deepspeed(stage, own, own_pools):
-    common = {"stage": stage, **LABELS, "model": "full", "gradient_accumulation_steps": 3, "steps": 4}
+def test_mean_is_stock_deepspeed(stage, model, tolerance, own, own_pools):
+    common = {"stage": stage, **LABELS, "model": model, "gradient_accumulation_steps": 3, "steps": 4}
+    common["bf16"] = model == "full32"
     stock = own_pools(2).run("deepspeed", stock=True, **common)[0]
     ours = own_pools(2).run("deepspeed", jd_weighting="mean", **common, **own)[0]
-    assert relative(ours, stock) < ROUNDING
+    assert relative(ours, stock) < tolerance
 
 
 @pytest.mark.parametrize("stage", [2, 3])
