@@ -60,16 +60,18 @@ def looked_up(table: Table, case: Case) -> int:
 def memory(shape: Shape, case: Case) -> dict[str, float]:
     """Bytes that a process needs besides rows, with Adam's two numbers (float32) for each trained one.
 
-    Activations: 34 N h bytes a block in 16 bits (Korthikanti et al., arXiv 2205.05198, equation 2, of attention that
-    keeps no T x T); with checkpointing 2 N h a block, and one block's. The head's outputs and their gradient: float32.
+    Under ZeRO 3, what is trained is whole while rows are measured. Activations: 34 N h bytes a block in 16 bits
+    (Korthikanti et al., arXiv 2205.05198, equation 2, of attention that keeps no T x T); with checkpointing 2 N h a
+    block, and one block's. The head's outputs and their gradient: float32.
     """
     kind, w, n = PARALLELISMS[case.parallelism], case.processes, shape.trainable
+    measured = n * case.trained_bytes if kind.weights and kind.owns_backward else 0
     frozen = (shape.parameters - n) * case.number_bytes
     tokens, size = case.batch * case.tokens, case.number_bytes / 2
     block = 34 * tokens * shape.hidden * size
     blocks = shape.layers * 2 * tokens * shape.hidden * size + block if case.checkpointing else shape.layers * block
     return {
-        "weights": (frozen + n * case.trained_bytes) / (w if kind.weights else 1),
+        "weights": (frozen + n * case.trained_bytes) / (w if kind.weights else 1) + measured,
         "gradients": n * case.trained_bytes / (w if kind.gradients else 1),
         "optimizer": 8 * n / (w if kind.optimizer else 1),
         "activations": blocks + 8 * tokens * shape.vocabulary,

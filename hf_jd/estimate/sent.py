@@ -18,11 +18,13 @@ def gathered_bytes(shape: Shape, case: Case) -> float:
 def plain_bytes(shape: Shape, case: Case) -> float:
     """In a plain step: the weights, and the gradient's sum.
 
-    The sum is an all-reduce, 2 f b n; where it is shared out with the weights, a reduce-scatter, f b n. ZeRO 1 and 2
-    send what an all-reduce does (Rajbhandari et al., arXiv 1910.02054, section 7).
+    The sum is an all-reduce, 2 f b n; where it is shared out with the weights, a reduce-scatter, f b n. ZeRO 1 and 2,
+    as DeepSpeed 0.19 has them by default, all-reduce the gradients, 2 f b n, and gather what each process's optimizer
+    has stepped, f b n. (With a reduce-scatter it would be 2 f b n; Rajbhandari et al., arXiv 1910.02054, section 7.)
     """
-    once = PARALLELISMS[case.parallelism].weights
-    return gathered_bytes(shape, case) + (1 if once else 2) * case.leaving * shape.trainable * case.trained_bytes
+    kind = PARALLELISMS[case.parallelism]
+    times = 1 if kind.weights else 3 if kind.owns_backward else 2
+    return gathered_bytes(shape, case) + times * case.leaving * shape.trainable * case.trained_bytes
 
 
 def step_bytes(shape: Shape, case: Case) -> float:
@@ -30,11 +32,16 @@ def step_bytes(shape: Shape, case: Case) -> float:
 
     Instances: rows f b m n, Gramian 2 f 8 M^2, the update's sum 2 f b n (of shards: f b n). Groups: rows f b K n,
     Gramian 2 f 8 K^2, the update f b n (of shards: 0). Weights that are shared out are gathered as in a plain step.
-    With two passes, the second one sends what a plain step does, instead of the update.
+    With two passes, the second one sends what a plain step does, instead of the update. ZeRO 3's measuring pass gathers
+    what is trained once, and keeps it.
     """
     f, trained = case.leaving, shape.trainable * case.trained_bytes
-    measured = gathered_bytes(shape, case) + f * case.rows * trained + 2 * f * _GRAMIAN_BYTES * case.objectives**2
+    kind = PARALLELISMS[case.parallelism]
+    gathered = gathered_bytes(shape, case)
+    if kind.weights and kind.owns_backward:
+        gathered = gathered * (1 - shape.trainable / shape.parameters) + f * trained
+    measured = gathered + f * case.rows * trained + 2 * f * _GRAMIAN_BYTES * case.objectives**2
     if case.two_pass:
         return measured + plain_bytes(shape, case)
     sums = 1 if case.groups is not None else 2
-    return measured + (sums - PARALLELISMS[case.parallelism].weights) * f * trained
+    return measured + (sums - kind.weights) * f * trained

@@ -35,6 +35,7 @@ MODELS = {
     "full": tiny_gpt2,
     "full32": lambda: tiny_gpt2().float(),
     "wide": lambda: tiny_gpt2(n_embd=64),
+    "wide32": lambda: tiny_gpt2(n_embd=64).float(),
     "lora32": lambda: with_lora(tiny_gpt2(), warm=True).float(),
     "llama": lambda: with_lora(tiny_llama(), warm=True),
     "biases": lambda: only(tiny_gpt2(), "bias"),
@@ -318,9 +319,14 @@ def under_deepspeed() -> Iterator[None]:
 
 
 def zero(stage: int, offload: bool) -> dict[str, Any]:
-    """A configuration of DeepSpeed under which no parameter is too small to be shared out."""
+    """A configuration of DeepSpeed under which no parameter is too small to be shared out, or kept for its next use."""
     names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    settings: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    settings: dict[str, Any] = {
+        "stage": stage,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_max_live_parameters": 0,
+    }
     if offload:
         settings |= {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
     return {
@@ -367,7 +373,7 @@ def deepspeed(
         flags: Of the arguments.
     """
     processes = torch.distributed.get_world_size()
-    with tempfile.TemporaryDirectory() as temporary, under_deepspeed():
+    with tempfile.TemporaryDirectory() as temporary, counted() as calls, under_deepspeed():
         from deepspeed.runtime.zero import GatheredParameters  # Only these tests wait for it to be imported.
 
         args = arguments(
@@ -397,4 +403,4 @@ def deepspeed(
         assert all(empty) if stage == 3 else not any(empty)
         with GatheredParameters(trainable, enabled=stage == 3):
             parameters = whole(trainer.model).double().numpy()
-    return {"parameters": parameters, "history": trainer.state.log_history}
+    return {"parameters": parameters, "history": trainer.state.log_history, "calls": calls}

@@ -27,7 +27,11 @@ class Call(NamedTuple):
     sent: float
 
 
-def _sent(name: str, bound: dict[str, Any]) -> float:
+_now: list[list[Call]] = []
+"""Where calls are noted, the innermost last: DeepSpeed keeps the functions that it finds when it starts."""
+
+
+def _sent(name: str, bound: Any) -> float:
     """Bytes: a ring's for reductions and gathers, and what is not for the process itself in an all-to-all."""
     processes = distributed.get_world_size()
     share = (processes - 1) / processes
@@ -41,15 +45,17 @@ def _sent(name: str, bound: dict[str, Any]) -> float:
 
 @contextmanager
 def counted() -> Iterator[list[Call]]:
-    """All calls of collectives by hf_jd, DDP aside, within the context."""
+    """All calls of collectives by hf_jd and DeepSpeed, DDP aside, within the context."""
     calls: list[Call] = []
     names = ["all_reduce", "all_gather_single", "reduce_scatter_single", "all_to_all_single", "all_gather", "broadcast"]
+    names += ["all_gather_into_tensor", "reduce_scatter_tensor"]  # DeepSpeed's, by their former names
     before = {name: getattr(distributed, name) for name in names}
 
     def wrapped(name: str) -> Any:
         @functools.wraps(before[name])
         def call(*args: Any, **kwargs: Any) -> Any:
-            calls.append(Call(name, _sent(name, args)))
+            if _now:
+                _now[-1].append(Call(name, _sent(name, [*args, *kwargs.values()])))
             if len(calls) == deadly.get("call"):
                 os.kill(os.getpid(), signal.SIGKILL)
             return before[name](*args, **kwargs)
@@ -58,8 +64,10 @@ def counted() -> Iterator[list[Call]]:
 
     for name in names:
         setattr(distributed, name, wrapped(name))
+    _now.append(calls)
     try:
         yield calls
     finally:
+        _now.pop()
         for name, function in before.items():
             setattr(distributed, name, function)

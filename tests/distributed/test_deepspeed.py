@@ -10,6 +10,9 @@ import pytest
 from accelerate.parallelism_config import ParallelismConfig
 
 from hf_jd import JDTrainer
+from hf_jd.estimate.cases import Case
+from hf_jd.estimate.sent import plain_bytes, step_bytes
+from hf_jd.estimate.shapes import shape_of
 from hf_jd.trainer.engines import check_engine
 from tests.distributed.cases import GROUP, MODELS
 from tests.distributed.test_exact import INSTANCE, relative
@@ -117,6 +120,20 @@ def test_a_run_goes_on_from_its_newest_whole_checkpoint(stage, tmp_path, own_poo
     resumed = own_pools(2).run("deepspeed", steps=6, resume=True, **saving)[0]
     assert len(resumed["history"]) == len(whole["history"])
     assert relative(resumed, whole) < ROUNDING
+
+
+@pytest.mark.parametrize("kind", ["instance", "group", "stock"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bytes_are_those_of_the_cost_model(stage, kind, own_pools):
+    flags = {**OWN, "stock": {"stock": True}}[kind]
+    settings = {"stage": stage, "model": "wide32", "batch": 8, "n": 24, "unlabelled": (), **flags}
+    shorter, longer = (own_pools(2).run("deepspeed", steps=steps, **settings) for steps in (2, 3))
+    k = 3 if kind == "group" else None
+    case = Case(4, 12, 1, 2, k, f"zero{stage}", number_bytes=4, trained_bytes=4, two_pass=True)
+    expected = (plain_bytes if kind == "stock" else step_bytes)(shape_of(MODELS["wide32"]()), case)
+    for less, more in zip(shorter, longer, strict=True):
+        sent = sum(call.sent for call in more["calls"]) - sum(call.sent for call in less["calls"])
+        assert sent == pytest.approx(expected, rel=0.02)  # ZeRO 3 gathers a tied table for each of its uses.
 
 
 @pytest.mark.parametrize(
