@@ -98,4 +98,4 @@ def measured_model(trainer: JDTrainerMixin, model: nn.Module) -> nn.Module:
 
     A forward of the engine prepares its own reduction, which any backward from the outputs would then begin.
     """
-    return model.get_submodule("module") if trainer.is_deepspeed_enabled else model
+    return trainer.accelerator.unwrap_model(model) if trainer.is_deepspeed_enabled else model
