@@ -114,8 +114,8 @@ class Engine:
         return self._coverage.sharded
 
     def held(self) -> list[nn.Parameter]:
-        """The trainable parameters, and frozen ones beside them in the same modules: what forming rows needs."""
-        held = (p for tap in self._coverage.taps for p in tap.module.parameters(recurse=False))
+        """The trainable parameters, and frozen ones of the modules that bring their rows: what forming these needs."""
+        held = (p for tap in self._coverage.taps for p in tap.module.parameters())
         return list(dict.fromkeys([*self._coverage.names, *held]))
 
     def compute_gramian(self, losses: Tensor, segments: Tensor | None = None, retain_graph: bool = True) -> Tensor:

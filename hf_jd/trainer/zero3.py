@@ -6,6 +6,7 @@ modules that a parameter is in use by, the counts of a module's passes, and the 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -39,6 +40,7 @@ def measuring(model: nn.Module, engine: Engine) -> Generator[None]:
 
     optimizer: Any = model.optimizer
     coordinator, inside = optimizer.parameter_offload.get_param_coordinator(), model.get_submodule("module")
+    leaves = {module: module._backward_hooks for module in optimizer.leaf_parameters}
     with GatheredParameters(held):
         for p in held:
             p.ds_active_sub_modules.add(_MEASURING)  # ty: ignore[missing-attribute]
@@ -46,11 +48,15 @@ def measuring(model: nn.Module, engine: Engine) -> Generator[None]:
             inside.register_forward_pre_hook(lambda *_: _forget(coordinator), prepend=True),
             inside.register_forward_hook(_Repeatable(coordinator)),
         ]
+        for module in leaves:
+            module._backward_hooks = OrderedDict()  # Of experts, they take any backward for DeepSpeed's own.
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+            for module, own in leaves.items():
+                module._backward_hooks = own
             for p in held:
                 p.ds_active_sub_modules.clear()  # ty: ignore[missing-attribute]
             _forget(coordinator)

@@ -19,12 +19,19 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.data import IterableDataset, SequentialSampler
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from hf_jd import JDTrainer, JDTrainingArguments
 from hf_jd.distributed import columns, rows
 from tests.distributed.counting import Call, counted, deadly
-from tests.models import tiny_gpt2, tiny_llama, with_lora
+from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, with_lora
 from tests.trainer.runs import TASKS, arguments, collate, examples
 from tests.trainer.survivor import die_writing
 from tests.trainer.test_nothing_to_learn import without_some
@@ -43,8 +50,17 @@ MODELS = {
     "positions": lambda: only(tiny_gpt2(), "wpe"),
     "dora": lambda: with_lora(tiny_gpt2(), warm=True, use_dora=True),
     "embedding": lambda: with_lora(tiny_gpt2(), warm=True, target_modules=["wte", "c_attn"]),
+    "experts": lambda: tiny_mixtral(),
     "checkpointed": lambda: checkpointed(with_lora(tiny_gpt2(), warm=True)),
 }
+
+
+def tiny_mixtral() -> nn.Module:
+    """In float32: grouped products know no float64."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    return MixtralForCausalLM(MixtralConfig(vocab_size=VOCABULARY, **sizes, **heads)).float()
 
 
 def only(model: nn.Module, name: str) -> nn.Module:
@@ -350,6 +366,7 @@ def deepspeed(
     stock: bool = False,
     loaded: str | None = None,
     offload: bool = False,
+    kill: int | None = None,
     directory: str | None = None,
     resume: bool = False,
     **flags: Any,
@@ -368,6 +385,7 @@ def deepspeed(
         stock: Whether the stock Trainer trains.
         loaded: Where the model is loaded from instead, once DeepSpeed is known to be asked for.
         offload: Whether parameters and optimizer live in another memory.
+        kill: The collective of the fifth update in which the last process is killed.
         directory: Of checkpoints; None for one that is removed.
         resume: Whether to go on from the newest whole checkpoint.
         flags: Of the arguments.
@@ -396,6 +414,8 @@ def deepspeed(
         )
         if spoiled is not None:
             trainer.spoiled = globals()[spoiled]
+        if kill is not None and torch.distributed.get_rank() == processes - 1:
+            trainer.add_callback(Kill(calls, kill))
         trainer.train(resume_from_checkpoint=resume)
         assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
         trainable = [p for p in trainer.model.parameters() if p.requires_grad]

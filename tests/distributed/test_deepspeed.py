@@ -15,6 +15,7 @@ from hf_jd.estimate.sent import plain_bytes, step_bytes
 from hf_jd.estimate.shapes import shape_of
 from hf_jd.trainer.engines import check_engine
 from tests.distributed.cases import GROUP, MODELS
+from tests.distributed.pool import Pool
 from tests.distributed.test_exact import INSTANCE, relative
 from tests.trainer.runs import arguments, examples, lora
 
@@ -80,7 +81,7 @@ def test_clipping_is_by_the_global_norm(stage, own_pools, alone):
 
 
 @pytest.mark.filterwarnings("ignore:.*bring no rows in the backward of the batch:UserWarning")  # positions
-@pytest.mark.parametrize("model", ["biases", "norms", "positions", "dora", "embedding", "checkpointed"])
+@pytest.mark.parametrize("model", ["biases", "norms", "positions", "dora", "embedding", "experts", "checkpointed"])
 def test_ways_of_fine_tuning_under_zero_3(model, own, own_pools, alone):
     # Some are proved by another tier, and by more passes, than without DeepSpeed.
     configuration = {**own, **LABELS, "model": model, "clip": 0.0}
@@ -120,6 +121,23 @@ def test_a_run_goes_on_from_its_newest_whole_checkpoint(stage, tmp_path, own_poo
     resumed = own_pools(2).run("deepspeed", steps=6, resume=True, **saving)[0]
     assert len(resumed["history"]) == len(whole["history"])
     assert relative(resumed, whole) < ROUNDING
+
+
+@pytest.mark.parametrize("kill", [2, 9])
+def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(kill, tmp_path, own_pools):
+    common = {"stage": 3, **GROUP, **LABELS, "steps": 6}
+    unharmed = own_pools(2).run("deepspeed", **common)[0]
+    saving = {**common, "directory": str(tmp_path), "save_strategy": "steps", "save_steps": 3}
+    pool = Pool(2, timeout=20)
+    pool.ask("deepspeed", kill=kill, **saving)
+    answered = pool.answer(60)
+    pool.end()
+    assert answered is not None
+    rank, (failed, answer) = answered
+    assert (rank, failed) == (0, True)
+    assert "The last whole checkpoint is" in answer
+    resumed = own_pools(2).run("deepspeed", resume=True, **saving)[0]
+    assert relative(resumed, unharmed) < ROUNDING
 
 
 @pytest.mark.parametrize("kind", ["instance", "group", "stock"])
