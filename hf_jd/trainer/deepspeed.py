@@ -46,7 +46,7 @@ def second_pass_of_deepspeed(
         parts, extra = recorder.parts(batch, again=True, model=model)
         kept = usable[mine][left]
         # A smaller batch may be divided by another number.
-        each = (weights[mine] / _denominators(one.parts))[left][kept]
+        each = (weights[mine] / _denominators(one.parts).to(weights))[left][kept]
         losses = torch.cat([part.losses for part in parts])
         losses = (losses * _denominators(parts).to(losses))[kept]
         # The engine averages over processes; and all of them have to call it, with losses or without.

@@ -37,7 +37,7 @@ class Pool:
             process.start()
 
     def ask(self, case: str, **arguments: Any) -> None:
-        """Starts a function of `tests.distributed.cases` on all processes."""
+        """Starts a function of `tests.distributed.cases`, or `module.function`, on all processes."""
         for requests in self.requests:
             requests.put((case, arguments))
 
@@ -84,11 +84,12 @@ def serve(rank: int, processes: int, port: int, timeout: float, requests: Any, a
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=timeout))
-    cases = importlib.import_module("tests.distributed.cases")
     while True:
         case, arguments = requests.get()
+        module, _, name = case.rpartition(".")
         try:
-            answers.put((rank, (False, getattr(cases, case)(**arguments))))
+            cases = importlib.import_module(f"tests.distributed.{module or 'cases'}")
+            answers.put((rank, (False, getattr(cases, name)(**arguments))))
         except BaseException as error:
             answers.put((rank, (True, f"{error!r}\n{traceback.format_exc()}")))
 

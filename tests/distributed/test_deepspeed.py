@@ -19,6 +19,7 @@ from tests.distributed.pool import Pool
 from tests.distributed.test_exact import INSTANCE, relative
 from tests.trainer.runs import arguments, examples, lora
 
+TRAIN = "under_deepspeed.train"
 OWN = {"instance": INSTANCE, "group": GROUP}
 # DeepSpeed keeps float32 copies of the parameters, and its optimizer steps there.
 ROUNDING = 1e-6
@@ -46,7 +47,7 @@ def own(request):
 )
 def test_many_processes_are_one(stage, processes, model, accumulated, own, own_pools, alone):
     configuration = {**own, **LABELS, "model": model, "clip": 0.0, "gradient_accumulation_steps": accumulated}
-    found = own_pools(processes).run("deepspeed", stage=stage, **configuration)
+    found = own_pools(processes).run(TRAIN, stage=stage, **configuration)
     one = alone(**configuration)
     assert relative(found[-1], one) < ROUNDING
     for ours, theirs in zip(found[0]["history"][:-1], one["history"], strict=True):
@@ -56,26 +57,26 @@ def test_many_processes_are_one(stage, processes, model, accumulated, own, own_p
 
 def test_without_zero(own, own_pools, alone):
     configuration = {**own, **LABELS, "model": "lora32", "clip": 0.0}
-    assert relative(own_pools(2).run("deepspeed", stage=0, **configuration)[0], alone(**configuration)) < 1e-5
+    assert relative(own_pools(2).run(TRAIN, stage=0, **configuration)[0], alone(**configuration)) < 1e-5
 
 
 def test_a_model_that_is_shared_out_as_it_is_loaded(own, tmp_path, own_pools, alone):
     MODELS["full32"]().save_pretrained(tmp_path)
     configuration = {**own, **LABELS, "clip": 0.0, "optim": "sgd", "learning_rate": 0.1}
-    found = own_pools(2).run("deepspeed", stage=3, loaded=str(tmp_path), **configuration)[0]
+    found = own_pools(2).run(TRAIN, stage=3, loaded=str(tmp_path), **configuration)[0]
     assert relative(found, alone(model="full32", **configuration)) < ROUNDING
 
 
 def test_offloaded(own_pools, alone):
     configuration = {**GROUP, **LABELS, "model": "full", "clip": 0.0}
-    found = own_pools(2).run("deepspeed", stage=3, offload=True, **configuration)[0]
+    found = own_pools(2).run(TRAIN, stage=3, offload=True, **configuration)[0]
     assert relative(found, alone(**configuration)) < ROUNDING
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_clipping_is_by_the_global_norm(stage, own_pools, alone):
     configuration = {**GROUP, **LABELS, "model": "full", "clip": 0.5}
-    found = own_pools(2).run("deepspeed", stage=stage, **configuration)[0]
+    found = own_pools(2).run(TRAIN, stage=stage, **configuration)[0]
     assert relative(found, alone(**configuration)) < ROUNDING
     assert max(entry["grad_norm"] for entry in found["history"][:-1]) > 0.5
 
@@ -85,7 +86,7 @@ def test_clipping_is_by_the_global_norm(stage, own_pools, alone):
 def test_ways_of_fine_tuning_under_zero_3(model, own, own_pools, alone):
     # Some are proved by another tier, and by more passes, than without DeepSpeed.
     configuration = {**own, **LABELS, "model": model, "clip": 0.0}
-    assert relative(own_pools(2).run("deepspeed", stage=3, **configuration)[1], alone(**configuration)) < ROUNDING
+    assert relative(own_pools(2).run(TRAIN, stage=3, **configuration)[1], alone(**configuration)) < ROUNDING
 
 
 @pytest.mark.parametrize(("model", "tolerance"), [("full", ROUNDING), ("full32", 2e-3)], ids=["float64", "bfloat16"])
@@ -93,8 +94,8 @@ def test_ways_of_fine_tuning_under_zero_3(model, own, own_pools, alone):
 def test_mean_is_stock_deepspeed(stage, model, tolerance, own, own_pools):
     common = {"stage": stage, **LABELS, "model": model, "gradient_accumulation_steps": 3, "steps": 4}
     common["bf16"] = model == "full32"
-    stock = own_pools(2).run("deepspeed", stock=True, **common)[0]
-    ours = own_pools(2).run("deepspeed", jd_weighting="mean", **common, **own)[0]
+    stock = own_pools(2).run(TRAIN, stock=True, **common)[0]
+    ours = own_pools(2).run(TRAIN, jd_weighting="mean", **common, **own)[0]
     assert relative(ours, stock) < tolerance
 
 
@@ -102,7 +103,7 @@ def test_mean_is_stock_deepspeed(stage, model, tolerance, own, own_pools):
 @pytest.mark.parametrize("spoiled", ["spoil_loss", "spoil_row"])
 def test_what_is_not_finite_is_left_out(spoiled, stage, own, own_pools, alone):
     configuration = {**own, "spoiled": spoiled, "gradient_accumulation_steps": 2, "steps": 6, "clip": 0.0}
-    many = own_pools(2).run("deepspeed", stage=stage, **LABELS, **configuration)
+    many = own_pools(2).run(TRAIN, stage=stage, **LABELS, **configuration)
     one = alone(**LABELS, **configuration)
     assert np.isfinite(one["parameters"]).all()
     assert relative(many[0], one) < ROUNDING
@@ -112,13 +113,13 @@ def test_what_is_not_finite_is_left_out(spoiled, stage, own, own_pools, alone):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_run_goes_on_from_its_newest_whole_checkpoint(stage, tmp_path, own_pools):
     common = {"stage": stage, **GROUP, **LABELS, "model": "full", "jd_weighting": "gradvac"}
-    whole = own_pools(2).run("deepspeed", steps=6, **common)[0]
+    whole = own_pools(2).run(TRAIN, steps=6, **common)[0]
     saving = {**common, "directory": str(tmp_path), "save_strategy": "steps", "save_steps": 2}
-    own_pools(2).run("deepspeed", steps=6, **saving)
+    own_pools(2).run(TRAIN, steps=6, **saving)
     # What the second process wrote last is cut off, as if it had been killed.
     (last,) = tmp_path.glob("checkpoint-6/global_step6/*zero_pp_rank_1_mp_rank_00_optim_states.pt")
     last.write_bytes(last.read_bytes()[:-100])
-    resumed = own_pools(2).run("deepspeed", steps=6, resume=True, **saving)[0]
+    resumed = own_pools(2).run(TRAIN, steps=6, resume=True, **saving)[0]
     assert len(resumed["history"]) == len(whole["history"])
     assert relative(resumed, whole) < ROUNDING
 
@@ -126,17 +127,17 @@ def test_a_run_goes_on_from_its_newest_whole_checkpoint(stage, tmp_path, own_poo
 @pytest.mark.parametrize("kill", [2, 9])
 def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(kill, tmp_path, own_pools):
     common = {"stage": 3, **GROUP, **LABELS, "steps": 6}
-    unharmed = own_pools(2).run("deepspeed", **common)[0]
+    unharmed = own_pools(2).run(TRAIN, **common)[0]
     saving = {**common, "directory": str(tmp_path), "save_strategy": "steps", "save_steps": 3}
     pool = Pool(2, timeout=20)
-    pool.ask("deepspeed", kill=kill, **saving)
+    pool.ask(TRAIN, kill=kill, **saving)
     answered = pool.answer(60)
     pool.end()
     assert answered is not None
     rank, (failed, answer) = answered
     assert (rank, failed) == (0, True)
     assert "The last whole checkpoint is" in answer
-    resumed = own_pools(2).run("deepspeed", resume=True, **saving)[0]
+    resumed = own_pools(2).run(TRAIN, resume=True, **saving)[0]
     assert relative(resumed, unharmed) < ROUNDING
 
 
@@ -145,7 +146,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(kill,
 def test_bytes_are_those_of_the_cost_model(stage, kind, own_pools):
     flags = {**OWN, "stock": {"stock": True}}[kind]
     settings = {"stage": stage, "model": "wide32", "batch": 8, "n": 24, "unlabelled": (), **flags}
-    shorter, longer = (own_pools(2).run("deepspeed", steps=steps, **settings) for steps in (2, 3))
+    shorter, longer = (own_pools(2).run(TRAIN, steps=steps, **settings) for steps in (2, 3))
     k = 3 if kind == "group" else None
     case = Case(4, 12, 1, 2, k, f"zero{stage}", number_bytes=4, trained_bytes=4, two_pass=True)
     expected = (plain_bytes if kind == "stock" else step_bytes)(shape_of(MODELS["wide32"]()), case)
@@ -180,7 +181,7 @@ def test_what_is_refused(flags, says, tmp_path, monkeypatch):
     ],
 )
 def test_what_training_refuses(stage, flags, says, own_pools):
-    for failed, answer in own_pools(1).answers_of("deepspeed", stage=stage, **flags):
+    for failed, answer in own_pools(1).answers_of(TRAIN, stage=stage, **flags):
         assert failed
         assert re.search(says, answer)
 

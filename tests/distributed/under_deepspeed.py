@@ -1,0 +1,123 @@
+"""What the processes of the tests run under DeepSpeed, as `cases.py` does without it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from hf_jd import JDTrainingArguments
+from tests.distributed import cases
+from tests.distributed.cases import MODELS, InOrder, Kill, Ours, fresh_accelerate, reduced_loss, token_losses, whole
+from tests.distributed.counting import counted
+from tests.trainer.runs import arguments, collate, examples
+
+
+@contextmanager
+def under_deepspeed() -> Iterator[None]:
+    """Has accelerate start DeepSpeed on a CPU, by arguments alone: where the environment asks for one, it does not."""
+    asked = os.environ.pop("ACCELERATE_USE_CPU")
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    try:
+        with fresh_accelerate():
+            yield
+    finally:
+        os.environ["ACCELERATE_USE_CPU"] = asked
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+
+
+def zero(stage: int, offload: bool) -> dict[str, Any]:
+    """A configuration of DeepSpeed under which no parameter is too small to be shared out, or kept for its next use."""
+    names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    settings: dict[str, Any] = {
+        "stage": stage,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_max_live_parameters": 0,
+    }
+    if offload:
+        settings |= {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
+    return {
+        "zero_optimization": settings,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": "auto"},
+        **dict.fromkeys(names, "auto"),
+    }
+
+
+def train(
+    stage: int,
+    model: str = "lora",
+    batch: int = 4,
+    n: int = 24,
+    steps: int = 10,
+    unlabelled: tuple[int, ...] = (0, 1, 5),
+    spoiled: str | None = None,
+    clip: float = 0.0,
+    stock: bool = False,
+    loaded: str | None = None,
+    offload: bool = False,
+    kill: int | None = None,
+    directory: str | None = None,
+    resume: bool = False,
+    **flags: Any,
+) -> dict[str, Any]:
+    """Trains with DeepSpeed: the parameters, and what was logged; see `train`.
+
+    Args:
+        stage: Of ZeRO.
+        model: One of `MODELS`.
+        batch: The global batch.
+        n: How many examples there are.
+        steps: How many.
+        unlabelled: The examples without labels.
+        spoiled: A function of this module that makes losses or rows infinite.
+        clip: The norm that gradients are clipped to, 0 for none.
+        stock: Whether the stock Trainer trains.
+        loaded: Where the model is loaded from instead, once DeepSpeed is known to be asked for.
+        offload: Whether parameters and optimizer live in another memory.
+        kill: The collective of the fifth update in which the last process is killed.
+        directory: Of checkpoints; None for one that is removed.
+        resume: Whether to go on from the newest whole checkpoint.
+        flags: Of the arguments.
+    """
+    processes = torch.distributed.get_world_size()
+    with tempfile.TemporaryDirectory() as temporary, counted() as calls, under_deepspeed():
+        from deepspeed.runtime.zero import GatheredParameters  # Only these tests wait for it to be imported.
+
+        args = arguments(
+            directory or temporary,
+            TrainingArguments if stock else JDTrainingArguments,
+            per_device_train_batch_size=batch // processes,
+            max_steps=steps,
+            max_grad_norm=clip,
+            accelerator_config={"even_batches": False},
+            deepspeed=zero(stage, offload),
+            **({} if stock else {"jd_backward": "two_pass"}),
+            **flags,
+        )
+        trainer = (InOrder if stock else Ours)(
+            MODELS[model]() if loaded is None else AutoModelForCausalLM.from_pretrained(loaded),
+            args,
+            train_dataset=examples(n, unlabelled=unlabelled),
+            data_collator=collate,
+            compute_loss_func=reduced_loss if stock else token_losses,
+        )
+        if spoiled is not None:
+            trainer.spoiled = getattr(cases, spoiled)
+        if kill is not None and torch.distributed.get_rank() == processes - 1:
+            trainer.add_callback(Kill(calls, kill))
+        trainer.train(resume_from_checkpoint=resume)
+        assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
+        trainable = [p for p in trainer.model.parameters() if p.requires_grad]
+        empty = [p.numel() == 0 for p in trainable]
+        assert all(empty) if stage == 3 else not any(empty)
+        with GatheredParameters(trainable, enabled=stage == 3):
+            parameters = whole(trainer.model).double().numpy()
+    return {"parameters": parameters, "history": trainer.state.log_history, "calls": calls}
