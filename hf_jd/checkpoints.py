@@ -13,6 +13,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from hf_jd.gramian.sharding import whole_bytes
+
 STATE_FILE = "trainer_state.json"
 """What Trainer writes last: where it is whole, so is all that was written before."""
 
@@ -121,9 +123,9 @@ def check_room(directory: Path, model: nn.Module, adapter: bool) -> None:
     Raises:
         ValueError: Its disk has too little room for one checkpoint.
     """
-    trainable = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    trainable = sum(whole_bytes(p) for p in model.parameters() if p.requires_grad)
     # Optimizers keep two numbers a parameter, as AdamW, or fewer.
-    size = 2 * trainable + (trainable if adapter else sum(p.nbytes for p in model.parameters()))
+    size = 2 * trainable + (trainable if adapter else sum(whole_bytes(p) for p in model.parameters()))
     free = shutil.disk_usage(directory).free
     if free < size:
         raise ValueError(

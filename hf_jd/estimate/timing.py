@@ -68,7 +68,8 @@ def plain_time(shape: Shape, case: Case, hardware: Hardware, assumed: Assumption
 def step_time(shape: Shape, case: Case, hardware: Hardware, assumed: Assumptions) -> Time:
     """Of an update by Jacobian descent. Nothing of rows hides: they are exchanged when the backward pass is over.
 
-    The Gramian and the update are computed in float32, at the same efficiency. Nor does ZeRO 3 fetch weights ahead.
+    The Gramian and the update are computed in float32, at the same efficiency. Nor does ZeRO 3 fetch weights ahead, but
+    for a second micro-batch of the second pass.
     """
     speed, rate = _speed(case, hardware, assumed), _rate(case, hardware) * assumed.efficiency
     products = gramian_flops(shape, case) + (0 if case.two_pass else update_flops(shape, case))
@@ -77,7 +78,7 @@ def step_time(shape: Shape, case: Case, hardware: Hardware, assumed: Assumptions
     rows = products / (hardware.single_flops * assumed.efficiency) + row_traffic(shape, case) / hardware.bandwidth
     hidden, kind = gathered_bytes(shape, case), PARALLELISMS[case.parallelism]
     if kind.weights and kind.owns_backward:
-        hidden = plain_bytes(shape, case) - hidden
+        hidden = plain_bytes(shape, case) - hidden / case.accumulation
     elif case.two_pass:
         hidden += plain_bytes(shape, case)
     sending = (step_bytes(shape, case) - hidden) / speed + max(0.0, hidden / speed - computing)

@@ -114,7 +114,10 @@ class Engine:
         return self._coverage.sharded
 
     def held(self) -> list[nn.Parameter]:
-        """The trainable parameters, and frozen ones of the modules that bring their rows: what forming these needs."""
+        """The trainable parameters, and frozen ones of and below the modules that bring their rows.
+
+        ZeRO 3 has to hold them whole: a pass to the trainable ones goes through all of these, another need not.
+        """
         held = (p for tap in self._coverage.taps for p in tap.module.parameters())
         return list(dict.fromkeys([*self._coverage.names, *held]))
 
@@ -184,7 +187,7 @@ class Engine:
     def keep_up(self, scalar: Tensor) -> None:
         """Does the part of a process that has no objective in this batch, where others have.
 
-        FSDP2 gathers the parameters in each backward pass, so that all processes have to make as many.
+        FSDP2 and ZeRO 3 gather parameters in each backward pass, so that all processes have to make as many.
 
         Args:
             scalar: Any that depends on the model as losses would.

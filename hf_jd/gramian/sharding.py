@@ -1,7 +1,8 @@
 """FSDP2 and ZeRO 3: parameters are whole inside forwards and backwards, and shared out outside.
 
-Rows are those of whole parameters, and are filed under the sharded ones, which the optimizer holds. Every backward pass
-gathers the shards anew, so that all processes must make the same number of passes, whatever their data makes necessary.
+Rows are those of whole parameters. Under FSDP2 they are filed under the sharded ones, which the optimizer holds; ZeRO
+3 empties and fills the same ones. Every backward pass gathers shards anew, so that all processes must make the same
+number of passes, whatever their data makes necessary.
 """
 
 from __future__ import annotations
@@ -27,6 +28,11 @@ def whole_parameters(modules: Iterable[nn.Module]) -> dict[nn.Parameter, nn.Para
 def is_partitioned(parameters: Iterable[nn.Parameter]) -> bool:
     """Whether ZeRO 3 shares the parameters out: it marks all of a model's, and they stay the same objects."""
     return hasattr(next(iter(parameters), None), "ds_id")
+
+
+def whole_bytes(parameter: nn.Parameter) -> int:
+    """Bytes of a parameter, also where ZeRO 3 has emptied it."""
+    return getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
 
 
 def is_sharded(modules: Iterable[nn.Module]) -> bool:

@@ -51,8 +51,8 @@ def second_pass_of_deepspeed(
         losses = (losses * _denominators(parts).to(losses))[kept]
         # The engine averages over processes; and all of them have to call it, with losses or without.
         total = (each.to(losses) * losses).sum() * process_count()
-        if extra is not None:
-            total = total + torch.where(extra.isfinite(), extra, 0) / recorder.micro_batches
+        if extra is not None and extra.isfinite():
+            total = total + extra / recorder.micro_batches
         state._set_sync_gradients(steps and i == len(recorded) - 1)
         trainer.accelerator.backward(total, scale_wrt_gas=False)
     state._set_sync_gradients(steps)
@@ -75,22 +75,17 @@ def _without_broken(one: Recorded, usable: Tensor, shared: bool) -> tuple[Mappin
     Returns:
         The batch, and which of the m objectives it has (bool).
     """
-    first = one.parts[0]
-    counts = torch.cat([part.counts for part in one.parts])
-    broken = (counts > 0).to(usable.device) & ~usable
-    bad = broken[: len(first.counts)].view(first.columns, -1).any(0)
-    if not bad.any():
+    (part,) = one.parts
+    broken = (part.counts > 0).to(usable.device) & ~usable
+    if not broken.any():
         return one.batch, torch.ones_like(usable)
-    out = (first.segments >= 0) & bad.to(first.segments.device)[first.segments.clamp(min=0)]
+    out = (part.segments >= 0) & broken.to(part.segments.device)[part.segments.clamp(min=0)]
     documents = packed_documents(one.batch)
     keep = ~out
     if documents is not None:
         keep = torch.ones(int(documents.max()) + 1, dtype=torch.bool, device=out.device)
         keep[documents.to(out.device)[out]] = False
-    left = torch.ones_like(usable)
-    if not shared:
-        left[: len(first.counts)] = ~bad.repeat(first.columns)
-    return selected(one.batch, keep), left
+    return selected(one.batch, keep), torch.ones_like(usable) if shared else ~broken
 
 
 def measured_model(trainer: JDTrainerMixin, model: nn.Module) -> nn.Module:

@@ -1,6 +1,6 @@
 """A micro-batch without any example: what a process runs in its place, since others wait for it to run one.
 
-FSDP2 gathers weights in each pass, and DDP buffers in the first one, of all processes together.
+FSDP2 and ZeRO 3 gather weights in each pass, and DDP buffers in the first one, of all processes together.
 """
 
 from __future__ import annotations

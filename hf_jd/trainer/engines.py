@@ -49,18 +49,11 @@ def check_engine(trainer: JDTrainerMixin) -> None:
         )
 
 
-def is_sharding(trainer: JDTrainerMixin) -> bool:
-    """Whether the parameters are shared out over the processes, as FSDP2 and ZeRO 3 do."""
-    return trainer.is_fsdp_enabled or (
-        trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
-    )
-
-
 def _check_deepspeed(trainer: JDTrainerMixin) -> None:
     if trainer.jd_args.jd_backward != "two_pass":
         raise ValueError("DeepSpeed owns the backward pass, so that an update takes two: add --jd_backward two_pass.")
-    if trainer.args.fp16:
+    if trainer.accelerator.state.deepspeed_plugin.deepspeed_config.get("fp16", {}).get("enabled") is True:
         raise ValueError(
             "DeepSpeed scales losses in fp16, and only in its own pass, so that small gradients vanish from the rows: "
-            "use --bf16, or DDP."
+            "use --bf16, or DDP. (--fp16_full_eval switches fp16 on for it, too.)"
         )

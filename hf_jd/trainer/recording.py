@@ -70,7 +70,7 @@ class Recorder:
 
     Args:
         trainer: Whose arguments, losses and engine these are.
-        model: The model as Trainer has wrapped it.
+        model: The model to measure on; see `measured_model`.
         num_items: How many tokens Trainer counted in the update, if it did.
         micro_batches: How many micro-batches Trainer averages, where it does.
         present: [K] the sorted ids of the groups that are weighed together; None without a group column.
@@ -111,7 +111,7 @@ class Recorder:
         Args:
             batch: The micro-batch.
             again: Whether it has been met in this update before.
-            model: Another one than the recorder's.
+            model: The one to run instead: DeepSpeed's engine, in a second pass.
         """
         trainer, empty = self.trainer, not holds_examples(batch)
         batch = stand_in(batch) if empty else batch
@@ -166,7 +166,9 @@ class Recorder:
                 state = rng_state(device) if two_pass else []
                 parts, extra = self.parts(batch, again=True)
             if extra is not None and extra.isfinite():
-                own = Extra(extra.detach(), engine.gradients(extra * self.scale))
+                # DeepSpeed descends it in its own pass.
+                skipped = self.trainer.is_deepspeed_enabled
+                own = Extra(extra.detach(), {} if skipped else engine.gradients(extra * self.scale))
             rows = [self._rows(part, self.keep_graph or part is not parts[-1]) for part in parts]
         if not self.keep_graph:
             parts = [part.detached() for part in parts]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hf_jd.checkpoints import check_room, check_writable
-from hf_jd.trainer.engines import check_engine, is_sharding
+from hf_jd.trainer.engines import check_engine
 
 if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin
@@ -29,15 +29,16 @@ def check_setup(trainer: JDTrainerMixin) -> None:
         )
     check_engine(trainer)
     spared = trainer.jd_args.jd_every > 1 or trainer.jd_args.jd_warmup_steps or trainer.jd_args.jd_monitor_every
-    if spared and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+    beside_ddp = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    if spared and beside_ddp:
         raise ValueError(
             "--jd_every, --jd_warmup_steps and --jd_monitor_every leave updates to a plain step, which does not work "
             "with FSDP2 and DeepSpeed yet: measure at every update, or use DDP."
         )
     several = trainer.jd_args.kind.several or trainer.jd_args.jd_extra_losses == "objective"
-    if several and is_sharding(trainer):
+    if several and beside_ddp:
         raise ValueError(
-            f"{type(trainer).__name__} does not weigh several losses by name under FSDP2 or ZeRO 3 yet: use DDP, or "
+            f"{type(trainer).__name__} does not weigh several losses by name under FSDP2 or DeepSpeed yet: use DDP, or "
             "add them up in `compute_losses` and choose --jd_objectives instance, with --jd_extra_losses mean."
         )
     if trainer.args.use_liger_kernel:

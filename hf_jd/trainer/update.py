@@ -15,6 +15,7 @@ from hf_jd.distributed.gradients import add_gradients
 from hf_jd.distributed.processes import add_over_processes, anywhere, gather_uneven, process_count
 from hf_jd.distributed.rows import AddedRows, GatheredRows, OwnRows
 from hf_jd.gramian import Jacobian
+from hf_jd.gramian.sharding import whole_bytes
 from hf_jd.metrics import Metrics
 from hf_jd.objectives import Objectives
 from hf_jd.trainer.deepspeed import measured_model, second_pass_of_deepspeed
@@ -159,11 +160,15 @@ class Update:
                 f"{self.jd.jd_keep_rows}: each micro-batch is weighed by itself from now on, as --jd_when_full asks."
             )
         self.trainer.jd_apart = True
-        values = []
+        values, state = [], self.trainer.accelerator.gradient_state
+        steps = state.sync_gradients
         for i, batch in enumerate(self.batches):
+            # DeepSpeed takes its step where this is set.
+            state._set_sync_gradients(steps and i == len(self.batches) - 1)
             update = Update(self.trainer, self.model, [batch], self.recorder.num_items, alone=True)
             update.recorder.again = i == 0  # It has been recorded, and told how many rows there would be.
             values.append(update.run())
+        state._set_sync_gradients(steps)
         return torch.stack(values).sum()
 
     def value(self, each: Tensor, own: Tensor, rows: OwnRows, usable: Tensor, extras: Sequence[Tensor]) -> Tensor:
@@ -252,7 +257,7 @@ class Update:
             return self.jd.keep_rows() is True
         instances = sum(len(next(iter(batch.values()))) for batch in self.batches)
         m = len(self.present) if self.kind.shared and self.present is not None else instances
-        return m * sum(p.nbytes for p in self.trainable) <= self.budget
+        return m * sum(whole_bytes(p) for p in self.trainable) <= self.budget
 
     def objectives(self, table: Tensor, own: Tensor, first: Recorded) -> Objectives:
         """What is known of the rows [M, 5] of all processes, from that and the table [m, 5] of this one."""

@@ -73,6 +73,23 @@ def test_offloaded(own_pools, alone):
     assert relative(found, alone(**configuration)) < ROUNDING
 
 
+@pytest.mark.parametrize("model", ["lora", "full"])
+def test_with_deepspeeds_own_sizes_and_evaluation(model, own, own_pools, alone):
+    # What is small stays gathered, and what comes next is fetched ahead.
+    configuration = {**own, **LABELS, "model": model, "clip": 0.0, "gradient_accumulation_steps": 3}
+    found = own_pools(2).run(TRAIN, stage=3, usual=True, **configuration)[0]
+    assert relative(found, alone(**configuration)) < ROUNDING
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_micro_batches_that_are_weighed_apart_are_one_step(stage, own_pools):
+    # Rows are too many, so that each micro-batch is weighed by itself from the first update on.
+    common = {"model": "full", **LABELS, **INSTANCE, "gradient_accumulation_steps": 3, "steps": 4}
+    apart = own_pools(1).run(TRAIN, stage=stage, jd_keep_rows="1KB", jd_when_full="micro_batch", **common)[0]
+    always = own_pools(1).run(TRAIN, stage=stage, jd_scope="micro_batch", **common)[0]
+    assert relative(apart, always) < ROUNDING
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_clipping_is_by_the_global_norm(stage, own_pools, alone):
     configuration = {**GROUP, **LABELS, "model": "full", "clip": 0.5}
@@ -164,7 +181,8 @@ def test_bytes_are_those_of_the_cost_model(stage, kind, own_pools):
 )
 def test_what_is_refused(flags, says, tmp_path, monkeypatch):
     trainer = JDTrainer(lora("gpt2"), arguments(tmp_path, jd_backward="two_pass"), train_dataset=examples())
-    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2))
+    config = {"fp16": {"enabled": flags.get("fp16", False)}}
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2, deepspeed_config=config))
     monkeypatch.setattr(trainer, "is_deepspeed_enabled", True)
     monkeypatch.setattr(trainer.accelerator, "state", state)
     for name, value in flags.items():
@@ -177,7 +195,7 @@ def test_what_is_refused(flags, says, tmp_path, monkeypatch):
     ("stage", "flags", "says"),
     [
         (2, {"jd_every": 2, **GROUP}, "--jd_every.*does not work with FSDP2 and DeepSpeed yet"),
-        (3, {"jd_objectives": "loss"}, "several losses by name under FSDP2 or ZeRO 3 yet"),
+        (2, {"jd_objectives": "loss"}, "several losses by name under FSDP2 or DeepSpeed yet"),
     ],
 )
 def test_what_training_refuses(stage, flags, says, own_pools):

@@ -31,15 +31,11 @@ def under_deepspeed() -> Iterator[None]:
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
 
-def zero(stage: int, offload: bool) -> dict[str, Any]:
-    """A configuration of DeepSpeed under which no parameter is too small to be shared out, or kept for its next use."""
+def zero(stage: int, offload: bool = False, usual: bool = False) -> dict[str, Any]:
+    """A configuration of DeepSpeed; unless it's the usual one, nothing is too small to be shared out, or is kept."""
     names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    settings: dict[str, Any] = {
-        "stage": stage,
-        "stage3_param_persistence_threshold": 0,
-        "stage3_max_reuse_distance": 0,
-        "stage3_max_live_parameters": 0,
-    }
+    sizes = ("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_max_live_parameters")
+    settings: dict[str, Any] = {"stage": stage, **({} if usual else dict.fromkeys(sizes, 0))}
     if offload:
         settings |= {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
     return {
@@ -63,6 +59,7 @@ def train(
     stock: bool = False,
     loaded: str | None = None,
     offload: bool = False,
+    usual: bool = False,
     kill: int | None = None,
     directory: str | None = None,
     resume: bool = False,
@@ -82,6 +79,7 @@ def train(
         stock: Whether the stock Trainer trains.
         loaded: Where the model is loaded from instead, once DeepSpeed is known to be asked for.
         offload: Whether parameters and optimizer live in another memory.
+        usual: Whether DeepSpeed's own sizes are kept; and evaluates at each update, between its own passes.
         kill: The collective of the fifth update in which the last process is killed.
         directory: Of checkpoints; None for one that is removed.
         resume: Whether to go on from the newest whole checkpoint.
@@ -98,7 +96,10 @@ def train(
             max_steps=steps,
             max_grad_norm=clip,
             accelerator_config={"even_batches": False},
-            deepspeed=zero(stage, offload),
+            eval_strategy="steps" if usual else "no",
+            eval_steps=1,
+            per_device_eval_batch_size=8 // processes,  # ZeRO 3 waits for a process that has no batch.
+            deepspeed=zero(stage, offload, usual),
             **({} if stock else {"jd_backward": "two_pass"}),
             **flags,
         )
@@ -106,6 +107,7 @@ def train(
             MODELS[model]() if loaded is None else AutoModelForCausalLM.from_pretrained(loaded),
             args,
             train_dataset=examples(n, unlabelled=unlabelled),
+            eval_dataset=examples(8, seed=1),
             data_collator=collate,
             compute_loss_func=reduced_loss if stock else token_losses,
         )
@@ -117,7 +119,7 @@ def train(
         assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
         trainable = [p for p in trainer.model.parameters() if p.requires_grad]
         empty = [p.numel() == 0 for p in trainable]
-        assert all(empty) if stage == 3 else not any(empty)
+        assert usual or (all(empty) if stage == 3 else not any(empty))
         with GatheredParameters(trainable, enabled=stage == 3):
             parameters = whole(trainer.model).double().numpy()
     return {"parameters": parameters, "history": trainer.state.log_history, "calls": calls}
