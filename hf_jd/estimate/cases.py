@@ -82,6 +82,11 @@ class Parallelism:
     optimizer: bool
     owns_backward: bool
 
+    @property
+    def holds_trained(self) -> bool:
+        """Whether what is trained is gathered once for the measuring pass, and held whole: ZeRO 3."""
+        return self.weights and self.owns_backward
+
 
 PARALLELISMS = {
     "ddp": Parallelism(weights=False, gradients=False, optimizer=False, owns_backward=False),

@@ -65,7 +65,7 @@ def memory(shape: Shape, case: Case) -> dict[str, float]:
     block, and one block's. The head's outputs and their gradient: float32.
     """
     kind, w, n = PARALLELISMS[case.parallelism], case.processes, shape.trainable
-    measured = n * case.trained_bytes if kind.weights and kind.owns_backward else 0
+    measured = n * case.trained_bytes if kind.holds_trained else 0
     frozen = (shape.parameters - n) * case.number_bytes
     tokens, size = case.batch * case.tokens, case.number_bytes / 2
     block = 34 * tokens * shape.hidden * size

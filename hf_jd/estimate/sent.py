@@ -38,7 +38,7 @@ def step_bytes(shape: Shape, case: Case) -> float:
     f, trained = case.leaving, shape.trainable * case.trained_bytes
     kind = PARALLELISMS[case.parallelism]
     gathered = gathered_bytes(shape, case)
-    if kind.weights and kind.owns_backward:
+    if kind.holds_trained:
         gathered = gathered * (1 - shape.trainable / shape.parameters) + f * trained
     measured = gathered + f * case.rows * trained + 2 * f * _GRAMIAN_BYTES * case.objectives**2
     if case.two_pass:

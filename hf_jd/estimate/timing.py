@@ -77,7 +77,7 @@ def step_time(shape: Shape, case: Case, hardware: Hardware, assumed: Assumptions
     computing = (step_flops(shape, case) - products) / rate
     rows = products / (hardware.single_flops * assumed.efficiency) + row_traffic(shape, case) / hardware.bandwidth
     hidden, kind = gathered_bytes(shape, case), PARALLELISMS[case.parallelism]
-    if kind.weights and kind.owns_backward:
+    if kind.holds_trained:
         hidden = plain_bytes(shape, case) - hidden / case.accumulation
     elif case.two_pass:
         hidden += plain_bytes(shape, case)
