@@ -27,7 +27,7 @@ class Metrics(NamedTuple):
 
 
 def step_metrics(
-    gramian: Tensor, weights: Tensor, means: Tensor, counts: Tensor, groups: Tensor, names: Mapping[int, str]
+    gramian: Tensor, weights: Tensor, means: Tensor | None, counts: Tensor, groups: Tensor, names: Mapping[int, str]
 ) -> Metrics:
     """What a step tells about its objectives.
 
@@ -38,7 +38,7 @@ def step_metrics(
     Args:
         gramian: [m, m].
         weights: [m].
-        means: [m] each objective's loss a token.
+        means: [m] each objective's loss a token; None where it is not known.
         counts: [m] how many tokens each objective has.
         groups: [m] the id of each objective's group.
         names: The names of the K groups; empty where there are none.
@@ -49,9 +49,7 @@ def step_metrics(
         `weight/<group>` (its share of the weights' sum), `against/<group>` (1 where the step goes against it),
         `loss/<group>` (a token) and `grad_norm/<group>`; all with the prefix `jd/`. And the cosine of each two groups.
     """
-    gramian, weights, means, counts = (
-        x.detach().double().to(gramian.device) for x in (gramian, weights, means, counts)
-    )
+    gramian, weights, counts = (x.detach().double().to(gramian.device) for x in (gramian, weights, counts))
     products = gramian @ weights
     norms = gramian.diagonal().clamp(min=0).sqrt()
     found = [products.min(), norms.mean(), weights.sum()]
@@ -64,15 +62,15 @@ def step_metrics(
         among = member @ gramian @ member.T
         norms = among.diagonal().clamp(min=0).sqrt()
         step_norm = (weights @ products).clamp(min=0).sqrt()
-        tokens = member @ counts
         values += [
             (member @ weights) / weights.sum(),
             (member @ products < -_NO_CONFLICT * norms * step_norm).double(),
-            (member @ (means * counts)) / tokens,
             norms,
             _cosines(among, norms),
         ]
-    return Metrics(_keys(len(gramian) > 1, tuple(names.values())), torch.cat(values))
+        if means is not None:
+            values.append((member @ (means.double().to(counts.device) * counts)) / (member @ counts))
+    return Metrics(_keys(len(gramian) > 1, tuple(names.values()), means is not None), torch.cat(values))
 
 
 def loss_metrics(means: Tensor, counts: Tensor, groups: Tensor, names: Mapping[int, str]) -> Metrics:
@@ -88,11 +86,12 @@ def _cosines(gramian: Tensor, norms: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _keys(several: bool, names: tuple[str, ...]) -> tuple[Key, ...]:
+def _keys(several: bool, names: tuple[str, ...], valued: bool) -> tuple[Key, ...]:
     """What `step_metrics` returns, in its order."""
     keys = ["min_gw", "grad_norm", "weight_sum", *(["conflicts", "cosine"] if several else [])]
-    keys += [f"{kind}/{name}" for kind in ("weight", "against", "loss", "grad_norm") for name in names]
-    return (*(f"jd/{key}" for key in keys), *combinations(names, 2))
+    keys += [f"{kind}/{name}" for kind in ("weight", "against", "grad_norm") for name in names]
+    losses = [f"jd/loss/{name}" for name in names] if valued else []
+    return (*(f"jd/{key}" for key in keys), *combinations(names, 2), *losses)
 
 
 class Averages:

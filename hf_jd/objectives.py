@@ -155,12 +155,14 @@ class Kind:
         shared: Whether micro-batches and processes add to the same objectives, or each bring their own.
         of_instances: Whether losses have to be those of instances, or of their tokens.
         several: Whether losses are told apart by name.
+        of_batches: Whether a micro-batch is one objective, whatever its loss.
     """
 
     split: Callable[[Sequence[Loss], Tensor, Tensor], Part]
     shared: bool
     of_instances: bool
     several: bool
+    of_batches: bool = False
 
 
 OBJECTIVES = {
@@ -168,6 +170,7 @@ OBJECTIVES = {
     "group": Kind(by_group, shared=True, of_instances=True, several=False),
     "loss": Kind(by_loss, shared=True, of_instances=False, several=True),
     "instance_loss": Kind(by_instance, shared=False, of_instances=True, several=True),
+    "batch": Kind(by_loss, shared=False, of_instances=False, several=False, of_batches=True),
 }
 
 
@@ -180,12 +183,14 @@ class Objectives:
         own_mean: Whether each objective is its own mean, instead of its share of the whole.
         normalised: Whether the losses are already divided by the number of losses of the update.
         whole: The name of a loss of whole batches beside others: all its rows are one objective. None: there is none.
+        valued: Whether the losses' values are known: a loss that was split at the model's outputs has gradients only.
     """
 
     table: Tensor
     own_mean: bool
     normalised: bool
     whole: int | None = None
+    valued: bool = True
 
     @property
     def losses(self) -> Tensor:
@@ -214,7 +219,8 @@ class Objectives:
 
     def usable(self, gramian: Tensor) -> Tensor:
         """[M] (bool): the rows that have losses, and are finite as these are."""
-        return (self.counts > 0) & self.losses.isfinite() & gramian.diagonal().isfinite().to(self.table.device)
+        finite = gramian.diagonal().isfinite().to(self.table.device)
+        return (self.counts > 0) & finite & (self.losses.isfinite() if self.valued else True)
 
     def broken(self, usable: Tensor) -> Tensor:
         """[M] (bool): the objectives that have losses, and aren't usable: their loss or row isn't finite."""
@@ -241,7 +247,8 @@ class Objectives:
         each objective is its own mean, its sum by its count.
         """
         if self.own_mean:
-            return 1 / self.counts.clamp(min=1)
+            total = (self.counts * usable).sum() if self.normalised else 1
+            return total / self.counts.clamp(min=1)
         m = self.number(usable)
         if self.normalised:
             return torch.full_like(self.counts, m)

@@ -115,6 +115,18 @@ class LossesMixin(Host):
         self._jd_averaged = several and kind in NAMED_LOSSES
         return NAMED_LOSSES[kind](outputs, inputs) if self._jd_averaged else (losses, counted)
 
+    @property
+    def splits_loss(self) -> bool:
+        """Whether the loss of Trainer's own step is split at the model's outputs."""
+        return self.jd_args.kind.of_batches or (not self.jd_args.kind.several and self.has_own_loss)
+
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether `compute_loss` is another one than Trainer's, and `compute_losses` is not."""
+        own = next(cls for cls in type(self).__mro__ if cls is not LossesMixin and "compute_loss" in vars(cls))
+        unreduced = next(cls for cls in type(self).__mro__ if "compute_losses" in vars(cls))
+        return unreduced is LossesMixin and (own is not Trainer or "compute_loss" in vars(self))
+
     def read_losses(self, outputs: Any, inputs: Mapping[str, Any], core: nn.Module) -> Any:
         """What `compute_losses` reads from the outputs of the model `core`, as Trainer has got it."""
         if self.jd_loss_func is not None:
@@ -127,8 +139,8 @@ class LossesMixin(Host):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The mean of the objectives in training; Trainer's own loss in evaluation."""
-        if return_outputs or not model.training:
+        """The mean of the objectives in training; Trainer's own loss in evaluation, and where that is split."""
+        if self.splits_loss or return_outputs or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._jd_extra_loss = None
         losses, counted = by_name(self.compute_losses(model, without_groups(inputs)))

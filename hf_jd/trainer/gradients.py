@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
 
@@ -21,6 +22,11 @@ def added(parts: Iterable[Mapping[nn.Parameter, Tensor]]) -> dict[nn.Parameter, 
         for p, gradient in part.items():
             total[p] = total[p] + gradient if p in total else gradient
     return total
+
+
+def all_finite(gradients: Sequence[Tensor]) -> bool:
+    """Whether no gradient holds an infinity or a NaN."""
+    return not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
 
 
 @contextmanager

@@ -23,12 +23,14 @@ from hf_jd.collator import GroupCollator, group_names
 from hf_jd.gramian import Engine
 from hf_jd.metrics import Averages, pairs, readable
 from hf_jd.trainer.control import Control
+from hf_jd.trainer.cotangents import OutputObserver
 from hf_jd.trainer.evaluating import EvaluationMixin
 from hf_jd.trainer.peers import check_given, check_same_weights, lost_peers
 from hf_jd.trainer.resuming import checkpoint_to_resume, load_weighting, save_weighting
 from hf_jd.trainer.run_log import RunLog
 from hf_jd.trainer.sampling import stratified_sampler
 from hf_jd.trainer.setup import check_setup
+from hf_jd.trainer.split_update import SplitUpdate
 from hf_jd.trainer.update import Update
 from hf_jd.trainer.weighing import JDState
 from hf_jd.weighting import Stateful
@@ -42,6 +44,8 @@ class JDTrainerMixin(EvaluationMixin):
 
     All other arguments are Trainer's; `args` has to hold the --jd_* flags (`JDTrainingArguments`).
     """
+
+    jd_backward: Callable[[Tensor], None] | None = None
 
     def __init__(self, *args: Any, weighting: Callable[[Tensor], Tensor] | None = None, **kwargs: Any):
         arguments = kwargs.get("args", args[1] if len(args) > 1 else None)
@@ -61,10 +65,13 @@ class JDTrainerMixin(EvaluationMixin):
         self.jd_log = RunLog()
         self._jd_batches: list[Mapping[str, Any]] = []
         self._jd_seen = 0
+        self._jd_update: SplitUpdate | None = None
+        self.jd_outputs = OutputObserver([])
         self.jd_apart = False
         self._jd_engine: tuple[nn.Module, Engine] | None = None
         self.jd_group_names: list[str] | None = jd.jd_groups
         self._jd_broken_in_a_row = 0
+        self.jd_examples: int | None = None
         if jd.jd_group_column is not None:
             if self.train_dataset is not None:
                 self.jd_group_names = group_names(self.train_dataset, jd.jd_group_column, jd.jd_groups)
@@ -121,6 +128,8 @@ class JDTrainerMixin(EvaluationMixin):
         to_train_mode = getattr(self.optimizer, "train", None)
         if callable(to_train_mode):
             to_train_mode()  # Schedule-free optimizers have two modes.
+        if self.splits_loss:
+            return self._split_step(model, inputs, num_items_in_batch)
         if self.jd_args.jd_scope == "micro_batch" or self.jd_apart:
             return Update(self, model, [inputs], num_items_in_batch, alone=True).run()
         self._jd_seen += 1
@@ -128,6 +137,45 @@ class JDTrainerMixin(EvaluationMixin):
             return torch.zeros((), device=self.args.device)
         batches, self._jd_batches = self._jd_batches or [inputs], []
         return Update(self, model, batches, num_items_in_batch, alone=False).run()
+
+    def _split_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> Tensor:
+        """Runs Trainer's own step with its backward taken over; at the last micro-batch, adds the update to `.grad`."""
+        self._jd_seen += 1
+        alone = self.jd_args.jd_scope == "micro_batch" or self.jd_apart
+        if self._jd_update is None:
+            self._jd_update = SplitUpdate(self, model, [inputs] if alone else self._jd_batches or [inputs], alone)
+        step = super().training_step
+        value = self._jd_update.take(inputs, lambda batch: step(model, batch, num_items_in_batch))
+        if self._jd_update.alone or self._jd_seen >= len(self._jd_batches):
+            update, self._jd_update = self._jd_update, None
+            update.finish()
+        return value
+
+    def jd_instances(self, output: Tensor, instances: int) -> Tensor:
+        """Says whose row each leading row of an output is: the method to override where a loss pairs rows otherwise.
+
+        Args:
+            output: [N, ...] a tensor that the model returned and the loss reads.
+            instances: B, how many examples the batch has; N is a multiple of it.
+
+        Returns:
+            [N] the position of each row's example, int64. By default row n is of example n % B: the rows of one call on
+            [chosen, rejected] belong together.
+        """
+        return torch.arange(len(output)) % instances
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Makes the accelerator, whose `backward` can be taken over; see Trainer."""
+        super().create_accelerator_and_postprocess()
+        backward = self.accelerator.backward
+
+        def taken_over(loss: Tensor, **kwargs: Any) -> None:
+            if self.jd_backward is None:
+                backward(loss, **kwargs)
+            else:
+                self.jd_backward(loss)
+
+        self.accelerator.backward = taken_over
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the metrics under `jd/` to the logs of training; see Trainer."""
@@ -183,6 +231,8 @@ class JDTrainerMixin(EvaluationMixin):
             if self._jd_engine is not None:
                 self._jd_engine[1].detach()
             self._jd_engine = (self.model, Engine(self.model, check=self.jd_args.jd_check))
+            self.jd_outputs.remove()
+            self.jd_outputs = OutputObserver(_called(self.model) if self.splits_loss else [])
         return self._jd_engine[1]
 
     def count_broken(self, broken: bool) -> None:
@@ -194,6 +244,12 @@ class JDTrainerMixin(EvaluationMixin):
                 f"being {self.state.global_step + 1}; the parameters are finite still. Lower the learning rate, look "
                 "at the data that the log names, or allow more with --jd_max_non_finite."
             )
+
+
+def _called(model: nn.Module) -> list[nn.Module]:
+    """The model, and the one inside a PEFT model, which some losses call."""
+    inner = getattr(model, "get_base_model", None)
+    return [model] if inner is None else [model, inner()]
 
 
 class JDTrainer(JDTrainerMixin, Trainer):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_jd.distributed.gradients import add_gradients
 from hf_jd.distributed.processes import add_over_processes, process_count
-from hf_jd.trainer.gradients import accumulate, set_aside
+from hf_jd.trainer.gradients import accumulate, all_finite, set_aside
 from hf_jd.trainer.kept import Kept
 from hf_jd.trainer.recording import Recorded
 from hf_jd.trainer.weighing import keep_losses, multipliers
@@ -57,7 +57,7 @@ def plain_step(update: Update) -> Tensor | None:
     total = add_gradients(gradients, update.trainable)
     if add_over_processes(torch.stack([found.broken for found in kept.recorded]).sum()):
         return None
-    if trainer.accelerator.scaler is None and not _finite(list(total.values())):
+    if trainer.accelerator.scaler is None and not all_finite(list(total.values())):
         return None
     accumulate(total)
     update.count_broken(kept.recorded, objectives, usable)
@@ -78,7 +78,3 @@ def _descend(update: Update, losses: Sequence[Tensor]) -> None:
     if total.requires_grad:
         with update.trainer.accelerator.no_sync(update.recorder.model):
             update.trainer.accelerator.backward(total)
-
-
-def _finite(gradients: list[Tensor]) -> bool:
-    return not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())

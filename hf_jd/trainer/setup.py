@@ -28,6 +28,7 @@ def check_setup(trainer: JDTrainerMixin) -> None:
             "use a dataset with a length, or --jd_sampler trainer."
         )
     check_engine(trainer)
+    _check_own_loss(trainer)
     spared = trainer.jd_args.jd_every > 1 or trainer.jd_args.jd_warmup_steps or trainer.jd_args.jd_monitor_every
     beside_ddp = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if spared and beside_ddp:
@@ -52,4 +53,35 @@ def check_setup(trainer: JDTrainerMixin) -> None:
         raise ValueError(
             f"The optimizer `{optimizer}` steps inside the backward pass, before any weights are known: choose "
             "another one with --optim."
+        )
+
+
+def _check_own_loss(trainer: JDTrainerMixin) -> None:
+    """Raises a ValueError for what needs the losses' values, where only a scalar of the trainer's own is known."""
+    jd, name = trainer.jd_args, type(trainer).__name__
+    if jd.kind.several and trainer.has_own_loss:
+        raise ValueError(
+            f"--jd_objectives {jd.jd_objectives} weighs several losses by name, and {name}.compute_loss returns "
+            "one: return a dict of losses from `compute_losses`, or choose --jd_objectives instance."
+        )
+    if not trainer.splits_loss:
+        return
+    asked = {
+        "--jd_backward two_pass": jd.jd_backward == "two_pass",
+        "--jd_normalize loss": jd.jd_normalize == "loss",
+        f"--jd_extra_losses {jd.jd_extra_losses}": jd.jd_extra_losses != "mean",
+        f"the weighting `{jd.jd_weighting}`": getattr(trainer.weighting, "reads", "gramian") != "gramian",
+        "DeepSpeed": trainer.is_deepspeed_enabled,
+        "FSDP2": trainer.is_fsdp_enabled,
+    }
+    flags = [flag for flag, given in asked.items() if given]
+    if flags:
+        what = (
+            f"the `compute_loss` of {name} returns"
+            if trainer.has_own_loss
+            else f"--jd_objectives {jd.jd_objectives} takes"
+        )
+        raise ValueError(
+            f"{flags[0]} needs the value of each objective, and {what} one for the whole batch: leave it out, or "
+            "override `compute_losses` and return unreduced losses."
         )

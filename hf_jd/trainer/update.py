@@ -75,7 +75,7 @@ class Update:
         self.model = model
         self.jd = trainer.jd_args
         # Of several processes, all have to run as many passes.
-        self.batches = [b for b in batches if process_count() > 1 or holds_examples(b)]
+        self.batches = [b for b in batches if process_count() > 1 or trainer.splits_loss or holds_examples(b)]
         self.alone = alone
         self.trainable = trainer.trainable()  # The walk over all modules takes time.
         self.micro_batches = trainer.current_gradient_accumulation_steps if self.alone else len(batches)
@@ -84,11 +84,14 @@ class Update:
         self.kind = self.jd.kind
         self.budget = allowed(trainer)
         self.present = self._present_groups()
+        self.recorder = self._make_recorder(num_items, len(batches))
+
+    def _make_recorder(self, num_items: Any, micro_batches: int) -> Recorder:
         # A second pass can walk the graph of one micro-batch again; those of several would not fit in memory.
-        keep_graph = self.jd.jd_backward == "two_pass" and len(batches) == 1 and not trainer.is_deepspeed_enabled
-        measured = measured_model(trainer, model)
-        self.recorder = Recorder(
-            trainer, measured, num_items, self.micro_batches, self.present, self._rows_fit(), keep_graph
+        keep_graph = self.jd.jd_backward == "two_pass" and micro_batches == 1 and not self.trainer.is_deepspeed_enabled
+        measured = measured_model(self.trainer, self.model)
+        return Recorder(
+            self.trainer, measured, num_items, self.micro_batches, self.present, self._rows_fit(), keep_graph
         )
 
     def run(self) -> Tensor:
@@ -105,7 +108,9 @@ class Update:
                 return value
             self.recorder.again = True
         with measuring(self.model, self.trainer.engine()):
-            weighed = self._weighed()
+            start = time.perf_counter()
+            kept = self._recorded()
+            weighed = None if kept is None else self.weighed(kept, time.perf_counter() - start)
         if weighed is None:
             return self._apart()
         recorded, own, rows, objectives, usable, weights, broken = weighed
@@ -120,15 +125,11 @@ class Update:
             accumulate(rows.weighted_sum(weights, usable))
         else:
             second_pass(self.recorder, recorded, weights[rows.mine], usable[rows.mine])
-        return self.value(self.coefficients(objectives, usable), own, rows, usable, self._add_extra(recorded))
+        return self.value(self.coefficients(objectives, usable), own, rows, usable, self.add_extra(recorded))
 
-    def _weighed(self) -> Weighed | None:
-        """The first pass, and the weights; None where rows are too many and are to be weighed apart."""
-        start = time.perf_counter()
-        kept = self._recorded()
-        if kept is None:
-            return None
-        recorded, recording = kept.recorded, time.perf_counter() - start
+    def weighed(self, kept: Kept, recording: float) -> Weighed:
+        """The weights of what was recorded, which took so many seconds."""
+        start, recorded = time.perf_counter(), kept.recorded
         own, jacobian = kept.joined()
         rows = self.rows(jacobian)
         objectives = self.objectives(rows.table(own), own, recorded[0])
@@ -138,7 +139,7 @@ class Update:
         broken = self.count_broken(recorded, objectives, usable)
         signed = factors * signs(self.trainer, objectives.groups)
         weights = weigh(self.trainer, gramian, objectives, usable, signed) * signed * self._share(objectives)
-        self._keep_price(kept.nbytes, recording, time.perf_counter() - start - recording)
+        self._keep_price(kept.nbytes, recording, time.perf_counter() - start)
         return Weighed(recorded, own, rows, objectives, usable, weights, broken)
 
     def _recorded(self) -> Kept | None:
@@ -153,13 +154,8 @@ class Update:
         return kept
 
     def _apart(self) -> Tensor:
-        """The same micro-batches, each weighed by itself; and all that follow, as rows that are too many stay so."""
-        if not self.trainer.jd_apart:
-            logger.warning(
-                "The rows of all micro-batches of an update are too many for --jd_keep_rows "
-                f"{self.jd.jd_keep_rows}: each micro-batch is weighed by itself from now on, as --jd_when_full asks."
-            )
-        self.trainer.jd_apart = True
+        """The same micro-batches, each weighed by itself."""
+        self.weigh_apart()
         values, state = [], self.trainer.accelerator.gradient_state
         steps = state.sync_gradients
         for i, batch in enumerate(self.batches):
@@ -170,6 +166,15 @@ class Update:
             values.append(update.run())
         state._set_sync_gradients(steps)
         return torch.stack(values).sum()
+
+    def weigh_apart(self) -> None:
+        """From now on each micro-batch is weighed by itself, as rows that are too many stay so."""
+        if not self.trainer.jd_apart:
+            logger.warning(
+                "The rows of all micro-batches of an update are too many for --jd_keep_rows "
+                f"{self.jd.jd_keep_rows}: each micro-batch is weighed by itself from now on, as --jd_when_full asks."
+            )
+        self.trainer.jd_apart = True
 
     def value(self, each: Tensor, own: Tensor, rows: OwnRows, usable: Tensor, extras: Sequence[Tensor]) -> Tensor:
         """The part of this process in the objectives' mean, times the number of processes, as Trainer logs it.
@@ -202,7 +207,7 @@ class Update:
         price = torch.tensor([recording, weighing, nbytes / 1e6], dtype=torch.float64)
         self.trainer.jd_metrics.add(Metrics(keys, price))
 
-    def _add_extra(self, recorded: list[Recorded]) -> list[Tensor]:
+    def add_extra(self, recorded: list[Recorded]) -> list[Tensor]:
         """Adds the mean over micro-batches and processes of what no token or instance owns; the parts of this process.
 
         Trainer adds the micro-batches' instead of averaging them, where the model normalises its other losses itself.
@@ -239,7 +244,7 @@ class Update:
         if column is None or not self.batches:
             return None
         for batch in self.batches:
-            if GROUP_KEY not in batch:
+            if not isinstance(batch, Mapping) or GROUP_KEY not in batch:
                 raise ValueError(
                     f"An example has no group column `{column}`; its batch has {', '.join(f'`{k}`' for k in batch)}."
                 )

@@ -27,7 +27,8 @@ class JDState:
             as `0/loss`.
         gramian: [m, m].
         weights: [m].
-        losses: [m] the objectives' values, whose mean is Trainer's loss; those of `--jd_ascend` are negated.
+        losses: [m] the objectives' values, whose mean is Trainer's loss; those of `--jd_ascend` are negated. NaN where
+            the loss was split at the model's outputs: its parts have gradients, and no known values.
     """
 
     names: list[str]
@@ -62,7 +63,8 @@ def weigh(trainer: JDTrainerMixin, gramian: Tensor, objectives: Objectives, usab
     weights[usable] = found[members]
     trainer.jd_state = JDState(names, gramian, found, losses)
     for ids, label in _labels(trainer, joined):
-        trainer.jd_metrics.add(step_metrics(gramian, found, joined.means, joined.counts, ids, label))
+        means = joined.means if joined.valued else None
+        trainer.jd_metrics.add(step_metrics(gramian, found, means, joined.counts, ids, label))
     return weights
 
 

@@ -1,0 +1,195 @@
+"""Any scalar loss, split by instance through its cotangents at the model's outputs.
+
+A loss L is a function of what the model returned, z (logits, log-probabilities, embeddings). Its cotangent c = dL/dz is
+cheap: autograd walks only the loss's own part of the graph. Instances are independent inside the model, so the part of
+the gradient that comes through instance i is the pullback of c_i, the gradient of the surrogate s_i = <c_i, z_i>. The
+parts add up to L's gradient exactly, also where the loss itself mixes instances (contrastive losses, pairs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
+
+from hf_jd.gramian.taps import ModuleTap
+
+
+class Cotangent(NamedTuple):
+    """A tensor that the model returned, and the gradient of the loss there.
+
+    Attributes:
+        output: z, with a graph.
+        gradient: c, the same shape and dtype.
+    """
+
+    output: Tensor
+    gradient: Tensor
+
+
+class OutputObserver:
+    """Keeps what a model returns with a graph, for the loss that is computed from it.
+
+    Args:
+        modules: The model as its callers see it, and those inside that they may call past it (PEFT's base model).
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        self._outputs: list[Tensor] = []
+        self._handles = [module.register_forward_hook(self) for module in modules]
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Keeps the tensors of one call."""
+        if torch.compiler.is_compiling():
+            torch.compiler.disable(self._keep)(output)
+        else:
+            self._keep(output)
+
+    def _keep(self, output: Any) -> None:
+        # A call inside a backward is a recomputation of activation checkpointing.
+        if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+            self._outputs += [t for t in _tensors(output) if t.requires_grad and t.grad_fn is not None and t.dim()]
+
+    def take(self) -> list[Tensor]:
+        """The tensors since the last time."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def remove(self) -> None:
+        """Takes the hooks away."""
+        for handle in self._handles:
+            handle.remove()
+
+
+class Split(NamedTuple):
+    """A loss as its cotangents, and what of it does not come through the model's outputs.
+
+    Attributes:
+        cotangents: One for each tensor that the loss reads.
+        rest: [] the rest of the loss, with a graph: its gradient is exact, its value is not the rest's. None: there is
+            none.
+    """
+
+    cotangents: list[Cotangent]
+    rest: Tensor | None
+
+
+def split(loss: Tensor, outputs: Sequence[Tensor]) -> Split:
+    """Splits a loss at the outputs that it reads.
+
+    Outputs may depend on one another (hidden states and logits). They are taken from the loss backwards, and each one's
+    part is taken off before the next, so that nothing counts twice.
+
+    Args:
+        loss: [] with a graph; its own part of the graph is freed, unless there is a rest.
+        outputs: What the model returned; the loss need not read all of them.
+    """
+    read, has_rest = _read(loss, outputs)
+    cotangents, rest = [], loss
+    for i, (output, edge) in enumerate(read):
+        last = i + 1 == len(read) and not has_rest
+        # The way from one output to another leads through the model, whose graph is still needed.
+        keep = has_rest or len(read) > 1
+        (gradient,) = torch.autograd.grad(rest, [edge], retain_graph=keep, allow_unused=True)
+        if gradient is None:
+            continue
+        gradient = gradient.to(output.dtype)
+        cotangents.append(Cotangent(output, gradient))
+        if not last:
+            ids = torch.zeros(output.shape[:1], dtype=torch.int64, device=output.device)
+            rest = rest - surrogates(cotangents[-1], ids, 1).sum().to(rest)
+    return Split(cotangents, rest if has_rest else None)
+
+
+def surrogates(cotangent: Cotangent, ids: Tensor, objectives: int) -> Tensor:
+    """s [K], whose gradients are the objectives' parts of the loss's; their values are 0.
+
+    Args:
+        cotangent: Of one output.
+        ids: The objective of each leading row [N] of the output, or of each token [N, T]; -1 for none.
+        objectives: K.
+    """
+    return _Surrogates.apply(cotangent.output, cotangent.gradient, ids, objectives)
+
+
+class _Surrogates(torch.autograd.Function):
+    """Sends r_k c back to the places of objective k. Reading z would cost a walk over all logits."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, gradient: Tensor, ids: Tensor, objectives: int) -> Tensor:
+        ctx.save_for_backward(gradient, ids)
+        dtype = torch.promote_types(output.dtype, torch.float32)
+        return torch.zeros(objectives, dtype=dtype, device=output.device)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        gradient, ids = ctx.saved_tensors
+        weights = torch.cat([grad_outputs[0].new_zeros(1), grad_outputs[0]])[ids + 1].to(gradient.dtype)
+        return gradient * weights.view(weights.shape + (1,) * (gradient.dim() - weights.dim())), None, None, None
+
+
+def _read(loss: Tensor, outputs: Sequence[Tensor]) -> tuple[list[tuple[Tensor, GradientEdge]], bool]:
+    """The outputs that a loss reads, the latest first, each with the place in the graph where it does.
+
+    Returns:
+        These, and whether the loss depends on the parameters in another way, too.
+    """
+    places = dict(_places(outputs))
+    read: dict[int, tuple[Tensor, GradientEdge]] = {}
+    has_rest = False
+    stack: list[tuple[Any, int]] = [(loss.grad_fn, loss.output_nr)]
+    seen = set(stack)
+    while stack:
+        place = stack.pop()
+        node, index = place
+        if place in places:
+            read.setdefault(id(places[place]), (places[place], GradientEdge(node, index)))
+            continue
+        edges = node.next_functions
+        if isinstance(getattr(node, "tap", None), ModuleTap) or node.name() == "CheckpointFunctionBackward":
+            has_rest = True
+            continue
+        if not edges and isinstance(getattr(node, "variable", None), nn.Parameter):
+            has_rest = True
+        if node.name() == "_DDPSinkBackward":
+            edges = edges[index : index + 1]  # An identity on all outputs of the model.
+        for edge in edges:
+            if edge[0] is not None and edge not in seen:
+                seen.add(edge)
+                stack.append(edge)
+    latest = sorted(read.values(), key=lambda found: found[1].node._sequence_nr(), reverse=True)
+    return latest, has_rest
+
+
+def _places(outputs: Sequence[Tensor]) -> Iterator[tuple[tuple[Any, int], Tensor]]:
+    """Where in the graph each output stands; one that was cast, also before that.
+
+    Under mixed precision accelerate casts what the model returns, whose own loss has read it before.
+    """
+    for output in outputs:
+        node = output.grad_fn
+        if node is None:
+            continue
+        yield (node, output.output_nr), output
+        if node.name() == "ToCopyBackward0" and node.next_functions[0][0] is not None:
+            yield node.next_functions[0], output
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The floating point tensors of what a model returned."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from _tensors(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from _tensors(value)
+    elif is_dataclass(output) and not isinstance(output, type):
+        for field in fields(output):
+            yield from _tensors(getattr(output, field.name))
