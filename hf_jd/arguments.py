@@ -184,6 +184,15 @@ class JDArguments:
         """Validate the flags.
 
         Raises:
+            ValueError: See `validate`.
+        """
+        self.validate()
+        super().__post_init__()  # ty: ignore[missing-attribute]  # that of TrainingArguments
+
+    def validate(self) -> None:
+        """Validate the --jd_* flags as they are now: each trial of a hyperparameter search sets other ones.
+
+        Raises:
             ValueError: A flag has a value that isn't allowed, or two flags contradict each other.
         """
         for name, choices in _CHOICES.items():
@@ -198,7 +207,6 @@ class JDArguments:
         check_flags(self)
         check_weighting(self, self.build_weighting())
         self.keep_rows()
-        super().__post_init__()  # ty: ignore[missing-attribute]  # that of TrainingArguments
 
     @property
     def kind(self) -> Kind:

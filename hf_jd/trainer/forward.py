@@ -46,11 +46,22 @@ class Forward(NamedTuple):
 class LossesMixin(Host):
     """What `JDTrainerMixin` knows of losses."""
 
-    jd_args: JDArguments
     jd_loss_func: Callable[..., Any] | None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.jd_loss_func = self.compute_loss_func
+        if self.jd_loss_func is not None:
+            self.compute_loss_func = self._batch_loss
+
+    @property
+    def jd_args(self) -> JDArguments:
+        """The flags as they are now: a hyperparameter search sets other ones for each trial."""
+        assert isinstance(self.args, JDArguments)
+        return self.args
+
+    def forget_losses(self) -> None:
+        """Forgets what was learnt of the model's losses: another run may have another model and other flags."""
         # What the built-in losses leave over of the model's own loss in the last forward, if they do; None: not known.
         self._jd_extra_loss: Tensor | None = None
         self._jd_has_extra: bool | None = None
@@ -63,9 +74,6 @@ class LossesMixin(Host):
         # Whether the model's outputs have several losses by name; None: not known. And whether Trainer averages them.
         self._jd_brings_losses: bool | None = None
         self._jd_averaged = False
-        self.jd_loss_func = self.compute_loss_func
-        if self.jd_loss_func is not None:
-            self.compute_loss_func = self._batch_loss
 
     def compute_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Losses | Mapping[str, Losses]:
         """Computes the unreduced losses of a batch: the one method to override for a loss of your own.
