@@ -57,7 +57,7 @@ def checkpoint_to_resume(trainer: Trainer, asked: str | bool, needed: Sequence[s
 def _check_readable(checkpoint: Path, needed: Sequence[str]) -> None:
     """Refuses a checkpoint that Trainer would fail on, and tells what it would go on without."""
     if not checkpoint.is_dir():
-        raise ValueError(f"There is no checkpoint `{checkpoint}` to resume: no such directory.")
+        raise ValueError(f"There is no checkpoint `{checkpoint}` to resume: there is no such folder.")
     broken = what_is_missing(checkpoint, [name for name in needed if any(checkpoint.glob(name))])
     if broken is not None:
         raise ValueError(
