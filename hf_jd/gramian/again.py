@@ -1,11 +1,15 @@
 """Calling a module again, with other tensors in the place of its parameters and buffers."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from hf_jd.gramian.layouts import UnmappedError
+from hf_jd.gramian.random_streams import unchanged_streams
 
 
 def call_again(
@@ -29,12 +33,21 @@ def call_again(
     return functional_call(module, places, tuple(args), dict(kwargs or {}), tie_weights=False)
 
 
-def copied_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Copies of a module's buffers, for another call to change."""
-    return {name: buffer.clone() for name, buffer in module.named_buffers()}
+@contextmanager
+def without_traces(module: nn.Module, device: torch.device) -> Generator[dict[str, Tensor]]:
+    """Calls of a module within it change no buffer and draw no global random numbers.
 
+    Yields:
+        Copies of the module's buffers, for those calls to change.
 
-def check_buffers(module: nn.Module, copies: Mapping[str, Tensor]) -> None:
-    """Raises RuntimeError where a second call changed the copies of a module's buffers: its forward has a memory."""
+    Raises:
+        UnmappedError: At its end, where the module has drawn random numbers: its forward had others.
+        RuntimeError: At its end, where the copies have changed: the forward has a memory.
+    """
+    copies = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    with unchanged_streams(device) as has_drawn:
+        yield copies
+        if has_drawn():
+            raise UnmappedError
     if any(not torch.equal(copies[name], buffer) for name, buffer in module.named_buffers()):
         raise RuntimeError("the module's forward changes its buffers, so that another call computes something else")

@@ -11,10 +11,13 @@ from hf_jd.gramian.taps import InputTap, ModuleTap
 
 
 class Coverage:
-    """Keeps a tap on every module that is called and holds a trainable parameter.
+    """Keeps a tap on every module that is called and holds a parameter that is trainable or has been.
 
     A parameter's holder is the module that owns it, or the nearest one above that is called: parameters in a
     `ParameterDict`, or that a parent reads directly, belong to the parent. What is trainable is read at each `scan`.
+
+    The tap of a frozen parameter stays and does nothing. A reference model is often the policy, its adapters frozen: a
+    forward of it must not change the taps that the policy's recomputed forward meets.
 
     Args:
         modules: The engine's modules.
@@ -27,6 +30,7 @@ class Coverage:
 
     def __init__(self, modules: Sequence[nn.Module], make_tap: Callable[[nn.Module], ModuleTap]):
         self.names: dict[nn.Parameter, str] = {}
+        self._ever_trainable: dict[nn.Parameter, str] = {}
         self._modules = modules
         self._make_tap = make_tap
         self._taps: dict[nn.Module, tuple[ModuleTap, torch.utils.hooks.RemovableHandle]] = {}
@@ -37,14 +41,15 @@ class Coverage:
         self._sharded = False
         self._wanted: dict[nn.Module, dict[str, nn.Parameter]] | None = None
         self._fresh = False
-        self._flags: list[tuple[nn.Parameter, bool]] = []
+        self._every: list[nn.Parameter] = []
+        self._flags: list[bool] = []
         self.inputs = InputTap(self._before_forward)
         self._input_handles = [m.register_forward_pre_hook(self.inputs, with_kwargs=True) for m in modules]
 
     @property
     def taps(self) -> list[ModuleTap]:
-        """The taps in place."""
-        return [tap for tap, _ in self._taps.values()]
+        """The taps on modules that hold a trainable parameter."""
+        return [tap for tap, _ in self._taps.values() if tap.trainable()]
 
     @property
     def sizes(self) -> set[tuple[int, int]]:
@@ -75,7 +80,8 @@ class Coverage:
     def scan(self) -> None:
         """Reads what is trainable now, and sets taps accordingly.
 
-        Only before a forward or after a backward: in between, a recomputed forward has to meet the same taps.
+        Only before a forward or after a backward: in between, a recomputed forward has to meet the same taps. Another
+        forward may lie in between, so parameters that are frozen for it and unfrozen again change no tap.
         """
         self.read()
         if self._wanted is None:
@@ -92,14 +98,18 @@ class Coverage:
 
     def read(self) -> None:
         """Reads what is trainable now: the names, and which taps the next `scan` sets."""
-        if self._fresh and all(p.requires_grad is trainable for p, trainable in self._flags):
+        if self._fresh and self._flags == [p.requires_grad for p in self._every]:
             return  # The forward that has just been made has read it.
-        state = self._state()
-        if state == self._scanned:
-            return
-        self.names = {}
+        if self._state() != self._scanned:
+            self._walk()
+        self.names = {p: name for p, name in self._ever_trainable.items() if p.requires_grad}
+        self._flags = [p.requires_grad for p in self._every]
+
+    def _walk(self) -> None:
+        """Finds the holder of each parameter that is trainable or has been."""
         self._sharded = is_sharded(self._modules)
         sharded = {whole: p for p, whole in self.whole().items()}
+        names: dict[nn.Parameter, str] = {}
         targets: dict[nn.Module, dict[str, nn.Parameter]] = defaultdict(dict)
         for i, root in enumerate(self._modules):
             prefix = f"{i}." if len(self._modules) > 1 else ""
@@ -107,11 +117,13 @@ class Coverage:
             holders: dict[nn.Parameter, dict[str, str]] = defaultdict(dict)
             for path, module in modules.items():
                 for name, parameter in module._parameters.items():
-                    if parameter is None or not parameter.requires_grad:
+                    if parameter is None:
                         continue
                     parameter = sharded.get(parameter, parameter)
+                    if not (parameter.requires_grad or parameter in self._ever_trainable):
+                        continue
                     full = f"{path}.{name}" if path else name
-                    self.names.setdefault(parameter, prefix + full)
+                    names.setdefault(parameter, prefix + full)
                     if parameter.is_complex():
                         raise ValueError(
                             f"{full} is complex, and a Gramian is one of real rows: make a parameter of "
@@ -123,17 +135,18 @@ class Coverage:
             for parameter, places in holders.items():
                 for path in _lowest(places):
                     targets[modules[path]][places[path]] = parameter
-        self._wanted = targets
+        self._wanted, self._ever_trainable = targets, names
         self._tree = [module for root in self._modules for module in root.modules()]
-        self._flags = [(p, p.requires_grad) for p in self.parameters()]
+        self._every = self.parameters()
         self._scanned = self._state()
 
     def _state(self) -> list[tuple]:
-        """What a scan depends on; comparing it is many times cheaper than walking the tree of modules."""
+        """What a walk depends on; comparing it is many times cheaper than walking the tree of modules."""
+        ever = self._ever_trainable
         return [
             (
                 *map(id, m._modules.values()),
-                *((id(p), p.requires_grad) for p in m._parameters.values() if p is not None),
+                *((id(p), p.requires_grad or p in ever) for p in m._parameters.values() if p is not None),
             )
             for m in self._tree
         ]
@@ -158,7 +171,7 @@ class Coverage:
             self.scan()
         self._fresh = False
         self.inputs.sizes.clear()
-        for tap in self.taps:
+        for tap, _ in self._taps.values():
             tap.calls = tap.elements = 0
 
     def remove(self) -> None:

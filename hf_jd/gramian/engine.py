@@ -51,8 +51,8 @@ class Engine:
 
     Args:
         modules: The modules whose trainable parameters count; what is trainable is read at each step.
-        batch_dim: 0: losses [m, ...] have an instance in each leading position. None: losses have no instance
-            dimension; each element costs one differentiation.
+        batch_dim: The dimension of the losses that holds the instances of the batch; negative ones count from the last.
+            None: losses have no instance dimension; each element costs one differentiation.
         keep_rows: Whether rows are kept for `accumulate_grad` ("one-pass"). True: always. False: never; only the
             Gramian is kept and `accumulate_grad` walks the graph a second time ("two-pass"). "auto": while rows, or
             else the factors that they are made of, fit in half of the free memory; a number: in that many bytes.
@@ -77,8 +77,10 @@ class Engine:
             raise ValueError(
                 "a scripted module takes no hooks: give Engine the module that torch.jit.script was given."
             )
-        if batch_dim not in (0, None):
-            raise ValueError(f"batch_dim is {batch_dim!r}; allowed are 0 and None.")
+        if batch_dim is not None and (isinstance(batch_dim, bool) or not isinstance(batch_dim, int)):
+            raise ValueError(
+                f"batch_dim is {batch_dim!r}; allowed are an integer, the losses' dimension of instances, and None."
+            )
         if not isinstance(keep_rows, bool | int) and keep_rows != "auto":
             raise ValueError(f'keep_rows is {keep_rows!r}; allowed are "auto", True, False and a number of bytes.')
         self.batch_dim = batch_dim
@@ -125,14 +127,15 @@ class Engine:
         """The Gramian of the losses, G = J J^T.
 
         Args:
-            losses: [m] or [m, ...], one leading entry an instance of the batch; with `segments` one an objective.
+            losses: [m], or of more dimensions: one entry in `batch_dim` per instance of the batch, or, with `segments`,
+                per objective.
             segments: Ids 0..K-1 of the objective that each instance [B], or each token [B, T], belongs to; -1 for none.
             retain_graph: True keeps the graph, so that `losses.backward(weights)` works too. False lets the backward
                 free activations on the way, as a plain one does, where rows are kept and no pass has to follow.
 
         Returns:
-            Losses of shape s give a Gramian of shape s + reversed(s): [m] gives [m, m], [m, K] gives [m, K, K, m].
-            float32, or float64 for float64 parameters.
+            Losses of shape s give a Gramian of shape s + reversed(s), wherever their instances are: [m] gives [m, m],
+            [m, K] gives [m, K, K, m]. float32, or float64 for float64 parameters.
 
         Raises:
             ValueError: Losses that depend on no trainable parameter, that are not finite, or whose length is not the
@@ -159,8 +162,8 @@ class Engine:
         """The rows themselves, to be added to or stacked with those of other batches.
 
         Args:
-            losses: As for `compute_gramian`. Losses [m, ...] give rows with the instance last: row k * m + i is that of
-                instance i and of the trailing index k.
+            losses: As for `compute_gramian`. Rows follow `losses.movedim(batch_dim, -1).flatten()`: row k * m + i is of
+                instance i and of index k into the other dimensions.
             segments: As for `compute_gramian`.
             materialise: False keeps the factors of rows where those are smaller.
             retain_graph: As for `compute_gramian`.
@@ -222,8 +225,7 @@ class Engine:
         if isinstance(step.kept, Tensor):
             torch.autograd.backward(step.kept, weights.to(step.kept), retain_graph=True)
             return
-        instance_last = weights.flatten(1).T if self.batch_dim == 0 and weights.dim() > 1 else weights
-        for parameter, gradient in step.kept.weighted_sum(instance_last.flatten()).items():
+        for parameter, gradient in step.kept.weighted_sum(self._instances_last(weights).flatten()).items():
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def tiers(self) -> dict[str, int]:
@@ -246,8 +248,9 @@ class Engine:
             if self.batch_dim is None:
                 yield losses.flatten(), None
             else:
-                batch = _batch(losses, segments)
-                for vector in losses.flatten(1).unbind(1) if losses.dim() > 1 else [losses]:
+                batch = _batch(losses.shape[self.batch_dim], segments, losses.device)
+                last = self._instances_last(losses)
+                for vector in last.flatten(0, -2).unbind() if losses.dim() > 1 else [losses]:
                     yield vector, batch
         self._coverage.finish_step()
 
@@ -280,14 +283,17 @@ class Engine:
             return int(_free_memory(device) * FREE_MEMORY_SHARE)
         return int(self.keep_rows)
 
+    def _instances_last(self, tensor: Tensor) -> Tensor:
+        """A tensor shaped like the losses in the order of rows."""
+        return tensor if self.batch_dim is None else tensor.movedim(self.batch_dim, -1)
+
     def _generalized(self, gramian: Tensor, losses: Tensor) -> Tensor:
-        """[R, R] -> shape(losses) + reversed(shape(losses))."""
-        shape = list(losses.shape)
-        if self.batch_dim == 0 and len(shape) > 1:
-            m, k = shape[0], losses.numel() // shape[0]
-            gramian = gramian.view(k, m, k, m).permute(1, 0, 3, 2)
-        gramian = gramian.reshape(shape + shape)
-        n = len(shape)
+        """[R, R] in the order of rows -> shape(losses) + reversed(shape(losses))."""
+        n, shape = losses.dim(), self._instances_last(losses).shape
+        gramian = gramian.reshape([*shape, *shape])
+        if self.batch_dim is not None:
+            axis = self.batch_dim % n
+            gramian = gramian.movedim([n - 1, 2 * n - 1], [axis, n + axis])
         return gramian.permute([*range(n), *reversed(range(n, 2 * n))])
 
 
@@ -301,12 +307,17 @@ def _check_losses(losses: Tensor, batch_dim: int | None, segments: Tensor | None
             "the losses depend on no trainable parameter: compute them with gradient enabled, from the engine's "
             "modules, and do not detach them."
         )
-    if batch_dim == 0 and losses.dim() == 0:
+    if batch_dim is not None and losses.dim() == 0:
         raise ValueError(
             "losses is a scalar; one loss an instance [m] is needed (reduction='none'), or Engine(..., batch_dim=None)."
         )
+    if batch_dim is not None and not -losses.dim() <= batch_dim < losses.dim():
+        raise ValueError(
+            f"batch_dim is {batch_dim}, and losses have shape {list(losses.shape)}: allowed are {-losses.dim()} to "
+            f"{losses.dim() - 1}, the dimension of their instances, and None if they have none."
+        )
     if batch_dim is None and segments is not None:
-        raise ValueError("segments say whose instances are; they need batch_dim=0, not None.")
+        raise ValueError("segments say whose instances are; they need a batch_dim, not None.")
     if losses.numel() == 0:
         raise ValueError(f"losses has shape {list(losses.shape)}: there is no objective.")
     finite = torch.isfinite(losses.detach())
@@ -315,8 +326,8 @@ def _check_losses(losses: Tensor, batch_dim: int | None, segments: Tensor | None
         raise ValueError(f"losses are not finite at {where}: leave those instances out before the Gramian is computed.")
 
 
-def _batch(losses: Tensor, segments: Tensor | None) -> Batch:
-    objectives = len(losses)
+def _batch(objectives: int, segments: Tensor | None, device: torch.device) -> Batch:
+    """The instances of a step; without `segments` each one is an objective."""
     if segments is None:
         return Batch(objectives, Segments(objectives))
     if segments.dim() not in (1, 2) or segments.is_floating_point() or segments.dtype == torch.bool:
@@ -332,7 +343,7 @@ def _batch(losses: Tensor, segments: Tensor | None) -> Batch:
             f"segments has ids from {low} to {high}; with {objectives} losses, ids 0 to {objectives - 1} are allowed, "
             "and -1 for none."
         )
-    segments = segments.long().to(losses.device)
+    segments = segments.long().to(device)
     if segments.dim() == 2 and bool((segments == segments[:, :1]).all()):
         segments = segments[:, 0].contiguous()
     if segments.shape == (objectives,) and bool((segments == torch.arange(objectives, device=segments.device)).all()):

@@ -10,7 +10,7 @@ from torch.func import vjp, vmap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from hf_jd.gramian.again import call_again, check_buffers, copied_buffers
+from hf_jd.gramian.again import call_again, without_traces
 from hf_jd.gramian.graph import Differentiator
 from hf_jd.gramian.layouts import Segments, shared_features
 from hf_jd.gramian.rows import DenseRows, Rows
@@ -43,19 +43,19 @@ def module_rows(
     lead = next(g.shape[axis] for g in grad_outputs if g is not None)
     batched = [t.dim() > axis and t.shape[axis] == lead for t in tensors]
     given = [g for g in grad_outputs if g is not None]
-    again = _Repeated(module, targets, call, [g is not None for g in grad_outputs])
 
     def one(inputs: list[Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
         # Inside vmap each instance is a batch of one.
         inputs = [t.unsqueeze(axis) if b else t for t, b in zip(inputs, batched, strict=True)]
-        return again.traced_row(inputs, [g.unsqueeze(axis) for g in gradients])
+        return repeated.traced_row(inputs, [g.unsqueeze(axis) for g in gradients])
 
     def some(members: Tensor) -> dict[str, Tensor]:
         index = members.to(given[0].device)
         inputs = [t.index_select(axis, index) if b else t for t, b in zip(tensors, batched, strict=True)]
-        return again.row(inputs, [g.index_select(axis, index) for g in given])
+        return repeated.row(inputs, [g.index_select(axis, index) for g in given])
 
-    with call.context(), warnings.catch_warnings():
+    with call.context(), warnings.catch_warnings(), without_traces(module, given[0].device) as buffers:
+        repeated = _Repeated(module, targets, call, [g is not None for g in grad_outputs], buffers)
         # vmap loops inside where an operation has no batching rule, and says so: still one call of the module.
         warnings.filterwarnings("ignore", message="There is a performance drop")
         if vectorised and segments.ids is None and segments.block == 1:
@@ -64,25 +64,31 @@ def module_rows(
         else:
             each = [some(members) for members in segments.members()]
             rows = {name: torch.stack([row[name] for row in each]) for name in targets}
-    check_buffers(module, again.buffers)
     return {
         name: DenseRows(r.reshape(len(r), -1).to(targets[name].dtype), targets[name].shape) for name, r in rows.items()
     }
 
 
 class _Repeated:
-    """A module that is called again, on copies of its buffers, to differentiate it.
+    """A module that is called again to differentiate it.
 
     Args:
         module: The module.
         targets: The parameters of interest, by name below it.
         call: How it was called.
         used: Which of its outputs have a gradient.
+        buffers: Those to call it with.
     """
 
-    def __init__(self, module: nn.Module, targets: Mapping[str, nn.Parameter], call: Call, used: Sequence[bool]):
-        self.buffers = copied_buffers(module)
-        self._module, self._call, self._used = module, call, used
+    def __init__(
+        self,
+        module: nn.Module,
+        targets: Mapping[str, nn.Parameter],
+        call: Call,
+        used: Sequence[bool],
+        buffers: Mapping[str, Tensor],
+    ):
+        self._module, self._call, self._used, self._buffers = module, call, used, buffers
         self._parameters = {name: p.detach() for name, p in targets.items()}
 
     def traced_row(self, inputs: list[Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
@@ -108,7 +114,7 @@ class _Repeated:
 
     def _outputs(self, parameters: dict[str, Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
         args, kwargs = self._call.arguments(inputs)
-        result = call_again(self._module, {**parameters, **self.buffers}, args, kwargs)
+        result = call_again(self._module, {**parameters, **self._buffers}, args, kwargs)
         return tuple(o for o, used in zip(self._call.float_outputs(result), self._used, strict=True) if used)
 
 
@@ -152,11 +158,10 @@ def linear_rows(
     Raises:
         RuntimeError: A target that is used in another way; the caller passes on.
     """
-    with call.context(), torch.enable_grad(), _LinearMaps(list(targets.values())) as maps:
-        args, kwargs = call.arguments(list(tensors))
-        buffers = copied_buffers(module)
+    (args, kwargs), maps = call.arguments(list(tensors)), _LinearMaps(list(targets.values()))
+    device = next(g.device for g in grad_outputs if g is not None)
+    with without_traces(module, device) as buffers, call.context(), torch.enable_grad(), maps:
         outputs = call.float_outputs(call_again(module, buffers, args, kwargs))
-    check_buffers(module, buffers)
     used = [weight for weight, _, _ in maps.met]
     if len(used) != len(targets) or {id(w) for w in used} != {id(p) for p in targets.values()}:
         raise RuntimeError("a parameter is not used as the weight of one linear map")

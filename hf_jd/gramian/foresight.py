@@ -31,7 +31,7 @@ def is_last(losses: Tensor, batch: Batch, plan: Plan, coverage: Coverage, checke
         if node.tap not in own:
             continue
         for shape in node.shapes:
-            site = plan.known_site(node.tap, len(shape), batch.segments.distinguish)
+            site = plan.known_site(node.tap, node.call.modes, len(shape), batch.segments.distinguish)
             # Methods that call a module again may give up at a call's shapes, and leave its parameters to tier 3.
             if site is None or isinstance(site.method, str):
                 return False

@@ -81,26 +81,29 @@ class Plan:
     def __init__(self, rules: Mapping[type[nn.Module], Rule]):
         self.rules = rules
         self.individual: set[nn.Parameter] = set()
-        self._sites: dict[tuple[nn.Module, int, bool], Site] = {}
+        self._sites: dict[tuple[nn.Module, tuple[bool, ...], int, bool], Site] = {}
 
-    def site(self, tap: ModuleTap, rank: int, conclusive: bool, inputs: Sequence[Tensor]) -> Site:
+    def site(
+        self, tap: ModuleTap, modes: tuple[bool, ...], rank: int, conclusive: bool, inputs: Sequence[Tensor]
+    ) -> Site:
         """The site of a module's output gradient of that rank; its decision is made when it is met first.
 
         Args:
             tap: The module's tap.
+            modes: Of the module's call: in another mode it may compute something else.
             rank: Dimensions of the output gradient.
             conclusive: Whether instances belong to different objectives: else no check can tell layouts apart, so what
                 it approves is kept for such steps only.
             inputs: The tensors that the module was called with.
         """
-        key = (tap.module, rank, conclusive)
+        key = (tap.module, modes, rank, conclusive)
         if key not in self._sites:
             self._sites[key] = Site(tap.module, self._rule(tap, inputs) or LINEAR)
         return self._sites[key]
 
-    def known_site(self, tap: ModuleTap, rank: int, conclusive: bool) -> Site | None:
+    def known_site(self, tap: ModuleTap, modes: tuple[bool, ...], rank: int, conclusive: bool) -> Site | None:
         """The site, if it was met before."""
-        return self._sites.get((tap.module, rank, conclusive))
+        return self._sites.get((tap.module, modes, rank, conclusive))
 
     def reject(self, wrong: Mapping[nn.Parameter, Sequence[Site]]) -> None:
         """Takes back one decision behind each parameter's wrong rows; where none is left, it goes to tier 3.

@@ -120,7 +120,7 @@ class Recording:
             targets = {name: p for name, p in targets.items() if p not in individual and p.requires_grad}
         if first is None or not targets:
             return
-        site = self._plan.site(tap, first.dim(), self.batch.segments.distinguish, inputs or ())
+        site = self._plan.site(tap, call.modes, first.dim(), self.batch.segments.distinguish, inputs or ())
         layout = site.choose_layout(first.shape[:-1] or first.shape, self.batch.instances)
         self.meetings.append(Meeting(targets, site, layout, first.dtype))
         if layout is None and not isinstance(site.method, str) and inputs is not None and len(inputs) == 1:

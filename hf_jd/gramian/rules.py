@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_jd.gramian.again import call_again, check_buffers, copied_buffers
+from hf_jd.gramian.again import call_again, without_traces
 from hf_jd.gramian.layouts import Segments, UnsupportedError, shared_features
 from hf_jd.gramian.rows import DenseRows, OuterRows, Rows, SparseRows, accumulation_dtype, narrow
 
@@ -205,10 +205,9 @@ def recognise(module: nn.Module, input: Tensor) -> Rule | None:
     if next(module.children(), None) is not None or "weight" not in names or not set(names) <= {"weight", "bias"}:
         return _scale_of(module, names[0], input) if len(names) == 1 and "." not in names[0] else None
     weight, bias = module.get_parameter("weight"), module.get_parameter("bias") if "bias" in names else None
-    buffers = copied_buffers(module)
     try:
-        output = call_again(module, buffers, (input,))
-        check_buffers(module, buffers)
+        with without_traces(module, input.device) as buffers:
+            output = call_again(module, buffers, (input,))
         if weight.dim() == 2 and not input.is_floating_point():
             return _scaled_embedding(module, input, output)
         if weight.dim() == 2:
@@ -246,15 +245,14 @@ def _scale_of(module: nn.Module, name: str, input: Tensor) -> Rule | None:
     weight = module.get_parameter(name)
     if weight.dim() != 1 or not input.is_floating_point():
         return None
-    buffers = copied_buffers(module)
 
     def at(value: Tensor, x: Tensor) -> Tensor:
-        return call_again(module, {name: value, **buffers}, (x,))
+        with without_traces(module, input.device) as buffers:
+            return call_again(module, {name: value, **buffers}, (x,))
 
     try:
         zero, one = at(torch.zeros_like(weight), input), at(torch.ones_like(weight), input)
         probe = torch.linspace(-1, 2, len(weight), dtype=weight.dtype, device=weight.device)
-        check_buffers(module, buffers)
         unit = 1.0 if _same(zero, torch.zeros_like(zero)) else 0.0
         f = one if unit else zero
         if zero.shape != input.shape or not _same(at(probe, input), zero + probe * f) or not _same(one, zero + f):

@@ -7,8 +7,8 @@ and prunes every weight gradient that rules replace.
 """
 
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,8 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Call:
-    """How a module was called, but for its tensors, and under which autocast: enough to call it again."""
+    """How a module was called, but for its tensors, and under which autocast: enough to call it again.
 
+    Attributes:
+        modes: Whether the module, and each one below it, was in training mode.
+    """
+
+    modes: tuple[bool, ...]
     spec: pytree.TreeSpec | None = None  # None: one positional tensor
     leaves: list[Any] = field(default_factory=list)
     outputs: list[int] = field(default_factory=lambda: [0])
@@ -42,13 +47,25 @@ class Call:
         kind, dtype, enabled = self.autocast
         return torch.autocast(kind, dtype=dtype, enabled=enabled)
 
+    @contextmanager
+    def modes_of(self, module: nn.Module) -> Generator[None]:
+        """The module and those below it in the modes of the call: `eval()` may have come since."""
+        now = {m: m.training for m in module.modules()}
+        try:
+            for m, mode in zip(now, self.modes, strict=False):
+                m.training = mode
+            yield
+        finally:
+            for m, mode in now.items():
+                m.training = mode
+
     def float_outputs(self, output: Any) -> tuple[Tensor, ...]:
         """The outputs that the tap wrapped, out of what another call returned."""
         leaves = pytree.tree_leaves(output)
         return tuple(leaves[i] for i in self.outputs)
 
 
-PLAIN_CALL = Call()  # one positional tensor, no autocast
+PLAIN_CALLS = {mode: Call((mode,)) for mode in (True, False)}  # of a layer: one positional tensor, no autocast
 
 
 class Tap(torch.autograd.Function):
@@ -59,7 +76,7 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, sentinel: Tensor, tap: "ModuleTap", call: Call, n_outputs: int, *tensors: Tensor) -> Any:
-        ctx.tap, ctx.targets, ctx.call, ctx.n_inputs = tap, tap.targets, call, len(tensors) - n_outputs
+        ctx.tap, ctx.targets, ctx.call, ctx.n_inputs = tap, tap.trainable(), call, len(tensors) - n_outputs
         ctx.shapes = [output.shape for output in tensors[:n_outputs]]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[n_outputs:])
@@ -70,7 +87,8 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
         engine = ctx.tap.engine()
         if engine is not None and engine.recording is not None:
-            engine.recording.record(ctx.tap, ctx.targets, ctx.call, _saved(ctx), grad_outputs)
+            with ctx.call.modes_of(ctx.tap.module):
+                engine.recording.record(ctx.tap, ctx.targets, ctx.call, _saved(ctx), grad_outputs)
         return None, None, None, None, *grad_outputs, *[None] * ctx.n_inputs
 
 
@@ -82,8 +100,7 @@ class ModuleTap:
         module: The module that it is registered on.
 
     Attributes:
-        targets: The trainable parameters whose rows this module brings, by their name below the module; what a forward
-            met stays as it was then.
+        targets: The parameters whose rows this module brings while they are trainable, by their name below the module.
         calls: Forwards with gradient since the last Gramian.
         elements: Numbers of inputs and outputs of those forwards, what factors would hold.
         look_away: Of all engines' taps: whether a module is being called again to form rows.
@@ -103,6 +120,12 @@ class ModuleTap:
         # A copy or a pickle of the model must not report to this engine.
         return _NoTap, ()
 
+    def trainable(self) -> Mapping[str, nn.Parameter]:
+        """The targets that are trainable now."""
+        if all(p.requires_grad for p in self.targets.values()):
+            return self.targets
+        return {name: p for name, p in self.targets.items() if p.requires_grad}
+
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Taps the outputs of a forward with gradient."""
         if torch.compiler.is_compiling():
@@ -119,12 +142,18 @@ class ModuleTap:
         engine = self.engine()
         if engine is None or engine.is_paused or ModuleTap.look_away or not torch.is_grad_enabled():
             return None
+        # A recomputation finds the same parameters trainable as its forward did: autograd itself needs that.
+        if not any(p.requires_grad for p in self.targets.values()):
+            return None
         self.calls += 1
         if isinstance(output, Tensor) and not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
             if not output.requires_grad:
                 return None
             self.elements += output.numel() + args[0].numel()
-            call = Call(autocast=_autocast(output)) if torch.is_autocast_enabled(output.device.type) else PLAIN_CALL
+            if self.module._modules or torch.is_autocast_enabled(output.device.type):
+                call = Call(self._modes(), autocast=_autocast(output))
+            else:
+                call = PLAIN_CALLS[self.module.training]
             return Tap.apply(engine.sentinel, self, call, 1, output, args[0].detach())
         return self._tap_structure(engine, args, kwargs, output)
 
@@ -136,13 +165,16 @@ class ModuleTap:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
         skeleton = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        call = Call(spec, skeleton, tapped, _autocast(outputs[tapped[0]]))
+        call = Call(self._modes(), spec, skeleton, tapped, _autocast(outputs[tapped[0]]))
         wrapped = Tap.apply(engine.sentinel, self, call, len(tapped), *[outputs[i] for i in tapped], *tensors)
         for i, leaf in zip(tapped, wrapped if len(tapped) > 1 else [wrapped], strict=True):
             outputs[i] = leaf
             self.elements += leaf.numel()
         self.elements += sum(t.numel() for t in tensors)
         return pytree.tree_unflatten(outputs, output_spec)
+
+    def _modes(self) -> tuple[bool, ...]:
+        return tuple(m.training for m in self.module.modules())
 
 
 class InputTap:

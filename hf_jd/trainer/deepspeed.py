@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_jd.distributed.processes import process_count
+from hf_jd.gramian.random_streams import set_random_state
 from hf_jd.objectives import Part
 from hf_jd.packing import packed_documents
-from hf_jd.trainer.random_numbers import set_rng_state
 from hf_jd.trainer.recording import Recorded, Recorder, selected
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def second_pass_of_deepspeed(
     for i, one in enumerate(recorded):
         mine = slice(None) if recorder.kind.shared else slice(start, start + len(one.losses))
         start += len(one.losses)
-        set_rng_state(one.rng_state, trainer.args.device)
+        set_random_state(one.random_state, trainer.args.device)
         batch, left = _without_broken(one, usable[mine], recorder.kind.shared)
         parts, extra = recorder.parts(batch, again=True, model=model)
         kept = usable[mine][left]

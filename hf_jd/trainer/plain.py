@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_jd.distributed.gradients import add_gradients
 from hf_jd.distributed.processes import add_over_processes, process_count
+from hf_jd.gramian.random_streams import random_state
 from hf_jd.trainer.gradients import accumulate, set_aside
 from hf_jd.trainer.kept import Kept
 from hf_jd.trainer.recording import Recorded
@@ -67,10 +68,11 @@ def plain_step(update: Update) -> Tensor | None:
 
 def _forward(update: Update, batch: Mapping[str, Any]) -> tuple[Recorded, Tensor | None]:
     """A micro-batch without rows, with a graph, and what is in none of its objectives."""
+    state = random_state(update.trainer.args.device)
     with update.trainer.accelerator.no_sync(update.recorder.model):
         parts, extra = update.recorder.parts(batch)
     broken = torch.stack([(~part.finite).sum() + part.broken for part in parts]).sum()
-    return Recorded(batch, [], parts, None, broken, None), extra
+    return Recorded(batch, state, parts, None, broken, None), extra
 
 
 def _descend(update: Update, losses: Sequence[Tensor]) -> None:

@@ -13,10 +13,10 @@ from transformers.utils import logging
 from hf_jd.collator import GROUP_KEY
 from hf_jd.distributed.processes import anywhere, process_count
 from hf_jd.gramian import Jacobian
+from hf_jd.gramian.random_streams import RandomState, random_state
 from hf_jd.objectives import Loss, Part, by_loss
 from hf_jd.packing import by_document, by_token, packed_documents, without_documents
 from hf_jd.trainer.empty import holds_examples, stand_in
-from hf_jd.trainer.random_numbers import rng_state
 
 if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin
@@ -41,7 +41,7 @@ class Recorded(NamedTuple):
 
     Attributes:
         batch: The micro-batch.
-        rng_state: The random numbers of the pass, for a second one.
+        random_state: Where the random streams stood before the pass, for a second one.
         parts: Its objectives.
         jacobian: Their rows, multiplied by the scale of GradScaler; None where there are none.
         broken: [] how many instances and losses of the whole batch were left out because they aren't finite.
@@ -49,7 +49,7 @@ class Recorded(NamedTuple):
     """
 
     batch: Mapping[str, Any]
-    rng_state: list[Tensor]
+    random_state: RandomState
     parts: list[Part]
     jacobian: Jacobian | None
     broken: Tensor
@@ -150,9 +150,8 @@ class Recorder:
     def record(self, batch: Mapping[str, Any]) -> Recorded:
         """Runs a micro-batch forward, and backward to its rows."""
         engine = self.trainer.engine()
-        device, two_pass = self.trainer.args.device, self.trainer.jd_args.jd_backward == "two_pass"
-        state = rng_state(device) if two_pass else []
-        own = None
+        device = self.trainer.args.device
+        state, own = random_state(device), None
         with self.trainer.accelerator.no_sync(self.model):
             parts, extra = self.parts(batch)
             finite = parts[0].finite
@@ -163,7 +162,7 @@ class Recorder:
             if anywhere(some, device) if engine.sharded else some:
                 # NaN times 0 is NaN, in a backward pass too: the others have to be computed without those instances.
                 batch = selected(batch, finite) if some else batch
-                state = rng_state(device) if two_pass else []
+                state = random_state(device)
                 parts, extra = self.parts(batch, again=True)
             if extra is not None and extra.isfinite():
                 # DeepSpeed descends it in its own pass.

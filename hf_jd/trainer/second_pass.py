@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_jd.distributed.gradients import add_gradients
+from hf_jd.gramian.random_streams import set_random_state
 from hf_jd.trainer.gradients import accumulate, added, set_aside
-from hf_jd.trainer.random_numbers import set_rng_state
 from hf_jd.trainer.recording import Recorded, Recorder
 
 
@@ -31,7 +31,7 @@ def second_pass(recorder: Recorder, recorded: Sequence[Recorded], weights: Tenso
             with trainer.accelerator.no_sync(recorder.model):
                 parts = first.parts
                 if not recorder.keep_graph:
-                    set_rng_state(first.rng_state, trainer.args.device)
+                    set_random_state(first.random_state, trainer.args.device)
                     parts = recorder.parts(first.batch, again=True)[0]
                 everything = torch.cat([part.losses for part in parts])
                 losses = everything[usable[mine]]

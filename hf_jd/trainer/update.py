@@ -15,6 +15,7 @@ from hf_jd.distributed.gradients import add_gradients
 from hf_jd.distributed.processes import add_over_processes, anywhere, gather_uneven, process_count
 from hf_jd.distributed.rows import AddedRows, GatheredRows, OwnRows
 from hf_jd.gramian import Jacobian
+from hf_jd.gramian.random_streams import random_state, set_random_state, unchanged_streams
 from hf_jd.gramian.sharding import whole_bytes
 from hf_jd.metrics import Metrics
 from hf_jd.objectives import Objectives
@@ -23,7 +24,6 @@ from hf_jd.trainer.empty import holds_examples
 from hf_jd.trainer.gradients import accumulate, added
 from hf_jd.trainer.kept import Kept, allowed, is_full
 from hf_jd.trainer.plain import plain_step
-from hf_jd.trainer.random_numbers import rng_state, set_rng_state
 from hf_jd.trainer.recording import Recorded, Recorder
 from hf_jd.trainer.second_pass import second_pass
 from hf_jd.trainer.weighing import signs, weigh
@@ -97,12 +97,15 @@ class Update:
         Returns:
             The part of this process in the objectives' mean, times the number of processes, as Trainer logs it.
         """
+        device = self.trainer.args.device
         if not self.batches:
-            return torch.zeros((), device=self.trainer.args.device)
+            return torch.zeros((), device=device)
         if not self.trainer.jd_control.measures(self.trainer.state.global_step):
+            state = random_state(device)
             value = plain_step(self)
             if value is not None:
                 return value
+            set_random_state(state, device)
             self.recorder.again = True
         with measuring(self.model, self.trainer.engine()):
             weighed = self._weighed()
@@ -113,13 +116,15 @@ class Update:
             # An overflow has to stay in `.grad`: GradScaler then skips the step and lowers its scale.
             accumulate({p: torch.full_like(p, torch.inf) for p in self.trainable})
         elif self.trainer.is_deepspeed_enabled:
-            second_pass_of_deepspeed(self.recorder, self.model, recorded, weights[rows.mine], usable[rows.mine])
+            with unchanged_streams(device):
+                second_pass_of_deepspeed(self.recorder, self.model, recorded, weights[rows.mine], usable[rows.mine])
         elif self.jd.jd_backward == "one_pass" or objectives.broken(usable).any():
             # Rows are picked; a second pass would multiply those that aren't finite by 0, which is NaN.
             # GradScaler divides by its scale, which is in the rows.
             accumulate(rows.weighted_sum(weights, usable))
         else:
-            second_pass(self.recorder, recorded, weights[rows.mine], usable[rows.mine])
+            with unchanged_streams(device):
+                second_pass(self.recorder, recorded, weights[rows.mine], usable[rows.mine])
         return self.value(self.coefficients(objectives, usable), own, rows, usable, self._add_extra(recorded))
 
     def _weighed(self) -> Weighed | None:
@@ -143,12 +148,12 @@ class Update:
 
     def _recorded(self) -> Kept | None:
         """The micro-batches after their first pass; None where their rows are too many and are to be weighed apart."""
-        kept, state = Kept(self.kind.shared), rng_state(self.trainer.args.device)
+        kept, state = Kept(self.kind.shared), random_state(self.trainer.args.device)
         for batch in self.batches:
             kept.add(self.recorder.record(batch))
             first = len(kept.recorded) == 1 < len(self.batches)
             if first and self.budget is not None and is_full(self.trainer, kept, len(self.batches), self.budget):
-                set_rng_state(state, self.trainer.args.device)
+                set_random_state(state, self.trainer.args.device)
                 return None
         return kept
 

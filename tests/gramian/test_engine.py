@@ -87,6 +87,42 @@ def test_generalised_gramian_has_the_reversed_shape_last():
     assert float(gramian[1, 0, 2, 1, 1, 2]) == pytest.approx(inner, rel=1e-10)
 
 
+@pytest.mark.parametrize("others", [(), (6,), (2, 3), (3, 1, 2)], ids=str)
+@pytest.mark.parametrize("keep_rows", [True, False, "auto", 0])
+def test_instances_in_any_dimension(others: tuple[int, ...], keep_rows: bool | str | int):
+    """The Gramian and the weights are those of the losses as they are given."""
+    for batch_dim in range(-1 - len(others), 1 + len(others)):
+        model = mlp()
+        engine = Engine(model, batch_dim=batch_dim, keep_rows=keep_rows)
+        outputs = model(batch(B, 4)).square()
+        losses = (outputs.view(B, *others) if others else outputs.sum(1)).movedim(0, batch_dim)
+        assert_gramian(engine, losses, model)
+        names = list(trainable(model))
+        weights = batch(*losses.shape, seed=2)
+        expected = brute_update(brute_rows(losses, names), weights)
+        engine.accumulate_grad(weights)
+        assert all(relative(p.grad, expected[p]) < EXACT for p in names)
+        assert set(engine.tiers().values()) == {1}
+
+
+def test_groups_in_the_last_dimension():
+    """Two losses of each of three groups, the groups last: segments name them."""
+    model = mlp()
+    ids = torch.tensor([2, 0, 0, 2, 1])
+    each = model(batch(5, 4)).square().unflatten(1, (2, 3)).sum(2)
+    losses = torch.stack([each[ids == k].sum(0) for k in range(3)], dim=1)
+    assert_gramian(Engine(model, batch_dim=-1), losses, model, segments=ids)
+
+
+@pytest.mark.parametrize("shape, batch_dim", [((3,), 1), ((3,), -2), ((3, 2), 2), ((3, 2), -3), ((1, 3, 2), 7)])
+def test_a_dimension_that_the_losses_do_not_have(shape: tuple[int, ...], batch_dim: int):
+    model = mlp()
+    losses = model(batch(B, 4)).flatten()[: torch.Size(shape).numel()].view(shape)
+    n = len(shape)
+    with pytest.raises(ValueError, match=rf"batch_dim is {batch_dim}, .* allowed are {-n} to {n - 1}"):
+        Engine(model, batch_dim=batch_dim).compute_gramian(losses)
+
+
 @pytest.mark.parametrize(
     "shape",
     [
@@ -1022,7 +1058,8 @@ def losses_of(model: nn.Module) -> Tensor:
         (lambda: Engine("model"), "one or more"),
         (lambda: Engine(scripted(mlp())), "scripted module"),
         (lambda: Engine(nn.ParameterList([torch.zeros(2, dtype=torch.complex128)])), "0 is complex.*view_as_real"),
-        (lambda: Engine(mlp(), batch_dim=1), "batch_dim is 1"),
+        (lambda: Engine(mlp(), batch_dim=1.0), "batch_dim is 1.0"),
+        (lambda: Engine(mlp(), batch_dim=True), "batch_dim is True"),
         (lambda: Engine(mlp(), keep_rows="always"), "keep_rows is 'always'"),
     ],
 )
@@ -1100,7 +1137,7 @@ def test_segments_of_another_batch():
 
 def test_segments_without_instance_dimension():
     model = mlp()
-    with pytest.raises(ValueError, match="batch_dim=0"):
+    with pytest.raises(ValueError, match="need a batch_dim"):
         Engine(model, batch_dim=None).compute_gramian(losses_of(model), torch.tensor([0, 1, 2]))
 
 
