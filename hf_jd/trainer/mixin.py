@@ -19,11 +19,13 @@ from transformers import Seq2SeqTrainer, Trainer
 
 from hf_jd.arguments import JDArguments
 from hf_jd.checkpoints import STATE_FILE, check_writable
-from hf_jd.collator import GroupCollator, group_names
+from hf_jd.collator import GroupCollator
 from hf_jd.gramian import Engine
+from hf_jd.groups import group_names
 from hf_jd.metrics import Averages, pairs, readable
 from hf_jd.trainer.control import Control
 from hf_jd.trainer.evaluating import EvaluationMixin
+from hf_jd.trainer.own_loss import OwnLoss
 from hf_jd.trainer.peers import check_given, check_same_weights, lost_peers
 from hf_jd.trainer.resuming import checkpoint_to_resume, load_weighting, save_weighting
 from hf_jd.trainer.run_log import RunLog
@@ -64,11 +66,15 @@ class JDTrainerMixin(EvaluationMixin):
         self.jd_apart = False
         self._jd_engine: tuple[nn.Module, Engine] | None = None
         self.jd_group_names: list[str] | None = jd.jd_groups
+        self._jd_model_takes_groups = False
         self._jd_broken_in_a_row = 0
         if jd.jd_group_column is not None:
             if self.train_dataset is not None:
                 self.jd_group_names = group_names(self.train_dataset, jd.jd_group_column, jd.jd_groups)
-            self.data_collator = GroupCollator(self.data_collator, jd.jd_group_column, self.jd_group_names)
+            self._set_signature_columns_if_needed()
+            self.data_collator = GroupCollator(
+                self.data_collator, jd.jd_group_column, self.jd_group_names, keep=self._jd_model_takes_groups
+            )
         self.jd_control = Control(jd, self.weighting, self.jd_group_names)
 
     # ---- Trainer's side ----
@@ -86,6 +92,7 @@ class JDTrainerMixin(EvaluationMixin):
         """
         check_setup(self)
         self._jd_broken_in_a_row = 0
+        self.jd_own_loss = OwnLoss()
         self.jd_apart = False
         self.jd_log.begin(resumed=bool(resume_from_checkpoint))
         if resume_from_checkpoint:
@@ -163,10 +170,13 @@ class JDTrainerMixin(EvaluationMixin):
         return stratified_sampler(self, self.train_dataset if train_dataset is None else train_dataset)
 
     def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is not None:
+            return
         super()._set_signature_columns_if_needed()
         column = self.jd_args.jd_group_column
         assert self._signature_columns is not None
-        if column is not None and column not in self._signature_columns:
+        self._jd_model_takes_groups = column in self._signature_columns
+        if column is not None and not self._jd_model_takes_groups:
             self._signature_columns.append(column)
 
     # ---- What an update needs ----

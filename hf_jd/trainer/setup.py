@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from hf_jd.checkpoints import check_room, check_writable
 from hf_jd.trainer.engines import check_engine
+from hf_jd.trainer.own_loss import check_compute_loss
 
 if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin
@@ -27,6 +28,7 @@ def check_setup(trainer: JDTrainerMixin) -> None:
             f"--jd_sampler {trainer.jd_args.jd_sampler} orders the examples, and those of a stream come as they come: "
             "use a dataset with a length, or --jd_sampler trainer."
         )
+    check_compute_loss(trainer)
     check_engine(trainer)
     spared = trainer.jd_args.jd_every > 1 or trainer.jd_args.jd_warmup_steps or trainer.jd_args.jd_monitor_every
     beside_ddp = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
