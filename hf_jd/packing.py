@@ -170,8 +170,8 @@ def unknown_rows(key: str, what: str, instances: str) -> ValueError:
     """What is said of rows that belong to no known instance, where one is to be left out."""
     return ValueError(
         f"An instance whose loss isn't finite can't be taken out of its batch: `{key}` has {what} for {instances}, so "
-        "it isn't known which are its own. Leave that example out of the data, or have the collator give one row, or one "
-        "entry of a list, for each instance."
+        "it isn't known which are its own. Leave that example out of the data, or have the collator give one row, or "
+        "one entry of a list, for each instance."
     )
 
 

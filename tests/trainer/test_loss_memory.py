@@ -69,7 +69,7 @@ def experts():
 
 @pytest.mark.parametrize("build", [lambda: tiny_gpt2(vocab_size=VOCABULARY), experts], ids=["gpt2", "experts"])
 def test_bytes_kept_by_a_trainers_steps(build, tmp_path):
-    """Of the model and its loss, after the first step: later ones let go of the model's own loss before ours is made."""
+    """Of the model and its loss: the model's own loss is compared, and let go of."""
     batch = collate(examples(4))
     model = build()
     trainer = JDTrainer(model, arguments(tmp_path), data_collator=collate)
@@ -78,5 +78,6 @@ def test_bytes_kept_by_a_trainers_steps(build, tmp_path):
         losses, _ = trainer.compute_losses(model, batch)
         return losses.sum() + (trainer._jd_extra_loss if trainer.has_extra else 0)
 
-    first, second = kept(ours), kept(ours)
-    assert second <= 1.1 * kept(lambda: model(**batch).loss) < first
+    theirs = kept(lambda: model(**batch).loss)
+    assert kept(ours) <= 1.1 * theirs
+    assert kept(ours) <= 1.1 * theirs
