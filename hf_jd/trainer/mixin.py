@@ -46,6 +46,7 @@ class JDTrainerMixin(EvaluationMixin):
         super().__init__(*args, **kwargs)
         self.weighting: Any = weighting
         self._jd_from_flags = FromFlags()
+        self.jd_model_takes_groups = False
         self.jd_group_names: list[str] | None = None
         self._jd_engine: tuple[nn.Module, Engine] | None = None
         self.jd_log = RunLog()
@@ -179,10 +180,13 @@ class JDTrainerMixin(EvaluationMixin):
         return stratified_sampler(self, self.train_dataset if train_dataset is None else train_dataset)
 
     def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is not None:
+            return
         super()._set_signature_columns_if_needed()
         column = self.jd_args.jd_group_column
         assert self._signature_columns is not None
-        if column is not None and column not in self._signature_columns:
+        self.jd_model_takes_groups = column in self._signature_columns
+        if column is not None and not self.jd_model_takes_groups:
             self._signature_columns.append(column)
 
     # ---- What an update needs ----

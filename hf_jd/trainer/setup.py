@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from hf_jd.arguments import JDArguments
 from hf_jd.checkpoints import check_room, check_writable
-from hf_jd.collator import GroupCollator, group_names
+from hf_jd.collator import GroupCollator
+from hf_jd.groups import group_names
 from hf_jd.trainer.control import Control
 from hf_jd.trainer.engines import check_engine
 from hf_jd.trainer.foreign_weightings import as_weighting
+from hf_jd.trainer.own_loss import check_compute_loss
 from hf_jd.weighting import Weighting
 
 if TYPE_CHECKING:
@@ -84,7 +86,10 @@ def _follow_groups(trainer: JDTrainerMixin, jd: JDArguments, made: FromFlags) ->
     if made.collator is not None and trainer.data_collator is made.collator:
         trainer.data_collator = made.collator.collator
     if jd.jd_group_column is not None:
-        made.collator = GroupCollator(trainer.data_collator, jd.jd_group_column, trainer.jd_group_names)
+        trainer._set_signature_columns_if_needed()
+        made.collator = GroupCollator(
+            trainer.data_collator, jd.jd_group_column, trainer.jd_group_names, keep=trainer.jd_model_takes_groups
+        )
         trainer.data_collator = made.collator
 
 
@@ -103,6 +108,7 @@ def check_setup(trainer: JDTrainerMixin) -> None:
             f"--jd_sampler {trainer.jd_args.jd_sampler} orders the examples, and those of a stream come as they come: "
             "use a dataset with a length, or --jd_sampler trainer."
         )
+    check_compute_loss(trainer)
     check_engine(trainer)
     spared = trainer.jd_args.jd_every > 1 or trainer.jd_args.jd_warmup_steps or trainer.jd_args.jd_monitor_every
     beside_ddp = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_jd.arguments import JDArguments
-from hf_jd.collator import group_names
-from hf_jd.losses import bare, causal_lm
+from hf_jd.groups import group_names
+from hf_jd.losses import bare, causal_lm, reduced
 from hf_jd.trainer.mixin import JDTrainerMixin
 
 try:
@@ -88,10 +88,10 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
         if self.jd_loss_func is not None:
             return self.read_losses(outputs, inputs, core)
         losses, counted = self.read_losses(outputs, inputs, core)
-        if "aux_loss" in outputs and not self._smoothing(inputs) and self._jd_has_extra is not False:
-            mean = losses.masked_fill(~counted, 0).sum() / counted.sum()
-            whole = mean + self.router_aux_loss_coef * outputs["aux_loss"]
-            self._keep_extra(losses, counted, {"loss": whole, "aux_loss": outputs["aux_loss"]})
+        if "aux_loss" in outputs and not self._smoothing(inputs):
+            aux = outputs["aux_loss"]
+            found = {"loss": reduced(losses, counted) + self.router_aux_loss_coef * aux, "aux_loss": aux}
+            self._jd_extra_loss = self.jd_own_loss.extra(losses, counted, found, core, self.args.jd_extra_losses)
         return losses, counted
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
