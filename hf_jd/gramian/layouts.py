@@ -26,6 +26,10 @@ class UnmappedError(Exception):
     """A tensor's leading rows cannot be assigned to objectives; the caller passes to the next tier."""
 
 
+class DrawsError(UnmappedError):
+    """A module that is called again draws random numbers, and those of its forward are not known."""
+
+
 @dataclass(eq=False)
 class Segments:
     """The objective of each leading row.

@@ -264,7 +264,8 @@ class Passes:
             found = individual_rows(differentiator, losses, individual)
             rows |= {p: r for p, r in found.items() if r is not None}
             tiers |= {p: 3 for p, r in found.items() if r is not None}
-            self._warn([p for p in individual if p not in reached and p in rows], len(losses))
+            soon = reached | recording.postponed
+            self._warn([p for p in individual if p not in soon and p in rows], len(losses))
         return Outcome({p: rows[p] for p in names if p in rows}, recording.gramian, tiers)
 
     def _warn(self, parameters: list[nn.Parameter], objectives: int) -> None:

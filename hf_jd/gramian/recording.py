@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_jd.gramian.fallback import linear_rows, module_rows
-from hf_jd.gramian.layouts import Segments, UnmappedError, UnsupportedError, arrange
+from hf_jd.gramian.layouts import DrawsError, Segments, UnmappedError, UnsupportedError, arrange
 from hf_jd.gramian.plan import LINEAR, LOOPED, Plan, Site
 from hf_jd.gramian.rows import Rows
 from hf_jd.gramian.sharding import is_partitioned
@@ -62,6 +62,7 @@ class Recording:
         gramian: The inner products of the rows that were dropped.
         meetings: What was met, in the order of the backward.
         unmapped: Parameters met where no layout fits: tier 3 in this step.
+        postponed: Those of them whose module draws random numbers, which its next forward notes.
         reached: Parameters without a tap that the backward was asked for and found.
         tiers: 1 (closed form) or 2 (vjp of a module) of each parameter.
         awake: Those of `asleep` that have rows other than zero.
@@ -85,6 +86,7 @@ class Recording:
         self.gramian: Tensor | None = None
         self.meetings: list[Meeting] = []
         self.unmapped: set[nn.Parameter] = set()
+        self.postponed: set[nn.Parameter] = set()
         self.reached: set[nn.Parameter] = set()
         self.tiers: dict[nn.Parameter, int] = {}
         self.probed: dict[nn.Parameter, Tensor] = {}
@@ -131,6 +133,10 @@ class Recording:
         ModuleTap.look_away = True
         try:
             found = {} if layout is None else self._rows(site, layout, targets, call, inputs, grad_outputs)
+        except DrawsError:
+            tap.note_states(first.device)
+            self.postponed.update(targets.values())
+            found = {}
         finally:
             ModuleTap.look_away = False
         self._take(targets, found)
@@ -177,7 +183,7 @@ class Recording:
                 return {}  # Calling a module would gather its parameters, on this process alone.
             try:
                 return self._try_method(site, layout, targets, call, inputs or (), grad_outputs)
-            except (torch.OutOfMemoryError, UnsupportedError):
+            except (torch.OutOfMemoryError, UnsupportedError, DrawsError):
                 raise
             except UnmappedError:
                 return {}
