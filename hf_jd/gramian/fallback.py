@@ -70,6 +70,35 @@ def module_rows(
     }
 
 
+def single_precision_gradients(
+    module: nn.Module,
+    targets: Mapping[str, nn.Parameter],
+    call: Call,
+    inputs: Sequence[Tensor],
+    grad_output: Tensor,
+) -> dict[str, Tensor]:
+    """The vector-Jacobian product of a copy of a module in float32, by parameter; its first output counts.
+
+    Args:
+        module: The module.
+        targets: The parameters of interest, by name below it.
+        call: How it was called.
+        inputs: The tensors to call it with.
+        grad_output: Gradient of its output.
+    """
+
+    def single(tensor: Tensor) -> Tensor:
+        return tensor.detach().float() if tensor.is_floating_point() else tensor
+
+    copies = {name: single(t).clone() for name, t in [*module.named_parameters(), *module.named_buffers()]}
+    with torch.enable_grad(), torch.autocast(grad_output.device.type, enabled=False):
+        wanted = [copies[name].requires_grad_() for name in targets]
+        args, kwargs = call.arguments([single(t) for t in inputs])
+        output = call.float_outputs(call_again(module, copies, args, kwargs))[0]
+        gradients = torch.autograd.grad(output, wanted, grad_output.to(output.dtype))
+    return {name: g.to_dense() if g.is_sparse else g for name, g in zip(targets, gradients, strict=True)}
+
+
 class _Repeated:
     """A module that is called again, on copies of its buffers, to differentiate it.
 
