@@ -29,7 +29,8 @@ from hf_jd.gramian.taps import Call, ModuleTap
 # How far apart the two sides may be: relative to the parameter's own gradient, and relative to the typical gradient of
 # the model, below which a parameter's gradient is rounding noise (a bias that softmax cancels) and proves nothing.
 TOLERANCE = {torch.float64: (1e-5, 1e-10), torch.float32: (5e-3, 1e-6)}
-HALF_TOLERANCE = (1e-1, 1e-2)
+HALF_TOLERANCE = (3e-2, 1e-3)
+BLIND = (1e-1, 1e-2)  # where only noise beyond this explains an error, the identity has proved next to nothing
 OUTLIERS = 1e3  # times the median parameter's gradient
 # The first ones have distinct pairwise sums other than zero: what rows have in common must not cancel.
 LEVELS = (1.0, 0.5, -0.25, 0.25, -0.5)
@@ -100,18 +101,27 @@ class Checker:
         uses = _uses(recording)
         for site, parameter, layout in uses:
             entry = (parameter, layout, site.module.training)
-            gradient = expected.get(parameter)
-            relative, noise = self._tolerance(parameter, recording)
-            size = _norm(gradient) / math.sqrt(max(1, _numel(gradient)))
-            if size * relative > noise * typical:
+            if self._is_evidence(parameter, recording, expected, typical):
                 site.proved.add(entry)
             else:
                 site.vacuous.setdefault(entry, 1)
-            if size == 0.0:
+            if _norm(expected.get(parameter)) == 0.0:
                 self.asleep.add(parameter)
             else:
                 self.asleep.discard(parameter)
         self.expects = bool(self.asleep) or any(is_due(*use) for use in uses)
+
+    def _is_evidence(
+        self,
+        parameter: nn.Parameter,
+        recording: Recording,
+        expected: Mapping[nn.Parameter, Probed | None],
+        typical: float,
+    ) -> bool:
+        """Whether a parameter's gradient is large enough for wrong rows to have shown."""
+        relative, noise = self._tolerance(parameter, recording)
+        gradients = expected.get(parameter)
+        return _norm(gradients) * relative > noise * typical * math.sqrt(_numel(gradients))
 
     def _tolerance(self, parameter: nn.Parameter, recording: Recording) -> tuple[float, float]:
         dtypes = {parameter.dtype, *recording.precisions.get(parameter, ())}
@@ -149,8 +159,8 @@ class Checker:
         last = max(i for i, module in enumerate(forward) if module in failing)
         before = {p for m in recording.meetings if m.site.module in forward[: last + 1] for p in m.targets.values()}
         # Documents mix in attention, beside which a layer's queries are right.
-        by_token = recording.batch.segments.by_token
-        if not by_token and any(_norm(expected.get(p)) > 0 for p in before - lost):
+        by_token, typical = recording.batch.segments.by_token, _typical(expected.values())
+        if not by_token and any(self._is_evidence(p, recording, expected, typical) for p in before - lost):
             return
         named = {m.site.module: f"{_owner(names, m)} ({type(m.site.module).__name__})" for m in recording.meetings}
         place = f"after {named[forward[last]]}"
@@ -258,9 +268,18 @@ def unresolved(
         for level, part in zip(levels.tolist(), parts, strict=True):
             scaled = [level * g.to(accumulation_dtype(g)) for g in part[parameter] or ()]
             grouped = scaled if grouped is None else [a + b for a, b in zip(grouped, scaled, strict=True)]
-        if grouped and errors[parameter] <= NOISE * distance(grouped, expected[parameter]):
+        noise = NOISE * distance(grouped, expected[parameter]) if grouped else 0.0
+        # One objective alone can't be grouped, nor its rows be another's.
+        alone = len(losses) == 1 and not is_blind(errors[parameter], expected[parameter], expected)
+        if errors[parameter] <= noise or alone:
             found.add(parameter)
     return found
+
+
+def is_blind(error: float, gradients: Probed | None, expected: Mapping[nn.Parameter, Probed | None]) -> bool:
+    """Whether an error that is noise is so large that a wrong map from rows to objectives could hide in it."""
+    relative, noise = BLIND
+    return error > relative * _norm(gradients) + noise * _typical(expected.values()) * math.sqrt(_numel(gradients))
 
 
 def distance(ours: Probed, theirs: Probed | None) -> float:

@@ -34,7 +34,7 @@ METHODS: dict[str, Callable[[str], Any]] = {
     "lora": lora,
     "dora": lambda family: lora(family, use_dora=True),
     "modules_to_save": lambda family: lora(
-        family, modules_to_save=["embed_out" if family == "gpt_neox" else "lm_head"], ensure_weight_tying=False
+        family, modules_to_save=["embed_out" if family == "gpt_neox" else "lm_head"]
     ),
     "ia3": lambda family: IA3Config(
         task_type="CAUSAL_LM",
@@ -51,7 +51,9 @@ def tuned(model: nn.Module, family: str, method: str, precision: str) -> nn.Modu
     model = model.to(HALF[dtype] if kind == "base" else torch.float32)
     torch.manual_seed(0)
     if method != "full":
-        model = get_peft_model(model, METHODS[method](family))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Of tied layers, of Conv1D.
+            model = get_peft_model(model, METHODS[method](family))
         perturb([p for name, p in model.named_parameters() if "lora_B" in name or "ia3" in name])
     return model.train()
 
@@ -84,8 +86,7 @@ def tiers_without_warning(model: nn.Module, precision: str, shapes: list[tuple[i
 @pytest.mark.parametrize("method", ["full", "lora", "dora", "modules_to_save", "ia3"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_false_alarm(family: str, method: str, precision: str):
-    positions = {"opt": {"max_position_embeddings": 8}, "gpt2": {"n_positions": 9}}.get(family, {})
-    model = tuned(Head("decoder", family, positions).build(), family, method, precision)
+    model = tuned(Head("decoder", family).build(), family, method, precision)
     tiers = tiers_without_warning(model, precision, [(3, 9), (3, 7)])
     # A scale that multiplies what a wrapped layer returns has no layer of its own; OPT derives positions from a mask.
     beyond = {"dora": "lora_magnitude_vector", "ia3": "ia3_l", "full": "embed_positions"}.get(method, "no parameter")
@@ -185,15 +186,16 @@ def test_wrong_rule_is_caught(spoilt: str, method: str, precision: str):
     losses = losses_of(model, precision, 3, 9)
     jacobian = engine.compute_jacobian(losses)
     tiers = engine.tiers()
-    linear = [name for name in tiers if "proj" in name or "lm_head" in name]
-    assert len(linear) > 10
-    assert {tiers[name] for name in linear} == {2}
-    for p, rows in brute_rows(losses, list(names)).items():
+    # The softmax of a model that starts leaves queries and keys so small a gradient that it proves nothing yet.
+    small = ("embed", "norm", *(("q_proj", "k_proj") if method == "full" else ()))
+    proved = {p: name for p, name in names.items() if not any(part in name for part in small)}
+    assert {tiers[name] for name in proved.values()} == {2}
+    for p, rows in brute_rows(losses, list(proved)).items():
         assert relative(jacobian.rows(p), rows) < 0.03, names[p]
 
 
 class Positions(nn.Module):
-    """Relative positions [T, T] and a frozen layer before and after them, with a head of the tuned parameters' dtype."""
+    """Relative positions [T, T] between frozen layers, and a head; the frozen ones have a dtype of their own."""
 
     def __init__(self, length: int, dtype: torch.dtype):
         super().__init__()
@@ -286,14 +288,25 @@ def test_what_noise_hides_is_proved_in_float32_and_said_once():
 def test_wrong_rule_behind_noise_is_caught_in_float32():
     def wrong(module, input, grad_output, segments):
         rows = RULES[nn.LayerNorm](module, input, grad_output, segments)
-        return {name: row.scaled(torch.tensor([1.0, 1.0, 1.1, 1.0])) for name, row in rows.items()}
+        return {name: row.scaled(torch.tensor([1.0, 1.0, 1.5, 1.0])) for name, row in rows.items()}
 
     model = Shifted()
     engine = Engine(model, rules={**RULES, nn.LayerNorm: wrong})
-    engine.compute_gramian(norm_losses(model))
+    with pytest.warns(UserWarning, match="can't prove"):
+        engine.compute_gramian(norm_losses(model))
     tiers = engine.tiers()
     assert (tiers["norm.weight"], tiers["norm.bias"]) == (2, 2)
     assert tiers["head.weight"] == 1
+
+
+def test_one_noisy_objective_keeps_its_rules():
+    model = Shifted()
+    engine = Engine(model)
+    x = torch.randn(1, 4096, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        engine.compute_gramian((model(x) * torch.randn(4096, 2)).sum((1, 2)))
+    assert set(engine.tiers().values()) == {1}
 
 
 @pytest.mark.parametrize("objectives", [1, 2, 3, 4, 5, 6, 12, 25, 64])
