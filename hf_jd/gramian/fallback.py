@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 from hf_jd.gramian.again import call_again, without_traces
 from hf_jd.gramian.graph import Differentiator
 from hf_jd.gramian.layouts import Segments, UnmappedError, shared_features
+from hf_jd.gramian.random_streams import unchanged_streams
 from hf_jd.gramian.rows import DenseRows, Rows
 from hf_jd.gramian.rules import outer
 from hf_jd.gramian.taps import Call
@@ -68,6 +69,36 @@ def module_rows(
             each = [some(members) for members in segments.members()]
             rows = {name: torch.stack([row[name] for row in each]) for name in targets}
     return {n: DenseRows(r.reshape(len(r), -1).to(targets[n].dtype), targets[n].shape) for n, r in rows.items()}
+
+
+def single_precision_gradients(
+    module: nn.Module,
+    targets: Mapping[str, nn.Parameter],
+    call: Call,
+    inputs: Sequence[Tensor],
+    grad_output: Tensor,
+) -> dict[str, Tensor]:
+    """The vector-Jacobian product of a copy of a module in float32, by parameter; its first output counts.
+
+    Args:
+        module: The module.
+        targets: The parameters of interest, by name below it.
+        call: How it was called.
+        inputs: The tensors to call it with.
+        grad_output: Gradient of its output.
+    """
+
+    def single(tensor: Tensor) -> Tensor:
+        return tensor.detach().float() if tensor.is_floating_point() else tensor
+
+    copies = {name: single(t).clone() for name, t in [*module.named_parameters(), *module.named_buffers()]}
+    device = grad_output.device
+    with unchanged_streams(device), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        wanted = [copies[name].requires_grad_() for name in targets]
+        args, kwargs = call.arguments([single(t) for t in inputs])
+        output = call.float_outputs(call_again(module, copies, args, kwargs))[0]
+        gradients = torch.autograd.grad(output, wanted, grad_output.to(output.dtype))
+    return {name: g.to_dense() if g.is_sparse else g for name, g in zip(targets, gradients, strict=True)}
 
 
 class _Repeated:
