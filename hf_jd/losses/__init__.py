@@ -53,6 +53,7 @@ __all__ = [
     "check_targets",
     "differs",
     "is_summed",
+    "known_kind",
     "loss_kind",
     "model_inputs",
     "reads_logits",
@@ -71,6 +72,17 @@ def loss_kind(model: nn.Module) -> str:
     Raises:
         ValueError: There is none.
     """
+    kind = known_kind(model)
+    if kind is None:
+        raise ValueError(
+            f"{type(bare(model)).__name__} has no built-in unreduced loss (there are: {', '.join(LOSSES)}): override "
+            "`compute_losses` and return one loss for each instance or token."
+        )
+    return kind
+
+
+def known_kind(model: nn.Module) -> str | None:
+    """The key of `LOSSES` for a model; None where there is none."""
     core = bare(model)
     name, kind = type(core).__name__, getattr(core, "loss_type", None)
     answers = {
@@ -83,12 +95,7 @@ def loss_kind(model: nn.Module) -> str:
         kind = "ForMultipleChoice"
     elif kind is None and name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         kind = "ForCausalLM"  # As GPT2LMHeadModel, whose name does not say it.
-    if kind not in LOSSES:
-        raise ValueError(
-            f"{name} has no built-in unreduced loss (there are: {', '.join(LOSSES)}): override `compute_losses` and "
-            "return one loss for each instance or token."
-        )
-    return kind
+    return kind if kind in LOSSES else None
 
 
 def check_targets(kind: str, inputs: Mapping[str, Any]) -> None:

@@ -15,8 +15,8 @@ from transformers.utils import logging
 from hf_jd.arguments import JDArguments
 from hf_jd.batches import group_ids, without_groups
 from hf_jd.distributed.processes import process_count
-from hf_jd.losses import LOSSES, NAMED_LOSSES, bare, check_targets, is_summed, loss_kind, model_inputs
-from hf_jd.trainer.own_loss import OwnLoss
+from hf_jd.losses import LOSSES, NAMED_LOSSES, bare, check_targets, is_summed, known_kind, loss_kind, model_inputs
+from hf_jd.trainer.own_loss import OwnLoss, overridden
 
 logger = logging.get_logger(__name__)
 
@@ -73,6 +73,9 @@ class LossesMixin(Host):
         # Whether the model's outputs have several losses by name; None: not known. And whether Trainer averages them.
         self._jd_brings_losses: bool | None = None
         self._jd_averaged = False
+        # Of the loss that Trainer's own step computed last: the inputs, and the unreduced values of a user's function.
+        self._jd_inputs: dict[str, Any] = {}
+        self._jd_values: tuple[Tensor, Tensor] | None = None
 
     def compute_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Losses | Mapping[str, Losses]:
         """Computes the unreduced losses of a batch: the one method to override for a loss of your own.
@@ -125,15 +128,36 @@ class LossesMixin(Host):
 
     @property
     def splits_loss(self) -> bool:
-        """Whether the loss of Trainer's own step is split at the model's outputs."""
-        return self.jd_args.kind.of_batches or (not self.jd_args.kind.several and self.has_own_loss)
+        """Whether the loss of Trainer's own step is split at the model's outputs; else unreduced losses are computed."""
+        jd, own = self.jd_args, overridden(self)
+        if jd.kind.of_batches or jd.kind.several or own == "compute_losses":
+            return jd.kind.of_batches
+        again = jd.jd_backward == "two_pass" or self.is_deepspeed_enabled or self.is_fsdp_enabled
+        return own is not None or not (again or jd.jd_extra_losses != "mean")
 
     @property
     def has_own_loss(self) -> bool:
-        """Whether `compute_loss` is another one than Trainer's, and `compute_losses` is not."""
-        own = next(cls for cls in type(self).__mro__ if cls is not LossesMixin and "compute_loss" in vars(cls))
-        unreduced = next(cls for cls in type(self).__mro__ if "compute_losses" in vars(cls))
-        return unreduced is LossesMixin and (own is not Trainer or "compute_loss" in vars(self))
+        """Whether `compute_loss` is the user's own."""
+        return overridden(self) == "compute_loss"
+
+    def known_values(self, output: Any) -> tuple[Tensor, Tensor] | None:
+        """The unreduced values of the loss that was computed last, and which of them count; None: not known.
+
+        Args:
+            output: What the model returned.
+        """
+        values, inputs = self._jd_values, self._jd_inputs
+        self._jd_values, self._jd_inputs = None, {}
+        if values is not None or self.jd_loss_func is not None or self.has_own_loss:
+            return values
+        core = self.accelerator.unwrap_model(self.model)
+        kind = known_kind(core)
+        if kind is None or not isinstance(output, Mapping):
+            return None
+        check_targets(kind, inputs)
+        with torch.no_grad():
+            losses, counted = by_name(self.read_losses(output, inputs, core))
+        return losses[LOSS], counted[LOSS]
 
     def read_losses(self, outputs: Any, inputs: Mapping[str, Any], core: nn.Module) -> Any:
         """What `compute_losses` reads from the outputs of the model `core`, as Trainer has got it."""
@@ -148,6 +172,8 @@ class LossesMixin(Host):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The mean of the objectives in training; Trainer's own loss in evaluation, and where that is split."""
+        if self.splits_loss and model.training:
+            self._jd_inputs = dict(inputs) if isinstance(inputs, Mapping) else {}
         if self.splits_loss or return_outputs or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._jd_extra_loss = None
@@ -233,9 +259,15 @@ class LossesMixin(Host):
         self.jd_loss_names = found
 
     def _batch_loss(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
-        """What Trainer asks of a `compute_loss_func`, in evaluation: one loss, from the user's unreduced ones."""
+        """What Trainer asks of a `compute_loss_func`: one loss, be it from a user's unreduced ones."""
         assert self.jd_loss_func is not None
-        losses, counted = by_name(_checked(self.jd_loss_func(outputs, labels, num_items_in_batch=None)))
+        found = self.jd_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
+        if isinstance(found, Tensor) and not found.ndim:
+            return found
+        losses, counted = by_name(_checked(found))
+        if len(losses) == 1:
+            ((name, values),) = losses.items()
+            self._jd_values = values.detach(), counted[name]
         number = num_items_in_batch if len(losses) == 1 else None
         means = [
             values.masked_fill(~counted[name], 0).sum() / (counted[name].sum() if number is None else number)

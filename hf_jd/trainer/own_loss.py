@@ -131,22 +131,16 @@ def _refuse(whole: float, ours: float, before: str = "") -> NoReturn:
     )
 
 
-def check_compute_loss(trainer: JDTrainerMixin) -> None:
-    """Raises a ValueError for a `compute_loss` of the user's own, without the `compute_losses` that belongs to it.
+def overridden(trainer: Any) -> str | None:
+    """Which of `compute_losses` and `compute_loss` is the user's own, the nearer one; None: neither is.
 
-    Training asks for unreduced losses, and would go past it: be it a class's, an instance's or one that was put in the
-    place of Trainer's.
+    Be it a class's, an instance's or one that was put in the place of Trainer's.
     """
-    found = [(type(trainer).__name__, vars(trainer)), *((cls.__name__, vars(cls)) for cls in type(trainer).__mro__)]
-    for name, attributes in found:
+    for attributes in (vars(trainer), *(vars(cls) for cls in type(trainer).__mro__)):
         unreduced = attributes.get("compute_losses")
         if unreduced is not None and getattr(unreduced, "__module__", None) not in _KNOWN:
-            return  # It is nearer than any `compute_loss` that comes after it.
+            return "compute_losses"
         own = attributes.get("compute_loss")
         if own is not None and (getattr(own, "__module__", None) not in _KNOWN or hasattr(own, "__wrapped__")):
-            sft = " (or use JDSFTTrainer)" if name == "SFTTrainer" else ""
-            raise ValueError(
-                f"{name} has a `compute_loss` of its own, which gives one loss for the whole batch, and training needs "
-                "one for each instance [B], or for each token [B, T] with a bool tensor of those that count: override "
-                f"`compute_losses` beside it{sft}."
-            )
+            return "compute_loss"
+    return None
