@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
 
 GROUP_KEY = "jd_group"
 """The batch's key of the group ids, [B] int64."""
+
+EXAMPLES_KEY = "jd_examples"
+"""The batch's key of a tensor [B], which tells how many examples were collated."""
 
 
 def is_missing(value: Any) -> bool:
@@ -57,6 +60,24 @@ class GroupCollator:
                 f"The group column `{self.column}` holds names, such as `{value}`, and a stream's names can't be known "
                 "beforehand: list them with --jd_groups."
             ) from None
+
+
+class ExampleCounter:
+    """Wraps a collator: adds the number of examples, which the collator may have made several rows of each.
+
+    Args:
+        collator: The collator of everything else.
+    """
+
+    def __init__(self, collator: Callable[[list], Any]):
+        self.collator = collator
+
+    def __call__(self, examples: list) -> Any:
+        """Collates; what isn't a dict stays as it is."""
+        batch = self.collator(examples)
+        if isinstance(batch, MutableMapping):
+            batch[EXAMPLES_KEY] = torch.zeros(len(examples), dtype=torch.int64)
+        return batch
 
 
 def group_names(dataset: Any, column: str, known: list[str] | None = None) -> list[str] | None:

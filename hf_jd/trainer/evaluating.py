@@ -25,6 +25,8 @@ class EvaluationMixin(LossesMixin):
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Predicts, without the groups' ids, and keeps the losses of their instances; see Trainer."""
+        if not isinstance(inputs, Mapping):  # Some of TRL's trainers take lists of examples.
+            return super().prediction_step(model, inputs, *args, **kwargs)
         groups, inputs = inputs.get(GROUP_KEY), without_groups(inputs)
         if groups is None or self.splits_loss:  # A scalar of the trainer's own tells no group's loss.
             return super().prediction_step(model, inputs, *args, **kwargs)

@@ -19,7 +19,7 @@ from transformers import Seq2SeqTrainer, Trainer
 
 from hf_jd.arguments import JDArguments
 from hf_jd.checkpoints import STATE_FILE, check_writable
-from hf_jd.collator import GroupCollator, group_names
+from hf_jd.collator import ExampleCounter, GroupCollator, group_names
 from hf_jd.gramian import Engine
 from hf_jd.metrics import Averages, pairs, readable
 from hf_jd.trainer.control import Control
@@ -71,7 +71,6 @@ class JDTrainerMixin(EvaluationMixin):
         self._jd_engine: tuple[nn.Module, Engine] | None = None
         self.jd_group_names: list[str] | None = jd.jd_groups
         self._jd_broken_in_a_row = 0
-        self.jd_examples: int | None = None
         if jd.jd_group_column is not None:
             if self.train_dataset is not None:
                 self.jd_group_names = group_names(self.train_dataset, jd.jd_group_column, jd.jd_groups)
@@ -109,6 +108,17 @@ class JDTrainerMixin(EvaluationMixin):
         with lost_peers(self):
             check_given(self, resume_from_checkpoint)
             return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """Has batches tell how many examples they hold, if a loss is split between these; see Trainer."""
+        if not self.splits_loss:
+            return super().get_train_dataloader()
+        collator = self.data_collator
+        self.data_collator = ExampleCounter(collator)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Keeps the micro-batches of an update, for `training_step`; see Trainer."""

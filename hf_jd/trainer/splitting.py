@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hf_jd.collator import GROUP_KEY
+from hf_jd.collator import EXAMPLES_KEY, GROUP_KEY
 from hf_jd.distributed.processes import process_count
 from hf_jd.gramian import Jacobian
 from hf_jd.gramian.rows import DenseRows
@@ -32,10 +32,12 @@ class Whose(NamedTuple):
 
     Attributes:
         groups: [B] the groups' ids, if there are groups.
+        examples: B, if it is known.
         documents: [N, T] the document of each token, if rows are packed; see `packed_documents`.
     """
 
     groups: Tensor | None
+    examples: int | None
     documents: Tensor | None
 
 
@@ -116,7 +118,7 @@ class SplitRecorder:
         trainer.jd_backward = take
         try:
             with trainer.accelerator.no_sync(self.model):
-                value = step(_without(batch, GROUP_KEY))
+                value = step(_without(batch, GROUP_KEY, EXAMPLES_KEY))
         finally:
             trainer.jd_backward = None
         if len(losses) != 1:
@@ -128,10 +130,13 @@ class SplitRecorder:
 
     def _whose(self, batch: Any) -> Whose:
         if not isinstance(batch, Mapping):
-            return Whose(None, None)
+            return Whose(None, None, None)
         device = self.trainer.args.device
-        found = (batch.get(GROUP_KEY), packed_documents(batch))
-        return Whose(*(None if ids is None else ids.to(device) for ids in found))
+        groups, documents = (
+            None if ids is None else ids.to(device) for ids in (batch.get(GROUP_KEY), packed_documents(batch))
+        )
+        counted = groups if groups is not None else batch.get(EXAMPLES_KEY)
+        return Whose(groups, None if counted is None else len(counted), documents)
 
     def _multiplied(self, loss: Tensor, whose: Whose, multipliers: Tensor | None) -> Tensor:
         if multipliers is None:
@@ -198,7 +203,7 @@ class SplitRecorder:
         if whose.documents is not None:
             return [_tokens(whose.documents, c.output) for c in cotangents]
         sizes = {len(c.output) for c in cotangents}
-        count = self.trainer.jd_examples if whose.groups is None else len(whose.groups)
+        count = whose.examples
         instances = count if count and all(n % count == 0 for n in sizes) else min(sizes)
         return [self.trainer.jd_instances(c.output, instances).to(c.output.device) for c in cotangents]
 
@@ -274,5 +279,7 @@ def _tokens(documents: Tensor, output: Tensor) -> Tensor:
     return documents[:, :length]
 
 
-def _without(batch: Any, key: str) -> Any:
-    return {k: v for k, v in batch.items() if k != key} if isinstance(batch, Mapping) and key in batch else batch
+def _without(batch: Any, *keys: str) -> Any:
+    if not isinstance(batch, Mapping) or not any(key in batch for key in keys):
+        return batch
+    return {key: value for key, value in batch.items() if key not in keys}
