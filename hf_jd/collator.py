@@ -13,6 +13,9 @@ from hf_jd.groups import as_list, group_of, has_column, is_missing, name_of
 GROUP_KEY = "jd_group"
 """The batch's key of the group ids, [B] int64."""
 
+EXAMPLES_KEY = "jd_examples"
+"""The batch's key of a tensor [B], which tells how many examples were collated."""
+
 
 class GroupCollator:
     """Wraps a collator: takes the group column out of the examples, and adds the groups' ids to the batch.
@@ -71,6 +74,24 @@ class GroupCollator:
                 f"The group column `{self.column}` holds names, such as `{name}`, and a stream's names can't be known "
                 "beforehand: list them with --jd_groups."
             ) from None
+
+
+class ExampleCounter:
+    """Wraps a collator: adds the number of examples, which the collator may have made several rows of each.
+
+    Args:
+        collator: The collator of everything else.
+    """
+
+    def __init__(self, collator: Callable[[list], Any]):
+        self.collator = collator
+
+    def __call__(self, examples: list) -> Any:
+        """Collates; what isn't a dict stays as it is."""
+        batch = self.collator(examples)
+        if isinstance(batch, MutableMapping):
+            batch[EXAMPLES_KEY] = torch.zeros(len(examples), dtype=torch.int64)
+        return batch
 
 
 class _WithoutColumn(dict):

@@ -63,7 +63,18 @@ def packed_documents(batch: Any, packed: str = "auto") -> Tensor | None:
     return documents if real is None else documents.masked_fill(~real, -1)
 
 
-def check_told(batch: Any) -> None:
+def documents_of(batch: Any, packed: str) -> Tensor | None:
+    """`packed_documents`, of a batch that has to tell them where it is `always` packed.
+
+    Raises:
+        ValueError: It doesn't.
+    """
+    if packed == "always":
+        _check_told(batch)
+    return packed_documents(batch, packed)
+
+
+def _check_told(batch: Any) -> None:
     """Raises a ValueError for a batch that can't say where documents begin, where it is to be packed always."""
     if not isinstance(batch, Mapping) or all(batch.get(key) is None for key in _TELLING):
         raise ValueError(

@@ -17,6 +17,7 @@ from hf_jd.batches import selected
 from hf_jd.distributed.processes import process_count
 from hf_jd.gramian.random_streams import set_random_state
 from hf_jd.objectives import Part
+from hf_jd.packing import documents_of
 from hf_jd.trainer.recording import Recorded, Recorder
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _without_broken(one: Recorded, usable: Tensor, recorder: Recorder) -> tuple[
     if not broken.any():
         return one.batch, torch.ones_like(usable)
     out = (part.segments >= 0) & broken.to(part.segments.device)[part.segments.clamp(min=0)]
-    documents = recorder.documents(one.batch)
+    documents = documents_of(one.batch, recorder.trainer.jd_args.jd_packed)
     keep = ~out
     if documents is not None:
         keep = torch.ones(int(documents.max()) + 1, dtype=torch.bool, device=out.device)

@@ -128,7 +128,7 @@ class LossesMixin(Host):
 
     @property
     def splits_loss(self) -> bool:
-        """Whether the loss of Trainer's own step is split at the model's outputs; else unreduced losses are computed."""
+        """Whether the loss of Trainer's own step is split at the model's outputs; else losses are unreduced."""
         jd, own = self.jd_args, overridden(self)
         if jd.kind.of_batches or jd.kind.several or own == "compute_losses":
             return jd.kind.of_batches

@@ -18,6 +18,7 @@ from torch._functorch import config as functorch_config
 from transformers import Seq2SeqTrainer, Trainer
 
 from hf_jd.checkpoints import STATE_FILE, check_writable
+from hf_jd.collator import ExampleCounter
 from hf_jd.gramian import Engine
 from hf_jd.metrics import Averages, pairs, readable
 from hf_jd.trainer.cotangents import OutputObserver
@@ -125,6 +126,17 @@ class JDTrainerMixin(EvaluationMixin):
     def follow_flags(self) -> None:
         """Makes what the flags decide: before each run, as a search sets other ones for each trial."""
         self.jd_control = follow_flags(self, self._jd_from_flags)
+
+    def get_train_dataloader(self) -> Any:
+        """Has batches tell how many examples they hold, if a loss is split between these; see Trainer."""
+        if not self.splits_loss:
+            return super().get_train_dataloader()
+        collator = self.data_collator
+        self.data_collator = ExampleCounter(collator)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Keeps the micro-batches of an update, for `training_step`; see Trainer."""

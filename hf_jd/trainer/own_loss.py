@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_jd.losses import bare, differs, loss_kind, reads_logits, reduced
-
-if TYPE_CHECKING:
-    from hf_jd.trainer.mixin import JDTrainerMixin
 
 logger = logging.get_logger(__name__)
 

@@ -15,7 +15,7 @@ from hf_jd.distributed.processes import anywhere, process_count
 from hf_jd.gramian import Jacobian
 from hf_jd.gramian.random_streams import RandomState, random_state
 from hf_jd.objectives import Loss, Part, by_loss
-from hf_jd.packing import by_document, by_token, check_told, packed_documents
+from hf_jd.packing import by_document, by_token, documents_of
 
 if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin
@@ -117,7 +117,7 @@ class Recorder:
         losses, counted, groups, extra = trainer.unreduced_losses(model or self.model, batch, again or self.again)
         if empty:
             counted, extra = {name: torch.zeros_like(found) for name, found in counted.items()}, None
-        documents = self.documents(batch)
+        documents = documents_of(batch, self.trainer.jd_args.jd_packed)
         if documents is not None:
             documents = documents.to(trainer.args.device)
             losses, counted = (by_document(tokens, documents) for tokens in (losses, counted))
@@ -160,7 +160,7 @@ class Recorder:
             some = bool(finite.any()) and not finite.all()
             if anywhere(some, device) if engine.sharded else some:
                 # NaN times 0 is NaN, in a backward pass too: the others have to be computed without those instances.
-                batch = selected(batch, finite, self.documents(batch)) if some else batch
+                batch = selected(batch, finite, documents_of(batch, self.trainer.jd_args.jd_packed)) if some else batch
                 state = random_state(device)
                 parts, extra = self.parts(batch, again=True)
             if extra is not None and extra.isfinite():
@@ -179,13 +179,6 @@ class Recorder:
             return engine.compute_jacobian(part.matrix() * self.scale, part.segments, self.materialise, retain_graph)
         engine.keep_up(part.losses.sum())
         return Jacobian(dict.fromkeys(self.trainer.trainable()), len(part.losses)) if len(part.losses) else None
-
-    def documents(self, batch: Any) -> Tensor | None:
-        """Whose each token of a micro-batch is, as `--jd_packed` has it; see `packed_documents`."""
-        packed = self.trainer.jd_args.jd_packed
-        if packed == "always":
-            check_told(batch)
-        return packed_documents(batch, packed)
 
     def _instances(self, losses: Mapping[str, Tensor], groups: Tensor | None, empty: bool) -> int:
         """How many instances a micro-batch has: as many as it has losses; losses of the whole batch are of one.

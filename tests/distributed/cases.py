@@ -27,10 +27,11 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_jd import JDTrainer, JDTrainingArguments
+from hf_jd import JDTrainer, JDTrainerMixin, JDTrainingArguments
 from hf_jd.distributed import columns, rows
 from tests.distributed.counting import Call, counted, deadly
 from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, with_lora
+from tests.trainer.own_losses import next_tokens, trainer_of
 from tests.trainer.runs import TASKS, arguments, collate, examples
 from tests.trainer.survivor import die_writing
 from tests.trainer.test_nothing_to_learn import without_some
@@ -118,6 +119,28 @@ class Ours(JDTrainer, InOrder):
         return losses, counted
 
 
+def scaled_penalised(trainer: Any, model: nn.Module, inputs: dict[str, Tensor], number: Any) -> tuple[Tensor, Any]:
+    """A loss that takes the number of tokens of all processes, as Trainer's own does, and a penalty on parameters."""
+    loss, outputs = next_tokens(trainer, model, inputs, number)
+    penalty = sum(p.square().sum() for p in model.parameters() if p.requires_grad)
+    share = len(outputs.logits) / trainer.examples
+    return (loss + 0.01 * share * penalty) * trainer.accelerator.num_processes, outputs
+
+
+class TheirOwnLoss(trainer_of(scaled_penalised, InOrder)):
+    """A Trainer with a loss of its own."""
+
+    def get_batch_samples(self, *args):
+        batches, number = super().get_batch_samples(*args)
+        examples = torch.tensor(sum(len(batch["labels"]) for batch in batches))
+        self.examples = int(self.accelerator.gather(examples).sum())
+        return batches, number
+
+
+class OurOwnLoss(JDTrainerMixin, TheirOwnLoss):
+    """The same, split at the model's outputs."""
+
+
 def spoil_loss(losses: Tensor, ids: Tensor) -> Tensor:
     """Losses that are NaN for the instances whose first token is even and below 16."""
     return losses.masked_fill(_spoiled(ids), torch.nan)
@@ -172,6 +195,7 @@ def train(
     sharded: bool = False,
     checkpointing: bool = False,
     clip: float = 0.5,
+    own_loss: bool = False,
     **flags: Any,
 ) -> dict[str, Any]:
     """Trains for some steps: the parameters, what was logged, and the collectives that were called.
@@ -193,6 +217,7 @@ def train(
         sharded: Whether FSDP2 shards the model.
         checkpointing: Whether FSDP2 checkpoints activations.
         clip: The norm that gradients are clipped to, 0 for none.
+        own_loss: Whether `compute_loss` is the trainer's own.
         flags: Of the arguments.
     """
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -215,12 +240,13 @@ def train(
         )
         if sharded:
             shard(args)
-        trainer = (InOrder if stock else Ours)(
+        theirs, ours = (TheirOwnLoss, OurOwnLoss) if own_loss else (InOrder, Ours)
+        trainer = (theirs if stock else ours)(
             MODELS[model](),
             args,
             train_dataset=data if dispatched is None else Stream(data),
             data_collator=without_some(*(data[i]["input_ids"] for i in dropped)) if dropped else collate,
-            compute_loss_func=reduced_loss if stock else token_losses,
+            compute_loss_func=None if own_loss else reduced_loss if stock else token_losses,
         )
         if spoiled is not None:
             trainer.spoiled = globals()[spoiled]

@@ -123,3 +123,21 @@ def test_what_is_not_finite_on_one_process_is_left_out_by_all(backward, spoiled,
     left_out = [entry["jd/non_finite"] for entry in one["history"]]
     assert sum(left_out) > 0
     assert [entry["jd/non_finite"] for entry in many[1]["history"]] == left_out
+
+
+@pytest.mark.parametrize("own", [INSTANCE, GROUP], ids=["instance", "group"])
+def test_two_processes_are_one_for_an_own_loss(own, pools, alone):
+    # 23 examples are batches of 4, ..., 4 and 3: over two processes the last is of 2 and 1. One has no label at all.
+    configuration = {"own_loss": True, "n": 23, "gradient_accumulation_steps": 3}
+    many = pools(2).run("train", **configuration, **own, bucket=5000)
+    one = alone(**configuration, **own)
+    assert (many[0]["parameters"] == many[1]["parameters"]).all()
+    assert [call.name for call in many[0]["calls"]] == [call.name for call in many[1]["calls"]]
+    assert relative(many[0], one) < 1e-10
+    assert_logged_alike(many[0], one)
+    stock = pools(2).run("train", stock=True, **configuration)[0]
+    mean = pools(2).run("train", jd_weighting="mean", **configuration, **own)[0]
+    assert relative(mean, stock) < 1e-10
+    assert relative(many[0], stock) > 1e-6
+    for our, their in zip(mean["history"], stock["history"], strict=True):
+        assert {key: our[key] for key in their} == pytest.approx(their, rel=1e-6)
