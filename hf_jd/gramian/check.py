@@ -170,7 +170,8 @@ class Checker:
             "its own. Usual causes: BatchNorm in training mode (use GroupNorm, or .eval()), a balancing loss over the "
             "batch or in-batch negatives (take them out of the per-instance losses), statistics over the batch, and in "
             "packed rows attention across documents (give no attention_mask, and use_cache=False). "
-            "To take the losses as they are, differentiate them one by one: Engine(..., batch_dim=None)."
+            "To take the losses as they are, differentiate them one by one: Engine(..., batch_dim=None), or in a "
+            "Trainer each batch as one objective: --jd_objectives batch."
         )
 
 

@@ -15,6 +15,7 @@ from transformers.utils import logging
 from hf_jd.arguments import JDArguments
 from hf_jd.batches import group_ids, without_groups
 from hf_jd.distributed.processes import process_count
+from hf_jd.gramian.random_streams import unchanged_streams
 from hf_jd.losses import LOSSES, NAMED_LOSSES, bare, check_targets, is_summed, known_kind, loss_kind, model_inputs
 from hf_jd.trainer.own_loss import OwnLoss, overridden
 
@@ -73,9 +74,9 @@ class LossesMixin(Host):
         # Whether the model's outputs have several losses by name; None: not known. And whether Trainer averages them.
         self._jd_brings_losses: bool | None = None
         self._jd_averaged = False
-        # Of the loss that Trainer's own step computed last: the inputs, and the unreduced values of a user's function.
-        self._jd_inputs: dict[str, Any] = {}
-        self._jd_values: tuple[Tensor, Tensor] | None = None
+        # Whether Trainer's own loss is split, and whether a user's function has told; None: not known.
+        self._jd_splits: bool | None = None
+        self._jd_knows_func = False
 
     def compute_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Losses | Mapping[str, Losses]:
         """Computes the unreduced losses of a batch: the one method to override for a loss of your own.
@@ -129,35 +130,41 @@ class LossesMixin(Host):
     @property
     def splits_loss(self) -> bool:
         """Whether the loss of Trainer's own step is split at the model's outputs; else losses are unreduced."""
-        jd, own = self.jd_args, overridden(self)
-        if jd.kind.of_batches or jd.kind.several or own == "compute_losses":
-            return jd.kind.of_batches
-        again = jd.jd_backward == "two_pass" or self.is_deepspeed_enabled or self.is_fsdp_enabled
-        return own is not None or not (again or jd.jd_extra_losses != "mean")
+        if self._jd_splits is None:
+            self._jd_splits = self._splits_loss()
+        return self._jd_splits
+
+    def _splits_loss(self) -> bool:
+        kind, own = self.jd_args.kind, overridden(self)
+        if kind.of_batches or kind.several or own is not None:
+            return kind.of_batches or (own == "compute_loss" and not kind.several)
+        return self.jd_loss_func is None and known_kind(self.accelerator.unwrap_model(self.model)) is None
 
     @property
     def has_own_loss(self) -> bool:
         """Whether `compute_loss` is the user's own."""
         return overridden(self) == "compute_loss"
 
-    def known_values(self, output: Any) -> tuple[Tensor, Tensor] | None:
-        """The unreduced values of the loss that was computed last, and which of them count; None: not known.
+    def learn_loss_func(self, model: nn.Module, batch: Any, num_items: Any) -> bool:
+        """Finds out whether the user's `compute_loss_func` returns one loss, as Trainer has it, or unreduced ones.
 
         Args:
-            output: What the model returned.
+            model: As Trainer has wrapped it.
+            batch: The first one.
+            num_items: How many tokens Trainer counted in the update.
+
+        Returns:
+            Whether it was found out now, and it is one.
         """
-        values, inputs = self._jd_values, self._jd_inputs
-        self._jd_values, self._jd_inputs = None, {}
-        if values is not None or self.jd_loss_func is not None or self.has_own_loss:
-            return values
-        core = self.accelerator.unwrap_model(self.model)
-        kind = known_kind(core)
-        if kind is None or not isinstance(output, Mapping):
-            return None
-        check_targets(kind, inputs)
-        with torch.no_grad():
-            losses, counted = by_name(self.read_losses(output, inputs, core))
-        return losses[LOSS], counted[LOSS]
+        if self.jd_loss_func is None or self._jd_knows_func or self.jd_args.kind.several or overridden(self):
+            return False
+        self._jd_knows_func = True
+        inputs = dict(self._prepare_inputs(without_groups(batch)))
+        labels = inputs.pop("labels", None)
+        with torch.no_grad(), unchanged_streams(self.args.device), self.compute_loss_context_manager():
+            found = self.jd_loss_func(model(**inputs), labels, num_items_in_batch=num_items)
+        self._jd_splits = isinstance(found, Tensor) and not found.ndim
+        return self._jd_splits
 
     def read_losses(self, outputs: Any, inputs: Mapping[str, Any], core: nn.Module) -> Any:
         """What `compute_losses` reads from the outputs of the model `core`, as Trainer has got it."""
@@ -172,8 +179,6 @@ class LossesMixin(Host):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The mean of the objectives in training; Trainer's own loss in evaluation, and where that is split."""
-        if self.splits_loss and model.training:
-            self._jd_inputs = dict(inputs) if isinstance(inputs, Mapping) else {}
         if self.splits_loss or return_outputs or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._jd_extra_loss = None
@@ -265,9 +270,6 @@ class LossesMixin(Host):
         if isinstance(found, Tensor) and not found.ndim:
             return found
         losses, counted = by_name(_checked(found))
-        if len(losses) == 1:
-            ((name, values),) = losses.items()
-            self._jd_values = values.detach(), counted[name]
         number = num_items_in_batch if len(losses) == 1 else None
         means = [
             values.masked_fill(~counted[name], 0).sum() / (counted[name].sum() if number is None else number)

@@ -27,7 +27,7 @@ from hf_jd.trainer.peers import check_given, check_same_weights, lost_peers
 from hf_jd.trainer.resuming import checkpoint_to_resume, load_weighting, needed_files, save_weighting
 from hf_jd.trainer.run_log import RunLog
 from hf_jd.trainer.sampling import stratified_sampler
-from hf_jd.trainer.setup import FromFlags, check_liger, check_setup, follow_flags
+from hf_jd.trainer.setup import FromFlags, check_liger, check_own_loss, check_setup, follow_flags
 from hf_jd.trainer.split_update import SplitUpdate
 from hf_jd.trainer.update import Update
 from hf_jd.trainer.weighing import JDState
@@ -156,6 +156,9 @@ class JDTrainerMixin(EvaluationMixin):
         to_train_mode = getattr(self.optimizer, "train", None)
         if callable(to_train_mode):
             to_train_mode()  # Schedule-free optimizers have two modes.
+        if self.learn_loss_func(model, inputs, num_items_in_batch):
+            check_own_loss(self)
+            self._observe_outputs()
         if self.splits_loss:
             return self._split_step(model, inputs, num_items_in_batch)
         if self.jd_args.jd_scope == "micro_batch" or self.jd_apart:
@@ -168,6 +171,7 @@ class JDTrainerMixin(EvaluationMixin):
 
     def _split_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> Tensor:
         """Runs Trainer's own step with its backward taken over; at the last micro-batch, adds the update to `.grad`."""
+        self.engine()  # Its hooks have to be there before the forward.
         self._jd_seen += 1
         alone = self.jd_args.jd_scope == "micro_batch" or self.jd_apart
         if self._jd_update is None:
@@ -262,8 +266,15 @@ class JDTrainerMixin(EvaluationMixin):
         if self._jd_engine is None or self._jd_engine[0] is not self.model:
             self._leave_model()
             self._jd_engine = (self.model, Engine(self.model, check=self.jd_args.jd_check))
-            self.jd_outputs = OutputObserver(_called(self.model) if self.splits_loss else [])
+            self._observe_outputs()
         return self._jd_engine[1]
+
+    def _observe_outputs(self) -> None:
+        """Keeps what the model returns, if a loss is split there; and the one in a PEFT model, which some losses call."""
+        self.jd_outputs.remove()
+        inner = getattr(self.model, "get_base_model", None)
+        called = [self.model] if inner is None else [self.model, inner()]
+        self.jd_outputs = OutputObserver(called if self.splits_loss else [])
 
     def count_broken(self, broken: bool) -> None:
         """Counts the updates in a row in which something wasn't finite, and stops after `--jd_max_non_finite`."""
@@ -274,12 +285,6 @@ class JDTrainerMixin(EvaluationMixin):
                 f"being {self.state.global_step + 1}; the parameters are finite still. Lower the learning rate, look "
                 "at the data that the log names, or allow more with --jd_max_non_finite."
             )
-
-
-def _called(model: nn.Module) -> list[nn.Module]:
-    """The model, and the one inside a PEFT model, which some losses call."""
-    inner = getattr(model, "get_base_model", None)
-    return [model] if inner is None else [model, inner()]
 
 
 class JDTrainer(JDTrainerMixin, Trainer):

@@ -108,7 +108,7 @@ def check_setup(trainer: JDTrainerMixin) -> None:
             "use a dataset with a length, or --jd_sampler trainer."
         )
     check_engine(trainer)
-    _check_own_loss(trainer)
+    check_own_loss(trainer)
     spared = trainer.jd_args.jd_every > 1 or trainer.jd_args.jd_warmup_steps or trainer.jd_args.jd_monitor_every
     beside_ddp = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if spared and beside_ddp:
@@ -141,7 +141,7 @@ def check_liger(trainer: JDTrainerMixin) -> None:
         raise ValueError("Liger's fused loss keeps no loss of each token: switch --use_liger_kernel off.")
 
 
-def _check_own_loss(trainer: JDTrainerMixin) -> None:
+def check_own_loss(trainer: JDTrainerMixin) -> None:
     """Raises a ValueError for what needs the losses' values, where only a scalar of the trainer's own is known."""
     jd, name = trainer.jd_args, type(trainer).__name__
     if jd.kind.several and trainer.has_own_loss:
