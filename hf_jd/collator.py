@@ -45,6 +45,11 @@ class GroupCollator:
             return self.collator(examples)
         values = [name for example in examples for name in _each(example[self.column])]
         batch = self.collator([{k: v for k, v in example.items() if k != self.column} for example in examples])
+        if not isinstance(batch, MutableMapping):
+            raise ValueError(
+                f"The collator returns a {type(batch).__name__}, to which no groups can be added, as it does for TRL's "
+                f"GRPO and RLOO: leave out --jd_group_column {self.column}, or use a collator that returns a dict."
+            )
         batch[GROUP_KEY] = torch.tensor([self._id(value) for value in values], dtype=torch.int64)
         return batch
 

@@ -460,9 +460,8 @@ def test_the_gramian_of_batches_is_that_of_their_gradients(tmp_path):
 def refused(directory: Any, match: str, loss: Any = None, cls: Any = None, **flags: Any) -> None:
     case = Case(loss or CASES["focal"].loss)
     cls = cls or type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {})
-    trainer = cls(
-        case.build(), arguments(directory, **flags), train_dataset=case.examples(8), data_collator=case.collate
-    )
+    args = arguments(directory, per_device_train_batch_size=8, **flags)
+    trainer = cls(case.build(), args, train_dataset=case.examples(8), data_collator=case.collate)
     with pytest.raises(ValueError, match=match):
         trainer.train()
 
@@ -476,10 +475,15 @@ def past_forward(trainer, model, inputs, number):
     return F.cross_entropy(model.classifier(states[:, 0]), inputs["labels"]), None
 
 
+def without_graph(trainer, model, inputs, number):
+    outputs = model(**inputs)
+    return outputs.loss.detach(), outputs
+
+
 @pytest.mark.parametrize(
     ("loss", "shapes"),
-    [(of_parameters, "none"), (past_forward, "none"), (cached, "none")],
-    ids=["parameters", "past-forward", "own-backward"],
+    [(of_parameters, "none"), (past_forward, "none"), (cached, "none"), (without_graph, r"\[8, 3\]")],
+    ids=["parameters", "past-forward", "own-backward", "without-graph"],
 )
 def test_a_loss_that_does_not_read_the_outputs_is_refused(loss, shapes, tmp_path):
     match = rf"does not depend on what the model returned .*outputs of shapes {shapes}.*--jd_objectives batch"
