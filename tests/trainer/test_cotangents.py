@@ -340,8 +340,9 @@ def states_and_tokens(trainer, model, inputs, number):
 
 @pytest.mark.parametrize("kind", [{}, GROUP], ids=["instance", "group"])
 @pytest.mark.parametrize("loss", [own_losses.next_tokens, own_losses.scaled, states_and_tokens])
-def test_rows_of_outputs_that_mixed_precision_has_cast(loss, kind, tmp_path):
-    case = Case(loss, lambda: lora("gpt2", warm=True).float(), text=True)
+@pytest.mark.parametrize("build", [lambda: lora("gpt2", warm=True), tiny_llama], ids=["lora", "full"])
+def test_rows_of_outputs_that_mixed_precision_has_cast(build, loss, kind, tmp_path):
+    case = Case(loss, lambda: build().float(), text=True)
     flags = {"max_steps": 1, "per_device_train_batch_size": 5, "train_sampling_strategy": "sequential"}
     gramians = []
     for bf16 in (False, True):
