@@ -11,6 +11,7 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_jd.contradictions import check_flags, check_weighting
 from hf_jd.objectives import OBJECTIVES, Kind
+from hf_jd.packing import PACKED
 from hf_jd.weighting import WEIGHTINGS, Weighting, build_weighting
 
 _CHOICES = {
@@ -21,6 +22,7 @@ _CHOICES = {
     "jd_when_full": ("error", "micro_batch"),
     "jd_extra_losses": ("mean", "objective", "error"),
     "jd_sampler": ("trainer", "stratified"),
+    "jd_packed": PACKED,
     "jd_normalize": ("none", "rows", "loss"),
 }
 _LEAST = {"jd_max_non_finite": 1, "jd_every": 1, "jd_warmup_steps": 0, "jd_monitor_every": 1}
@@ -105,6 +107,15 @@ class JDArguments:
             "Trainer; `mean` gives each group its own mean, so that all groups count the same."
         },
     )
+    jd_packed: str = field(
+        default="auto",
+        metadata={
+            "help": "Whether a row of tokens holds several documents, each of them an instance: `auto`, where the "
+            "batch says so as packing collators do (`cu_seq_lens_q`, `seq_idx`, or `position_ids` that begin again, "
+            "without an `attention_mask` or in one row); `always`, wherever `position_ids` begin again or don't grow; "
+            "`never`: each row is one instance."
+        },
+    )
     jd_sampler: str = field(
         default="trainer",
         metadata={
@@ -184,6 +195,15 @@ class JDArguments:
         """Validate the flags.
 
         Raises:
+            ValueError: See `validate`.
+        """
+        self.validate()
+        super().__post_init__()  # ty: ignore[missing-attribute]  # that of TrainingArguments
+
+    def validate(self) -> None:
+        """Validate the --jd_* flags as they are now: each trial of a hyperparameter search sets other ones.
+
+        Raises:
             ValueError: A flag has a value that isn't allowed, or two flags contradict each other.
         """
         for name, choices in _CHOICES.items():
@@ -198,7 +218,6 @@ class JDArguments:
         check_flags(self)
         check_weighting(self, self.build_weighting())
         self.keep_rows()
-        super().__post_init__()  # ty: ignore[missing-attribute]  # that of TrainingArguments
 
     @property
     def kind(self) -> Kind:

@@ -52,7 +52,7 @@ def what_is_missing(checkpoint: Path, needed: Iterable[str]) -> str | None:
             return f"it has no {name}"
     for file in chain(weights, *others.values()):
         if not _is_whole(file):
-            return f"its {file.name} is cut off"
+            return f"its {file.name} is not whole"
     return None
 
 
@@ -65,7 +65,13 @@ def _is_whole(file: Path) -> bool:
                 return True
         except (SafetensorError, OSError):
             return False
-    return file.suffix == ".json" or zipfile.is_zipfile(file)  # as torch.save writes
+    if file.suffix == ".json":  # the index of shards
+        try:
+            shards = json.loads(file.read_text("utf-8"))["weight_map"].values()
+        except (ValueError, KeyError):
+            return False
+        return all((file.parent / shard).is_file() for shard in set(shards))
+    return zipfile.is_zipfile(file)  # as torch.save writes
 
 
 def newest_whole(directory: Path, needed: Iterable[str]) -> tuple[Path | None, dict[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_jd.weighting import WEIGHTINGS, MeanWeighting
@@ -59,7 +59,8 @@ def _check_preferences(args: JDArguments, weighting: Any, name: str) -> None:
     preferences = args.preferences()
     if not preferences:
         return
-    if not hasattr(weighting, "pref_vector"):
+    # Preferences are those of the groups that are there, so that the weighting is made anew with them.
+    if not is_dataclass(weighting) or not hasattr(weighting, "pref_vector"):
         takers = [key for key, cls in WEIGHTINGS.items() if "pref_vector" in inspect.signature(cls).parameters]
         raise ValueError(
             f"--jd_preferences is for weightings that take preferences, and `{name}` does not: use one of "

@@ -183,7 +183,8 @@ class Objectives:
         own_mean: Whether each objective is its own mean, instead of its share of the whole.
         normalised: Whether the losses are already divided by the number of losses of the update.
         whole: The name of a loss of whole batches beside others: all its rows are one objective. None: there is none.
-        valued: Whether the losses' values are known: a loss that was split at the model's outputs has gradients only.
+        valued: Whether the losses' values are known: a loss that was split at the model's outputs may have gradients
+            only.
     """
 
     table: Tensor

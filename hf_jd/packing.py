@@ -9,34 +9,47 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+PACKED = ("auto", "always", "never")
+"""When rows hold several documents: where the batch says so beyond doubt, wherever it may say so, and never."""
 
-def packed_documents(batch: Mapping[str, Any]) -> Tensor | None:
+_TELLING = ("cu_seq_lens_q", "seq_idx", "position_ids")
+
+
+def packed_documents(batch: Any, packed: str = "auto") -> Tensor | None:
     """The document of each token, counted over all rows, where a row holds more than one.
 
-    Documents are told by `cu_seq_lens_q` or `seq_idx`, or begin where `position_ids` don't go on by 1, as attention in
-    transformers has it. Where there is an `attention_mask`, a document begins where positions don't grow, and padding
-    belongs to none.
+    Documents are told by what packing collators write: `cu_seq_lens_q`, `seq_idx`, or `position_ids` that begin again.
+    Positions alone say so with "auto" only where each one goes on by 1 or is the first one again, and where no
+    `attention_mask` lets the documents of several rows attend one another. With "always", a document begins wherever
+    positions don't go on by 1, or, beside a mask, where they don't grow; padding belongs to none.
 
     Args:
         batch: As collated.
+        packed: One of `PACKED`.
 
     Returns:
         [B, T], -1 for padding; None where no row is packed.
     """
-    tokens = next((batch[key] for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None), None)
-    if not isinstance(tokens, Tensor) or tokens.ndim < 2:
+    tokens = _tokens(batch) if packed != "never" else None
+    if tokens is None:
         return None
     shape, device = tokens.shape[:2], tokens.device
-    mask = batch.get("attention_mask")
-    real = mask.bool() if isinstance(mask, Tensor) and mask.shape == shape else None
-    bounds, index, positions = (batch.get(key) for key in ("cu_seq_lens_q", "seq_idx", "position_ids"))
-    if bounds is not None and shape[0] == 1:
-        lengths = torch.as_tensor(bounds, device=device).flatten().diff()
-        found = torch.arange(len(lengths), device=device).repeat_interleave(lengths)[None]
-        return found if len(lengths) > 1 and found.shape == shape else None
-    if index is not None and index.shape == shape:
+    bounds, index, positions, mask = (
+        torch.as_tensor(batch[key], device=device) if batch.get(key) is not None else None
+        for key in (*_TELLING, "attention_mask")
+    )
+    real = mask.bool() if mask is not None and mask.shape == shape else None
+    if bounds is not None and shape[0] == 1 and bounds.flatten()[-1] <= shape[1]:
+        begins = torch.zeros(shape, dtype=torch.bool, device=device)
+        ends = bounds.flatten()[1:]
+        begins[0, ends[ends < shape[1]].long()] = True
+        padding = torch.arange(shape[1], device=device)[None] >= ends[-1]
+        real = ~padding if real is None else real & ~padding
+    elif index is not None and index.shape == shape:
         begins = index.diff(prepend=index[:, :1] - 1) != 0
     elif positions is not None and positions.shape == shape:
+        if packed == "auto" and not _begin_again(positions, real, masked=mask is not None):
+            return None
         step = positions.diff(prepend=positions[:, :1] - 1)
         begins = step != 1 if real is None else (step < 1) | _first(real)
     else:
@@ -46,8 +59,54 @@ def packed_documents(batch: Mapping[str, Any]) -> Tensor | None:
         begins = begins & real
     if int(begins.sum(1).max()) < 2:
         return None
-    found = begins.flatten().cumsum(0).view(shape) - 1
-    return found if real is None else found.masked_fill(~real, -1)
+    documents = begins.flatten().cumsum(0).view(shape) - 1
+    return documents if real is None else documents.masked_fill(~real, -1)
+
+
+def documents_of(batch: Any, packed: str) -> Tensor | None:
+    """`packed_documents`, of a batch that has to tell them where it is `always` packed.
+
+    Raises:
+        ValueError: It doesn't.
+    """
+    if packed == "always":
+        _check_told(batch)
+    return packed_documents(batch, packed)
+
+
+def _check_told(batch: Any) -> None:
+    """Raises a ValueError for a batch that can't say where documents begin, where it is to be packed always."""
+    if not isinstance(batch, Mapping) or all(batch.get(key) is None for key in _TELLING):
+        raise ValueError(
+            "--jd_packed is `always`, and nothing in the batch tells where a document begins: use a collator that "
+            "returns `position_ids` [B, T] that begin again with each document, `seq_idx` [B, T] or `cu_seq_lens_q`; "
+            "or --jd_packed auto."
+        )
+
+
+def _tokens(batch: Any) -> Tensor | None:
+    """What has the shape [B, T, ...] of the tokens."""
+    if not isinstance(batch, Mapping):
+        return None
+    tokens = next((batch[key] for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None), None)
+    return tokens if isinstance(tokens, Tensor) and tokens.ndim > 1 else None
+
+
+def _begin_again(positions: Tensor, real: Tensor | None, masked: bool) -> bool:
+    """Whether positions [B, T] are those of documents, one after another.
+
+    Others don't grow either: a constant, positions given for padding, or those of a model that has a use of its own for
+    them. Of packed documents each goes on by 1, and all begin with the same position, the least one.
+    """
+    if masked and len(positions) > 1:
+        return False
+    real = torch.ones_like(positions, dtype=torch.bool) if real is None else real
+    # Between two tokens that aren't padding.
+    step, between = positions.diff(dim=1), real[:, 1:] & real[:, :-1]
+    least = positions.masked_fill(~real, positions.max()).min()
+    follows = (step == 1) & between
+    again = (step != 1) & between
+    return bool(follows.any() & again.any() & (positions[:, 1:] == least)[again].all())
 
 
 def unpacked(tokens: Tensor, documents: Tensor) -> Tensor:
@@ -91,6 +150,9 @@ def without_documents(batch: Mapping[str, Any], documents: Tensor, keep: Tensor)
         batch: As collated.
         documents: See `packed_documents`.
         keep: [D] (bool).
+
+    Raises:
+        ValueError: It holds rows of which it isn't known whose they are.
     """
     kept = by_token(keep.long(), documents).flatten() == 1
     lengths = torch.bincount(documents.flatten()[kept], minlength=len(keep))[keep]
@@ -102,14 +164,26 @@ def without_documents(batch: Mapping[str, Any], documents: Tensor, keep: Tensor)
             return bounds.to(value)
         if key in ("max_length_q", "max_length_k"):
             return longest
-        if not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or not value.ndim:
             return value
         if value.shape[:2] == documents.shape:
             return value.flatten(0, 1)[kept.to(value.device)][None]
-        by_document = value.ndim == 1 and len(value) == len(keep)
-        return value[keep.to(value.device)] if by_document else value
+        if value.shape[1:] == documents.shape:  # Positions in time, height and width.
+            return value.flatten(1)[:, kept.to(value.device)][:, None]
+        if len(value) == len(keep):
+            return value[keep.to(value.device)]
+        raise unknown_rows(key, f"shape {list(value.shape)}", f"{len(keep)} packed documents")
 
     return {key: of(key, value) for key, value in batch.items()}
+
+
+def unknown_rows(key: str, what: str, instances: str) -> ValueError:
+    """What is said of rows that belong to no known instance, where one is to be left out."""
+    return ValueError(
+        f"An instance whose loss isn't finite can't be taken out of its batch: `{key}` has {what} for {instances}, so "
+        "it isn't known which are its own. Leave that example out of the data, or have the collator give one row, or "
+        "one entry of a list, for each instance."
+    )
 
 
 def _first(real: Tensor) -> Tensor:

@@ -32,6 +32,8 @@ FORBIDDEN_ROOMS = {island: {"*"} - {island} for island in ISLANDS} | {
     "report": {"*"},
     "estimate": {"trainer", "arguments", "distributed", "gramian", "weighting", "losses", "metrics", "objectives"},
     "packing": {"*"},
+    "groups": {"*"},
+    "batches": {"trainer", "arguments", "finetune", "cli", "gramian", "weighting", "losses", "metrics"},
     "collator": {"trainer", "arguments", "finetune", "cli", "gramian", "weighting"},
 }
 # The formulas are plain numbers: only what reads a configuration knows models.

@@ -12,10 +12,10 @@ import pyarrow
 import pyarrow.parquet
 from datasets import Dataset, DatasetDict, load_dataset
 
-from hf_jd.collator import is_missing
 from hf_jd.finetune.arguments import DataArguments
 from hf_jd.finetune.example import example_data
 from hf_jd.finetune.sentences import first_sentence
+from hf_jd.groups import is_missing
 
 EXAMPLE_TASK_COLUMN = "task"
 

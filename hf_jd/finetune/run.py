@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from datasets import Dataset, DatasetDict
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_jd import JDTrainer, JDTrainingArguments
 from hf_jd.finetune.arguments import DataArguments, ModelArguments, RunArguments
@@ -24,6 +23,7 @@ from hf_jd.finetune.parser import Parser, read_settings, split_settings
 from hf_jd.finetune.results import Results
 from hf_jd.finetune.table import evaluation_table
 from hf_jd.finetune.tokens import tokenize
+from hf_jd.trainer.resuming import checkpoint_to_resume, needed_files, trainer_files
 
 _FILES_OF_A_RUN = ("trainer_state.json", "adapter_config.json", "adapter_model.safetensors", "model.safetensors")
 
@@ -88,7 +88,7 @@ def finetune(model: ModelArguments, data: DataArguments, run: RunArguments, trai
         trainer = build_trainer(path, model, data, run, training, examples)
         if not training.resume_from_checkpoint and trainer.is_world_process_zero():
             _remove_run(folder)
-        trainer.train(resume_from_checkpoint=_checkpoint(training))
+        trainer.train(resume_from_checkpoint=_checkpoint(trainer))
         _evaluate_at_the_end(trainer)
         trainer.save_model()
         trainer.save_state()
@@ -195,15 +195,10 @@ def _remove_run(folder: Path) -> None:
         shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
-def _checkpoint(training: TrainingArguments) -> str | None:
-    """The checkpoint to resume from: a folder, or the newest of the run's own."""
-    wanted = training.resume_from_checkpoint
-    if not wanted or wanted.lower() not in ("last", "true"):
-        if wanted and not Path(wanted).is_dir():
-            raise ValueError(f"--resume_from_checkpoint {wanted}: there is no such folder.")
-        return wanted or None
-    folder = Path(training.output_dir or "")
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if last is None:
-        raise ValueError(f"--resume_from_checkpoint {wanted}: {folder} holds no checkpoint.")
-    return last
+def _checkpoint(trainer: Trainer) -> str | None:
+    """The checkpoint to resume from: a folder, or the newest whole one of the run's own; None to start anew."""
+    wanted = trainer.args.resume_from_checkpoint
+    if not wanted:
+        return None
+    needed = needed_files(trainer) if isinstance(trainer, JDTrainer) else trainer_files(trainer)
+    return checkpoint_to_resume(trainer, wanted.lower() in ("last", "true") or wanted, needed)

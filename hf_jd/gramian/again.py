@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from hf_jd.gramian.layouts import UnmappedError
+from hf_jd.gramian.layouts import DrawsError
 from hf_jd.gramian.random_streams import unchanged_streams
 
 
@@ -34,20 +34,25 @@ def call_again(
 
 
 @contextmanager
-def without_traces(module: nn.Module, device: torch.device) -> Generator[dict[str, Tensor]]:
+def without_traces(module: nn.Module, device: torch.device, replayed: bool = False) -> Generator[dict[str, Tensor]]:
     """Calls of a module within it change no buffer and draw no global random numbers.
+
+    Args:
+        module: The module.
+        device: Where its random numbers come from, beside the CPU.
+        replayed: Whether the calls get the random numbers of its forward.
 
     Yields:
         Copies of the module's buffers, for those calls to change.
 
     Raises:
-        UnmappedError: At its end, where the module has drawn random numbers: its forward had others.
+        DrawsError: At its end, where the module has drawn random numbers that are not those of its forward.
         RuntimeError: At its end, where the copies have changed: the forward has a memory.
     """
     copies = {name: buffer.clone() for name, buffer in module.named_buffers()}
     with unchanged_streams(device) as has_drawn:
         yield copies
-        if has_drawn():
-            raise UnmappedError
+        if not replayed and has_drawn():
+            raise DrawsError
     if any(not torch.equal(copies[name], buffer) for name, buffer in module.named_buffers()):
         raise RuntimeError("the module's forward changes its buffers, so that another call computes something else")

@@ -33,7 +33,7 @@ class Coverage:
         self._ever_trainable: dict[nn.Parameter, str] = {}
         self._modules = modules
         self._make_tap = make_tap
-        self._taps: dict[nn.Module, tuple[ModuleTap, torch.utils.hooks.RemovableHandle]] = {}
+        self._taps: dict[nn.Module, ModuleTap] = {}
         self._climbed: dict[nn.Parameter, int] = {}
         self._moved: set[nn.Parameter] = set()
         self._tree: list[nn.Module] = []
@@ -49,7 +49,7 @@ class Coverage:
     @property
     def taps(self) -> list[ModuleTap]:
         """The taps on modules that hold a trainable parameter."""
-        return [tap for tap, _ in self._taps.values() if tap.trainable()]
+        return [tap for tap in self._taps.values() if tap.trainable()]
 
     @property
     def sizes(self) -> set[tuple[int, int]]:
@@ -87,13 +87,11 @@ class Coverage:
         if self._wanted is None:
             return
         for module in self._taps.keys() - self._wanted.keys():
-            self._taps.pop(module)[1].remove()
+            self._taps.pop(module).remove()
         for module, found in self._wanted.items():
             if module not in self._taps:
-                tap = self._make_tap(module)
-                handle = module.register_forward_hook(tap, with_kwargs=True, prepend=True)
-                self._taps[module] = tap, handle
-            self._taps[module][0].targets = found
+                self._taps[module] = self._make_tap(module)
+            self._taps[module].targets = found
         self._wanted = None
 
     def read(self) -> None:
@@ -171,13 +169,13 @@ class Coverage:
             self.scan()
         self._fresh = False
         self.inputs.sizes.clear()
-        for tap, _ in self._taps.values():
+        for tap in self._taps.values():
             tap.calls = tap.elements = 0
 
     def remove(self) -> None:
         """Takes all taps away."""
-        for handle in [*self._input_handles, *(handle for _, handle in self._taps.values())]:
-            handle.remove()
+        for hook in [*self._input_handles, *self._taps.values()]:
+            hook.remove()
         self._taps.clear()
         self._scanned = None
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from hf_jd.gramian.check import HALF_TOLERANCE, TOLERANCE
+from hf_jd.gramian.check import BLIND, TOLERANCE
 from hf_jd.gramian.engine import Engine
 
 SETTLING_STEPS = 3  # parameters whose owner is not called find their holder within these
@@ -71,7 +71,7 @@ def check_rows(model: nn.Module, losses_fn: Callable[..., Tensor]) -> list[RowCh
     for (name, tier), parameter in zip(tiers.items(), jacobian.parameters, strict=True):
         ours, theirs = jacobian.rows(parameter).double(), expected.rows(parameter).double()
         difference, scale = float((ours - theirs).norm()), max(float(ours.norm()), float(theirs.norm()))
-        relative, noise = TOLERANCE.get(parameter.dtype, HALF_TOLERANCE)
+        relative, noise = TOLERANCE.get(parameter.dtype, BLIND)
         right = difference <= relative * scale + noise * typical * max(1, parameter.numel()) ** 0.5
         advice = ADVICE[tier] if right else "rows are not autograd's: report it, and freeze the parameter meanwhile"
         findings.append(RowCheck(name, tier, difference / scale if scale else 0.0, right, advice))

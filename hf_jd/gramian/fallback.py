@@ -1,5 +1,6 @@
 """Tiers 2 and 3: rows of what no closed form covers."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from hf_jd.gramian.again import call_again, without_traces
 from hf_jd.gramian.graph import Differentiator
-from hf_jd.gramian.layouts import Segments, shared_features
+from hf_jd.gramian.layouts import Segments, UnmappedError, shared_features
+from hf_jd.gramian.random_streams import unchanged_streams
 from hf_jd.gramian.rows import DenseRows, Rows
 from hf_jd.gramian.rules import outer
 from hf_jd.gramian.taps import Call
@@ -40,9 +42,9 @@ def module_rows(
         axis: The dimension that holds the N rows.
         vectorised: One `vmap` over instances, where each has a row; else a loop over objectives.
     """
-    lead = next(g.shape[axis] for g in grad_outputs if g is not None)
-    batched = [t.dim() > axis and t.shape[axis] == lead for t in tensors]
     given = [g for g in grad_outputs if g is not None]
+    batched = [t.dim() > axis and t.shape[axis] == given[0].shape[axis] for t in tensors]
+    device, replayed = given[0].device, call.random_state is not None
 
     def one(inputs: list[Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
         # Inside vmap each instance is a batch of one.
@@ -50,23 +52,53 @@ def module_rows(
         return repeated.traced_row(inputs, [g.unsqueeze(axis) for g in gradients])
 
     def some(members: Tensor) -> dict[str, Tensor]:
-        index = members.to(given[0].device)
+        index = members.to(device)
         inputs = [t.index_select(axis, index) if b else t for t, b in zip(tensors, batched, strict=True)]
-        return repeated.row(inputs, [g.index_select(axis, index) for g in given])
+        return repeated.row(inputs, *([t.index_select(axis, index) for t in part] for part in (given, whole)))
 
-    with call.context(), warnings.catch_warnings(), without_traces(module, given[0].device) as buffers:
+    with call.context(), warnings.catch_warnings(), without_traces(module, device, replayed) as buffers:
         repeated = _Repeated(module, targets, call, [g is not None for g in grad_outputs], buffers)
         # vmap loops inside where an operation has no batching rule, and says so: still one call of the module.
         warnings.filterwarnings("ignore", message="There is a performance drop")
-        if vectorised and segments.ids is None and segments.block == 1:
+        # With the random numbers of the forward, a part of the batch must return its part of what the whole returns.
+        whole = repeated.outputs({}, tensors) if replayed else []
+        if vectorised and not replayed and segments.ids is None and segments.block == 1:
             in_dims = ([axis if b else None for b in batched], [axis] * len(given))
             rows = vmap(one, in_dims=in_dims)(list(tensors), given)
         else:
             each = [some(members) for members in segments.members()]
             rows = {name: torch.stack([row[name] for row in each]) for name in targets}
-    return {
-        name: DenseRows(r.reshape(len(r), -1).to(targets[name].dtype), targets[name].shape) for name, r in rows.items()
-    }
+    return {n: DenseRows(r.reshape(len(r), -1).to(targets[n].dtype), targets[n].shape) for n, r in rows.items()}
+
+
+def single_precision_gradients(
+    module: nn.Module,
+    targets: Mapping[str, nn.Parameter],
+    call: Call,
+    inputs: Sequence[Tensor],
+    grad_output: Tensor,
+) -> dict[str, Tensor]:
+    """The vector-Jacobian product of a copy of a module in float32, by parameter; its first output counts.
+
+    Args:
+        module: The module.
+        targets: The parameters of interest, by name below it.
+        call: How it was called.
+        inputs: The tensors to call it with.
+        grad_output: Gradient of its output.
+    """
+
+    def single(tensor: Tensor) -> Tensor:
+        return tensor.detach().float() if tensor.is_floating_point() else tensor
+
+    copies = {name: single(t).clone() for name, t in [*module.named_parameters(), *module.named_buffers()]}
+    device = grad_output.device
+    with unchanged_streams(device), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        wanted = [copies[name].requires_grad_() for name in targets]
+        args, kwargs = call.arguments([single(t) for t in inputs])
+        output = call.float_outputs(call_again(module, copies, args, kwargs))[0]
+        gradients = torch.autograd.grad(output, wanted, grad_output.to(output.dtype))
+    return {name: g.to_dense() if g.is_sparse else g for name, g in zip(targets, gradients, strict=True)}
 
 
 class _Repeated:
@@ -89,17 +121,20 @@ class _Repeated:
         buffers: Mapping[str, Tensor],
     ):
         self._module, self._call, self._used, self._buffers = module, call, used, buffers
+        self._device = next(iter(targets.values())).device
         self._parameters = {name: p.detach() for name, p in targets.items()}
 
     def traced_row(self, inputs: list[Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
         """The vector-Jacobian product for output gradients, by parameter; inside `vmap`."""
-        return vjp(lambda parameters: self._outputs(parameters, inputs), self._parameters)[1](tuple(gradients))[0]
+        return vjp(lambda parameters: self.outputs(parameters, inputs), self._parameters)[1](tuple(gradients))[0]
 
-    def row(self, inputs: list[Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
-        """The same by plain autograd, which knows any custom function."""
+    def row(self, inputs: list[Tensor], gradients: list[Tensor], expected: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The same by plain autograd, which knows any custom function; UnmappedError if not for `expected` outputs."""
         with torch.enable_grad():
             parameters = {name: p.clone().requires_grad_() for name, p in self._parameters.items()}
-            outputs = self._outputs(parameters, inputs)
+            outputs = self.outputs(parameters, inputs)
+        if not all(_alike(output, wanted) for output, wanted in zip(outputs, expected, strict=False)):
+            raise UnmappedError
         pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad and o.numel()]
         if not pairs:
             return {name: torch.zeros_like(p) for name, p in self._parameters.items()}
@@ -112,10 +147,17 @@ class _Repeated:
         )
         return {name: g.to_dense() if g.is_sparse else g for name, g in zip(parameters, found, strict=True)}
 
-    def _outputs(self, parameters: dict[str, Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
-        args, kwargs = self._call.arguments(inputs)
+    def outputs(self, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The outputs of interest, with `parameters` in the place of the module's own."""
+        args, kwargs = self._call.arguments(list(inputs))
+        self._call.replay(self._device)
         result = call_again(self._module, {**parameters, **self._buffers}, args, kwargs)
         return tuple(o for o, used in zip(self._call.float_outputs(result), self._used, strict=True) if used)
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    """Whether outputs are those of the same random numbers, which differ by far more than rounding otherwise."""
+    return bool((a - b).norm() <= math.sqrt(torch.finfo(b.dtype).eps) * b.norm())
 
 
 class _LinearMaps(TorchFunctionMode):
@@ -160,7 +202,9 @@ def linear_rows(
     """
     (args, kwargs), maps = call.arguments(list(tensors)), _LinearMaps(list(targets.values()))
     device = next(g.device for g in grad_outputs if g is not None)
-    with without_traces(module, device) as buffers, call.context(), torch.enable_grad(), maps:
+    replayed = call.random_state is not None
+    with without_traces(module, device, replayed) as buffers, call.context(), torch.enable_grad(), maps:
+        call.replay(device)
         outputs = call.float_outputs(call_again(module, buffers, args, kwargs))
     used = [weight for weight, _, _ in maps.met]
     if len(used) != len(targets) or {id(w) for w in used} != {id(p) for p in targets.values()}:

@@ -26,6 +26,10 @@ class UnmappedError(Exception):
     """A tensor's leading rows cannot be assigned to objectives; the caller passes to the next tier."""
 
 
+class DrawsError(UnmappedError):
+    """A module that is called again draws random numbers, and those of its forward are not known."""
+
+
 @dataclass(eq=False)
 class Segments:
     """The objective of each leading row.
@@ -160,6 +164,12 @@ class Segments:
         if self.ids is None:
             return torch.arange(self.objectives).repeat_interleave(self.block)[:, None].expand(*shape)
         return self.ids if self.by_token else self.ids[:, None].expand(*shape)
+
+    def spread(self, weights: Tensor, tensor: Tensor) -> Tensor:
+        """Each objective's weight, of weights [R], where its rows or tokens of a tensor [N, ...] are; 0 for none."""
+        ids = self.token_ids(tensor.shape[:2] if self.by_token else (len(tensor), 1)).to(weights.device)
+        spread = torch.cat([weights, weights.new_zeros(1)])[ids]
+        return spread.view([*ids.shape, *[1] * tensor.dim()][: tensor.dim()])
 
     def repeated(self, layout: str, factor: int, device: torch.device) -> "Segments":
         """The segments of `factor` times as many leading rows ("major" or "minor"), built once a step."""

@@ -1,17 +1,20 @@
 """One backward: what the taps bring -> the rows of each parameter."""
 
+import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from hf_jd.gramian.fallback import linear_rows, module_rows
-from hf_jd.gramian.layouts import Segments, UnmappedError, UnsupportedError, arrange
+from hf_jd.gramian.fallback import linear_rows, module_rows, single_precision_gradients
+from hf_jd.gramian.layouts import DrawsError, Segments, UnmappedError, UnsupportedError, arrange
 from hf_jd.gramian.plan import LINEAR, LOOPED, Plan, Site
-from hf_jd.gramian.rows import Rows
+from hf_jd.gramian.rows import Rows, accumulation_dtype
 from hf_jd.gramian.sharding import is_partitioned
 from hf_jd.gramian.taps import Call, ModuleTap
+
+ROUNDED = 0.03  # of the rows' norms, how far a rule may be from autograd in float32 on the same half-precision tensors
 
 
 @dataclass
@@ -35,13 +38,11 @@ class Meeting:
         targets: The parameters whose rows it brings, by name.
         site: The module, and how its rows are formed.
         layout: How its tensors held the batch; None where no layout fits.
-        dtype: Of the output gradient.
     """
 
     targets: Mapping[str, nn.Parameter]
     site: Site
     layout: str | None
-    dtype: torch.dtype
 
 
 class Recording:
@@ -54,18 +55,22 @@ class Recording:
         gramian_only: Rows become inner products at once and are dropped, but for `shared` parameters.
         shared: Parameters with several uses in the step, whose rows must add up first.
         asleep: Parameters whose gradient was zero when they were last looked at.
-        probe: Random weights [R] of the self-check: sum_i r_i row_i is kept of each parameter, in the place of its
-            rows, beside which the self-check's own backward would not find room.
+        probe: Vectors [P, R] of the self-check: sum_i r_i row_i is kept of each parameter and vector, in the place of
+            its rows, beside which the self-check's own backward would not find room.
+        doubted: Parameters whose closed forms are compared with autograd in float32, layer by layer.
 
     Attributes:
         rows: By parameter, the sum over its uses.
         gramian: The inner products of the rows that were dropped.
         meetings: What was met, in the order of the backward.
         unmapped: Parameters met where no layout fits: tier 3 in this step.
+        postponed: Those of them whose module draws random numbers, which its next forward notes.
         reached: Parameters without a tap that the backward was asked for and found.
         tiers: 1 (closed form) or 2 (vjp of a module) of each parameter.
         awake: Those of `asleep` that have rows other than zero.
-        probed: By parameter, the sum of rows weighted by the probe.
+        probed: By parameter, the sums of rows weighted by the probe.
+        precisions: By parameter, with a probe: the dtypes that its modules computed with.
+        refuted: Those of `doubted` that were not proved so.
     """
 
     def __init__(
@@ -77,17 +82,21 @@ class Recording:
         shared: set[nn.Parameter],
         asleep: Set[nn.Parameter],
         probe: Tensor | None = None,
+        doubted: Set[nn.Parameter] = frozenset(),
     ):
         self.batch, self.materialise, self.gramian_only = batch, materialise, gramian_only
-        self.shared, self.asleep, self.probe = shared, asleep, probe
+        self.shared, self.asleep, self.probe, self.doubted = shared, asleep, probe, doubted
         self.awake: set[nn.Parameter] = set()
         self.rows: dict[nn.Parameter, Rows] = {}
         self.gramian: Tensor | None = None
         self.meetings: list[Meeting] = []
         self.unmapped: set[nn.Parameter] = set()
+        self.postponed: set[nn.Parameter] = set()
         self.reached: set[nn.Parameter] = set()
         self.tiers: dict[nn.Parameter, int] = {}
-        self.probed: dict[nn.Parameter, Tensor] = {}
+        self.probed: dict[nn.Parameter, list[Tensor]] = {}
+        self.precisions: dict[nn.Parameter, set[torch.dtype]] = {}
+        self.refuted: set[nn.Parameter] = set()
         self._plan = plan
         self._dropped: set[nn.Parameter] = set()
         self._embedded: list[Tensor] = []
@@ -122,7 +131,11 @@ class Recording:
             return
         site = self._plan.site(tap, call.modes, first.dim(), self.batch.segments.distinguish, inputs or ())
         layout = site.choose_layout(first.shape[:-1] or first.shape, self.batch.instances)
-        self.meetings.append(Meeting(targets, site, layout, first.dtype))
+        self.meetings.append(Meeting(targets, site, layout))
+        if self.probe is not None:
+            dtypes = _precisions(site.module, call, [*(inputs or ()), first])
+            for parameter in targets.values():
+                self.precisions.setdefault(parameter, set()).update(dtypes)
         if layout is None and not isinstance(site.method, str) and inputs is not None and len(inputs) == 1:
             self._unbatched.append((site, targets, inputs[0], first))
             return
@@ -131,6 +144,10 @@ class Recording:
         ModuleTap.look_away = True
         try:
             found = {} if layout is None else self._rows(site, layout, targets, call, inputs, grad_outputs)
+        except DrawsError:
+            tap.note_states(first.device)
+            self.postponed.update(targets.values())
+            found = {}
         finally:
             ModuleTap.look_away = False
         self._take(targets, found)
@@ -151,6 +168,7 @@ class Recording:
                         site.method(site.module, one.expand(len(twin), *one.shape[1:]), twin, self.batch.segments)
                     )
             self.tiers.update(dict.fromkeys((targets[name] for name in found if name in targets), 1))
+            self.refuted |= self.doubted & set(targets.values())  # A twin's gradient is no input of the layer.
             self._take(targets, found)
         if self.gramian_only:
             self.shared |= self.unmapped & self._dropped  # Their part is in the Gramian, and all their rows will come.
@@ -177,7 +195,7 @@ class Recording:
                 return {}  # Calling a module would gather its parameters, on this process alone.
             try:
                 return self._try_method(site, layout, targets, call, inputs or (), grad_outputs)
-            except (torch.OutOfMemoryError, UnsupportedError):
+            except (torch.OutOfMemoryError, UnsupportedError, DrawsError):
                 raise
             except UnmappedError:
                 return {}
@@ -205,6 +223,8 @@ class Recording:
             for name, rows in found.items():
                 if name in targets and not rows.fits(targets[name], segments.objectives):
                     raise RuntimeError(f"the rule's rows of {name} have another shape than the parameter")
+            if not self.doubted.isdisjoint(targets.values()):
+                self._prove_rule(site.module, targets, call, xs, g, segments, found)
         for name, parameter in targets.items():
             self.tiers[parameter] = 1 if name in found else 2
         # In a backward, a sharded parameter's module holds the whole one.
@@ -219,13 +239,41 @@ class Recording:
                 found |= module_rows(*again, vectorised=site.method != LOOPED)
         return found
 
+    def _prove_rule(
+        self,
+        module: nn.Module,
+        targets: Mapping[str, nn.Parameter],
+        call: Call,
+        inputs: Sequence[Tensor],
+        grad_output: Tensor,
+        segments: Segments,
+        found: Mapping[str, Rows],
+    ) -> None:
+        """Compares a rule's rows with autograd through a copy of the layer in float32, from the same tensors."""
+        assert self.probe is not None
+        r = self.probe[0].to(accumulation_dtype(grad_output))
+        doubted = {name: p for name, p in targets.items() if name in found and p in self.doubted}
+        weighted = segments.spread(r, grad_output) * grad_output
+        try:
+            gradients = single_precision_gradients(module, doubted, call, inputs, weighted)
+        except Exception:
+            self.refuted.update(doubted.values())  # A layer that can't be called so, for whatever reason: no proof.
+            return
+        for name, parameter in doubted.items():
+            rows = found[name]
+            error = float((rows.weighted_sum(r).float() - gradients[name]).norm())
+            # Rows are rounded one by one: relative to them, not to their sum.
+            if not error <= ROUNDED * math.sqrt(float(r.double().square() @ rows.gramian().diagonal().double())):
+                self.refuted.add(parameter)
+
     def _add(self, parameter: nn.Parameter, rows: Rows) -> None:
         rows = rows.settled(parameter.dtype, self.materialise)
         if parameter in self.asleep and bool(rows.gramian().any()):
             self.awake.add(parameter)
         if self.probe is not None:
-            part = rows.weighted_sum(self.probe)
-            self.probed[parameter] = self.probed[parameter] + part if parameter in self.probed else part
+            parts = [rows.weighted_sum(r) for r in self.probe]
+            before = self.probed.get(parameter)
+            self.probed[parameter] = parts if before is None else [a + b for a, b in zip(before, parts, strict=True)]
             return
         if not self.gramian_only or parameter in self.shared:
             self.rows[parameter] = self.rows[parameter] + rows if parameter in self.rows else rows
@@ -235,6 +283,13 @@ class Recording:
         self._dropped.add(parameter)
         part = rows.gramian()
         self.gramian = part if self.gramian is None else self.gramian + part
+
+
+def _precisions(module: nn.Module, call: Call, tensors: Sequence[Tensor]) -> set[torch.dtype]:
+    """The dtypes that a call computed with."""
+    dtypes = {t.dtype for t in (*tensors, *module.parameters()) if t.is_floating_point()}
+    _, autocast, enabled = call.autocast
+    return dtypes | {autocast} if enabled else dtypes
 
 
 def _is_sum_of(total: Tensor, parts: Tensor, instances: int) -> bool:

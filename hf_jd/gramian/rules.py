@@ -201,6 +201,8 @@ def recognise(module: nn.Module, input: Tensor) -> Rule | None:
         module: The layer.
         input: The input that it was called with, alone.
     """
+    if input.is_floating_point():  # Under autocast it may be narrower than the weights.
+        input = input.to(torch.promote_types(input.dtype, next(module.parameters()).dtype))
     names = [name for name, _ in module.named_parameters()]
     if next(module.children(), None) is not None or "weight" not in names or not set(names) <= {"weight", "bias"}:
         return _scale_of(module, names[0], input) if len(names) == 1 and "." not in names[0] else None
@@ -223,7 +225,9 @@ def recognise(module: nn.Module, input: Tensor) -> Rule | None:
 
 def _same(a: Tensor, b: Tensor, least: float = 1e-5) -> bool:
     tolerance = max(least, 10 * torch.finfo(b.dtype).eps)
-    return a.shape == b.shape and bool(torch.allclose(a, b.to(a.dtype), rtol=tolerance, atol=tolerance))
+    # Small outputs are alike in absolute terms, whatever they are: in bfloat16, a square matrix and its transpose.
+    absolute = tolerance * min(1.0, float(b.abs().max())) if b.numel() else 0.0
+    return a.shape == b.shape and bool(torch.allclose(a, b.to(a.dtype), rtol=tolerance, atol=absolute))
 
 
 def _scaled_embedding(module: Any, ids: Tensor, output: Tensor) -> Rule | None:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from hf_jd.gramian.random_streams import RandomState, random_state, set_random_state
+
 if TYPE_CHECKING:
     from hf_jd.gramian.engine import Engine
 
@@ -26,6 +28,7 @@ class Call:
 
     Attributes:
         modes: Whether the module, and each one below it, was in training mode.
+        random_state: Where the random streams stood before it; None where the module was not known to draw.
     """
 
     modes: tuple[bool, ...]
@@ -33,6 +36,7 @@ class Call:
     leaves: list[Any] = field(default_factory=list)
     outputs: list[int] = field(default_factory=lambda: [0])
     autocast: tuple[str, torch.dtype, bool] = ("cpu", torch.bfloat16, False)
+    random_state: RandomState | None = None
 
     def arguments(self, tensors: list[Tensor]) -> tuple[tuple, dict[str, Any]]:
         """The arguments of the call with `tensors` in the place of the tensors that it had."""
@@ -46,6 +50,11 @@ class Call:
         """The autocast that the call ran under."""
         kind, dtype, enabled = self.autocast
         return torch.autocast(kind, dtype=dtype, enabled=enabled)
+
+    def replay(self, device: torch.device) -> None:
+        """Puts the random streams where they stood before the call, if that is known."""
+        if self.random_state is not None:
+            set_random_state(self.random_state, device)
 
     @contextmanager
     def modes_of(self, module: nn.Module) -> Generator[None]:
@@ -113,8 +122,21 @@ class ModuleTap:
         self.module = module
         self.targets: Mapping[str, nn.Parameter] = {}
         self.calls = 0
-        self._met_forward = False
         self.elements = 0
+        self._met_forward = False
+        self._states: StateTap | None = None
+        self._handles = [module.register_forward_hook(self, with_kwargs=True, prepend=True)]
+
+    def remove(self) -> None:
+        """Takes the tap away."""
+        for handle in self._handles:
+            handle.remove()
+
+    def note_states(self, device: torch.device) -> None:
+        """Has the module's forwards note where the random streams stand: it draws from them."""
+        if self._states is None:
+            self._states = StateTap(device)
+            self._handles.append(self.module.register_forward_pre_hook(self._states))
 
     def __reduce__(self) -> tuple:
         # A copy or a pickle of the model must not report to this engine.
@@ -150,8 +172,8 @@ class ModuleTap:
             if not output.requires_grad:
                 return None
             self.elements += output.numel() + args[0].numel()
-            if self.module._modules or torch.is_autocast_enabled(output.device.type):
-                call = Call(self._modes(), autocast=_autocast(output))
+            if self._states or self.module._modules or torch.is_autocast_enabled(output.device.type):
+                call = Call(self._modes(), autocast=_autocast(output), random_state=self._state())
             else:
                 call = PLAIN_CALLS[self.module.training]
             return Tap.apply(engine.sentinel, self, call, 1, output, args[0].detach())
@@ -165,7 +187,7 @@ class ModuleTap:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
         skeleton = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        call = Call(self._modes(), spec, skeleton, tapped, _autocast(outputs[tapped[0]]))
+        call = Call(self._modes(), spec, skeleton, tapped, _autocast(outputs[tapped[0]]), self._state())
         wrapped = Tap.apply(engine.sentinel, self, call, len(tapped), *[outputs[i] for i in tapped], *tensors)
         for i, leaf in zip(tapped, wrapped if len(tapped) > 1 else [wrapped], strict=True):
             outputs[i] = leaf
@@ -175,6 +197,34 @@ class ModuleTap:
 
     def _modes(self) -> tuple[bool, ...]:
         return tuple(m.training for m in self.module.modules())
+
+    def _state(self) -> RandomState | None:
+        return None if self._states is None else self._states.state
+
+
+class StateTap:
+    """A forward pre-hook of a module that draws random numbers: notes where the streams stand before each forward.
+
+    Args:
+        device: Of the module.
+    """
+
+    def __init__(self, device: torch.device):
+        self.state: RandomState | None = None
+        self._device = device
+
+    def __reduce__(self) -> tuple:
+        return _NoTap, ()
+
+    def __call__(self, module: nn.Module, args: tuple) -> None:
+        if torch.compiler.is_compiling():
+            torch.compiler.disable(self._note)()
+        else:
+            self._note()
+
+    def _note(self) -> None:
+        if not ModuleTap.look_away:
+            self.state = random_state(self._device)
 
 
 class InputTap:

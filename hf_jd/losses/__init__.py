@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -50,10 +51,13 @@ __all__ = [
     "bare",
     "causal_lm",
     "check_targets",
+    "differs",
     "is_summed",
+    "known_kind",
     "loss_kind",
     "model_inputs",
-    "rest",
+    "reads_logits",
+    "reduced",
 ]
 
 
@@ -68,6 +72,17 @@ def loss_kind(model: nn.Module) -> str:
     Raises:
         ValueError: There is none.
     """
+    kind = known_kind(model)
+    if kind is None:
+        raise ValueError(
+            f"{type(bare(model)).__name__} has no built-in unreduced loss (there are: {', '.join(LOSSES)}): override "
+            "`compute_losses` and return one loss for each instance or token."
+        )
+    return kind
+
+
+def known_kind(model: nn.Module) -> str | None:
+    """The key of `LOSSES` for a model; None where there is none."""
     core = bare(model)
     name, kind = type(core).__name__, getattr(core, "loss_type", None)
     answers = {
@@ -80,12 +95,7 @@ def loss_kind(model: nn.Module) -> str:
         kind = "ForMultipleChoice"
     elif kind is None and name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         kind = "ForCausalLM"  # As GPT2LMHeadModel, whose name does not say it.
-    if kind not in LOSSES:
-        raise ValueError(
-            f"{name} has no built-in unreduced loss (there are: {', '.join(LOSSES)}): override `compute_losses` and "
-            "return one loss for each instance or token."
-        )
-    return kind
+    return kind if kind in LOSSES else None
 
 
 def check_targets(kind: str, inputs: Mapping[str, Any]) -> None:
@@ -121,22 +131,67 @@ def is_summed(kind: str, model: nn.Module) -> bool:
     return kind == "ForCTC" and bare(model).config.ctc_loss_reduction == "sum"
 
 
-def rest(losses: Tensor, counted: Tensor, whole: Tensor, summed: bool = False) -> tuple[Tensor, bool]:
-    """The part of the model's own loss that no token or instance owns, such as a router's balancing loss.
+def reduced(losses: Tensor, counted: Tensor, summed: bool = False) -> Tensor:
+    """What the model's own loss is made of [], by the kind's unreduced losses.
 
     Args:
         losses: Unreduced.
         counted: Which of them count, the same shape.
-        whole: [] the model's own loss.
-        summed: Whether that is their sum, instead of their mean.
-
-    Returns:
-        What is left of it [], with a graph, and whether that is more than rounding.
+        summed: Whether it is their sum, instead of their mean.
     """
     total = losses.masked_fill(~counted, 0).sum()
-    ours = total if summed else total / counted.sum()
-    left = whole.to(ours) - ours
+    return total if summed else total / counted.sum()
+
+
+def differs(whole: Tensor, ours: Tensor, half: bool, at_every_step: bool = False) -> Tensor:
+    """Whether the model's own loss is another one than ours, by more than rounding; not where one isn't finite.
+
+    Args:
+        whole: [] the model's own loss.
+        ours: [] what it should be.
+        half: Whether either is computed in half precision.
+        at_every_step: Whether it is asked so often that what rounding rarely brings comes, too.
+
+    Returns:
+        [] (bool).
+    """
+    whole, ours = whole.detach().to(ours), ours.detach()
     # A loss in half precision has three digits, and one in float32 seven, of which a sum may lose one or two.
-    tolerance = 1e-2 if whole.dtype.itemsize == 2 else 3e-5
-    found = ours.isfinite() & whole.isfinite() & ~ours.detach().isclose(whole.detach().to(ours), tolerance, 1e-6)
-    return left, bool(found)
+    once, often = ((1e-2, 1e-6), (3e-2, 1e-4)) if half else ((3e-5, 1e-6), (2e-4, 1e-5))
+    relative, absolute = often if at_every_step else once
+    return ours.isfinite() & whole.isfinite() & ~ours.isclose(whole, relative, absolute)
+
+
+def reads_logits(left: Tensor, whole: Tensor, outputs: Mapping[str, Any]) -> bool:
+    """Whether the gradient of a part of the model's own loss goes through its logits, by more than rounding.
+
+    A penalty or a router's loss doesn't read them. What does is another loss of the tokens or instances than ours.
+
+    Args:
+        left: [] what is left of the model's own loss beside ours, with a graph.
+        whole: [] the model's own loss, with a graph.
+        outputs: Of the model. What it doesn't compute its loss from, but returns, tells nothing.
+    """
+    logits = [outputs.get(key) for key in ("logits", "start_logits", "end_logits")]
+    edges = [_before_casts(found) for found in logits if isinstance(found, Tensor) and found.requires_grad]
+    if not edges or not whole.requires_grad:
+        return False
+    of_left, of_whole = (
+        [None if gradient is None else gradient.double().norm() for gradient in found]
+        for found in (torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True) for loss in (left, whole))
+    )
+    return any(
+        theirs is not None and mine is not None and bool(mine > 0.05 * theirs)
+        for mine, theirs in zip(of_left, of_whole, strict=True)
+    )
+
+
+def _before_casts(tensor: Tensor) -> torch.autograd.graph.GradientEdge:
+    """Where a tensor is in its graph, before it was cast: the model's own loss may read it there."""
+    edge = torch.autograd.graph.get_gradient_edge(tensor)
+    while edge.node.name() == "ToCopyBackward0":
+        node, index = edge.node.next_functions[0]
+        if node is None:
+            break
+        edge = torch.autograd.graph.GradientEdge(node, index)
+    return edge

@@ -34,11 +34,15 @@ class Cotangent(NamedTuple):
 class OutputObserver:
     """Keeps what a model returns with a graph, for the loss that is computed from it.
 
+    Attributes:
+        last: What the last call returned.
+
     Args:
         modules: The model as its callers see it, and those inside that they may call past it (PEFT's base model).
     """
 
     def __init__(self, modules: Sequence[nn.Module]):
+        self.last: Any = None
         self._outputs: list[Tensor] = []
         self._handles = [module.register_forward_hook(self) for module in modules]
 
@@ -52,11 +56,12 @@ class OutputObserver:
     def _keep(self, output: Any) -> None:
         # A call inside a backward is a recomputation of activation checkpointing.
         if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
+            self.last = output
             self._outputs += [t for t in _tensors(output) if t.requires_grad and t.grad_fn is not None and t.dim()]
 
     def take(self) -> list[Tensor]:
-        """The tensors since the last time."""
-        outputs, self._outputs = self._outputs, []
+        """The tensors since the last time; and lets go what was returned."""
+        outputs, self._outputs, self.last = self._outputs, [], None
         return outputs
 
     def remove(self) -> None:

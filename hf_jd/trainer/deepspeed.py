@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hf_jd.batches import selected
 from hf_jd.distributed.processes import process_count
 from hf_jd.gramian.random_streams import set_random_state
 from hf_jd.objectives import Part
-from hf_jd.packing import packed_documents
-from hf_jd.trainer.recording import Recorded, Recorder, selected
+from hf_jd.packing import documents_of
+from hf_jd.trainer.recording import Recorded, Recorder
 
 if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin
@@ -42,7 +43,7 @@ def second_pass_of_deepspeed(
         mine = slice(None) if recorder.kind.shared else slice(start, start + len(one.losses))
         start += len(one.losses)
         set_random_state(one.random_state, trainer.args.device)
-        batch, left = _without_broken(one, usable[mine], recorder.kind.shared)
+        batch, left = _without_broken(one, usable[mine], recorder)
         parts, extra = recorder.parts(batch, again=True, model=model)
         kept = usable[mine][left]
         # A smaller batch may be divided by another number.
@@ -64,13 +65,13 @@ def _denominators(parts: Sequence[Part]) -> Tensor:
     return torch.cat([found.double() for found in known])
 
 
-def _without_broken(one: Recorded, usable: Tensor, shared: bool) -> tuple[Mapping[str, Any], Tensor]:
+def _without_broken(one: Recorded, usable: Tensor, recorder: Recorder) -> tuple[Mapping[str, Any], Tensor]:
     """The micro-batch without the instances of objectives that aren't finite, whose gradient times 0 would be NaN.
 
     Args:
         one: The micro-batch.
         usable: [m] (bool) of its objectives.
-        shared: Whether they stay the same ones without those instances.
+        recorder: Who recorded it. Shared objectives stay the same ones without those instances.
 
     Returns:
         The batch, and which of the m objectives it has (bool).
@@ -80,12 +81,13 @@ def _without_broken(one: Recorded, usable: Tensor, shared: bool) -> tuple[Mappin
     if not broken.any():
         return one.batch, torch.ones_like(usable)
     out = (part.segments >= 0) & broken.to(part.segments.device)[part.segments.clamp(min=0)]
-    documents = packed_documents(one.batch)
+    documents = documents_of(one.batch, recorder.trainer.jd_args.jd_packed)
     keep = ~out
     if documents is not None:
         keep = torch.ones(int(documents.max()) + 1, dtype=torch.bool, device=out.device)
         keep[documents.to(out.device)[out]] = False
-    return selected(one.batch, keep), torch.ones_like(usable) if shared else ~broken
+    left = torch.ones_like(usable) if recorder.kind.shared else ~broken
+    return selected(one.batch, keep, documents), left
 
 
 def measured_model(trainer: JDTrainerMixin, model: nn.Module) -> nn.Module:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_jd.collator import GROUP_KEY
+from hf_jd.batches import group_ids, without_groups
 from hf_jd.packing import by_document, packed_documents
-from hf_jd.trainer.forward import LossesMixin, by_name, without_groups
+from hf_jd.trainer.forward import LossesMixin, by_name
 
 
 class EvaluationMixin(LossesMixin):
@@ -25,9 +25,7 @@ class EvaluationMixin(LossesMixin):
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Predicts, without the groups' ids, and keeps the losses of their instances; see Trainer."""
-        if not isinstance(inputs, Mapping):  # Some of TRL's trainers take lists of examples.
-            return super().prediction_step(model, inputs, *args, **kwargs)
-        groups, inputs = inputs.get(GROUP_KEY), without_groups(inputs)
+        groups, inputs = group_ids(inputs), without_groups(inputs)
         if groups is None or self.splits_loss:  # A scalar of the trainer's own tells no group's loss.
             return super().prediction_step(model, inputs, *args, **kwargs)
         seen: dict[str, Any] = {}
@@ -68,7 +66,7 @@ class EvaluationMixin(LossesMixin):
     @torch.no_grad()
     def _keep_losses(self, model: nn.Module, inputs: Any, outputs: Any, groups: Tensor) -> None:
         losses, counted = by_name(self._evaluated_losses(model, inputs, outputs))
-        documents = packed_documents(inputs)
+        documents = packed_documents(inputs, self.jd_args.jd_packed)
         if documents is not None:
             of_tokens = [name for name, values in losses.items() if values.ndim > 1]
             losses, counted = (by_document({n: found[n] for n in of_tokens}, documents) for found in (losses, counted))

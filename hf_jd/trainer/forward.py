@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
+from copy import copy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,9 +13,10 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from hf_jd.arguments import JDArguments
-from hf_jd.collator import GROUP_KEY
+from hf_jd.batches import group_ids, without_groups
 from hf_jd.distributed.processes import process_count
-from hf_jd.losses import LOSSES, NAMED_LOSSES, bare, check_targets, is_summed, loss_kind, model_inputs, rest
+from hf_jd.losses import LOSSES, NAMED_LOSSES, bare, check_targets, is_summed, known_kind, loss_kind, model_inputs
+from hf_jd.trainer.own_loss import OwnLoss, overridden
 
 logger = logging.get_logger(__name__)
 
@@ -46,26 +48,34 @@ class Forward(NamedTuple):
 class LossesMixin(Host):
     """What `JDTrainerMixin` knows of losses."""
 
-    jd_args: JDArguments
     jd_loss_func: Callable[..., Any] | None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.jd_loss_func = self.compute_loss_func
+        if self.jd_loss_func is not None:
+            self.compute_loss_func = self._batch_loss
+
+    @property
+    def jd_args(self) -> JDArguments:
+        """The flags as they are now: a hyperparameter search sets other ones for each trial."""
+        assert isinstance(self.args, JDArguments)
+        return self.args
+
+    def forget_losses(self) -> None:
+        """Forgets what was learnt of the model's losses: another run may have another model and other flags."""
         # What the built-in losses leave over of the model's own loss in the last forward, if they do; None: not known.
         self._jd_extra_loss: Tensor | None = None
-        self._jd_has_extra: bool | None = None
-        self._jd_extra_name = "extra"
-        # What a router's balancing loss is multiplied by, where that is known to be all that is left over.
-        self._jd_router: float | None = None
+        self.jd_own_loss = OwnLoss()
         self.jd_loss_names: list[str] = []
         self._jd_summed = False
         self.jd_again = False
         # Whether the model's outputs have several losses by name; None: not known. And whether Trainer averages them.
         self._jd_brings_losses: bool | None = None
         self._jd_averaged = False
-        self.jd_loss_func = self.compute_loss_func
-        if self.jd_loss_func is not None:
-            self.compute_loss_func = self._batch_loss
+        # Of the loss that Trainer's own step computed last: the inputs, and the unreduced values of a user's function.
+        self._jd_inputs: dict[str, Any] = {}
+        self._jd_values: tuple[Tensor, Tensor] | None = None
 
     def compute_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Losses | Mapping[str, Losses]:
         """Computes the unreduced losses of a batch: the one method to override for a loss of your own.
@@ -82,6 +92,7 @@ class LossesMixin(Host):
             ValueError: There is no built-in loss for the model or for such a batch, or the model's own loss has a part
                 that no token owns, and `--jd_extra_losses` is `error`.
         """
+        _check_named(inputs)
         core = self.accelerator.unwrap_model(model)
         if self.jd_loss_func is not None:
             outputs = model(**{key: value for key, value in inputs.items() if key != "labels"})
@@ -96,36 +107,57 @@ class LossesMixin(Host):
                 return found
         kind = loss_kind(core)
         check_targets(kind, inputs)
-        # The model's own loss is asked for once, as a reference, and where it has a part that only it knows.
-        whole = not self._smoothing(inputs) and self._jd_has_extra is not False and self._jd_router is None
+        # Trainer leaves the model's own loss alone where it smooths labels.
+        compared = not self._smoothing(inputs)
         if outputs is None:
-            outputs = model(**(inputs if whole else model_inputs(kind, inputs, core)))
+            outputs = model(**(inputs if compared else model_inputs(kind, inputs, core)))
         if not isinstance(outputs, Mapping):
             raise ValueError(
                 f"The model returned a {type(outputs).__name__}, without names, so its logits can't be told: set "
                 "model.config.return_dict = True, or override `compute_losses`."
             )
+        if compared:
+            outputs = self.jd_own_loss.released(outputs)
         losses, counted = self.read_losses(outputs, inputs, core)
         self._jd_summed = is_summed(kind, core)
-        if whole:
-            self._keep_extra(losses, counted, outputs)
-            self._keep_router(losses, counted, outputs, core)
-        elif self._jd_router is not None and counted.any():
-            self._jd_extra_loss = self._jd_router * outputs["aux_loss"]
+        if compared:
+            asked = self.jd_args.jd_extra_losses
+            self._jd_extra_loss = self.jd_own_loss.extra(losses, counted, outputs, core, asked, self._jd_summed)
         self._jd_averaged = several and kind in NAMED_LOSSES
         return NAMED_LOSSES[kind](outputs, inputs) if self._jd_averaged else (losses, counted)
 
     @property
     def splits_loss(self) -> bool:
-        """Whether the loss of Trainer's own step is split at the model's outputs."""
-        return self.jd_args.kind.of_batches or (not self.jd_args.kind.several and self.has_own_loss)
+        """Whether the loss of Trainer's own step is split at the model's outputs; else losses are unreduced."""
+        jd, own = self.jd_args, overridden(self)
+        if jd.kind.of_batches or jd.kind.several or own == "compute_losses":
+            return jd.kind.of_batches
+        again = jd.jd_backward == "two_pass" or self.is_deepspeed_enabled or self.is_fsdp_enabled
+        return own is not None or not (again or jd.jd_extra_losses != "mean")
 
     @property
     def has_own_loss(self) -> bool:
-        """Whether `compute_loss` is another one than Trainer's, and `compute_losses` is not."""
-        own = next(cls for cls in type(self).__mro__ if cls is not LossesMixin and "compute_loss" in vars(cls))
-        unreduced = next(cls for cls in type(self).__mro__ if "compute_losses" in vars(cls))
-        return unreduced is LossesMixin and (own is not Trainer or "compute_loss" in vars(self))
+        """Whether `compute_loss` is the user's own."""
+        return overridden(self) == "compute_loss"
+
+    def known_values(self, output: Any) -> tuple[Tensor, Tensor] | None:
+        """The unreduced values of the loss that was computed last, and which of them count; None: not known.
+
+        Args:
+            output: What the model returned.
+        """
+        values, inputs = self._jd_values, self._jd_inputs
+        self._jd_values, self._jd_inputs = None, {}
+        if values is not None or self.jd_loss_func is not None or self.has_own_loss:
+            return values
+        core = self.accelerator.unwrap_model(self.model)
+        kind = known_kind(core)
+        if kind is None or not isinstance(output, Mapping):
+            return None
+        check_targets(kind, inputs)
+        with torch.no_grad():
+            losses, counted = by_name(self.read_losses(output, inputs, core))
+        return losses[LOSS], counted[LOSS]
 
     def read_losses(self, outputs: Any, inputs: Mapping[str, Any], core: nn.Module) -> Any:
         """What `compute_losses` reads from the outputs of the model `core`, as Trainer has got it."""
@@ -140,6 +172,8 @@ class LossesMixin(Host):
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The mean of the objectives in training; Trainer's own loss in evaluation, and where that is split."""
+        if self.splits_loss and model.training:
+            self._jd_inputs = dict(inputs) if isinstance(inputs, Mapping) else {}
         if self.splits_loss or return_outputs or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._jd_extra_loss = None
@@ -155,13 +189,15 @@ class LossesMixin(Host):
     def unreduced_losses(self, model: nn.Module, batch: Mapping[str, Any], again: bool = False) -> Forward:
         """Runs a batch forward; `again` where the update has met its examples before."""
         self._jd_extra_loss, self.jd_again = None, again
-        inputs = dict(self._prepare_inputs(batch))  # ty: ignore[invalid-argument-type]
-        groups = inputs.pop(GROUP_KEY, None)
+        groups, inputs = group_ids(batch), self._prepare_inputs(without_groups(batch))
+        if isinstance(inputs, MutableMapping):
+            inputs = copy(inputs)  # Whoever takes the labels out of it leaves the batch as it is.
         with self.compute_loss_context_manager():
             losses, counted = by_name(self.compute_losses(model, inputs))
         every = self.args.torch_empty_cache_steps
         if every is not None and self.state.global_step % every == 0:
             clear_device_cache()
+        groups = None if groups is None else groups.to(self.args.device)
         return Forward(losses, counted, groups, self._jd_extra_loss)
 
     def denominators(
@@ -191,7 +227,11 @@ class LossesMixin(Host):
     @property
     def has_extra(self) -> bool:
         """Whether the model's own loss has a part that no token or instance owns."""
-        return bool(self._jd_has_extra)
+        return bool(self.jd_own_loss.has_extra)
+
+    def check_own_losses(self) -> None:
+        """Raises a ValueError where the model's own loss was another one than ours; see `OwnLoss.check`."""
+        self.jd_own_loss.check()
 
     def keep_loss_names(self, names: list[str], whole: bool, counted: bool) -> None:
         """Keeps the losses' names, which have to stay the same.
@@ -204,7 +244,7 @@ class LossesMixin(Host):
         Raises:
             ValueError: Other ones came before, or there is one loss where several are to be weighed.
         """
-        found = [*names, self._jd_extra_name] if whole else names
+        found = [*names, self.jd_own_loss.name] if whole else names
         if self.jd_args.jd_objectives == "loss" and counted and len(names) + (whole and self.has_extra) < 2:
             raise ValueError(
                 f"There is one loss only ({_quoted(names)}), and --jd_objectives loss weighs several: return a dict of "
@@ -218,38 +258,16 @@ class LossesMixin(Host):
             )
         self.jd_loss_names = found
 
-    def _keep_extra(self, losses: Tensor, counted: Tensor, outputs: Any) -> None:
-        """Finds out whether the model's own loss has a part that no token owns, and keeps that part."""
-        if not counted.any():
-            return
-        left, found = rest(losses, counted, outputs["loss"], self._jd_summed)
-        if self._jd_has_extra is None and losses.detach()[counted].isfinite().all():
-            self._jd_has_extra = found or outputs.get("aux_loss") is not None
-            if self._jd_has_extra:
-                self._jd_extra_name = "aux_loss" if outputs.get("aux_loss") is not None else "extra"
-                own = f"The model's own loss is {outputs['loss'].item():.6g}, {left.item():.3g} of it not its tokens'"
-                if self.jd_args.jd_extra_losses == "error":
-                    raise ValueError(
-                        f"{own}: it has a part that no token owns, such as a router's balancing loss. Switch that off, "
-                        "override `compute_losses`, add it to the mean with --jd_extra_losses mean, or make it an "
-                        "objective of its own with --jd_extra_losses objective."
-                    )
-                if self.jd_args.jd_extra_losses == "mean":
-                    logger.warning(f"{own}: that part is added to the objectives' mean, and no weighting sees it.")
-        if self._jd_has_extra:
-            self._jd_extra_loss = left
-
-    def _keep_router(self, losses: Tensor, counted: Tensor, outputs: Any, core: nn.Module) -> None:
-        """Finds out whether what is left over is a router's balancing loss alone: it can be had without the model's."""
-        coefficient, aux = getattr(bare(core), "router_aux_loss_coef", None), outputs.get("aux_loss")
-        if self._jd_has_extra and coefficient is not None and aux is not None and loss_kind(core) == "ForCausalLM":
-            others = rest(losses, counted, outputs["loss"] - coefficient * aux.to(outputs["loss"]), self._jd_summed)[1]
-            self._jd_router = None if others or not counted.any() else coefficient
-
     def _batch_loss(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
-        """What Trainer asks of a `compute_loss_func`, in evaluation: one loss, from the user's unreduced ones."""
+        """What Trainer asks of a `compute_loss_func`: one loss, be it from a user's unreduced ones."""
         assert self.jd_loss_func is not None
-        losses, counted = by_name(_checked(self.jd_loss_func(outputs, labels, num_items_in_batch=None)))
+        found = self.jd_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
+        if isinstance(found, Tensor) and not found.ndim:
+            return found
+        losses, counted = by_name(_checked(found))
+        if len(losses) == 1:
+            ((name, values),) = losses.items()
+            self._jd_values = values.detach(), counted[name]
         number = num_items_in_batch if len(losses) == 1 else None
         means = [
             values.masked_fill(~counted[name], 0).sum() / (counted[name].sum() if number is None else number)
@@ -258,9 +276,12 @@ class LossesMixin(Host):
         return torch.stack(means).sum()
 
 
-def without_groups(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch without the groups' ids."""
-    return {key: value for key, value in inputs.items() if key != GROUP_KEY}
+def _check_named(inputs: Any) -> None:
+    if not isinstance(inputs, Mapping):
+        raise ValueError(
+            f"The batch is a {type(inputs).__name__}, without names, so its labels can't be told: use a collator that "
+            "returns a dict, or override `compute_losses`."
+        )
 
 
 def _quoted(names: list[str]) -> str:

@@ -17,23 +17,20 @@ from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
 from transformers import Seq2SeqTrainer, Trainer
 
-from hf_jd.arguments import JDArguments
 from hf_jd.checkpoints import STATE_FILE, check_writable
-from hf_jd.collator import ExampleCounter, GroupCollator, group_names
+from hf_jd.collator import ExampleCounter
 from hf_jd.gramian import Engine
 from hf_jd.metrics import Averages, pairs, readable
-from hf_jd.trainer.control import Control
 from hf_jd.trainer.cotangents import OutputObserver
 from hf_jd.trainer.evaluating import EvaluationMixin
 from hf_jd.trainer.peers import check_given, check_same_weights, lost_peers
-from hf_jd.trainer.resuming import checkpoint_to_resume, load_weighting, save_weighting
+from hf_jd.trainer.resuming import checkpoint_to_resume, load_weighting, needed_files, save_weighting
 from hf_jd.trainer.run_log import RunLog
 from hf_jd.trainer.sampling import stratified_sampler
-from hf_jd.trainer.setup import check_setup
+from hf_jd.trainer.setup import FromFlags, check_liger, check_setup, follow_flags
 from hf_jd.trainer.split_update import SplitUpdate
 from hf_jd.trainer.update import Update
 from hf_jd.trainer.weighing import JDState
-from hf_jd.weighting import Stateful
 
 
 class JDTrainerMixin(EvaluationMixin):
@@ -52,30 +49,15 @@ class JDTrainerMixin(EvaluationMixin):
         if getattr(arguments, "should_save", False) and arguments.output_dir is not None:
             check_writable(Path(arguments.output_dir))  # Trainer would answer with a traceback.
         super().__init__(*args, **kwargs)
-        if not isinstance(self.args, JDArguments):
-            raise ValueError(
-                f"The arguments of {type(self).__name__} are {type(self.args).__name__}, without the --jd_* flags: use "
-                "JDTrainingArguments."
-            )
-        self.jd_args = self.args
-        jd = self.jd_args
-        self.weighting = weighting or jd.build_weighting()
-        self.jd_state: JDState | None = None
-        self.jd_metrics = Averages()
-        self.jd_log = RunLog()
-        self._jd_batches: list[Mapping[str, Any]] = []
-        self._jd_seen = 0
-        self._jd_update: SplitUpdate | None = None
-        self.jd_outputs = OutputObserver([])
-        self.jd_apart = False
+        self.weighting: Any = weighting
+        self._jd_from_flags = FromFlags()
+        self.jd_model_takes_groups = False
+        self.jd_group_names: list[str] | None = None
         self._jd_engine: tuple[nn.Module, Engine] | None = None
-        self.jd_group_names: list[str] | None = jd.jd_groups
-        self._jd_broken_in_a_row = 0
-        if jd.jd_group_column is not None:
-            if self.train_dataset is not None:
-                self.jd_group_names = group_names(self.train_dataset, jd.jd_group_column, jd.jd_groups)
-            self.data_collator = GroupCollator(self.data_collator, jd.jd_group_column, self.jd_group_names)
-        self.jd_control = Control(jd, self.weighting, self.jd_group_names)
+        self.jd_outputs = OutputObserver([])
+        self.jd_log = RunLog()
+        self.follow_flags()
+        self._forget()
 
     # ---- Trainer's side ----
 
@@ -90,24 +72,60 @@ class JDTrainerMixin(EvaluationMixin):
         Raises:
             ValueError: The run can't work, or too many updates in a row weren't finite.
         """
-        check_setup(self)
-        self._jd_broken_in_a_row = 0
-        self.jd_apart = False
-        self.jd_log.begin(resumed=bool(resume_from_checkpoint))
+        check_liger(self)
         if resume_from_checkpoint:
-            resume_from_checkpoint = checkpoint_to_resume(self, resume_from_checkpoint)
-        self.jd_control.last = {}
-        if isinstance(self.weighting, Stateful):
-            self.weighting.reset()
+            resume_from_checkpoint = checkpoint_to_resume(self, resume_from_checkpoint, needed_files(self))
+        try:
+            with lost_peers(self):
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._leave_model()
+            self.is_in_train = False  # Trainer leaves it so where an error ends the run.
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # By now Trainer has made the model, and set the flags, of a search's trial; it has compiled nothing yet.
+        self._begin(kwargs.get("resume_from_checkpoint"))
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def _begin(self, checkpoint: str | None) -> None:
+        """Begins a run as the flags are now, with nothing of the run before."""
+        self._leave_model()
+        self.follow_flags()
+        self._forget()
+        reset = getattr(self.weighting, "reset", None)
+        if callable(reset):
+            reset()
+        check_setup(self)
+        self.jd_log.begin(resumed=checkpoint is not None)
         if self.args.torch_compile:
             # The engine walks a graph, and keeps it for another walk: its buffers must not be given away. And what was
             # compiled for a model without the engine's hooks must not run in the place of one with them.
             functorch_config.donated_buffer = False  # ty: ignore[invalid-assignment]
             dynamo_config.skip_nnmodule_hook_guards = False  # ty: ignore[invalid-assignment]
         self.engine()  # Hooks must be there before anything compiles the model.
-        with lost_peers(self):
-            check_given(self, resume_from_checkpoint)
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+        check_given(self, checkpoint)
+
+    def _forget(self) -> None:
+        self.jd_state: JDState | None = None
+        self.jd_metrics = Averages()
+        self.jd_apart = False
+        self._jd_batches: list[Mapping[str, Any]] = []
+        self._jd_seen = 0
+        self._jd_update: SplitUpdate | None = None
+        self._jd_broken_in_a_row = 0
+        self.forget_losses()
+
+    def _leave_model(self) -> None:
+        """Takes the engine's hooks away, and lets its graphs go: the model is as it was."""
+        if self._jd_engine is not None:
+            self._jd_engine[1].detach()
+        self.jd_outputs.remove()
+        self._jd_engine = self._jd_extra_loss = self._jd_update = None
+        self._jd_batches = []
+
+    def follow_flags(self) -> None:
+        """Makes what the flags decide: before each run, as a search sets other ones for each trial."""
+        self.jd_control = follow_flags(self, self._jd_from_flags)
 
     def get_train_dataloader(self) -> Any:
         """Has batches tell how many examples they hold, if a loss is split between these; see Trainer."""
@@ -194,7 +212,8 @@ class JDTrainerMixin(EvaluationMixin):
         super().log(logs, *args, **kwargs)
         if self.is_world_process_zero() and self.args.output_dir is not None:
             entry = {**self.state.log_history[-1], "max_steps": self.state.max_steps}
-            self.jd_log.write(Path(self.args.output_dir), entry, pairs(averages))
+            folder = self._get_output_dir(getattr(self, "_trial", None))  # A search's trial has one of its own.
+            self.jd_log.write(Path(folder), entry, pairs(averages))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # A checkpoint that is written over another one is not whole until it is finished.
@@ -221,10 +240,13 @@ class JDTrainerMixin(EvaluationMixin):
         return stratified_sampler(self, self.train_dataset if train_dataset is None else train_dataset)
 
     def _set_signature_columns_if_needed(self) -> None:
+        if self._signature_columns is not None:
+            return
         super()._set_signature_columns_if_needed()
         column = self.jd_args.jd_group_column
         assert self._signature_columns is not None
-        if column is not None and column not in self._signature_columns:
+        self.jd_model_takes_groups = column in self._signature_columns
+        if column is not None and not self.jd_model_takes_groups:
             self._signature_columns.append(column)
 
     # ---- What an update needs ----
@@ -238,10 +260,8 @@ class JDTrainerMixin(EvaluationMixin):
         """The engine on today's model: `model_init` may have made another one."""
         assert self.model is not None
         if self._jd_engine is None or self._jd_engine[0] is not self.model:
-            if self._jd_engine is not None:
-                self._jd_engine[1].detach()
+            self._leave_model()
             self._jd_engine = (self.model, Engine(self.model, check=self.jd_args.jd_check))
-            self.jd_outputs.remove()
             self.jd_outputs = OutputObserver(_called(self.model) if self.splits_loss else [])
         return self._jd_engine[1]
 

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_jd.collator import GROUP_KEY
+from hf_jd.batches import group_ids, holds_examples, selected, stand_in
 from hf_jd.distributed.processes import anywhere, process_count
 from hf_jd.gramian import Jacobian
 from hf_jd.gramian.random_streams import RandomState, random_state
 from hf_jd.objectives import Loss, Part, by_loss
-from hf_jd.packing import by_document, by_token, packed_documents, without_documents
-from hf_jd.trainer.empty import holds_examples, stand_in
+from hf_jd.packing import by_document, by_token, documents_of
 
 if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin
@@ -118,12 +117,12 @@ class Recorder:
         losses, counted, groups, extra = trainer.unreduced_losses(model or self.model, batch, again or self.again)
         if empty:
             counted, extra = {name: torch.zeros_like(found) for name, found in counted.items()}, None
-        documents = packed_documents(batch)
+        documents = documents_of(batch, self.trainer.jd_args.jd_packed)
         if documents is not None:
             documents = documents.to(trainer.args.device)
             losses, counted = (by_document(tokens, documents) for tokens in (losses, counted))
-        instances = self._instances(batch, losses, groups)
-        if groups is None:
+        instances = self._instances(losses, groups, empty)
+        if groups is None or len(groups) != instances:
             groups = torch.full((instances,), -1, device=trainer.args.device)
         present = groups if self.present is None else self.present
         divide_by = trainer.denominators(losses, counted, self.num_items, self.micro_batches)
@@ -161,7 +160,7 @@ class Recorder:
             some = bool(finite.any()) and not finite.all()
             if anywhere(some, device) if engine.sharded else some:
                 # NaN times 0 is NaN, in a backward pass too: the others have to be computed without those instances.
-                batch = selected(batch, finite) if some else batch
+                batch = selected(batch, finite, documents_of(batch, self.trainer.jd_args.jd_packed)) if some else batch
                 state = random_state(device)
                 parts, extra = self.parts(batch, again=True)
             if extra is not None and extra.isfinite():
@@ -181,11 +180,11 @@ class Recorder:
         engine.keep_up(part.losses.sum())
         return Jacobian(dict.fromkeys(self.trainer.trainable()), len(part.losses)) if len(part.losses) else None
 
-    def _instances(self, batch: Mapping[str, Any], losses: Mapping[str, Tensor], groups: Tensor | None) -> int:
-        """How many instances a micro-batch has.
+    def _instances(self, losses: Mapping[str, Tensor], groups: Tensor | None, empty: bool) -> int:
+        """How many instances a micro-batch has: as many as it has losses; losses of the whole batch are of one.
 
         Raises:
-            ValueError: Its losses can't be divided among the objectives asked for.
+            ValueError: Its losses can't be divided among the objectives asked for, or there is none.
         """
         asked = self.trainer.jd_args.jd_objectives
         if len(losses) > 1 and not self.kind.several:
@@ -201,11 +200,17 @@ class Recorder:
                 "mean or sum, or choose --jd_objectives loss."
             )
         found = {name: len(values) for name, values in losses.items() if values.ndim}
-        counts = set(found.values()) or {len(value) for value in batch.values() if isinstance(value, Tensor)}
-        instances = next(iter(counts))
-        if found and len(counts) > 1:
+        if not found:
+            return 1
+        instances = next(iter(found.values()))
+        if len(set(found.values())) > 1:
             raise ValueError(
                 f"The losses are those of different numbers of instances: {found}; give each one the same."
+            )
+        if not instances and not empty:
+            raise ValueError(
+                "`compute_losses` returned losses of no instance for a batch that isn't empty: return one loss for "
+                "each instance [B], or for each token [B, T], with nothing counted where there is nothing to learn."
             )
         if groups is not None and len(groups) != instances:
             raise ValueError(
@@ -218,19 +223,6 @@ class Recorder:
         """Logs the instances whose loss isn't finite."""
         step = self.trainer.state.global_step + 1
         for i in (~finite).nonzero().flatten().tolist():
-            groups = batch.get(GROUP_KEY)
+            groups = group_ids(batch)
             named = "" if groups is None else f" (group `{self.trainer.group_name(int(groups[i]))}`)"
             logger.warning(f"Update {step}: instance {i}{named} has a loss that isn't finite, and is left out.")
-
-
-def selected(batch: Mapping[str, Any], keep: Tensor) -> dict[str, Any]:
-    """The batch with some of its instances or packed documents only; `keep` [B] (bool)."""
-    documents = packed_documents(batch)
-    if documents is not None:
-        return without_documents(batch, documents, keep.to(documents.device))
-
-    def of(value: Any) -> Any:
-        by_instance = isinstance(value, Tensor) and value.ndim > 0 and len(value) == len(keep)
-        return value[keep.to(value.device)] if by_instance else value
-
-    return {key: of(value) for key, value in batch.items()}

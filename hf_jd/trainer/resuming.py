@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from transformers import Trainer
 from transformers.utils import logging
 
 from hf_jd.checkpoints import newest_whole, what_is_missing
@@ -21,36 +23,71 @@ WEIGHTING_FILE = "jd_weighting.pt"
 logger = logging.get_logger(__name__)
 
 
-def checkpoint_to_resume(trainer: JDTrainerMixin, asked: str | bool) -> str | bool | None:
-    """The checkpoint that is asked for, or the newest whole one of the output directory."""
-    needed = needed_files(trainer)
+def checkpoint_to_resume(trainer: Trainer, asked: str | bool, needed: Sequence[str]) -> str | None:
+    """The checkpoint that is asked for, or the newest whole one of the output directory.
+
+    Args:
+        trainer: Trainer's own, or ours.
+        asked: A checkpoint's directory, or True for the newest whole one.
+        needed: What a checkpoint must have; see `needed_files`.
+
+    Returns:
+        Its directory; None where checkpoints are there, but none is whole: training then starts at the beginning.
+
+    Raises:
+        ValueError: There is no checkpoint, or the one that is asked for can't be read.
+    """
     if not isinstance(asked, bool):
-        missing = what_is_missing(Path(asked), needed) if Path(asked).is_dir() else "there is no such directory"
-        if missing is not None:
-            logger.warning(f"The checkpoint `{asked}` can't be resumed as it was: {missing}.")
+        _check_readable(Path(asked), needed)
         return asked
     assert trainer.args.output_dir is not None
     found, skipped = newest_whole(Path(trainer.args.output_dir), needed)
+    if found is None and not skipped:
+        raise ValueError(
+            f"The output directory `{trainer.args.output_dir}` holds no checkpoint to resume: leave "
+            "--resume_from_checkpoint out, to start at the beginning."
+        )
     for name, missing in skipped.items():
         logger.warning(f"Skipping {name}, which was not written to its end: {missing}.")
-    if found is None and skipped:
+    if found is None:
         logger.warning("No checkpoint is whole: training starts at the beginning.")
-        return None
-    return True if found is None else str(found)
+    return None if found is None else str(found)
+
+
+def _check_readable(checkpoint: Path, needed: Sequence[str]) -> None:
+    """Refuses a checkpoint that Trainer would fail on, and tells what it would go on without."""
+    if not checkpoint.is_dir():
+        raise ValueError(f"There is no checkpoint `{checkpoint}` to resume: there is no such folder.")
+    broken = what_is_missing(checkpoint, [name for name in needed if any(checkpoint.glob(name))])
+    if broken is not None:
+        raise ValueError(
+            f"The checkpoint `{checkpoint}` can't be resumed: {broken}. Take another one, or the newest whole one with "
+            "resume_from_checkpoint=True (`last` on the command line)."
+        )
+    missing = what_is_missing(checkpoint, needed)
+    if missing is not None:
+        logger.warning(f"The checkpoint `{checkpoint}` can't be resumed as it was: {missing}.")
 
 
 def needed_files(trainer: JDTrainerMixin) -> list[str]:
     """What a checkpoint must have beside the model's weights and Trainer's state, of all processes."""
+    needed = trainer_files(trainer)
     if trainer.args.save_only_model:
-        return []
-    processes = range(trainer.args.world_size)
-    states = ["rng_state.pth"] if len(processes) == 1 else [f"rng_state_{i}.pth" for i in processes]
-    needed = [*_optimizer_files(trainer), *states]
+        return needed
     needed += [WEIGHTING_FILE] if isinstance(trainer.weighting, Stateful) else []
     return needed + ([WEIGHTS_FILE] if trainer.jd_args.jd_every > 1 else [])
 
 
-def _optimizer_files(trainer: JDTrainerMixin) -> list[str]:
+def trainer_files(trainer: Trainer) -> list[str]:
+    """The same, of Trainer's own files."""
+    if trainer.args.save_only_model:
+        return []
+    processes = range(trainer.args.world_size)
+    states = ["rng_state.pth"] if len(processes) == 1 else [f"rng_state_{i}.pth" for i in processes]
+    return [*_optimizer_files(trainer), *states]
+
+
+def _optimizer_files(trainer: Trainer) -> list[str]:
     """What Trainer calls the states of optimizer and schedule; FSDP2 and DeepSpeed write theirs into a folder."""
     if trainer.is_deepspeed_enabled:
         plugin = trainer.accelerator.state.deepspeed_plugin

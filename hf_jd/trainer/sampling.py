@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hf_jd.collator import groups_of_each
+from hf_jd.groups import groups_of_each
 from hf_jd.sampler import StratifiedSampler
 
 if TYPE_CHECKING:

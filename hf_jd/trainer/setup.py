@@ -1,15 +1,95 @@
-"""What can't be trained, said before training."""
+"""Before training: what the flags decide is made, and what can't be trained is said."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from hf_jd.arguments import JDArguments
 from hf_jd.checkpoints import check_room, check_writable
+from hf_jd.collator import GroupCollator
+from hf_jd.groups import group_names
+from hf_jd.trainer.control import Control
 from hf_jd.trainer.engines import check_engine
+from hf_jd.trainer.foreign_weightings import as_weighting
+from hf_jd.weighting import Weighting
 
 if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin
+
+
+@dataclass
+class FromFlags:
+    """What was made from the flags, which tells it from what the user hands over.
+
+    Attributes:
+        weighting: The weighting that they name; None where the user's takes its place.
+        named: Its name and arguments.
+        source: The training set, the group column and the groups, from which the groups' names are.
+        collator: The collator that adds the groups.
+    """
+
+    weighting: Weighting | None = None
+    named: tuple[str, ...] | None = None
+    source: tuple[Any, str | None, list[str] | None] = (None, None, None)
+    collator: GroupCollator | None = None
+
+
+def follow_flags(trainer: JDTrainerMixin, made: FromFlags) -> Control:
+    """Makes what the flags decide as they are now: the weighting, the groups' names and the collator.
+
+    Args:
+        trainer: Whose flags they are.
+        made: What was made of them before, for this trainer.
+
+    Returns:
+        The control.
+
+    Raises:
+        ValueError: A flag has a value that isn't allowed, or contradicts another one or what the trainer was given.
+    """
+    jd = trainer.args
+    if not isinstance(jd, JDArguments):
+        raise ValueError(
+            f"The arguments of {type(trainer).__name__} are {type(jd).__name__}, without the --jd_* flags: use "
+            "JDTrainingArguments."
+        )
+    jd.validate()
+    _follow_weighting(trainer, jd, made)
+    _follow_groups(trainer, jd, made)
+    return Control(jd, trainer.weighting, trainer.jd_group_names)
+
+
+def _follow_weighting(trainer: JDTrainerMixin, jd: JDArguments, made: FromFlags) -> None:
+    named = (jd.jd_weighting, *(jd.jd_weighting_args or []))
+    if trainer.weighting is None or trainer.weighting is made.weighting:
+        trainer.weighting = made.weighting = jd.build_weighting()
+    elif made.named not in (None, named):
+        raise ValueError(
+            f"--jd_weighting is now `{' '.join(named)}`, and was `{' '.join(made.named)}`, but the trainer was given a "
+            "`weighting`, which takes its place: leave that out, or the flag as it was."
+        )
+    trainer.weighting = as_weighting(trainer.weighting)
+    made.named = named
+
+
+def _follow_groups(trainer: JDTrainerMixin, jd: JDArguments, made: FromFlags) -> None:
+    source = (trainer.train_dataset, jd.jd_group_column, jd.jd_groups)
+    if any(now is not before for now, before in zip(source, made.source, strict=True)):
+        trainer.jd_group_names = jd.jd_groups
+        if jd.jd_group_column is not None and trainer.train_dataset is not None:
+            trainer.jd_group_names = group_names(trainer.train_dataset, jd.jd_group_column, jd.jd_groups)
+        trainer._signature_columns = None  # These name the column, which Trainer must not drop.
+        made.source = source
+    if made.collator is not None and trainer.data_collator is made.collator:
+        trainer.data_collator = made.collator.collator
+    if jd.jd_group_column is not None:
+        trainer._set_signature_columns_if_needed()
+        made.collator = GroupCollator(
+            trainer.data_collator, jd.jd_group_column, trainer.jd_group_names, keep=trainer.jd_model_takes_groups
+        )
+        trainer.data_collator = made.collator
 
 
 def check_setup(trainer: JDTrainerMixin) -> None:
@@ -42,8 +122,7 @@ def check_setup(trainer: JDTrainerMixin) -> None:
             f"{type(trainer).__name__} does not weigh several losses by name under FSDP2 or DeepSpeed yet: use DDP, or "
             "add them up in `compute_losses` and choose --jd_objectives instance, with --jd_extra_losses mean."
         )
-    if trainer.args.use_liger_kernel:
-        raise ValueError("Liger's fused loss keeps no loss of each token: switch --use_liger_kernel off.")
+    check_liger(trainer)
     if trainer.args.should_save and trainer.args.save_strategy != "no" and trainer.args.output_dir is not None:
         check_writable(Path(trainer.args.output_dir))
         assert trainer.model is not None
@@ -54,6 +133,12 @@ def check_setup(trainer: JDTrainerMixin) -> None:
             f"The optimizer `{optimizer}` steps inside the backward pass, before any weights are known: choose "
             "another one with --optim."
         )
+
+
+def check_liger(trainer: JDTrainerMixin) -> None:
+    """Raises a ValueError for Liger's kernels, which Trainer puts into the model at the very start."""
+    if trainer.args.use_liger_kernel:
+        raise ValueError("Liger's fused loss keeps no loss of each token: switch --use_liger_kernel off.")
 
 
 def _check_own_loss(trainer: JDTrainerMixin) -> None:

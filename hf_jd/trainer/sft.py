@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_jd.arguments import JDArguments
-from hf_jd.collator import group_names
-from hf_jd.losses import bare, causal_lm
+from hf_jd.groups import group_names
+from hf_jd.losses import bare, causal_lm, reduced
 from hf_jd.trainer.mixin import JDTrainerMixin
 
 try:
@@ -50,18 +50,14 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
                 f"The arguments of {type(self).__name__} are {type(given).__name__}, without the flags of both TRL's "
                 "SFT and Jacobian descent: use JDSFTConfig."
             )
-        if given.packing and given.jd_group_column is not None and given.packing_strategy == "wrapped":
-            raise ValueError(
-                f"--packing_strategy wrapped cuts documents anywhere, so no row has one group of the column "
-                f"`{given.jd_group_column}`: use bfd."
-            )
-        if given.packing and given.jd_sampler != "trainer":
-            raise ValueError(
-                f"--jd_sampler {given.jd_sampler} orders the examples by their group, and a row of --packing holds "
-                "several: leave one of the two out."
-            )
+        _check_packing(given)
         self._jd_warned_of_logits = False
         super().__init__(*args, **kwargs)
+
+    def follow_flags(self) -> None:
+        """Makes what the flags decide; see JDTrainerMixin."""
+        _check_packing(self.args)
+        super().follow_flags()
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
@@ -92,10 +88,10 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
         if self.jd_loss_func is not None:
             return self.read_losses(outputs, inputs, core)
         losses, counted = self.read_losses(outputs, inputs, core)
-        if "aux_loss" in outputs and not self._smoothing(inputs) and self._jd_has_extra is not False:
-            mean = losses.masked_fill(~counted, 0).sum() / counted.sum()
-            whole = mean + self.router_aux_loss_coef * outputs["aux_loss"]
-            self._keep_extra(losses, counted, {"loss": whole, "aux_loss": outputs["aux_loss"]})
+        if "aux_loss" in outputs and not self._smoothing(inputs):
+            aux = outputs["aux_loss"]
+            found = {"loss": reduced(losses, counted) + self.router_aux_loss_coef * aux, "aux_loss": aux}
+            self._jd_extra_loss = self.jd_own_loss.extra(losses, counted, found, core, self.args.jd_extra_losses)
         return losses, counted
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -159,3 +155,17 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
         if trains_head or self._asks_for_logits(inputs):
             return model(**{key: value for key, value in call.items() if key != "labels"})
         return model(**call, fused_lm_head=True)
+
+
+def _check_packing(args: JDSFTConfig) -> None:
+    """Raises a ValueError for flags that need one group for each row, where a row packs several examples."""
+    if args.packing and args.jd_group_column is not None and args.packing_strategy == "wrapped":
+        raise ValueError(
+            f"--packing_strategy wrapped cuts documents anywhere, so no row has one group of the column "
+            f"`{args.jd_group_column}`: use bfd."
+        )
+    if args.packing and args.jd_sampler != "trainer":
+        raise ValueError(
+            f"--jd_sampler {args.jd_sampler} orders the examples by their group, and a row of --packing holds "
+            "several: leave one of the two out."
+        )

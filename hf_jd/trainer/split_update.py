@@ -86,7 +86,7 @@ class SplitUpdate(Update):
     def objectives(self, table: Tensor, own: Tensor, first: Recorded) -> Objectives:
         if self.kind.shared:
             table = torch.cat([table[:, :3], own[:, 3:]], dim=1)  # Groups and names are the same everywhere.
-        return Objectives(table, self.jd.own_mean, normalised=True, valued=False)
+        return Objectives(table, self.jd.own_mean, normalised=True, valued=not table[:, 0].isnan().any())
 
     def add_extra(self, recorded: list[Recorded]) -> list[Tensor]:
         """Adds what of the losses doesn't come through the model's outputs, over micro-batches and processes."""

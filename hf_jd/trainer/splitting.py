@@ -18,7 +18,7 @@ from hf_jd.distributed.processes import process_count
 from hf_jd.gramian import Jacobian
 from hf_jd.gramian.rows import DenseRows
 from hf_jd.objectives import Part
-from hf_jd.packing import packed_documents
+from hf_jd.packing import by_document, documents_of
 from hf_jd.trainer.cotangents import Cotangent, Split, split, surrogates
 from hf_jd.trainer.gradients import set_aside
 from hf_jd.trainer.recording import Extra, Recorded
@@ -33,7 +33,7 @@ class Whose(NamedTuple):
     Attributes:
         groups: [B] the groups' ids, if there are groups.
         examples: B, if it is known.
-        documents: [N, T] the document of each token, if rows are packed; see `packed_documents`.
+        documents: [N, T] the document of each token, if rows are packed; see `documents_of`.
     """
 
     groups: Tensor | None
@@ -133,7 +133,8 @@ class SplitRecorder:
             return Whose(None, None, None)
         device = self.trainer.args.device
         groups, documents = (
-            None if ids is None else ids.to(device) for ids in (batch.get(GROUP_KEY), packed_documents(batch))
+            None if ids is None else ids.to(device)
+            for ids in (batch.get(GROUP_KEY), documents_of(batch, self.trainer.jd_args.jd_packed))
         )
         counted = groups if groups is not None else batch.get(EXAMPLES_KEY)
         return Whose(groups, None if counted is None else len(counted), documents)
@@ -141,9 +142,9 @@ class SplitRecorder:
     def _multiplied(self, loss: Tensor, whose: Whose, multipliers: Tensor | None) -> Tensor:
         if multipliers is None:
             return loss
-        cotangents, rest = self._split(loss)
+        cotangents, rest = self._split(loss, self.trainer.jd_outputs.take())
         owners = self._owners(cotangents, whose)
-        ids = self._part(cotangents, owners, whose.groups).segments
+        ids = self._part(cotangents, owners, whose.groups, None, loss).segments
         parts = [surrogates(c, _at(ids, o), len(multipliers)) for c, o in zip(cotangents, owners, strict=True)]
         total = (torch.stack(parts).sum(0) * multipliers).sum()
         return total if rest is None else total + rest
@@ -155,12 +156,12 @@ class SplitRecorder:
         rows = {p: DenseRows(g.reshape(1, -1), p.shape) for p, g in gradients.items()}
         finite = loss.detach().isfinite()[None]
         counts = finite.long()
-        part = _part_without_values(counts - 1, torch.full_like(counts, -1), counts, finite)
+        one = loss.detach().double()[None] / self.scale
+        part = _part(counts - 1, torch.full_like(counts, -1), counts, finite, one, torch.ones_like(one))
         jacobian = Jacobian({p: rows.get(p) for p in self.trainer.trainable()}, 1)
         return Recorded({}, [], [part], jacobian, (~finite).sum(), None)
 
-    def _split(self, loss: Tensor) -> Split:
-        outputs = self.trainer.jd_outputs.take()
+    def _split(self, loss: Tensor, outputs: Sequence[Tensor]) -> Split:
         found = split(loss, outputs)
         if not found.cotangents:
             raise ValueError(self._nothing_read(outputs))
@@ -168,13 +169,16 @@ class SplitRecorder:
 
     def _rows(self, loss: Tensor, whose: Whose) -> Recorded:
         engine, documents = self.trainer.engine(), whose.documents
-        cotangents, rest = self._split(loss)
+        values = self.trainer.known_values(self.trainer.jd_outputs.last)
+        cotangents, rest = self._split(loss, self.trainer.jd_outputs.take())
+        if values is not None:
+            values = _by_instance(*values, documents)
         extra = None
         if rest is not None and loss.detach().isfinite():
             self.has_rest = True
             extra = Extra(loss.detach() * 0, engine.gradients(rest))
         owners = self._owners(cotangents, whose)
-        part = self._part(cotangents, owners, whose.groups)
+        part = self._part(cotangents, owners, whose.groups, values, loss)
         if not part.finite.all():
             # In a backward NaN times 0 is NaN.
             cotangents = [_finite(c, part.finite[o.clamp(min=0)]) for c, o in zip(cotangents, owners, strict=True)]
@@ -207,8 +211,23 @@ class SplitRecorder:
         instances = count if count and all(n % count == 0 for n in sizes) else min(sizes)
         return [self.trainer.jd_instances(c.output, instances).to(c.output.device) for c in cotangents]
 
-    def _part(self, cotangents: list[Cotangent], owners: list[Tensor], groups: Tensor | None) -> Part:
-        """The objectives of the micro-batch; instances whose cotangent is zero, or isn't finite, are in none."""
+    def _part(
+        self,
+        cotangents: list[Cotangent],
+        owners: list[Tensor],
+        groups: Tensor | None,
+        values: tuple[Tensor, Tensor] | None,
+        loss: Tensor,
+    ) -> Part:
+        """The objectives of the micro-batch; instances whose cotangent is zero, or isn't finite, are in none.
+
+        Args:
+            cotangents: Of each output.
+            owners: See `_owners`.
+            groups: [B] the groups' ids, if there are groups.
+            values: [B] the sums of each instance's losses, and how many there are; None where they are not known.
+            loss: [] what is split.
+        """
         instances = 1 + max(int(owner.max()) for owner in owners)
         if groups is not None and len(groups) != instances:
             raise ValueError(
@@ -224,6 +243,11 @@ class SplitRecorder:
             sizes.index_add_(0, where[mine], places[mine].double())
             counts.index_add_(0, where[mine], (places[mine] != 0).long())
         finite = sizes.isfinite()
+        if values is not None and len(values[0]) == instances:
+            sizes, counts = values
+            finite &= sizes.isfinite()
+        else:
+            sizes = torch.full_like(sizes, torch.nan)
         counts = counts * finite
         some = counts > 0
         if self.kind.shared:
@@ -231,16 +255,29 @@ class SplitRecorder:
             assert groups is not None
             ids, of_groups = torch.where(some, torch.searchsorted(self.present, groups), -1), self.present
             totals = counts.new_zeros(len(of_groups)).index_add(0, ids[some], counts[some])
+            sums = sizes.new_zeros(len(of_groups)).index_add(0, ids[some], sizes[some])
         else:
-            ids, totals = torch.where(some, some.cumsum(0) - 1, -1), counts[some]
+            ids, totals, sums = torch.where(some, some.cumsum(0) - 1, -1), counts[some], sizes[some]
             of_groups = totals.new_full(totals.shape, -1) if groups is None else groups[some]
-        return _part_without_values(ids, of_groups, totals, finite)
+        # Values are shares of the loss, whatever it divides by.
+        divide_by = sums.sum() / (loss.detach().double() / self.scale)
+        divide_by = divide_by if divide_by.isfinite() and divide_by > 0 else torch.ones_like(divide_by)
+        return _part(ids, of_groups, totals, finite, sums / divide_by, divide_by.expand_as(sums))
 
 
-def _part_without_values(segments: Tensor, groups: Tensor, counts: Tensor, finite: Tensor) -> Part:
-    """Objectives whose rows are shares of a loss; their values are not known."""
-    unknown = torch.full_like(counts, torch.nan, dtype=torch.float64)
-    return Part(unknown, segments, groups, torch.zeros_like(counts), counts, torch.ones_like(unknown), finite)
+def _part(
+    segments: Tensor, groups: Tensor, counts: Tensor, finite: Tensor, losses: Tensor, denominators: Tensor
+) -> Part:
+    return Part(losses, segments, groups, torch.zeros_like(counts), counts, denominators, finite)
+
+
+def _by_instance(losses: Tensor, counted: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The sum of each instance's (or document's) losses [B], and how many it has [B]."""
+    if documents is not None:
+        named = (by_document({"": values}, documents)[""] for values in (losses, counted))
+        losses, counted = named
+    losses, counted = losses.reshape(len(losses), -1), counted.reshape(len(losses), -1)
+    return losses.double().masked_fill(~counted, 0).sum(1), counted.sum(1)
 
 
 def _sizes(gradient: Tensor, owner: Tensor) -> Tensor:

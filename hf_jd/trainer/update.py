@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_jd.collator import GROUP_KEY
+from hf_jd.batches import group_ids, holds_examples, row_count
 from hf_jd.distributed.gradients import add_gradients
 from hf_jd.distributed.processes import add_over_processes, anywhere, gather_uneven, process_count
 from hf_jd.distributed.rows import AddedRows, GatheredRows, OwnRows
@@ -20,7 +20,6 @@ from hf_jd.gramian.sharding import whole_bytes
 from hf_jd.metrics import Metrics
 from hf_jd.objectives import Objectives
 from hf_jd.trainer.deepspeed import measured_model, second_pass_of_deepspeed
-from hf_jd.trainer.empty import holds_examples
 from hf_jd.trainer.gradients import accumulate, added
 from hf_jd.trainer.kept import Kept, allowed, is_full
 from hf_jd.trainer.plain import plain_step
@@ -229,6 +228,7 @@ class Update:
         instances = torch.stack([r.broken for r in recorded]).sum()
         rows = objectives.broken(usable).sum()
         broken = add_over_processes(instances + rows) if self.alone else add_over_processes(instances) + rows
+        self.trainer.check_own_losses()
         self.trainer.jd_metrics.add(Metrics(("jd/non_finite",), broken.double()[None]))
         if self.trainer.accelerator.scaler is None:  # An overflow is how GradScaler finds its scale.
             self._report(objectives, usable)
@@ -248,24 +248,29 @@ class Update:
         column = self.jd.jd_group_column
         if column is None or not self.batches:
             return None
+        each = []
         for batch in self.batches:
-            if not isinstance(batch, Mapping) or GROUP_KEY not in batch:
+            groups = group_ids(batch)
+            if groups is None:
+                named = ", ".join(f"`{key}`" for key in batch) if isinstance(batch, Mapping) else "no names"
                 raise ValueError(
-                    f"An example has no group column `{column}`; its batch has {', '.join(f'`{k}`' for k in batch)}."
+                    f"An example has no group column `{column}`; its batch has {named}. (A collator that a DataLoader "
+                    "of your own is given has to be `trainer.data_collator`.)"
                 )
-            if (batch[GROUP_KEY] < 0).any():
+            if (groups < 0).any():
                 raise ValueError(
                     f"An example has no value in the group column `{column}`, or a name that is not among the groups "
                     f"{', '.join(f'`{name}`' for name in self.trainer.jd_group_names or [])}."
                 )
-        ids = torch.cat([batch[GROUP_KEY] for batch in self.batches]).to(self.trainer.args.device).unique()
+            each.append(groups)
+        ids = torch.cat(each).to(self.trainer.args.device).unique()
         return ids if self.alone else gather_uneven(ids)[0].unique()
 
     def _rows_fit(self) -> bool:
         """Whether rows are kept as they are, or as the layers' inputs and gradients where those are smaller."""
         if self.budget is None:
             return self.jd.keep_rows() is True
-        instances = sum(len(next(iter(batch.values()))) for batch in self.batches)
+        instances = sum(map(row_count, self.batches))
         m = len(self.present) if self.kind.shared and self.present is not None else instances
         return m * sum(whole_bytes(p) for p in self.trainable) <= self.budget
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_jd.metrics import loss_metrics, step_metrics
 from hf_jd.objectives import Objectives
+from hf_jd.trainer.foreign_weightings import checked_weights
 from hf_jd.weighting import Weighting
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def call_weighting(weighting: Any, gramian: Tensor, losses: Tensor, names: Seque
         names: [m] the objectives' names, where they stay the same from step to step.
 
     Raises:
-        ValueError: It returned something else than m finite weights.
+        ValueError: It returned something else than m finite real weights.
     """
     m = len(losses)
     if m == 1:
@@ -143,8 +144,4 @@ def call_weighting(weighting: Any, gramian: Tensor, losses: Tensor, names: Seque
         weights = weighting(losses if weighting.reads == "losses" else gramian, names=names)
     else:
         weights = weighting(gramian)
-    if not isinstance(weights, Tensor) or weights.shape != (m,) or not weights.isfinite().all():
-        raise ValueError(
-            f"The weighting has to return {m} finite weights for a Gramian of shape [{m}, {m}]; it returned {weights}."
-        )
-    return weights.detach().to(device=gramian.device, dtype=torch.float64)
+    return checked_weights(weighting, weights, m).detach().to(device=gramian.device, dtype=torch.float64)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
+from hf_jd.cli import main
 from hf_jd.finetune.example import MODEL, example_path
 from hf_jd.finetune.results import Results
 
@@ -92,6 +93,74 @@ def test_resumes_its_own_newest_checkpoint(finetune, tmp_path):
     resumed = finetune(whole, "--save_strategy", "steps", "--save_steps", "1", "--resume_from_checkpoint", "last")
     after = load_file(resumed / "adapter_model.safetensors")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+SAVING = ["--save_strategy", "steps", "--save_steps", "1"]
+LAST = [*SAVING, "--resume_from_checkpoint", "last"]
+
+
+@pytest.fixture(scope="module")
+def saved_run(finetune, tmp_path_factory) -> Path:
+    return finetune(tmp_path_factory.mktemp("runs") / "saved", *SAVING)
+
+
+@pytest.fixture
+def resumed(monkeypatch) -> list[str | None]:
+    """From what was resumed, each time."""
+    asked: list[str | None] = []
+    train = Trainer.train
+
+    def note(self, resume_from_checkpoint=None, *args, **kwargs):
+        asked.append(resume_from_checkpoint and Path(resume_from_checkpoint).name)
+        return train(self, resume_from_checkpoint, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "train", note)
+    return asked
+
+
+def cut_off(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize(
+    ("harm", "flags"),
+    [
+        (lambda last: cut_off(last / "optimizer.pt"), []),
+        (lambda last: cut_off(last / "adapter_model.safetensors"), ["--stock"]),
+        (lambda last: (last / "trainer_state.json").unlink(), []),
+        (lambda last: (last / "rng_state.pth").unlink(), ["--stock"]),
+        (lambda last: cut_off(last / "trainer_state.json"), ["--jd_weighting", "mean"]),
+        (lambda last: (last.parent / "checkpoint-10").mkdir(), []),
+    ],
+)
+def test_resumes_its_newest_whole_checkpoint(harm, flags, finetune, saved_run, resumed, tmp_path, caplog):
+    folder = shutil.copytree(saved_run, tmp_path / "run")
+    harm(folder / "checkpoint-2")
+    newest = "checkpoint-2" if (folder / "checkpoint-10").exists() else "checkpoint-1"
+    finetune(folder, *LAST, *flags)
+    assert resumed == [newest]
+    assert (
+        f"Skipping checkpoint-{10 if newest == 'checkpoint-2' else 2}, which was not written to its end" in caplog.text
+    )
+
+
+@pytest.mark.parametrize("flags", [[], ["--stock"]], ids=["ours", "stock"])
+def test_without_a_whole_checkpoint_it_says_that_it_starts_anew(flags, finetune, saved_run, resumed, tmp_path, caplog):
+    folder = shutil.copytree(saved_run, tmp_path / "run")
+    for name in ("checkpoint-1", "checkpoint-2"):
+        cut_off(folder / name / "adapter_model.safetensors")
+    finetune(folder, *LAST, *flags)
+    assert resumed == [None]
+    assert "No checkpoint is whole: training starts at the beginning" in caplog.text
+    assert Results.read(folder).steps == 2
+
+
+def test_a_named_checkpoint_that_is_cut_off_is_refused(saved_run, train_file, tmp_path, capsys):
+    folder = shutil.copytree(saved_run, tmp_path / "run")
+    cut_off(folder / "checkpoint-2" / "adapter_model.safetensors")
+    flags = ["--train_file", train_file, "--output_dir", folder, "--resume_from_checkpoint", folder / "checkpoint-2"]
+    assert main(["finetune", *map(str, flags)]) == 2
+    assert "its adapter_model.safetensors is not whole. Take another one, or" in capsys.readouterr().err
 
 
 def test_overwriting_removes_the_other_run(finetune, tmp_path):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from peft import LoHaConfig, LoKrConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_jd.gramian import Engine
 from hf_jd.gramian.random_streams import random_state, set_random_state, unchanged_streams
-from tests.gramian.oracle import TIER_3, check_step, perturb, trainable
+from tests.gramian.oracle import SINGLE, TIER_3, check_step, perturb, trainable
+from tests.models import VOCABULARY, tiny_llama
 
 B, T, WIDTH = 3, 4, 6
 CPU = torch.device("cpu")
@@ -141,8 +144,13 @@ def test_a_module_that_draws(kind, check: bool):
         perturb(trainable(model))
 
 
-@pytest.mark.parametrize("kind", [Attention, Recurrent, NoisyRouter])
-def test_a_module_that_draws_in_training_only_is_called_again_in_evaluation(kind):
+@pytest.mark.parametrize(
+    "kind, training",
+    [(Attention, 3), (Recurrent, 3), (NoisyRouter, 2)],
+    ids=["each instance has numbers of its own", "in two layers", "called again as a whole"],
+)
+def test_a_module_that_draws_in_training_only(kind, training: int):
+    """It is called again in evaluation mode and, where that gives the forward's numbers, in training mode."""
     model = Model(kind)
     engine = Engine(model)
     tiers = []
@@ -152,7 +160,35 @@ def test_a_module_that_draws_in_training_only_is_called_again_in_evaluation(kind
         engine.compute_gramian(losses)
         assert not check_step(engine, trainable(model), losses)
         tiers.append({tier for name, tier in engine.tiers().items() if name.startswith("layer")})
-    assert tiers[1:] == [{3}, {2}, {3}]
+    assert tiers[1:] == [{training}, {2}, {training}]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoHaConfig(r=2, target_modules=["q_proj", "up_proj"]),
+        LoHaConfig(r=2, target_modules=["q_proj", "v_proj", "o_proj", "up_proj"], module_dropout=0.2),
+        LoKrConfig(r=2, target_modules=["q_proj", "up_proj"], rank_dropout=0.3),
+        LoKrConfig(r=2, target_modules=["q_proj", "up_proj"]),
+    ],
+    ids=["LoHa", "LoHa, left out at random", "LoKr, ranks left out", "LoKr"],
+)
+def test_adapters_that_draw_for_the_whole_batch_are_called_again(config):
+    """They toss a coin in each forward, also where they need none: with the forward's numbers, tier 2 is right."""
+    model = get_peft_model(tiny_llama(), config).double().train()
+    torch.manual_seed(0)
+    perturb(trainable(model))
+    engine = Engine(model)
+    ids = torch.randint(3, VOCABULARY, (B, 6), generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(4):
+            torch.manual_seed(step)
+            logits = model(input_ids=ids).logits
+            losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none").sum(1)
+            assert not check_step(engine, trainable(model), losses, tolerance=SINGLE)
+            assert step == 0 or set(engine.tiers().values()) <= {0, 2}
+            perturb(trainable(model))
 
 
 def test_streams_are_put_back_after_an_error():

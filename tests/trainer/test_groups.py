@@ -14,7 +14,8 @@ from transformers import (
     default_data_collator,
 )
 
-from hf_jd.collator import GROUP_KEY, GroupCollator, group_names
+from hf_jd.collator import GROUP_KEY, GroupCollator
+from hf_jd.groups import group_names
 from tests.models import VOCABULARY
 from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, relative, run
 

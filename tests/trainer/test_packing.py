@@ -50,7 +50,10 @@ def test_documents_of_padded_rows():
     positions = torch.tensor([[0, 1, 0, 1, 0], [0, 1, 2, 0, 1]])
     mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
     batch = {"input_ids": torch.ones_like(mask), "position_ids": positions, "attention_mask": mask}
-    assert packed_documents(batch).tolist() == [[0, 0, 1, 1, -1], [2, 2, 2, 3, 3]]
+    assert packed_documents(batch, "always").tolist() == [[0, 0, 1, 1, -1], [2, 2, 2, 3, 3]]
+    # transformers lets them attend one another: rows are instances, unless someone knows better.
+    assert packed_documents(batch) is None
+    assert packed_documents({**batch, "attention_mask": None}).tolist() == [[0, 0, 1, 1, 2], [3, 3, 3, 4, 4]]
 
 
 @pytest.mark.parametrize(

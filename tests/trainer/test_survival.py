@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections import namedtuple
@@ -15,8 +16,7 @@ import torch
 
 from hf_jd import JDTrainer
 from hf_jd.checkpoints import newest_whole
-from hf_jd.trainer.resuming import checkpoint_to_resume
-from tests.trainer.runs import arguments, examples, flat, logged, lora, relative, run
+from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, relative, run
 
 ROOT = Path(__file__).parents[2]
 FILES = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
@@ -60,11 +60,60 @@ def test_a_checkpoint_that_lacks_something_is_skipped(name, how, finished):
     assert "weights" in skipped["checkpoint-4"] or name in skipped["checkpoint-4"]
 
 
+def test_shards_that_are_not_all_there(finished, tmp_path):
+    shutil.copytree(finished / "checkpoint-4", tmp_path / "checkpoint-4")
+    index = tmp_path / "checkpoint-4" / "model.safetensors.index.json"
+    for text in ('{"weight_map": {"a": "model-1.safetensors"}}', '{"weight_map": {"a": "mod', "", "{}"):
+        index.write_text(text)
+        assert newest_whole(tmp_path, FILES)[1] == {"checkpoint-4": "its model.safetensors.index.json is not whole"}
+    index.write_text('{"weight_map": {"a": "adapter_model.safetensors"}}')
+    assert newest_whole(tmp_path, FILES)[0] == tmp_path / "checkpoint-4"
+
+
+def test_the_newest_is_by_number(finished, tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best"):
+        shutil.copytree(finished / "checkpoint-4", tmp_path / name)
+    assert newest_whole(tmp_path, FILES)[0] == tmp_path / "checkpoint-10"
+    (tmp_path / "checkpoint-10" / "trainer_state.json").unlink()
+    assert newest_whole(tmp_path, FILES)[0] == tmp_path / "checkpoint-9"
+
+
 def test_without_any_whole_checkpoint_training_starts_anew(tmp_path, caplog):
     (tmp_path / "checkpoint-2").mkdir()
-    trainer = JDTrainer(lora("gpt2"), arguments(tmp_path), train_dataset=examples())
-    assert checkpoint_to_resume(trainer, True) is None
+    trainer = JDTrainer(lora("gpt2"), arguments(tmp_path), train_dataset=examples(), data_collator=collate)
+    trainer.train(resume_from_checkpoint=True)
     assert "starts at the beginning" in caplog.text
+    assert trainer.state.global_step == 4
+    lines = (tmp_path / "jd_log.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["begins"] == "anew"
+
+
+def test_no_checkpoint_at_all(tmp_path):
+    trainer = JDTrainer(lora("gpt2"), arguments(tmp_path), train_dataset=examples())
+    with pytest.raises(ValueError, match="holds no checkpoint to resume"):
+        trainer.train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="There is no checkpoint `.*/checkpoint-7` to resume"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-7"))
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "trainer_state.json", "optimizer.pt", "rng_state.pth"])
+def test_a_named_checkpoint_that_is_cut_off_is_refused(name, finished, tmp_path):
+    checkpoint = tmp_path / "checkpoint-2"
+    shutil.copytree(finished / "checkpoint-2", checkpoint)
+    content = (checkpoint / name).read_bytes()
+    (checkpoint / name).write_bytes(content[: len(content) // 2])
+    trainer = JDTrainer(lora("gpt2"), arguments(tmp_path), train_dataset=examples())
+    with pytest.raises(ValueError, match=f"can't be resumed: its {name} is .*resume_from_checkpoint=True"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_named_checkpoint_without_its_random_numbers_is_resumed_with_a_word(finished, tmp_path, caplog):
+    shutil.copytree(finished / "checkpoint-2", tmp_path / "checkpoint-2")
+    (tmp_path / "checkpoint-2" / "rng_state.pth").unlink()
+    trainer = JDTrainer(lora("gpt2"), arguments(tmp_path), train_dataset=examples(), data_collator=collate)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "can't be resumed as it was: it has no rng_state.pth" in caplog.text
+    assert trainer.state.global_step == 4
 
 
 def test_a_checkpoint_written_over_another_one_is_not_whole_until_its_end(tmp_path, monkeypatch):

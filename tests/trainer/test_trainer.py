@@ -249,13 +249,14 @@ def test_a_model_init_is_met_by_the_engine(tmp_path):
     assert torch.equal(flat(trainer.model), first)
 
 
-def test_an_engine_is_made_once(tmp_path, monkeypatch):
+def test_an_engine_is_made_once_a_run(tmp_path, monkeypatch):
     made = []
     construct = Engine.__init__
     monkeypatch.setattr(Engine, "__init__", lambda self, *a, **k: made.append(k) or construct(self, *a, **k))
     trainer = run(lora("gpt2"), arguments(tmp_path, jd_check=False))
-    trainer.train()
     assert made == [{"check": False}]
+    trainer.train()
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize(("keep", "materialise"), [("auto", True), ("true", True), ("false", False), ("4KB", False)])

@@ -1,0 +1,161 @@
+"""Weightings that aren't hf_jd's own: any callable, and TorchJD's objects, of which some take a Jacobian."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("qpsolvers", reason="TorchJD's projections need qpsolvers")
+from torchjd import aggregation as torchjd
+
+from hf_jd.trainer.foreign_weightings import as_weighting
+from hf_jd.weighting import GradVacWeighting, MeanWeighting, UPGradWeighting
+from tests.trainer.runs import arguments, flat, lora, relative, run
+
+ROWS = torch.randn(4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+OF_GRAMIANS = [
+    torchjd.UPGrad(),
+    torchjd.UPGrad(torch.tensor([1.0, 2.0, 3.0, 0.5], dtype=torch.float64)),
+    torchjd.DualProj(),
+    torchjd.MGDA(),
+    torchjd.IMTLG(),
+    torchjd.AlignedMTL(),
+    torchjd.CAGrad(c=0.3),
+    torchjd.Krum(1, 1),
+]
+
+
+@pytest.mark.parametrize("aggregator", OF_GRAMIANS, ids=str)
+@pytest.mark.parametrize(
+    "wrapped", [lambda a: a, lambda a: a.forward, lambda a: a.__call__, partial, lambda a: a.weighting]
+)
+def test_an_aggregator_of_torchjd_weighs_as_it_aggregates(aggregator, wrapped):
+    weighting = as_weighting(wrapped(aggregator))
+    expected = aggregator(ROWS)
+    torch.testing.assert_close(weighting(ROWS @ ROWS.T) @ ROWS, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_an_aggregator_of_the_first_versions_weighs_as_it_aggregates():
+    # They have no attribute for the weighting of the Gramian alone.
+    aggregator = torchjd.UPGrad()
+    weighting = aggregator.gramian_weighting
+    del aggregator.gramian_weighting
+    assert as_weighting(aggregator) is weighting
+
+
+class Clipped(torchjd.UPGrad):
+    def forward(self, matrix):
+        return super().forward(matrix).clamp(max=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            torchjd.Mean(),
+            "aggregator `Mean`, which takes a Jacobian .*`hf_jd.weighting.MeanWeighting`.*--jd_weighting mean",
+        ),
+        (torchjd.ConFIG(), "aggregator `ConFIG`.*--jd_weighting config"),
+        (torchjd.Random(), "aggregator `Random`.*--jd_weighting random"),
+        (torchjd.Constant(torch.ones(2)).forward, "aggregator `Constant`.*--jd_weighting constant"),
+        (partial(torchjd.GradDrop()), "aggregator `GradDrop`.*no weighting is the same.*upgrad, "),
+        (torchjd.TrimmedMean(1), "aggregator `TrimmedMean`.*no weighting is the same"),
+        (Clipped(), "aggregator `Clipped`.*no weighting is the same"),
+        (torchjd.MoDoWeighting(), "weighting `MoDoWeighting`, which takes a Jacobian"),
+        (torchjd.SDMGradWeighting(), "weighting `SDMGradWeighting`, which takes a Jacobian"),
+        (torchjd.UPGradWeighting, "the class `UPGradWeighting`, and has to be an object"),
+        (UPGradWeighting, "the class `UPGradWeighting`, and has to be an object"),
+        ("mgda", "is 'mgda', and has to be an object .*--jd_weighting"),
+        (torch.ones(2), r"is tensor\(\[1., 1.\]\), and has to be an object"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_takes_a_jacobian_or_nothing_is_refused(given, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run(lora("gpt2"), arguments(tmp_path), weighting=given)
+
+
+class Halves(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, gramian):
+        return self.value.expand(len(gramian))
+
+    def with_names(self, gramian, half=0.5):
+        return gramian.new_full((len(gramian),), half)
+
+
+class Empty(list):
+    def __call__(self, gramian):
+        return gramian.new_full((len(gramian),), 0.5)
+
+
+@pytest.mark.parametrize(
+    "halves",
+    [
+        Halves(),
+        Halves().with_names,
+        partial(Halves().with_names, half=0.5),
+        Empty(),
+        nn.Sequential(Halves()),
+        torchjd.MeanWeighting(),
+        torchjd.ConstantWeighting(torch.tensor([0.5, 0.5])),
+        lambda gramian: np.full(len(gramian), 0.5),
+        lambda gramian: np.full(len(gramian), 0.5, dtype=np.float16)[::-1],
+        lambda gramian: np.linalg.solve(2 * np.eye(len(gramian)), np.ones(len(gramian), dtype=np.int64)),
+        lambda gramian: torch.full((len(gramian),), 0.5, dtype=torch.bfloat16),
+    ],
+)
+def test_any_callable_weighs(halves, tmp_path):
+    ours = run(lora("gpt2"), arguments(tmp_path, max_steps=2), weighting=halves)
+    theirs = run(lora("gpt2"), arguments(tmp_path, max_steps=2, jd_weighting="mean"))
+    assert relative(flat(ours.model), flat(theirs.model)) < 1e-10
+    assert ours.jd_state.weights.dtype == torch.float64
+    assert not ours.jd_state.weights.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (torch.ones(2, dtype=torch.complex64), r"a tensor of shape \[2\] and dtype torch.complex64"),
+        (torch.ones(2, 1), r"a tensor of shape \[2, 1\] and dtype torch.float32"),
+        (torch.ones(2).to_sparse(), r"a tensor of shape \[2\]"),
+        (torch.tensor(0.5), r"a tensor of shape \[\] and dtype torch.float32: 0.5"),
+        (np.array([1.0, np.inf]), r"an array of NumPy of shape \[2\] and dtype float64: \[1.0, inf\]"),
+        (np.array([1, 2j]), "an array of NumPy of shape .* dtype complex128"),
+        (np.array(["a", "b"]), "an array of NumPy"),
+        (0.5, r"0.5 \(float\)"),
+        (None, r"None \(NoneType\)"),
+        ({"code": 1.0, "docs": 1.0}, r"\(dict\)"),
+        (MeanWeighting(), r"MeanWeighting\(\) \(MeanWeighting\)"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_what_is_no_vector_of_weights_is_refused(returned, message, tmp_path):
+    def mine(gramian):
+        return returned
+
+    with pytest.raises(ValueError, match=rf"The weighting `mine` has to return 2 finite weights \[2\].*{message}"):
+        run(lora("gpt2"), arguments(tmp_path), weighting=mine)
+
+
+def test_torchjds_aggregator_trains_as_its_weighting(tmp_path):
+    models = [
+        run(lora("gpt2"), arguments(tmp_path, max_steps=3), weighting=weighting).model
+        for weighting in (torchjd.UPGrad(), torchjd.UPGradWeighting())
+    ]
+    assert torch.equal(flat(models[0]), flat(models[1]))
+
+
+def test_preferences_are_refused_where_they_cannot_be_set(tmp_path):
+    flags = {"jd_objectives": "group", "jd_group_column": "task", "jd_preferences": ["code=2"]}
+    with pytest.raises(ValueError, match="--jd_preferences is for weightings that take preferences"):
+        run(lora("gpt2"), arguments(tmp_path, **flags), weighting=torchjd.UPGradWeighting())
+    assert run(lora("gpt2"), arguments(tmp_path, max_steps=1), weighting=GradVacWeighting()).jd_state is not None

@@ -1,0 +1,264 @@
+"""The model's own loss, looked at in each step; and a user's `compute_loss`, which training would go past."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import (
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from hf_jd import JDTrainer, JDTrainerMixin
+from tests.models import tiny_gpt2, tiny_llama
+from tests.trainer.runs import arguments, collate, examples, flat, logged, relative, run, stock
+from tests.trainer.tasks import TABLE, examples_of, model_of
+from tests.trainer.tasks import collate as collate_any
+from tests.trainer.test_extra_losses import mixtral
+
+SAME_BEFORE = "The model's own loss is .*In the first step they were the same.*override `compute_losses`"
+
+
+class At(TrainerCallback):
+    """Changes the model before the update after a step."""
+
+    def __init__(self, step, change):
+        self.step, self.change = step, change
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            self.change(model)
+
+
+def with_loss(model, loss):
+    """The model, whose own loss is `loss(its loss, its outputs, its inputs)`."""
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def changed(*args, **kwargs):
+        outputs = forward(*args, **kwargs)
+        if outputs.loss is not None:
+            outputs.loss = loss(outputs.loss, outputs, kwargs)
+        return outputs
+
+    model.forward = changed
+    return model
+
+
+def penalised(model):
+    """With a penalty on the parameters, times a coefficient that starts at 0."""
+    model.coefficient = 0.0
+    return with_loss(
+        model, lambda loss, *_: loss + model.coefficient * sum(p.square().sum() for p in model.parameters())
+    )
+
+
+def raised(model):
+    model.coefficient = 0.1
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"gradient_accumulation_steps": 2}, {"jd_scope": "micro_batch"}, {"jd_warmup_steps": 9}]
+)
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
+def test_a_penalty_that_grows_is_noticed_in_its_first_step(build, flags, tmp_path):
+    steps = []
+
+    class Counting(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            steps.append(state.global_step)
+
+    args = arguments(tmp_path, max_steps=6, **flags)
+    with pytest.raises(ValueError, match=SAME_BEFORE):
+        run(penalised(build()), args, callbacks=[At(3, raised), Counting()])
+    assert steps == [1, 2, 3]
+
+
+def test_a_routers_coefficient_that_grows_is_followed(tmp_path):
+    def grown(model):
+        model.router_aux_loss_coef = 0.5
+
+    flags = {"per_device_train_batch_size": 4, "max_steps": 4}
+    args = (arguments(tmp_path, jd_weighting="mean", **flags), arguments(tmp_path, TrainingArguments, **flags))
+    models = []
+    for one in args:
+        model = mixtral(0.5)
+        model.router_aux_loss_coef = 0.0
+        models.append(run(model, one, callbacks=[At(2, grown)]))
+    assert relative(flat(models[0].model), flat(models[1].model)) < 1e-6
+    assert relative(logged(models[0], "loss"), logged(models[1], "loss")) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["single-label", "token"])
+def test_weights_of_classes_are_noticed_though_the_head_starts_at_zero(name, tmp_path):
+    model = model_of(TABLE[name], adapted=False)
+    assert isinstance(model, BertForSequenceClassification | BertForTokenClassification)
+    torch.nn.init.zeros_(model.classifier.weight)
+    weights = torch.tensor([1.0, 4.0, 2.0], dtype=torch.float64)
+    model = with_loss(
+        model, lambda loss, out, kwargs: F.cross_entropy(out.logits.flatten(0, -2), kwargs["labels"].flatten(), weights)
+    )
+    args = arguments(tmp_path, max_steps=4, learning_rate=0.1)
+    with pytest.raises(ValueError, match="The model's own loss is .*override `compute_losses`"):
+        run(model, args, examples_of(TABLE[name], 8), data_collator=collate_any)
+
+
+def unshifted(loss, outputs, inputs):
+    return F.cross_entropy(outputs.logits.flatten(0, 1).float(), inputs["labels"].flatten())
+
+
+def of_a_prompt(loss, outputs, inputs):
+    """As an image captioning head has it: the first tokens are the picture's."""
+    return F.cross_entropy(outputs.logits[:, 2:-1].flatten(0, 1).float(), inputs["labels"][:, 3:].flatten())
+
+
+def smoothed(loss, outputs, inputs):
+    targets = F.pad(inputs["labels"], (0, 1), value=-100)[:, 1:].flatten()
+    return F.cross_entropy(outputs.logits.flatten(0, 1).float(), targets, label_smoothing=0.3)
+
+
+def focal(loss, outputs, inputs):
+    return loss * loss.detach().exp()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("loss", [unshifted, of_a_prompt, smoothed, focal])
+def test_a_head_with_another_loss_is_refused(loss, bf16, tmp_path):
+    model = with_loss(tiny_llama().float(), loss)
+    data = examples()
+    for example in data:
+        example["labels"] = example["input_ids"]
+    with pytest.raises(ValueError, match="models of its kind, is .* So it has a loss or a part that isn't known"):
+        run(model, arguments(tmp_path, bf16=bf16), data)
+
+
+def test_a_penalty_from_the_first_step_is_added(tmp_path):
+    def build():
+        model = penalised(tiny_gpt2())
+        model.coefficient = 0.01
+        return model
+
+    theirs = stock(build(), tmp_path, optim="sgd")
+    ours = run(build(), arguments(tmp_path, jd_weighting="mean", optim="sgd"))
+    assert ours.has_extra
+    assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
+
+
+@pytest.mark.parametrize("flags", [{}, {"bf16": True}, {"label_smoothing_factor": 0.1}], ids=str)
+@pytest.mark.parametrize("name", [name for name, task in TABLE.items() if task.smoothed])
+def test_no_alarm_in_ordinary_runs(name, flags, tmp_path):
+    args = arguments(tmp_path, max_steps=8, **flags)
+    run(model_of(TABLE[name], True).float(), args, examples_of(TABLE[name], 8), data_collator=collate_any)
+
+
+def test_a_loss_that_is_not_finite_is_no_difference(tmp_path):
+    broken = []
+
+    def nan(loss, *_):
+        broken.append(loss)
+        return loss * torch.nan if len(broken) == 3 else loss
+
+    run(with_loss(tiny_gpt2(), nan), arguments(tmp_path))
+    assert len(broken) > 3
+
+
+# ---- A compute_loss of the user's own ----
+
+REFUSED = "has a `compute_loss` of its own.*override `compute_losses` beside it"
+
+
+def own(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    outputs = model(**inputs)
+    return (2 * outputs.loss, outputs) if return_outputs else 2 * outputs.loss
+
+
+class Doubled(Trainer):
+    compute_loss = own
+
+
+class Left(JDTrainerMixin, Doubled):
+    pass
+
+
+class Below(JDTrainer):
+    compute_loss = own
+
+
+class Further(Below):
+    pass
+
+
+class Behind(JDTrainer):
+    """Whose unreduced losses are another class's, further away than its loss."""
+
+    def compute_losses(self, model, inputs):
+        return super().compute_losses(model, inputs)
+
+
+class BehindBelow(Behind):
+    compute_loss = own
+
+
+@pytest.mark.parametrize("cls", [Left, Below, Further, BehindBelow])
+def test_a_classs_own_loss_is_refused(cls, tmp_path):
+    with pytest.raises(ValueError, match=REFUSED):
+        run(tiny_gpt2(), arguments(tmp_path), cls=cls)
+
+
+def test_an_instances_own_loss_is_refused(tmp_path):
+    trainer = JDTrainer(tiny_gpt2(), arguments(tmp_path), train_dataset=examples(), data_collator=collate)
+    trainer.compute_loss = functools.partial(own, trainer)
+    with pytest.raises(ValueError, match=REFUSED):
+        trainer.train()
+    trainer.compute_losses = functools.partial(JDTrainer.compute_losses, trainer)
+    trainer.train()
+
+
+@pytest.mark.parametrize("cls", [Trainer, JDTrainerMixin, JDTrainer])
+def test_a_loss_put_in_anothers_place_is_refused(cls, tmp_path, monkeypatch):
+    monkeypatch.setattr(cls, "compute_loss", own, raising=False)
+    with pytest.raises(ValueError, match=REFUSED):
+        run(tiny_gpt2(), arguments(tmp_path))
+
+
+def test_a_wrapper_of_trainers_loss_is_refused(tmp_path, monkeypatch):
+    @functools.wraps(Trainer.compute_loss)
+    def traced(self, *args, **kwargs):
+        return 2 * inner(self, *args, **kwargs)
+
+    inner = Trainer.compute_loss
+    monkeypatch.setattr(Trainer, "compute_loss", traced)
+    with pytest.raises(ValueError, match=REFUSED):
+        run(tiny_gpt2(), arguments(tmp_path))
+
+
+def test_unreduced_losses_beside_it_are_trained(tmp_path):
+    class Both(Below):
+        def compute_losses(self, model, inputs):
+            return super().compute_losses(model, inputs)
+
+    run(tiny_gpt2(), arguments(tmp_path, max_steps=1), cls=Both)
+
+
+@pytest.mark.parametrize("name", ["DPOTrainer", "RewardTrainer", "SFTTrainer"])
+def test_trls_losses_are_refused(name):
+    trl = pytest.importorskip("trl")
+    from hf_jd.trainer.own_loss import check_compute_loss
+
+    cls = type("Mine", (JDTrainerMixin, getattr(trl, name)), {})
+    with pytest.raises(ValueError, match=f"{name} {REFUSED}"):
+        check_compute_loss(cls.__new__(cls))
+
+
+def test_trls_sft_has_its_unreduced_losses():
+    pytest.importorskip("trl")
+    from hf_jd import JDSFTTrainer
+    from hf_jd.trainer.own_loss import check_compute_loss
+
+    check_compute_loss(JDSFTTrainer.__new__(JDSFTTrainer))
