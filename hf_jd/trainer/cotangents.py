@@ -93,7 +93,7 @@ def split(loss: Tensor, outputs: Sequence[Tensor]) -> Split:
         loss: [] with a graph; its own part of the graph is freed, unless there is a rest.
         outputs: What the model returned; the loss need not read all of them.
     """
-    read, has_rest = _read(loss, outputs)
+    read, has_rest = _read(loss, outputs) if loss.requires_grad else ([], False)
     cotangents, rest = [], loss
     for i, (output, edge) in enumerate(read):
         last = i + 1 == len(read) and not has_rest

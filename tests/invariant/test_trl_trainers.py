@@ -220,3 +220,24 @@ def test_mean_is_trls_own_trainer(name, kind, stock, tmp_path):
         assert sum(objectives) == (EXAMPLES if kind == "instance" else rows)
     else:
         assert objectives == expected
+
+
+@pytest.mark.parametrize("flags", [GROUP, {"jd_group_column": "task"}], ids=["group", "grouped"])
+def test_batches_that_are_lists_have_no_groups(flags, tmp_path):
+    with pytest.raises(
+        ValueError, match="returned a list, which has no place for the ids of the groups of --jd_group_column"
+    ):
+        trained(CASES["GRPO"], tmp_path, ours=True, **flags)
+
+
+@pytest.mark.parametrize("name", ["GRPO", "DPO", "Reward"])
+def test_evaluation_is_trls_own(name, tmp_path):
+    case = CASES[name]
+    settings = {**case.settings, "eval_dataset": case.data}
+    case = case._replace(settings=settings, flags={**case.flags, "eval_strategy": "steps", "eval_steps": 1})
+    theirs, _ = trained(case, tmp_path, ours=False, per_device_eval_batch_size=2)
+    grouped = {"jd_group_column": "task"} if case.groups else {}
+    ours, _ = trained(case, tmp_path, ours=True, per_device_eval_batch_size=2, **grouped)
+    assert sum("eval_loss" in entry for entry in measured(theirs)) == STEPS
+    for our, their in zip(measured(ours), measured(theirs), strict=True):
+        assert {key: our[key] for key in their} == pytest.approx(their, rel=1e-4, abs=1e-6)

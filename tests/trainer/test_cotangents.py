@@ -340,8 +340,9 @@ def states_and_tokens(trainer, model, inputs, number):
 
 @pytest.mark.parametrize("kind", [{}, GROUP], ids=["instance", "group"])
 @pytest.mark.parametrize("loss", [own_losses.next_tokens, own_losses.scaled, states_and_tokens])
-def test_rows_of_outputs_that_mixed_precision_has_cast(loss, kind, tmp_path):
-    case = Case(loss, lambda: lora("gpt2", warm=True).float(), text=True)
+@pytest.mark.parametrize("build", [lambda: lora("gpt2", warm=True), tiny_llama], ids=["lora", "full"])
+def test_rows_of_outputs_that_mixed_precision_has_cast(build, loss, kind, tmp_path):
+    case = Case(loss, lambda: build().float(), text=True)
     flags = {"max_steps": 1, "per_device_train_batch_size": 5, "train_sampling_strategy": "sequential"}
     gramians = []
     for bf16 in (False, True):
@@ -460,9 +461,8 @@ def test_the_gramian_of_batches_is_that_of_their_gradients(tmp_path):
 def refused(directory: Any, match: str, loss: Any = None, cls: Any = None, **flags: Any) -> None:
     case = Case(loss or CASES["focal"].loss)
     cls = cls or type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {})
-    trainer = cls(
-        case.build(), arguments(directory, **flags), train_dataset=case.examples(8), data_collator=case.collate
-    )
+    args = arguments(directory, per_device_train_batch_size=8, **flags)
+    trainer = cls(case.build(), args, train_dataset=case.examples(8), data_collator=case.collate)
     with pytest.raises(ValueError, match=match):
         trainer.train()
 
@@ -476,10 +476,15 @@ def past_forward(trainer, model, inputs, number):
     return F.cross_entropy(model.classifier(states[:, 0]), inputs["labels"]), None
 
 
+def without_graph(trainer, model, inputs, number):
+    outputs = model(**inputs)
+    return outputs.loss.detach(), outputs
+
+
 @pytest.mark.parametrize(
     ("loss", "shapes"),
-    [(of_parameters, "none"), (past_forward, "none"), (cached, "none")],
-    ids=["parameters", "past-forward", "own-backward"],
+    [(of_parameters, "none"), (past_forward, "none"), (cached, "none"), (without_graph, r"\[8, 3\]")],
+    ids=["parameters", "past-forward", "own-backward", "without-graph"],
 )
 def test_a_loss_that_does_not_read_the_outputs_is_refused(loss, shapes, tmp_path):
     match = rf"does not depend on what the model returned .*outputs of shapes {shapes}.*--jd_objectives batch"
