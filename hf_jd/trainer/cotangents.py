@@ -53,11 +53,11 @@ class OutputObserver:
         # A call inside a backward is a recomputation of activation checkpointing.
         if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
             return
-        found = [t for t in _tensors(output) if t.grad_fn is not None and t.dim()]
-        if found:
-            # Others than the last one's leading rows are no examples: a router's logits are of tokens.
-            last = max(found, key=lambda t: t.grad_fn._sequence_nr())
-            self._outputs += [t for t in found if len(t) == len(last)]
+        nodes = {node: t for t in _tensors(output) if t.dim() and (node := t.grad_fn) is not None}
+        if nodes:
+            # Leading rows other than the last one's are no examples: a router's logits are of tokens.
+            last = nodes[max(nodes, key=lambda node: node._sequence_nr())]
+            self._outputs += [t for t in _tensors(output) if t.grad_fn in nodes and len(t) == len(last)]
 
     def take(self) -> list[Tensor]:
         """The tensors since the last time."""
@@ -156,8 +156,7 @@ def _read(loss: Tensor, outputs: Sequence[Tensor]) -> tuple[list[tuple[Tensor, G
             continue
         edges = node.next_functions
         if isinstance(getattr(node, "tap", None), ModuleTap) or node.name() == "CheckpointFunctionBackward":
-            has_rest = True
-            continue
+            has_rest = True  # And behind it may be an output: a head that is called again reads one.
         if not edges and isinstance(getattr(node, "variable", None), nn.Parameter):
             has_rest = True
         if node.name() == "_DDPSinkBackward":

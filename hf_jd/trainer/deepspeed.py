@@ -42,6 +42,7 @@ def second_pass_of_deepspeed(
     for i, one in enumerate(recorded):
         mine = slice(None) if recorder.kind.shared else slice(start, start + len(one.losses))
         start += len(one.losses)
+        assert one.random_state is not None
         set_random_state(one.random_state, trainer.args.device)
         batch, left = _without_broken(one, usable[mine], recorder)
         parts, extra = recorder.parts(batch, again=True, model=model)

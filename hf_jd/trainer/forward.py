@@ -110,8 +110,9 @@ class LossesMixin(Host):
         check_targets(kind, inputs)
         # Trainer leaves the model's own loss alone where it smooths labels.
         compared = not self._smoothing(inputs)
+        asks = outputs is not None or (compared and self.jd_own_loss.asks(core))
         if outputs is None:
-            outputs = model(**(inputs if compared else model_inputs(kind, inputs, core)))
+            outputs = model(**(inputs if asks else model_inputs(kind, inputs, core)))
         if not isinstance(outputs, Mapping):
             raise ValueError(
                 f"The model returned a {type(outputs).__name__}, without names, so its logits can't be told: set "

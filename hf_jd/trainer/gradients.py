@@ -26,7 +26,7 @@ def added(parts: Iterable[Mapping[nn.Parameter, Tensor]]) -> dict[nn.Parameter, 
 
 def all_finite(gradients: Sequence[Tensor]) -> bool:
     """Whether no gradient holds an infinity or a NaN."""
-    return not gradients or bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all())
+    return not gradients or bool(torch.stack(torch._foreach_norm(list(gradients))).isfinite().all())
 
 
 @contextmanager

@@ -270,9 +270,10 @@ class JDTrainerMixin(EvaluationMixin):
         return self._jd_engine[1]
 
     def _observe_outputs(self) -> None:
-        """Keeps what the model returns, if a loss is split there; and the one in a PEFT model, which some losses call."""
+        """Keeps what the model returns, if a loss is split there."""
         self.jd_outputs.remove()
-        inner = getattr(self.model, "get_base_model", None)
+        assert self.model is not None
+        inner = getattr(self.model, "get_base_model", None)  # Some losses call the model inside a PEFT model.
         called = [self.model] if inner is None else [self.model, inner()]
         self.jd_outputs = OutputObserver(called if self.splits_loss else [])
 

@@ -18,7 +18,7 @@ _KNOWN = ("transformers.trainer", "hf_jd.trainer.forward")
 
 
 class OwnLoss:
-    """Compares the model's own loss with the mean of ours, in each forward pass.
+    """Compares the model's own loss with the mean of ours, in each forward pass in which it may have become another.
 
     A part that only the model knows is learnt once, in the first pass that tells. Afterwards any other difference is an
     error: a penalty that was 0 then, weights of classes that the first logits did not show.
@@ -35,6 +35,20 @@ class OwnLoss:
         self.is_router = False
         # [3] of each pass since the last check: whether there is a difference, the model's own loss, and ours.
         self.compared: list[Tensor] = []
+
+    def asks(self, core: nn.Module) -> bool:
+        """Whether the model has to compute its own loss: not once it is known, in a model of transformers as it came.
+
+        Code of somebody else's may change its loss at any step.
+        """
+        model: Any = bare(core)
+        replaced = "_loss_function" in vars(model) or (
+            "forward" in vars(model) and not hasattr(model, "_original_forward")
+        )
+        adapters = getattr(core, "peft_config", {}).values()
+        adds = any(getattr(adapter, "orth_reg_weight", 0) for adapter in adapters)  # AdaLoRA, to the loss
+        foreign = replaced or adds or not type(model).__module__.startswith("transformers.models.")
+        return foreign or self.has_extra is None or (self.has_extra and not self.is_router)
 
     def released(self, outputs: Mapping[str, Any]) -> Mapping[str, Any]:
         """The outputs, with the model's own loss out of its graph where that isn't needed, before ours takes memory."""
@@ -60,9 +74,12 @@ class OwnLoss:
             asked: `--jd_extra_losses`.
             summed: Whether its own loss is the sum of the losses, instead of their mean.
         """
-        if outputs.get("loss") is None or not counted.any():
+        if not counted.any():
             return None
-        whole, ours = outputs["loss"], reduced(losses, counted, summed)
+        ours = reduced(losses, counted, summed)
+        if outputs.get("loss") is None:
+            return _of_router(outputs, core, ours) if self.is_router else None
+        whole = outputs["loss"]
         if self.has_extra is None and losses.detach()[counted].isfinite().all():
             self._learn(whole, ours, outputs, core, asked)
         if self.has_extra is None or (self.has_extra and not self.is_router):

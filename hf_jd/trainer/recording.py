@@ -40,7 +40,7 @@ class Recorded(NamedTuple):
 
     Attributes:
         batch: The micro-batch.
-        random_state: Where the random streams stood before the pass, for a second one.
+        random_state: Where the random streams stood before the pass, for a second one; None where there can be none.
         parts: Its objectives.
         jacobian: Their rows, multiplied by the scale of GradScaler; None where there are none.
         broken: [] how many instances and losses of the whole batch were left out because they aren't finite.
@@ -48,7 +48,7 @@ class Recorded(NamedTuple):
     """
 
     batch: Mapping[str, Any]
-    random_state: RandomState
+    random_state: RandomState | None
     parts: list[Part]
     jacobian: Jacobian | None
     broken: Tensor

@@ -31,6 +31,7 @@ def second_pass(recorder: Recorder, recorded: Sequence[Recorded], weights: Tenso
             with trainer.accelerator.no_sync(recorder.model):
                 parts = first.parts
                 if not recorder.keep_graph:
+                    assert first.random_state is not None
                     set_random_state(first.random_state, trainer.args.device)
                     parts = recorder.parts(first.batch, again=True)[0]
                 everything = torch.cat([part.losses for part in parts])

@@ -95,7 +95,9 @@ class SplitUpdate(Update):
             accumulate(add_gradients(total, self.trainable))
         return []
 
-    def _make_recorder(self, num_items: Any, micro_batches: int) -> SplitRecorder:
+    def _make_recorder(  # ty: ignore[incompatible-method-override]  # what uses another recorder is overridden, too
+        self, num_items: Any, micro_batches: int
+    ) -> SplitRecorder:
         return SplitRecorder(self.trainer, self.model, self.present, self._rows_fit())
 
     def _rows_fit(self) -> bool:

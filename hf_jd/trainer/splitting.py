@@ -158,7 +158,7 @@ class SplitRecorder:
         counts = finite.long()
         part = _part_without_values(counts - 1, torch.full_like(counts, -1), counts, finite)
         jacobian = Jacobian({p: rows.get(p) for p in self.trainer.trainable()}, 1)
-        return Recorded({}, [], [part], jacobian, (~finite).sum(), None)
+        return Recorded({}, None, [part], jacobian, (~finite).sum(), None)
 
     def _split(self, loss: Tensor, outputs: Sequence[Tensor]) -> Split:
         found = split(loss, outputs)
@@ -182,12 +182,12 @@ class SplitRecorder:
         if not part.counts.any():
             engine.keep_up(loss)
             jacobian = Jacobian(dict.fromkeys(self.trainer.trainable()), objectives) if objectives else None
-            return Recorded({}, [], [part], jacobian, (~part.finite).sum(), extra)
+            return Recorded({}, None, [part], jacobian, (~part.finite).sum(), extra)
         parts = [surrogates(c, _at(part.segments, o), objectives) for c, o in zip(cotangents, owners, strict=True)]
         del cotangents
         segments = part.segments if documents is None else _at(part.segments, documents)
         jacobian = engine.compute_jacobian(torch.stack(parts).sum(0), segments, self.materialise, False)
-        return Recorded({}, [], [part], jacobian, (~part.finite).sum(), extra)
+        return Recorded({}, None, [part], jacobian, (~part.finite).sum(), extra)
 
     def _nothing_read(self, outputs: Sequence[Tensor]) -> str:
         shapes = ", ".join(str(list(output.shape)) for output in outputs) or "none"
@@ -203,8 +203,12 @@ class SplitRecorder:
         if whose.documents is not None:
             return [_tokens(whose.documents, c.output) for c in cotangents]
         sizes = {len(c.output) for c in cotangents}
-        count = whose.examples
-        instances = count if count and all(n % count == 0 for n in sizes) else min(sizes)
+        instances = whose.examples or min(sizes)
+        if any(n % instances for n in sizes):
+            raise ValueError(
+                f"The batch has {instances} examples, and the loss reads outputs of {sorted(sizes)} rows, so no row's "
+                "example is known: override `jd_instances`, or choose --jd_objectives batch."
+            )
         return [self.trainer.jd_instances(c.output, instances).to(c.output.device) for c in cotangents]
 
     def _part(self, cotangents: list[Cotangent], owners: list[Tensor], groups: Tensor | None) -> Part:
@@ -215,14 +219,7 @@ class SplitRecorder:
                 f"The loss reads outputs of {instances} examples, and the batch has {len(groups)} groups, so no row's "
                 "group is known: override `jd_instances`, or use a collator that pads instead of packing."
             )
-        sizes = torch.zeros(instances, dtype=torch.float64, device=owners[0].device)
-        counts = torch.zeros_like(sizes, dtype=torch.int64)
-        for cotangent, owner in zip(cotangents, owners, strict=True):
-            places = _sizes(cotangent.gradient, owner)
-            where = owner.view(owner.shape + (1,) * (places.dim() - owner.dim())).expand_as(places)
-            mine = where >= 0
-            sizes.index_add_(0, where[mine], places[mine].double())
-            counts.index_add_(0, where[mine], (places[mine] != 0).long())
+        sizes, counts = _by_instance(cotangents, owners, instances)
         finite = sizes.isfinite()
         counts = counts * finite
         some = counts > 0
@@ -241,6 +238,19 @@ def _part_without_values(segments: Tensor, groups: Tensor, counts: Tensor, finit
     """Objectives whose rows are shares of a loss; their values are not known."""
     unknown = torch.full_like(counts, torch.nan, dtype=torch.float64)
     return Part(unknown, segments, groups, torch.zeros_like(counts), counts, torch.ones_like(unknown), finite)
+
+
+def _by_instance(cotangents: list[Cotangent], owners: list[Tensor], instances: int) -> tuple[Tensor, Tensor]:
+    """How large each instance's cotangents are [B], and at how many places the loss depends on it [B]."""
+    sizes = torch.zeros(instances, dtype=torch.float64, device=owners[0].device)
+    counts = torch.zeros_like(sizes, dtype=torch.int64)
+    for cotangent, owner in zip(cotangents, owners, strict=True):
+        places = _sizes(cotangent.gradient, owner)
+        where = owner.view(owner.shape + (1,) * (places.dim() - owner.dim())).expand_as(places)
+        mine = where >= 0
+        sizes.index_add_(0, where[mine], places[mine].double())
+        counts.index_add_(0, where[mine], (places[mine] != 0).long())
+    return sizes, counts
 
 
 def _sizes(gradient: Tensor, owner: Tensor) -> Tensor:
