@@ -71,7 +71,7 @@ def only(model: nn.Module, name: str) -> nn.Module:
 
 def checkpointed(model: Any) -> Any:
     """The model with activation checkpointing."""
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 

@@ -58,7 +58,7 @@ def test_mean_is_trainer(name, accumulation, kind, tmp_path, jacobians):
         {"torch_empty_cache_steps": 1},
         {"neftune_noise_alpha": 5.0},
         {"include_num_input_tokens_seen": "non_padding"},
-        {"activation_checkpointing": True},
+        {"gradient_checkpointing": True},
         {"jd_scope": "micro_batch"},
         {"jd_backward": "two_pass"},
     ],
