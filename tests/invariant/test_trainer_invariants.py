@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from hf_jd import JDTrainer
 from hf_jd.gramian import Engine
 from tests.models import tiny_gpt2
+from tests.releases import has
 from tests.trainer.runs import arguments, examples, flat, logged, lora, relative, run, stock
 
 TOLERANCES = {"gpt2": 1e-10, "llama": 1e-6}
@@ -33,13 +34,15 @@ def jacobians(monkeypatch):
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_mean_is_trainer(name, accumulation, kind, tmp_path, jacobians):
     # Seven batches an epoch: with accumulation 3, every third update has one micro-batch only.
-    flags = {"gradient_accumulation_steps": accumulation, "max_steps": 20, "max_grad_norm": 0.1, "weight_decay": 0.1}
+    flags = {"gradient_accumulation_steps": accumulation, "max_steps": 20, "max_grad_norm": 1e9, "weight_decay": 0.1}
+    # What a model starts from differs between releases.
+    flags["max_grad_norm"] = logged(stock(lora(name), tmp_path, **flags), "grad_norm").median().item()
     theirs = stock(lora(name), tmp_path, **flags)
     ours = run(lora(name), arguments(tmp_path, jd_weighting="mean", **flags, **KINDS[kind]))
     assert relative(flat(ours.model), flat(theirs.model)) < TOLERANCES[name]
     assert (flat(theirs.model) - flat(lora(name))).abs().max() > 1e-3
     norms = logged(theirs, "grad_norm")
-    assert 0 < (norms > 0.1).sum() < len(norms), "some steps are to be clipped, and some not"
+    assert 0 < (norms > flags["max_grad_norm"]).sum() < len(norms), "some steps are to be clipped, and some not"
     assert relative(logged(ours, "grad_norm"), norms) < 10 * TOLERANCES[name]
     # The losses themselves are float32, summed in another order.
     assert relative(logged(ours, "loss"), logged(theirs, "loss")) < 1e-6
@@ -65,7 +68,9 @@ def test_mean_is_trainer(name, accumulation, kind, tmp_path, jacobians):
     ids=lambda flags: next(iter(flags)),
 )
 def test_mean_is_trainer_with_flags(flags, kind, tmp_path):
-    flags = {"gradient_accumulation_steps": 3, "max_steps": 6, **flags}
+    # Before transformers 5.15, the label smoother added up the means of micro-batches.
+    accumulation = 1 if "label_smoothing_factor" in flags and not has("transformers", "5.15") else 3
+    flags = {"gradient_accumulation_steps": accumulation, "max_steps": 6, **flags}
     own = {key: flags.pop(key) for key in list(flags) if key.startswith("jd_")}
     theirs = stock(lora("gpt2"), tmp_path, **flags)
     ours = run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", **flags, **own, **KINDS[kind]))
