@@ -18,7 +18,7 @@ import pytest
 from transformers import Trainer, TrainingArguments
 
 from tests.invariant.test_trainer_invariants import KINDS
-from tests.releases import has
+from tests.releases import has, needs
 from tests.trainer.runs import arguments, flat, logged, relative, run
 from tests.trainer.tasks import TABLE, collate, examples_of, model_of
 
@@ -131,6 +131,7 @@ def test_trainer_is_still_wrong_for_heads_that_ignore_the_number_of_items(name, 
     assert ours.state.total_flos == three.state.total_flos
 
 
+@needs("transformers", "5.19", "loss_is_scaled_for_ga")
 @pytest.mark.parametrize("name", [name for name in TABLE if TABLE[name].normalises != "items"])
 def test_mean_is_a_trainer_that_is_told_to_average_the_micro_batches(name, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "loss_is_scaled_for_ga", False)

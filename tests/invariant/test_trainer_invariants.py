@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from hf_jd import JDTrainer
 from hf_jd.gramian import Engine
 from tests.models import tiny_gpt2
-from tests.releases import has
+from tests.releases import has, needs
 from tests.trainer.runs import arguments, examples, flat, logged, lora, relative, run, stock
 
 TOLERANCES = {"gpt2": 1e-10, "llama": 1e-6}
@@ -139,6 +139,7 @@ class OurShares(OurMeans):
     loss_is_scaled_for_ga = True
 
 
+@needs("transformers", "5.19", "loss_is_scaled_for_ga")
 @pytest.mark.parametrize("accepts", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("theirs", "ours"), [(TheirMeans, OurMeans), (TheirShares, OurShares)])
