@@ -29,6 +29,7 @@ from transformers import (
 
 from hf_jd import JDTrainer, JDTrainingArguments
 from hf_jd.distributed import columns, rows
+from hf_jd.gramian.sharding import fsdp_parameters
 from tests.distributed.counting import Call, counted, deadly
 from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, with_lora
 from tests.trainer.runs import TASKS, arguments, collate, examples
@@ -71,7 +72,7 @@ def only(model: nn.Module, name: str) -> nn.Module:
 
 def checkpointed(model: Any) -> Any:
     """The model with activation checkpointing."""
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
@@ -236,8 +237,7 @@ def train(
 
 def hidden_gradients(model: nn.Module) -> int:
     """How many gradients FSDP2 keeps beside `.grad`, where they would be added to the next step's."""
-    states = [m._get_fsdp_state() for m in model.modules() if isinstance(m, FSDPModule)]
-    parameters = [p for state in states for group in state._fsdp_param_groups for p in group.fsdp_params]
+    parameters = fsdp_parameters([model])
     kept = [p.unsharded_accumulated_grad is not None or p.unsharded_param.grad is not None for p in parameters]
     assert kept
     return sum(kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ from tests.distributed.pool import Pool
 from tests.distributed.test_exact import INSTANCE, relative
 from tests.trainer.runs import arguments, examples, lora
 
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is an extra")
 TRAIN = "under_deepspeed.train"
 OWN = {"instance": INSTANCE, "group": GROUP}
 # DeepSpeed keeps float32 copies of the parameters, and its optimizer steps there.

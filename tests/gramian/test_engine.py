@@ -563,7 +563,7 @@ def test_activation_checkpointing(reentrant: bool, adapters: bool, dropout: floa
         model = with_lora(model, dropout=dropout, warm=True)
         model.enable_input_require_grads()
     base = model.get_base_model() if adapters else model
-    base.activation_checkpointing_enable({"use_reentrant": reentrant})
+    base.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.train()
 
     def losses(step: int) -> Tensor:

@@ -248,7 +248,7 @@ def test_14_checkpointing_of_lora(reentrant: bool | None, embeddings: str):
     if embeddings == "input gradients" or reentrant:
         model.enable_input_require_grads()
     if reentrant is not None:
-        model.get_base_model().activation_checkpointing_enable({"use_reentrant": reentrant})
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.train()
     tiers = assert_engine_right(
         model, lambda step: instance_losses(model(input_ids=ids(3, 7, seed=step), use_cache=False))

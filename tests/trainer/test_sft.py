@@ -13,11 +13,15 @@ from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import AutoTokenizer, HfArgumentParser, MixtralConfig, MixtralForCausalLM
-from trl import SFTConfig, SFTTrainer
 
-from hf_jd import JDSFTConfig, JDSFTTrainer, JDTrainingArguments
+import hf_jd
+from hf_jd import JDTrainingArguments
 from tests.models import tiny_llama
 from tests.trainer.runs import flat, logged, relative
+
+trl = pytest.importorskip("trl", reason="TRL 1.16 asks for datasets 4.7")
+SFTConfig, SFTTrainer = trl.SFTConfig, trl.SFTTrainer
+JDSFTConfig, JDSFTTrainer = hf_jd.JDSFTConfig, hf_jd.JDSFTTrainer
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = AutoTokenizer.from_pretrained(ROOT / "examples" / "stories15m")
@@ -59,7 +63,7 @@ def trained(cls: type, model: nn.Module, directory: Path, data: Dataset = DATA, 
             "report_to": "none",
             "save_strategy": "no",
             "disable_tqdm": True,
-            "activation_checkpointing": False,
+            "gradient_checkpointing": False,
             "bf16": False,
             "max_length": 64,
             **settings,
@@ -105,7 +109,7 @@ def test_mean_is_sft_with_lora(kind, tmp_path):
         {"label_smoothing_factor": 0.1},
         {"loss_type": "dft"},
         {"jd_backward": "two_pass"},
-        {"activation_checkpointing": True},
+        {"gradient_checkpointing": True},
         {"optim": "sgd", "learning_rate": 1.0},
     ],
     ids=lambda flags: next(iter(flags)),
@@ -251,7 +255,7 @@ def test_the_flags_are_parsed_and_have_their_help(tmp_path):
     parser = HfArgumentParser(JDSFTConfig)
     (args,) = parser.parse_args_into_dataclasses(
         ["--output_dir", str(tmp_path), "--jd_weighting", "mgda", "--packing", "--use_cpu", "--bf16", "false"]
-        + ["--activation_checkpointing", "false"]
+        + ["--gradient_checkpointing", "false"]
     )
     assert (args.jd_weighting, args.packing) == ("mgda", True)
     assert "How the objectives are weighted" in parser.format_help()
