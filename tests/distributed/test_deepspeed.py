@@ -71,6 +71,14 @@ def test_offloaded(own_pools, alone):
     assert relative(found, alone(**configuration)) < ROUNDING
 
 
+@pytest.mark.parametrize(("model", "own"), [("lora32", INSTANCE), ("full32", GROUP)], ids=["lora", "full"])
+def test_what_the_processor_knows_changes_nothing(model, own, own_pools):
+    # ZeRO 3 asks whether it has float16 instructions, and chooses a dtype by that.
+    common = {"stage": 3, "model": model, **own, **LABELS, "steps": 3}
+    without, with_them = (own_pools(2).run(TRAIN, float16_instructions=has, **common)[0] for has in (False, True))
+    assert (without["parameters"] == with_them["parameters"]).all()
+
+
 @pytest.mark.parametrize(("model", "own"), [("lora", INSTANCE), ("full", GROUP)], ids=["lora", "full"])
 def test_with_deepspeeds_own_sizes_and_evaluation(model, own, own_pools, alone):
     # What is small stays gathered, and what comes next is fetched ahead.

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from transformers import AutoModelForCausalLM, TrainingArguments
@@ -19,12 +20,21 @@ from tests.trainer.runs import arguments, collate, examples
 
 
 @contextmanager
-def under_deepspeed() -> Iterator[None]:
-    """Has accelerate start DeepSpeed on a CPU, by arguments alone: where the environment asks for one, it does not."""
+def under_deepspeed(float16_instructions: bool = False) -> Iterator[None]:
+    """Has accelerate start DeepSpeed on a CPU, by arguments alone: where the environment asks for one, it does not.
+
+    Args:
+        float16_instructions: What DeepSpeed hears of the processor: ZeRO 3 refuses float64, in which these tests
+            compute, unless there are none.
+    """
     asked = os.environ.pop("ACCELERATE_USE_CPU")
     os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed  # Only these tests wait for it to be imported.
+
+    deepspeed.ops.__compatible_ops__ = {}  # Else it compiles an all-reduce of its own, if it finds a compiler.
+    accelerator = deepspeed.get_accelerator()
     try:
-        with fresh_accelerate():
+        with fresh_accelerate(), patch.object(accelerator, "is_fp16_supported", lambda: float16_instructions):
             yield
     finally:
         os.environ["ACCELERATE_USE_CPU"] = asked
@@ -61,6 +71,7 @@ def train(
     offload: bool = False,
     usual: bool = False,
     kill: int | None = None,
+    float16_instructions: bool = False,
     directory: str | None = None,
     resume: bool = False,
     **flags: Any,
@@ -81,13 +92,14 @@ def train(
         offload: Whether parameters and optimizer live in another memory.
         usual: Whether DeepSpeed's own sizes are kept; and evaluates at each update, between its own passes.
         kill: The collective of the fifth update in which the last process is killed.
+        float16_instructions: Whether DeepSpeed hears that the processor has them.
         directory: Of checkpoints; None for one that is removed.
         resume: Whether to go on from the newest whole checkpoint.
         flags: Of the arguments.
     """
     processes = torch.distributed.get_world_size()
-    with tempfile.TemporaryDirectory() as temporary, counted() as calls, under_deepspeed():
-        from deepspeed.runtime.zero import GatheredParameters  # Only these tests wait for it to be imported.
+    with tempfile.TemporaryDirectory() as temporary, counted() as calls, under_deepspeed(float16_instructions):
+        from deepspeed.runtime.zero import GatheredParameters
 
         args = arguments(
             directory or temporary,
