@@ -5,21 +5,25 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 REQUIREMENTS := pyproject.toml constraints.txt
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test fuzz style quality docs bench clean
+.PHONY: help demo test test-all fuzz style quality docs bench clean
 
 help:  ## Lists the targets.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo  ## Installs, then trains the embedded model four ways side by side: runs/demo.
 	$(BIN)/hf-jd compare --output_dir runs/demo --overwrite
 
-test: $(VENV)/.dev  ## Installs, then runs the tests.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+test: $(VENV)/.dev  ## Installs, then runs the tests, except for the slow ones.
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.dev  ## Installs, then runs all tests.
+	$(PYTEST) $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.dev  ## Tries 300 random small models against brute force.
-	HF_JD_FUZZ=300 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/gramian/test_fuzz.py
+	HF_JD_FUZZ=300 $(PYTEST) tests/gramian/test_fuzz.py
 
 style: $(VENV)/.dev  ## Formats the code, and mends what can be mended by itself.
 	$(BIN)/ruff check --fix

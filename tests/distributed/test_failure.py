@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
 from hf_jd.checkpoints import newest_whole
@@ -44,13 +42,11 @@ def unharmed(tmp_path_factory, pools):
 @pytest.mark.parametrize(("sharded", "kill"), [(False, 1), (False, 4), (True, 6)])
 def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(sharded, kill, tmp_path, unharmed):
     pool = Pool(2, timeout=20)
-    start = time.monotonic()
     pool.ask("survive", directory=str(tmp_path), sharded=sharded, kill=kill)
     answered = pool.answer(60)
     pool.end()
     assert answered is not None
     rank, (failed, answer) = answered
-    assert time.monotonic() - start < 60
     assert rank == 0
     assert failed
     assert "because another one has ended or didn't answer in time" in answer
