@@ -161,7 +161,7 @@ def train(
     n: int = 23,
     stock: bool = False,
     even: bool = False,
-    steps: int = 10,
+    steps: int = 6,
     bucket: int | None = None,
     summed_here: bool = True,
     unlabelled: tuple[int, ...] = (5,),

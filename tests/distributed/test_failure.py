@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hf_jd.checkpoints import newest_whole
-from tests.distributed.pool import Pool
+from tests.distributed.pool import SECONDS, Pool
+from tests.marks import slow
 
 
 @pytest.mark.parametrize(
@@ -39,11 +40,11 @@ def unharmed(tmp_path_factory, pools):
     }
 
 
-@pytest.mark.parametrize(("sharded", "kill"), [(False, 1), (False, 4), (True, 6)])
+@pytest.mark.parametrize(("sharded", "kill"), [slow(False, 1), (False, 4), slow(True, 6)])
 def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(sharded, kill, tmp_path, unharmed):
-    pool = Pool(2, timeout=20)
+    pool = Pool(2)
     pool.ask("survive", directory=str(tmp_path), sharded=sharded, kill=kill)
-    answered = pool.answer(60)
+    answered = pool.answer(SECONDS)
     pool.end()
     assert answered is not None
     rank, (failed, answer) = answered
@@ -65,16 +66,16 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(shard
 @pytest.mark.parametrize(
     ("sharded", "rank", "file", "missing"),
     [
-        (False, 0, 2, "it has no trainer_state.json"),
+        slow(False, 0, 2, "it has no trainer_state.json"),
         (False, 0, 6, "its trainer_state.json is cut off"),
         (False, 1, 1, "rng_state_1.pth"),
-        (True, 1, 1, "rng_state_1.pth"),
+        slow(True, 1, 1, "rng_state_1.pth"),
     ],
 )
 def test_a_process_killed_while_several_write_a_checkpoint(sharded, rank, file, missing, tmp_path, unharmed):
-    pool = Pool(2, timeout=20)
+    pool = Pool(2)
     pool.ask("survive", directory=str(tmp_path), sharded=sharded, kill_in_write=(rank, file))
-    answered = pool.answer(60)
+    answered = pool.answer(SECONDS)
     pool.end()
     assert answered is not None
     survivor, (failed, answer) = answered

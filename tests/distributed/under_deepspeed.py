@@ -62,7 +62,7 @@ def train(
     model: str = "lora",
     batch: int = 4,
     n: int = 24,
-    steps: int = 10,
+    steps: int = 6,
     unlabelled: tuple[int, ...] = (0, 1, 5),
     spoiled: str | None = None,
     clip: float = 0.0,

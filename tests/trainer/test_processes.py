@@ -1,4 +1,4 @@
-"""Two processes (gloo) give what one process gives on the same global batches."""
+"""Two processes that accelerate launches give what one gives; `tests/distributed` has what needs no launcher."""
 
 from __future__ import annotations
 
