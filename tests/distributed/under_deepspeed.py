@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_jd import JDTrainingArguments
 from tests.distributed import cases
@@ -99,8 +100,6 @@ def train(
     """
     processes = torch.distributed.get_world_size()
     with tempfile.TemporaryDirectory() as temporary, counted() as calls, under_deepspeed(float16_instructions):
-        from deepspeed.runtime.zero import GatheredParameters
-
         args = arguments(
             directory or temporary,
             TrainingArguments if stock else JDTrainingArguments,
@@ -128,10 +127,16 @@ def train(
         if kill is not None and torch.distributed.get_rank() == processes - 1:
             trainer.add_callback(Kill(calls, kill))
         trainer.train(resume_from_checkpoint=resume)
-        assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
-        trainable = [p for p in trainer.model.parameters() if p.requires_grad]
-        empty = [p.numel() == 0 for p in trainable]
-        assert usual or (all(empty) if stage == 3 else not any(empty))
-        with GatheredParameters(trainable, enabled=stage == 3):
-            parameters = whole(trainer.model).double().numpy()
-    return {"parameters": parameters, "history": trainer.state.log_history, "calls": calls}
+        return {"parameters": trained(trainer, stage, usual), "history": trainer.state.log_history, "calls": calls}
+
+
+def trained(trainer: Trainer, stage: int, usual: bool) -> np.ndarray:
+    """The trainable parameters as one vector, which ZeRO 3 has shared out."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
+    trainable = [p for p in trainer.model.parameters() if p.requires_grad]
+    empty = [p.numel() == 0 for p in trainable]
+    assert usual or (all(empty) if stage == 3 else not any(empty))
+    with GatheredParameters(trainable, enabled=stage == 3):
+        return whole(trainer.model).double().numpy()
