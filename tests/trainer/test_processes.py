@@ -14,6 +14,7 @@ from tests.trainer.processes import CONFIGURATIONS, train
 from tests.trainer.runs import relative
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -120,7 +120,7 @@ def test_metrics_count_once_where_rows_turn_out_to_be_too_many(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*further passes now")
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [slow(False), True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_mean_is_sft_with_a_trained_head(kind, tied, tmp_path, caplog):
     is_sft(lambda: llama(tie_word_embeddings=tied), tmp_path, **KINDS[kind], jd_check=False)
@@ -155,7 +155,7 @@ def test_mean_is_sft_with_a_balancing_loss(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "strategy"),
-    [("instance", "bfd"), ("instance", "wrapped"), ("group", "bfd"), ("group", "bfd_split")],
+    [slow("instance", "bfd"), ("instance", "wrapped"), slow("group", "bfd"), ("group", "bfd_split")],
 )
 def test_mean_is_sft_with_packing(kind, strategy, tmp_path):
     flags = {"packing": True, "packing_strategy": strategy, "max_length": 16, "shuffle_dataset": kind == "group"}
