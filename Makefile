@@ -6,9 +6,10 @@ BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 PIP_INSTALL := $(BIN)/python $(PIP) -c constraints.txt
 REQUIREMENTS := pyproject.toml constraints.txt
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-newest fuzz style quality docs bench clean
+.PHONY: help demo test test-all test-oldest test-newest fuzz style quality docs bench clean
 
 help:  ## Lists the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -16,8 +17,11 @@ help:  ## Lists the targets.
 demo: $(VENV)/.demo  ## Installs, then trains the embedded model four ways side by side: runs/demo.
 	$(BIN)/hf-jd compare --output_dir runs/demo --overwrite
 
-test: $(VENV)/.dev  ## Installs, then runs the tests.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+test: $(VENV)/.dev  ## Installs, then runs the tests, except for the slow ones.
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.dev  ## Installs, then runs all tests.
+	$(PYTEST) $(PYTEST_ARGS)
 
 # An older torch, such as 2.9.1, brings 3 GB of CUDA along: `make test-oldest OLDEST_TORCH=2.9.1`.
 OLDEST := .venv-oldest
@@ -33,7 +37,7 @@ test-newest:  ## Runs the tests with the newest releases that there are.
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n 2 $(PYTEST_ARGS)
 
 fuzz: $(VENV)/.dev  ## Tries 300 random small models against brute force.
-	HF_JD_FUZZ=300 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/gramian/test_fuzz.py
+	HF_JD_FUZZ=300 $(PYTEST) tests/gramian/test_fuzz.py
 
 style: $(VENV)/.dev  ## Formats the code, and mends what can be mended by itself.
 	$(BIN)/ruff check --fix

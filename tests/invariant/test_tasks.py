@@ -4,7 +4,8 @@ Trainer's settings that meet here are six, of two values each: 64 products, too 
 runs of a task meet every pair of values of every two settings: a setting that is wrong by itself, or together with
 another one, fails for each task. (What a third one changes is met too, though not by each task: over all tasks, every
 three values of three settings meet.) Two steps are an epoch, the second of which has an uneven micro-batch, and what
-is wrong in a step is so in all that follow; one run of each task takes 20, over several epochs.
+is wrong in a step is so in all that follow; one run of each task takes 20, over several epochs. `make test` has
+one of a task's six runs.
 
 Most heads ignore the number of items that Trainer counts, and it does not divide by the number of micro-batches either:
 there the reference is Trainer's step on one big batch.
@@ -18,6 +19,7 @@ import pytest
 from transformers import Trainer, TrainingArguments
 
 from tests.invariant.test_trainer_invariants import KINDS
+from tests.marks import in_turn
 from tests.releases import has, needs
 from tests.trainer.runs import arguments, flat, logged, relative, run
 from tests.trainer.tasks import TABLE, collate, examples_of, model_of
@@ -68,8 +70,7 @@ def test_the_runs_of_a_task_meet_every_two_values_and_those_of_all_every_three()
             assert met(names, strength) == every
 
 
-@pytest.mark.parametrize("case", range(CASES))
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name, case", in_turn(TABLE, {str(case): case for case in range(CASES)}))
 def test_mean_is_trainer(name, case, tmp_path):
     task, flags = TABLE[name], settings_of(name, case)
     kind, adapted, accumulation = (flags.pop(key) for key in ("kind", "adapted", "accumulation"))

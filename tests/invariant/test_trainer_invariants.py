@@ -12,6 +12,7 @@ from transformers import Trainer, TrainingArguments
 
 from hf_jd import JDTrainer
 from hf_jd.gramian import Engine
+from tests.marks import slow
 from tests.models import tiny_gpt2
 from tests.releases import needs
 from tests.trainer.runs import arguments, examples, flat, logged, lora, relative, run, stock
@@ -51,7 +52,7 @@ def test_mean_is_trainer(name, accumulation, kind, tmp_path, jacobians):
     assert len(ours.jd_state.gramian) > 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [slow("instance"), "group"])
 @pytest.mark.parametrize(
     "flags",
     [
@@ -141,7 +142,7 @@ class OurShares(OurMeans):
 
 
 @needs("transformers", "5.19", "loss_is_scaled_for_ga")
-@pytest.mark.parametrize("accepts", [True, False])
+@pytest.mark.parametrize("accepts", [slow(True), False])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("theirs", "ours"), [(TheirMeans, OurMeans), (TheirShares, OurShares)])
 def test_mean_is_a_trainer_that_says_how_its_loss_is_scaled(theirs, ours, kind, accepts, tmp_path, monkeypatch):
@@ -200,7 +201,7 @@ def test_upgrad_with_conflicts_is_not_trainer(kind, tmp_path):
 
 @pytest.mark.parametrize("reduction", ["share", "mean"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("weighting", ["upgrad", "mgda"])
+@pytest.mark.parametrize("weighting", ["upgrad", slow("mgda")])
 def test_one_big_batch_is_its_accumulation(weighting, kind, reduction, tmp_path):
     data = examples(13, unlabelled=(4,))
     runs = []

@@ -10,6 +10,7 @@ from transformers.trainer_utils import SchedulerType
 
 from hf_jd import JDTrainer
 from tests.invariant.test_trainer_invariants import KINDS
+from tests.marks import slow
 from tests.releases import needs
 from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, relative, run
 
@@ -41,13 +42,13 @@ def are_alike(theirs, ours, tolerance=1e-10):
     assert logged(ours, "grad_norm").tolist() == pytest.approx(logged(theirs, "grad_norm").tolist(), rel=1e-5)
 
 
-@pytest.mark.parametrize("schedule", [schedule.value for schedule in SchedulerType])
+@pytest.mark.parametrize("schedule", [s.value if s.value in SCHEDULES else slow(s.value) for s in SchedulerType])
 def test_schedules(schedule, tmp_path):
     are_alike(*both(tmp_path, lr_scheduler_type=schedule, warmup_steps=2, **SCHEDULES.get(schedule, {})))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "sgd", "adagrad", "rmsprop", "adafactor"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["instance", slow("group")])
 def test_optimizers(kind, optimizer, tmp_path):
     # Optimizers that divide by the size of a gradient enlarge what is rounding.
     are_alike(*both(tmp_path, kind, optim=optimizer), tolerance=1e-8)
@@ -105,7 +106,7 @@ def test_schedule_free(tmp_path):
     ],
     ids=lambda flags: next(iter(flags)),
 )
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [slow("instance"), "group"])
 def test_flags(kind, flags, tmp_path):
     theirs, ours = both(tmp_path, kind, learning_rate=0.1, **flags)
     are_alike(theirs, ours, 1e-8)
