@@ -33,7 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "logging_steps": 10,
     "save_strategy": "no",
     "bf16": False,  # TRL's default, which asks for a GPU
-    "activation_checkpointing": False,  # TRL turns it on, which costs a forward and saves memory
+    "gradient_checkpointing": False,  # TRL turns it on, which costs a forward and saves memory
     "dataloader_pin_memory": torch.accelerator.is_available(),
 }
 

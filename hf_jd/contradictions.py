@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import is_dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from hf_jd._compat import ordering_flag
 from hf_jd.weighting import WEIGHTINGS, MeanWeighting
 
 if TYPE_CHECKING:
@@ -30,11 +31,9 @@ def check_flags(args: JDArguments) -> None:
             "--jd_objectives loss weighs losses of whole batches, in which there are no groups: leave out "
             "--jd_group_column, or choose --jd_objectives instance_loss or group."
         )
-    strategy = getattr(args, "train_sampling_strategy", "random")
-    if args.jd_sampler != "trainer" and strategy != "random":
+    if args.jd_sampler != "trainer" and (ordering := ordering_flag(args)) is not None:
         raise ValueError(
-            f"--jd_sampler {args.jd_sampler} and --train_sampling_strategy {strategy} both order the examples: leave "
-            "one of them out."
+            f"--jd_sampler {args.jd_sampler} and {ordering} both order the examples: leave one of them out."
         )
 
 

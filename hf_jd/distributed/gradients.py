@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
+from hf_jd._compat import reduce_scatter_single
 from hf_jd.distributed.columns import Bucket, buckets, local_shard, offsets, shard_start
 from hf_jd.distributed.processes import add_over_processes, process_count, rank
 
@@ -92,7 +93,7 @@ def _send_sum(bucket: Bucket, gradients: dict[nn.Parameter, Tensor]) -> Sent:
         return Sent(bucket, flat[0] if bucket.sharded else flat, None, flat)
     if bucket.sharded:
         received = torch.empty_like(flat[0])
-        return Sent(bucket, received, distributed.reduce_scatter_single(received, flat.view(-1), async_op=True), flat)
+        return Sent(bucket, received, reduce_scatter_single(received, flat.view(-1), async_op=True), flat)
     return Sent(bucket, flat, distributed.all_reduce(flat, async_op=True), flat)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 
+from hf_jd._compat import all_gather_single
+
 
 def process_count() -> int:
     """How many processes train together."""
@@ -21,7 +23,7 @@ def gather(tensor: Tensor) -> Tensor:
     if process_count() == 1:
         return tensor[None]
     gathered = tensor.new_empty(process_count(), *tensor.shape)
-    distributed.all_gather_single(gathered.view(-1), tensor.reshape(-1))
+    all_gather_single(gathered.view(-1), tensor.reshape(-1))
     return gathered
 
 

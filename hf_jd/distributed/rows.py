@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
+from hf_jd._compat import all_gather_single, reduce_scatter_single
 from hf_jd.distributed.columns import Bucket, Piece, buckets, offsets
 from hf_jd.distributed.gradients import Gradients, Sent, add_gradients, in_turn, used_flags
 from hf_jd.distributed.processes import add_over_processes, gather, gather_uneven, process_count, rank
@@ -177,7 +178,7 @@ class AddedRows(OwnRows):
         for part, packed in zip(bucket.parts, flat, strict=True):
             self._pack(part, packed)
         sums = torch.empty_like(flat[0])
-        return Sent(bucket, sums, distributed.reduce_scatter_single(sums.view(-1), flat.view(-1), async_op=True), flat)
+        return Sent(bucket, sums, reduce_scatter_single(sums.view(-1), flat.view(-1), async_op=True), flat)
 
     def _send_parts(self, bucket: Bucket) -> Sent:
         """Each process is sent its part; the others' rows [W - 1, K, C / W] of the own part arrive."""
@@ -210,7 +211,7 @@ class AddedRows(OwnRows):
             return Sent(bucket, own, None, own)
         own = functional.pad(own, (0, max(bucket.widths) - len(own)))  # All parts of a gather are as long.
         columns = own.new_empty(process_count(), len(own))
-        return Sent(bucket, columns, distributed.all_gather_single(columns.view(-1), own, async_op=True), own)
+        return Sent(bucket, columns, all_gather_single(columns.view(-1), own, async_op=True), own)
 
 
 def _symmetric(gramian: Tensor) -> Tensor:

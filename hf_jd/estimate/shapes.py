@@ -143,6 +143,7 @@ def build_on_meta(config: PretrainedConfig, lora: int | None) -> nn.Module:
         try:
             with torch.device("meta"):
                 model = build(config)
+            model.tie_weights()  # transformers 5.0 leaves this out on the meta device.
             break
         except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
             reason = error

@@ -8,21 +8,24 @@ number of passes, whatever their data makes necessary.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule
 
 
-def whole_parameters(modules: Iterable[nn.Module]) -> dict[nn.Parameter, nn.Parameter]:
-    """By sharded parameter, the whole one that forwards use; those that were not gathered yet are left out.
-
-    torch keeps them in a private place (2.13), since `.grad` of a sharded parameter is all that others need.
-    """
+def fsdp_parameters(modules: Iterable[nn.Module]) -> list[Any]:
+    """What FSDP2 keeps of each of its parameters, in a private place: it offers no other way to a whole parameter."""
     states = [m._get_fsdp_state() for root in modules for m in root.modules() if isinstance(m, FSDPModule)]
-    parameters = [p for state in states for group in state._fsdp_param_groups for p in group.fsdp_params]
-    return {p.sharded_param: p._unsharded_param for p in parameters if hasattr(p, "_unsharded_param")}
+    # A module has one group in torch 2.9, or None, and a list of them in 2.13; the former goes with torch < 2.13.
+    groups = [vars(state).get("_fsdp_param_groups", [vars(state).get("_fsdp_param_group")]) for state in states]
+    return [parameter for several in groups for group in several if group for parameter in group.fsdp_params]
+
+
+def whole_parameters(modules: Iterable[nn.Module]) -> dict[nn.Parameter, nn.Parameter]:
+    """By sharded parameter, the whole one that forwards use; those that were not gathered yet are left out."""
+    return {p.sharded_param: p._unsharded_param for p in fsdp_parameters(modules) if hasattr(p, "_unsharded_param")}
 
 
 def is_partitioned(parameters: Iterable[nn.Parameter]) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_CTC_MAPPING_NAMES,
     MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
@@ -95,6 +96,8 @@ def known_kind(model: nn.Module) -> str | None:
         kind = "ForMultipleChoice"
     elif kind is None and name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         kind = "ForCausalLM"  # As GPT2LMHeadModel, whose name does not say it.
+    elif kind is None and name in MODEL_FOR_CTC_MAPPING_NAMES.values():
+        kind = "ForCTC"  # transformers 5.0 doesn't say it
     return kind if kind in LOSSES else None
 
 

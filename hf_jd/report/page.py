@@ -6,7 +6,7 @@ import base64
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from html import escape
 
 from hf_jd.report.history import LINES, History, Series, mean
@@ -119,7 +119,7 @@ def _status(history: History) -> str:
     steps = f"{history.steps:,} of {history.max_steps:,} steps" if history.max_steps else f"{history.steps:,} steps"
     state = "finished" if history.finished else "under way, or ended early"
     kind = "done" if history.finished else "open"
-    last = datetime.fromtimestamp(history.source.stat().st_mtime, UTC)
+    last = datetime.fromtimestamp(history.source.stat().st_mtime, timezone.utc)
     return f'<span class="dot {kind}"></span>{state} &middot; {steps} &middot; last log {last:%Y-%m-%d %H:%M} UTC'
 
 

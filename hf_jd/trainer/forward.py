@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
+from hf_jd._compat import loss_is_scaled_for_ga
 from hf_jd.arguments import JDArguments
 from hf_jd.batches import group_ids, without_groups
 from hf_jd.distributed.processes import process_count
@@ -214,15 +215,16 @@ class LossesMixin(Host):
             return None
         averaged = micro_batches * process_count()
         by_batch = not (self.model_accepts_loss_kwargs or self.jd_loss_func) or self._jd_averaged
-        if self.loss_is_scaled_for_ga is not None:
-            by_batch = not self.loss_is_scaled_for_ga
+        scaled = loss_is_scaled_for_ga(self)
+        if scaled is not None:
+            by_batch = not scaled
         if self._jd_summed:
             return {name: torch.full_like(values.sum(), averaged if by_batch else 1) for name, values in losses.items()}
         means = {name: found.sum().clamp(min=1) * averaged for name, found in counted.items()}
         if by_batch:
             return means  # Trainer averages the micro-batches, whatever their sizes.
         several = len(losses) > 1 or next(iter(losses.values())).ndim < 2
-        if several or (num_items is None and self.loss_is_scaled_for_ga):
+        if several or (num_items is None and scaled):
             return None
         if num_items is None:
             return means

@@ -193,7 +193,7 @@ def _stationary(factor: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np
     weights = 1 + _multipliers(factor, np.ones((1, len(factor))))[0][0]
     if not np.linalg.norm(weights @ factor) <= _ZERO * weights.sum():
         return None
-    weights -= factor @ np.linalg.lstsq(factor, weights)[0]  # what rounding left of L^T v
+    weights -= factor @ np.linalg.lstsq(factor, weights, rcond=None)[0]  # what rounding left of L^T v
     return weights * targets.max(axis=1, keepdims=True) - targets, np.ones(targets.shape, dtype=bool)
 
 

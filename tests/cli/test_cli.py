@@ -2,26 +2,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 
 import pytest
 
 from hf_jd.cli import main
 
 
-def test_help_is_quick():
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "hf_jd.cli", "--help"], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - start < 1
-    assert "finetune" in done.stdout
-    assert "compare" in done.stdout
-
-
 def test_help_imports_nothing_heavy():
     code = (
         "import sys; from hf_jd.cli import main; main(['--help']); assert not {'torch', 'numpy'} & sys.modules.keys()"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "finetune" in done.stdout
+    assert "compare" in done.stdout
 
 
 def test_unknown_command(capsys):

@@ -228,7 +228,7 @@ def test_sigterm_ends_the_runs_too(tmp_path):
         time.sleep(0.02)
     (child,) = psutil.Process(process.pid).children()
     process.terminate()
-    assert process.wait(10) == 128 + signal.SIGTERM
+    assert process.wait(60) == 128 + signal.SIGTERM
     assert not child.is_running()
 
 

@@ -29,6 +29,7 @@ from transformers import (
 
 from hf_jd import JDTrainer, JDTrainerMixin, JDTrainingArguments
 from hf_jd.distributed import columns, rows
+from hf_jd.gramian.sharding import fsdp_parameters
 from tests.distributed.counting import Call, counted, deadly
 from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, with_lora
 from tests.trainer.own_losses import next_tokens, trainer_of
@@ -72,7 +73,7 @@ def only(model: nn.Module, name: str) -> nn.Module:
 
 def checkpointed(model: Any) -> Any:
     """The model with activation checkpointing."""
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
@@ -178,13 +179,19 @@ def whole(model: nn.Module) -> Tensor:
     return torch.cat([(p.full_tensor() if isinstance(p, DTensor) else p).detach().flatten() for p in parameters])
 
 
+def with_tasks(data: list[dict[str, Any]], tasks: str) -> list[dict[str, Any]]:
+    """The examples, the first ones with the tasks of these numbers."""
+    numbered = [{**example, "task": TASKS[int(digit)]} for example, digit in zip(data, tasks, strict=False)]
+    return [*numbered, *data[len(tasks) :]]
+
+
 def train(
     model: str = "lora",
     batch: int = 4,
     n: int = 23,
     stock: bool = False,
     even: bool = False,
-    steps: int = 10,
+    steps: int = 6,
     bucket: int | None = None,
     summed_here: bool = True,
     unlabelled: tuple[int, ...] = (5,),
@@ -221,9 +228,7 @@ def train(
         flags: Of the arguments.
     """
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    data = examples(n, unlabelled=unlabelled)
-    for example, digit in zip(data, tasks, strict=False):
-        example["task"] = TASKS[int(digit)]
+    data = with_tasks(examples(n, unlabelled=unlabelled), tasks)
     columns.BUCKET_BYTES = bucket or 32 * 1024 * 1024
     rows.SUMMED_HERE = ("cpu",) if summed_here else ()
     if sharded:
@@ -248,22 +253,22 @@ def train(
             data_collator=without_some(*(data[i]["input_ids"] for i in dropped)) if dropped else collate,
             compute_loss_func=None if own_loss else reduced_loss if stock else token_losses,
         )
-        if spoiled is not None:
-            trainer.spoiled = globals()[spoiled]
+        trainer.spoiled = globals().get(spoiled)
         trainer.train()
         assert isinstance(trainer.model, FSDPModule) == sharded
-        parameters = whole(trainer.model)
         assert not sharded or hidden_gradients(trainer.model) == 0
-    # What each process measures of itself is its own.
+        return {"parameters": whole(trainer.model).numpy(), "history": shared_history(trainer), "calls": calls}
+
+
+def shared_history(trainer: Trainer) -> list[dict[str, Any]]:
+    """What was logged, without what each process measures of itself."""
     own = ("jd/seconds/", "jd/megabytes/")
-    history = [{k: v for k, v in e.items() if not k.startswith(own)} for e in trainer.state.log_history[:-1]]
-    return {"parameters": parameters.numpy(), "history": history, "calls": calls}
+    return [{k: v for k, v in e.items() if not k.startswith(own)} for e in trainer.state.log_history[:-1]]
 
 
 def hidden_gradients(model: nn.Module) -> int:
     """How many gradients FSDP2 keeps beside `.grad`, where they would be added to the next step's."""
-    states = [m._get_fsdp_state() for m in model.modules() if isinstance(m, FSDPModule)]
-    parameters = [p for state in states for group in state._fsdp_param_groups for p in group.fsdp_params]
+    parameters = fsdp_parameters([model])
     kept = [p.unsharded_accumulated_grad is not None or p.unsharded_param.grad is not None for p in parameters]
     assert kept
     return sum(kept)

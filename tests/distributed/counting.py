@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, distributed
 
+from hf_jd._compat import GATHER, REDUCE_SCATTER
+
 deadly: dict[str, int] = {}
 """The call in which this process is killed, if it is to be."""
 
@@ -47,8 +49,8 @@ def _sent(name: str, bound: Any) -> float:
 def counted() -> Iterator[list[Call]]:
     """All calls of collectives by hf_jd and DeepSpeed, DDP aside, within the context."""
     calls: list[Call] = []
-    names = ["all_reduce", "all_gather_single", "reduce_scatter_single", "all_to_all_single", "all_gather", "broadcast"]
-    names += ["all_gather_into_tensor", "reduce_scatter_tensor"]  # DeepSpeed's, by their former names
+    names = {"all_reduce", "all_to_all_single", "all_gather", "broadcast", GATHER, REDUCE_SCATTER}
+    names |= {"all_gather_into_tensor", "reduce_scatter_tensor"}  # DeepSpeed's, by their former names
     before = {name: getattr(distributed, name) for name in names}
 
     def wrapped(name: str) -> Any:

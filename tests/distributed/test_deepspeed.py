@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,10 +16,12 @@ from hf_jd.estimate.sent import plain_bytes, step_bytes
 from hf_jd.estimate.shapes import shape_of
 from hf_jd.trainer.engines import check_engine
 from tests.distributed.cases import GROUP, MODELS
-from tests.distributed.pool import Pool
+from tests.distributed.pool import SECONDS, Pool
 from tests.distributed.test_exact import INSTANCE, relative
+from tests.marks import slow
 from tests.trainer.runs import arguments, examples, lora
 
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is an extra")
 TRAIN = "under_deepspeed.train"
 OWN = {"instance": INSTANCE, "group": GROUP}
 # DeepSpeed keeps float32 copies of the parameters, and its optimizer steps there.
@@ -33,18 +36,21 @@ def own(request):
 
 
 @pytest.mark.parametrize(
-    ("stage", "processes", "model", "accumulated"),
+    ("stage", "processes", "model", "accumulated", "own"),
     [
-        (1, 2, "lora", 3),
-        (2, 2, "lora", 1),
-        (2, 2, "full", 3),
-        *((3, 2, model, accumulated) for model in ("lora", "full") for accumulated in (1, 3)),
-        (3, 1, "lora", 3),
-        (3, 4, "full", 1),
+        slow(1, 2, "lora", 3, "instance"),
+        slow(2, 2, "lora", 1, "group"),
+        (2, 2, "full", 3, "instance"),
+        slow(3, 2, "lora", 1, "group"),
+        (3, 2, "lora", 3, "instance"),
+        slow(3, 2, "full", 1, "instance"),
+        (3, 2, "full", 3, "group"),
+        slow(3, 1, "lora", 3, "instance"),
+        slow(3, 4, "full", 1, "group"),
     ],
 )
 def test_many_processes_are_one(stage, processes, model, accumulated, own, own_pools, alone):
-    configuration = {**own, **LABELS, "model": model, "clip": 0.0, "gradient_accumulation_steps": accumulated}
+    configuration = {**OWN[own], **LABELS, "model": model, "clip": 0.0, "gradient_accumulation_steps": accumulated}
     found = own_pools(processes).run(TRAIN, stage=stage, **configuration)
     one = alone(**configuration)
     assert relative(found[-1], one) < ROUNDING
@@ -53,11 +59,13 @@ def test_many_processes_are_one(stage, processes, model, accumulated, own, own_p
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_without_zero(own_pools, alone):
     configuration = {**INSTANCE, **LABELS, "model": "lora32", "clip": 0.0}
     assert relative(own_pools(2).run(TRAIN, stage=0, **configuration)[0], alone(**configuration)) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_model_that_is_shared_out_as_it_is_loaded(tmp_path, own_pools, alone):
     MODELS["full32"]().save_pretrained(tmp_path)
     configuration = {**GROUP, **LABELS, "clip": 0.0, "optim": "sgd", "learning_rate": 0.1}
@@ -65,12 +73,23 @@ def test_a_model_that_is_shared_out_as_it_is_loaded(tmp_path, own_pools, alone):
     assert relative(found, alone(model="full32", **configuration)) < ROUNDING
 
 
+@pytest.mark.slow
 def test_offloaded(own_pools, alone):
     configuration = {**GROUP, **LABELS, "model": "full", "clip": 0.0}
     found = own_pools(2).run(TRAIN, stage=3, offload=True, **configuration)[0]
     assert relative(found, alone(**configuration)) < ROUNDING
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "own"), [("lora32", INSTANCE), ("full32", GROUP)], ids=["lora", "full"])
+def test_what_the_processor_knows_changes_nothing(model, own, own_pools):
+    # ZeRO 3 asks whether it has float16 instructions, and chooses a dtype by that.
+    common = {"stage": 3, "model": model, **own, **LABELS, "steps": 3}
+    without, with_them = (own_pools(2).run(TRAIN, float16_instructions=has, **common)[0] for has in (False, True))
+    assert (without["parameters"] == with_them["parameters"]).all()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "own"), [("lora", INSTANCE), ("full", GROUP)], ids=["lora", "full"])
 def test_with_deepspeeds_own_sizes_and_evaluation(model, own, own_pools, alone):
     # What is small stays gathered, and what comes next is fetched ahead.
@@ -79,6 +98,7 @@ def test_with_deepspeeds_own_sizes_and_evaluation(model, own, own_pools, alone):
     assert relative(found, alone(**configuration)) < ROUNDING
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_micro_batches_that_are_weighed_apart_are_one_step(stage, own_pools):
     # Rows are too many, so that each micro-batch is weighed by itself from the first update on.
@@ -88,6 +108,7 @@ def test_micro_batches_that_are_weighed_apart_are_one_step(stage, own_pools):
     assert relative(apart, always) < ROUNDING
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_clipping_is_by_the_global_norm(stage, own_pools, alone):
     configuration = {**GROUP, **LABELS, "model": "full", "clip": 0.5}
@@ -96,6 +117,7 @@ def test_clipping_is_by_the_global_norm(stage, own_pools, alone):
     assert max(entry["grad_norm"] for entry in found["history"][:-1]) > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*bring no rows in the backward of the batch:UserWarning")  # positions
 @pytest.mark.parametrize(
     ("model", "own"),
@@ -117,10 +139,10 @@ def test_ways_of_fine_tuning_under_zero_3(model, own, own_pools, alone):
 
 @pytest.mark.parametrize(
     ("model", "own", "tolerance"),
-    [("full", INSTANCE, ROUNDING), ("full", GROUP, ROUNDING), ("full32", GROUP, 2e-3)],
+    [slow("full", INSTANCE, ROUNDING), ("full", GROUP, ROUNDING), slow("full32", GROUP, 2e-3)],
     ids=["instance", "group", "bfloat16"],
 )
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [slow(2), 3])
 def test_mean_is_stock_deepspeed(stage, model, own, tolerance, own_pools):
     common = {"stage": stage, **LABELS, "model": model, "gradient_accumulation_steps": 3, "steps": 4}
     common["bf16"] = model == "full32"
@@ -129,9 +151,9 @@ def test_mean_is_stock_deepspeed(stage, model, own, tolerance, own_pools):
     assert relative(ours, stock) < tolerance
 
 
-@pytest.mark.parametrize(("stage", "spoiled"), [(2, "spoil_row"), (3, "spoil_loss"), (3, "spoil_row")])
+@pytest.mark.parametrize(("stage", "spoiled"), [slow(2, "spoil_row"), slow(3, "spoil_loss"), (3, "spoil_row")])
 def test_what_is_not_finite_is_left_out(spoiled, stage, own, own_pools, alone):
-    configuration = {**own, "spoiled": spoiled, "gradient_accumulation_steps": 2, "steps": 6, "clip": 0.0}
+    configuration = {**own, "spoiled": spoiled, "gradient_accumulation_steps": 2, "clip": 0.0}
     many = own_pools(2).run(TRAIN, stage=stage, **LABELS, **configuration)
     one = alone(**LABELS, **configuration)
     assert np.isfinite(one["parameters"]).all()
@@ -139,27 +161,29 @@ def test_what_is_not_finite_is_left_out(spoiled, stage, own, own_pools, alone):
     assert sum(entry["jd/non_finite"] for entry in many[1]["history"][:-1]) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_run_goes_on_from_its_newest_whole_checkpoint(stage, tmp_path, own_pools):
     common = {"stage": stage, **GROUP, **LABELS, "model": "full", "jd_weighting": "gradvac"}
-    whole = own_pools(2).run(TRAIN, steps=6, **common)[0]
+    whole = own_pools(2).run(TRAIN, **common)[0]
     saving = {**common, "directory": str(tmp_path), "save_strategy": "steps", "save_steps": 2}
-    own_pools(2).run(TRAIN, steps=6, **saving)
+    own_pools(2).run(TRAIN, **saving)
     # What the second process wrote last is cut off, as if it had been killed.
     (last,) = tmp_path.glob("checkpoint-6/global_step6/*zero_pp_rank_1_mp_rank_00_optim_states.pt")
     last.write_bytes(last.read_bytes()[:-100])
-    resumed = own_pools(2).run(TRAIN, steps=6, resume=True, **saving)[0]
+    resumed = own_pools(2).run(TRAIN, resume=True, **saving)[0]
     assert len(resumed["history"]) == len(whole["history"])
     assert relative(resumed, whole) < ROUNDING
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(tmp_path, own_pools):
-    common = {"stage": 3, **GROUP, **LABELS, "steps": 6}
+    common = {"stage": 3, **GROUP, **LABELS}
     unharmed = own_pools(2).run(TRAIN, **common)[0]
     saving = {**common, "directory": str(tmp_path), "save_strategy": "steps", "save_steps": 3}
-    pool = Pool(2, timeout=20)
+    pool = Pool(2)
     pool.ask(TRAIN, kill=9, **saving)
-    answered = pool.answer(60)
+    answered = pool.answer(SECONDS)
     pool.end()
     assert answered is not None
     rank, (failed, answer) = answered
@@ -169,6 +193,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(tmp_p
     assert relative(resumed, unharmed) < ROUNDING
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["instance", "group", "stock"])
 @pytest.mark.parametrize("stage", [2, 3])
 def test_bytes_are_those_of_the_cost_model(stage, kind, own_pools):

@@ -7,9 +7,10 @@ import pytest
 
 from tests.distributed.cases import GROUP
 from tests.distributed.test_exact import INSTANCE, KINDS, assert_logged_alike, relative
+from tests.marks import slow
 
 
-@pytest.mark.parametrize(("processes", "accumulated"), [(1, 3), (2, 1), (2, 3), (4, 1)])
+@pytest.mark.parametrize(("processes", "accumulated"), [slow(1, 3), slow(2, 1), (2, 3), slow(4, 1)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_processes_are_one(processes, kind, accumulated, pools, alone):
     configuration, tolerance = KINDS[kind]
@@ -29,7 +30,7 @@ def test_replicas_of_shards_are_refused(pools):
         assert "does not work with replicas of shards (HSDP)" in answer
 
 
-@pytest.mark.parametrize("model", ["lora", "full"])
+@pytest.mark.parametrize("model", [slow("lora"), "full"])
 @pytest.mark.parametrize("own", [INSTANCE, GROUP], ids=["instance", "group"])
 def test_mean_is_stock_fsdp2(own, model, pools):
     common = {"n": 23, "model": model, "sharded": True, "gradient_accumulation_steps": 3}
@@ -47,7 +48,7 @@ def test_two_passes(own, pools, alone):
     assert relative(many[0], alone(**configuration)) < 1e-10
 
 
-@pytest.mark.parametrize("model", ["lora", "full"])
+@pytest.mark.parametrize("model", ["lora", slow("full")])
 def test_activation_checkpointing(model, pools, alone):
     many = pools(2).run("train", sharded=True, checkpointing=True, model=model, **GROUP)
     assert relative(many[0], alone(model=model, **GROUP)) < 1e-10

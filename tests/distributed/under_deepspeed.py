@@ -7,9 +7,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_jd import JDTrainingArguments
 from tests.distributed import cases
@@ -19,12 +21,21 @@ from tests.trainer.runs import arguments, collate, examples
 
 
 @contextmanager
-def under_deepspeed() -> Iterator[None]:
-    """Has accelerate start DeepSpeed on a CPU, by arguments alone: where the environment asks for one, it does not."""
+def under_deepspeed(float16_instructions: bool = False) -> Iterator[None]:
+    """Has accelerate start DeepSpeed on a CPU, by arguments alone: where the environment asks for one, it does not.
+
+    Args:
+        float16_instructions: What DeepSpeed hears of the processor: ZeRO 3 refuses float64, in which these tests
+            compute, unless there are none.
+    """
     asked = os.environ.pop("ACCELERATE_USE_CPU")
     os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed  # Only these tests wait for it to be imported.
+
+    deepspeed.ops.__compatible_ops__ = {}  # Else it compiles an all-reduce of its own, if it finds a compiler.
+    accelerator = deepspeed.get_accelerator()
     try:
-        with fresh_accelerate():
+        with fresh_accelerate(), patch.object(accelerator, "is_fp16_supported", lambda: float16_instructions):
             yield
     finally:
         os.environ["ACCELERATE_USE_CPU"] = asked
@@ -52,7 +63,7 @@ def train(
     model: str = "lora",
     batch: int = 4,
     n: int = 24,
-    steps: int = 10,
+    steps: int = 6,
     unlabelled: tuple[int, ...] = (0, 1, 5),
     spoiled: str | None = None,
     clip: float = 0.0,
@@ -61,6 +72,7 @@ def train(
     offload: bool = False,
     usual: bool = False,
     kill: int | None = None,
+    float16_instructions: bool = False,
     directory: str | None = None,
     resume: bool = False,
     **flags: Any,
@@ -81,14 +93,13 @@ def train(
         offload: Whether parameters and optimizer live in another memory.
         usual: Whether DeepSpeed's own sizes are kept; and evaluates at each update, between its own passes.
         kill: The collective of the fifth update in which the last process is killed.
+        float16_instructions: Whether DeepSpeed hears that the processor has them.
         directory: Of checkpoints; None for one that is removed.
         resume: Whether to go on from the newest whole checkpoint.
         flags: Of the arguments.
     """
     processes = torch.distributed.get_world_size()
-    with tempfile.TemporaryDirectory() as temporary, counted() as calls, under_deepspeed():
-        from deepspeed.runtime.zero import GatheredParameters  # Only these tests wait for it to be imported.
-
+    with tempfile.TemporaryDirectory() as temporary, counted() as calls, under_deepspeed(float16_instructions):
         args = arguments(
             directory or temporary,
             TrainingArguments if stock else JDTrainingArguments,
@@ -116,10 +127,16 @@ def train(
         if kill is not None and torch.distributed.get_rank() == processes - 1:
             trainer.add_callback(Kill(calls, kill))
         trainer.train(resume_from_checkpoint=resume)
-        assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
-        trainable = [p for p in trainer.model.parameters() if p.requires_grad]
-        empty = [p.numel() == 0 for p in trainable]
-        assert usual or (all(empty) if stage == 3 else not any(empty))
-        with GatheredParameters(trainable, enabled=stage == 3):
-            parameters = whole(trainer.model).double().numpy()
-    return {"parameters": parameters, "history": trainer.state.log_history, "calls": calls}
+        return {"parameters": trained(trainer, stage, usual), "history": trainer.state.log_history, "calls": calls}
+
+
+def trained(trainer: Trainer, stage: int, usual: bool) -> np.ndarray:
+    """The trainable parameters as one vector, which ZeRO 3 has shared out."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"
+    trainable = [p for p in trainer.model.parameters() if p.requires_grad]
+    empty = [p.numel() == 0 for p in trainable]
+    assert usual or (all(empty) if stage == 3 else not any(empty))
+    with GatheredParameters(trainable, enabled=stage == 3):
+        return whole(trainer.model).double().numpy()

@@ -17,7 +17,7 @@ from hf_jd.finetune.run import parse
 from tests.docs.blocks import ROOT, blocks, commands
 
 COMMAND_LINES = [(str(block), words) for block in blocks("bash", "sh") for words in commands(block)]
-TARGETS = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
 # Not ours, and known to everybody.
 OTHERS = {"git", "cd", "pip", "tensorboard", "tail", "cat", "mkdir", "export"}
 

@@ -12,6 +12,7 @@ from hf_jd.estimate.sent import plain_bytes, step_bytes
 from hf_jd.estimate.shapes import build_on_meta, shape_of
 from hf_jd.estimate.timing import Assumptions, plain_time, step_time
 from tests.estimate.counted import CONFIGS
+from tests.releases import needs
 
 
 @pytest.fixture
@@ -99,6 +100,7 @@ def test_other_models(name, tmp_path, capsys):
     assert "parameters, trained: all" in capsys.readouterr().out
 
 
+@needs("peft", "0.20", "adapters of fused experts where all linear layers have one")
 def test_adapters_of_experts_are_said_to_be_dear(tmp_path, capsys):
     CONFIGS["mixtral"].save_pretrained(tmp_path)
     assert main(["estimate", "--model", str(tmp_path)]) == 0

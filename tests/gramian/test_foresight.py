@@ -158,7 +158,7 @@ def test_language_models(kind: str):
     model = (with_lora(model) if kind == "lora" else model).double()
     perturb(trainable(model))  # lora_B is zero, and so is the gradient of lora_A.
     if kind in ("checkpointing", "reentrant"):
-        model.activation_checkpointing_enable({"use_reentrant": kind == "reentrant"})
+        model.gradient_checkpointing_enable({"use_reentrant": kind == "reentrant"})
         model.enable_input_require_grads()
     model.train()
     ids = torch.randint(3, VOCABULARY, (4, B, T), generator=torch.Generator().manual_seed(0))

@@ -37,7 +37,7 @@ def policy(checkpointing: str, dropout: float = 0.0) -> nn.Module:
     model.add_adapter("second", config)
     if checkpointing != "kept":
         model.enable_input_require_grads()
-        model.get_base_model().activation_checkpointing_enable({"use_reentrant": CHECKPOINTING[checkpointing]})
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": CHECKPOINTING[checkpointing]})
     return model.double().train()
 
 

@@ -21,6 +21,7 @@ from tests.gramian.oracle import (
 )
 from tests.gramian.tuning import METHODS, MIXING, extra_inputs, tuned
 from tests.gramian.zoo import VOCABULARY, Head, instance_losses, losses_of, model_of
+from tests.marks import in_turn
 
 # B and T of each step: distinct from each other and from the widths; B == T; B == width; B divides everything.
 SHAPES = {
@@ -94,11 +95,10 @@ HEADS = [
 ]
 
 
+FEW = {name: SHAPES[name] for name in ("distinct", "divides")}
 CASES = [
-    pytest.param(head, shapes, id=f"{head.id}-{name}")
-    for head in HEADS
-    for name, shapes in SHAPES.items()
-    if name == "distinct" or head.kind not in ("image", "audio") or name == "divides"
+    *in_turn([head for head in HEADS if head.kind not in ("image", "audio")], SHAPES),
+    *in_turn([head for head in HEADS if head.kind in ("image", "audio")], FEW),
 ]
 
 
@@ -143,8 +143,7 @@ def test_method_of_peft_that_mixes_instances(method: str, batch: int, length: in
         assert not wrong_parameters(names, jacobian_rows(jacobian, losses), expected, SINGLE)
 
 
-@pytest.mark.parametrize("shapes", [SHAPES["distinct"], SHAPES["divides"]], ids=["distinct", "divides"])
-@pytest.mark.parametrize("family", MAIN)
+@pytest.mark.parametrize("family, shapes", in_turn(MAIN, FEW))
 def test_lora(family: str, shapes: list[tuple[int, int]]):
     head = Head("decoder", family)
     model = with_lora(head)
@@ -163,10 +162,10 @@ def test_closed_rules_cover_full_fine_tuning(family: str):
 
 
 @pytest.mark.parametrize(
-    "batch, length, tied", [(3, 7, False), (3, 7, True), (4, 4, False)], ids=["distinct", "tied", "B==T"]
+    "method, case", in_turn(METHODS, {"distinct": (3, 7, False), "tied": (3, 7, True), "B==T": (4, 4, False)})
 )
-@pytest.mark.parametrize("method", METHODS)
-def test_method_of_peft(method: str, batch: int, length: int, tied: bool):
+def test_method_of_peft(method: str, case: tuple[int, int, bool]):
+    batch, length, tied = case
     model = tuned(method, tied)
 
     def losses(step: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from hf_jd import JDTrainer
 from hf_jd.weighting import WEIGHTINGS
 from tests.invariant.test_trainer_invariants import KINDS
+from tests.marks import in_turn
 from tests.trainer.runs import arguments, examples, flat, lora, relative, run
 
 # These draw random numbers, remember objectives by their positions, or need arguments or more than three objectives.
@@ -23,8 +24,7 @@ class InOrder(JDTrainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("weighting", sorted(set(WEIGHTINGS) - LEFT_OUT))
+@pytest.mark.parametrize("weighting, kind", in_turn(sorted(set(WEIGHTINGS) - LEFT_OUT), {kind: kind for kind in KINDS}))
 def test_splits_and_orders(weighting, kind, tmp_path):
     data = examples(6, unlabelled=(4,))
     models = []

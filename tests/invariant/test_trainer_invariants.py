@@ -12,7 +12,9 @@ from transformers import Trainer, TrainingArguments
 
 from hf_jd import JDTrainer
 from hf_jd.gramian import Engine
+from tests.marks import slow
 from tests.models import tiny_gpt2
+from tests.releases import needs
 from tests.trainer.runs import arguments, examples, flat, logged, lora, relative, run, stock
 
 TOLERANCES = {"gpt2": 1e-10, "llama": 1e-6}
@@ -33,13 +35,15 @@ def jacobians(monkeypatch):
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_mean_is_trainer(name, accumulation, kind, tmp_path, jacobians):
     # Seven batches an epoch: with accumulation 3, every third update has one micro-batch only.
-    flags = {"gradient_accumulation_steps": accumulation, "max_steps": 20, "max_grad_norm": 0.1, "weight_decay": 0.1}
+    flags = {"gradient_accumulation_steps": accumulation, "max_steps": 20, "max_grad_norm": 1e9, "weight_decay": 0.1}
+    # What a model starts from differs between releases.
+    flags["max_grad_norm"] = logged(stock(lora(name), tmp_path, **flags), "grad_norm").median().item()
     theirs = stock(lora(name), tmp_path, **flags)
     ours = run(lora(name), arguments(tmp_path, jd_weighting="mean", **flags, **KINDS[kind]))
     assert relative(flat(ours.model), flat(theirs.model)) < TOLERANCES[name]
     assert (flat(theirs.model) - flat(lora(name))).abs().max() > 1e-3
     norms = logged(theirs, "grad_norm")
-    assert 0 < (norms > 0.1).sum() < len(norms), "some steps are to be clipped, and some not"
+    assert 0 < (norms > flags["max_grad_norm"]).sum() < len(norms), "some steps are to be clipped, and some not"
     assert relative(logged(ours, "grad_norm"), norms) < 10 * TOLERANCES[name]
     # The losses themselves are float32, summed in another order.
     assert relative(logged(ours, "loss"), logged(theirs, "loss")) < 1e-6
@@ -48,17 +52,20 @@ def test_mean_is_trainer(name, accumulation, kind, tmp_path, jacobians):
     assert len(ours.jd_state.gramian) > 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [slow("instance"), "group"])
 @pytest.mark.parametrize(
     "flags",
     [
-        {"label_smoothing_factor": 0.1},
+        pytest.param(
+            {"label_smoothing_factor": 0.1},
+            marks=needs("transformers", "5.15", "the number of items to the label smoother"),
+        ),
         {"optim": "sgd", "lr_scheduler_type": "cosine", "warmup_steps": 2},
         {"max_grad_norm": 0.0},
         {"torch_empty_cache_steps": 1},
         {"neftune_noise_alpha": 5.0},
         {"include_num_input_tokens_seen": "non_padding"},
-        {"activation_checkpointing": True},
+        {"gradient_checkpointing": True},
         {"jd_scope": "micro_batch"},
         {"jd_backward": "two_pass"},
     ],
@@ -134,7 +141,8 @@ class OurShares(OurMeans):
     loss_is_scaled_for_ga = True
 
 
-@pytest.mark.parametrize("accepts", [True, False])
+@needs("transformers", "5.19", "loss_is_scaled_for_ga")
+@pytest.mark.parametrize("accepts", [slow(True), False])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("theirs", "ours"), [(TheirMeans, OurMeans), (TheirShares, OurShares)])
 def test_mean_is_a_trainer_that_says_how_its_loss_is_scaled(theirs, ours, kind, accepts, tmp_path, monkeypatch):
@@ -193,7 +201,7 @@ def test_upgrad_with_conflicts_is_not_trainer(kind, tmp_path):
 
 @pytest.mark.parametrize("reduction", ["share", "mean"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("weighting", ["upgrad", "mgda"])
+@pytest.mark.parametrize("weighting", ["upgrad", slow("mgda")])
 def test_one_big_batch_is_its_accumulation(weighting, kind, reduction, tmp_path):
     data = examples(13, unlabelled=(4,))
     runs = []

@@ -10,6 +10,8 @@ from transformers.trainer_utils import SchedulerType
 
 from hf_jd import JDTrainer
 from tests.invariant.test_trainer_invariants import KINDS
+from tests.marks import slow
+from tests.releases import needs
 from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, relative, run
 
 SCHEDULES = {
@@ -40,13 +42,13 @@ def are_alike(theirs, ours, tolerance=1e-10):
     assert logged(ours, "grad_norm").tolist() == pytest.approx(logged(theirs, "grad_norm").tolist(), rel=1e-5)
 
 
-@pytest.mark.parametrize("schedule", [schedule.value for schedule in SchedulerType])
+@pytest.mark.parametrize("schedule", [s.value if s.value in SCHEDULES else slow(s.value) for s in SchedulerType])
 def test_schedules(schedule, tmp_path):
     are_alike(*both(tmp_path, lr_scheduler_type=schedule, warmup_steps=2, **SCHEDULES.get(schedule, {})))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "sgd", "adagrad", "rmsprop", "adafactor"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["instance", slow("group")])
 def test_optimizers(kind, optimizer, tmp_path):
     # Optimizers that divide by the size of a gradient enlarge what is rounding.
     are_alike(*both(tmp_path, kind, optim=optimizer), tolerance=1e-8)
@@ -104,7 +106,7 @@ def test_schedule_free(tmp_path):
     ],
     ids=lambda flags: next(iter(flags)),
 )
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [slow("instance"), "group"])
 def test_flags(kind, flags, tmp_path):
     theirs, ours = both(tmp_path, kind, learning_rate=0.1, **flags)
     are_alike(theirs, ours, 1e-8)
@@ -216,6 +218,7 @@ class Freezes(TrainerCallback):
 
 
 EVALUATE = {"eval_strategy": "steps", "eval_steps": 2}
+REBALANCED = "batches of equal work"
 FEATURES = {
     "evaluation at the start": ({**EVALUATE, "eval_on_start": True, "eval_delay": 3}, {}),
     "metrics": ({**EVALUATE, "include_for_metrics": ["inputs", "loss"]}, {"compute_metrics": size}),
@@ -231,20 +234,26 @@ FEATURES = {
     "freezing": ({"optim": "sgd"}, {"callbacks": [Freezes()]}),
     "an optimizer's class": ({}, {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})}),
     "checkpointing": (
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
         {},
     ),
     "reentrant checkpointing": (
-        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {},
     ),
     "part of an epoch": ({"num_train_epochs": 1.5, "max_steps": -1, "data_seed": 7}, {}),
-    "batches of equal work": ({"train_sampling_strategy": "batch_rebalance", "logging_nan_inf_filter": False}, {}),
+    REBALANCED: ({"train_sampling_strategy": "batch_rebalance", "logging_nan_inf_filter": False}, {}),
 }
 
 
 @pytest.mark.filterwarnings("ignore:.*None of the inputs have requires_grad")
-@pytest.mark.parametrize("feature", FEATURES)
+@pytest.mark.parametrize(
+    "feature",
+    [
+        pytest.param(name, marks=needs("transformers", "5.17", "batch_rebalance")) if name == REBALANCED else name
+        for name in FEATURES
+    ],
+)
 def test_features(feature, tmp_path):
     flags, extra = FEATURES[feature]
     theirs, ours = both(tmp_path, "group", lambda model: extra, learning_rate=0.01, **flags)

@@ -20,14 +20,9 @@ from tests.trainer.runs import arguments, collate, examples, flat, lora
 DATA = examples(23, unlabelled=(5,))
 GROUP = {"jd_objectives": "group", "jd_group_column": "task"}
 CONFIGURATIONS = {
-    "instance": {},
     "instance-groups-logged": {"jd_group_column": "task"},
-    "instance-accumulated": {"gradient_accumulation_steps": 4},
     "instance-two-pass": {"jd_backward": "two_pass", "gradient_accumulation_steps": 2},
-    "instance-mean": {"jd_weighting": "mean"},
     "micro-batch-mean": {"jd_scope": "micro_batch", "jd_weighting": "mean", "gradient_accumulation_steps": 2},
-    "group": GROUP,
-    "group-accumulated": {**GROUP, "gradient_accumulation_steps": 4},
     "group-means": {**GROUP, "jd_group_reduction": "mean", "gradient_accumulation_steps": 2},
     "group-every-third": {**GROUP, "jd_every": 3, "gradient_accumulation_steps": 2},
     "instance-watched": {"jd_weighting": "mean", "jd_monitor_every": 4, "jd_group_column": "task"},

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from hf_jd import JDTrainer, JDTrainingArguments
 from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, with_lora
+from tests.releases import has
 
 TASKS = ("code", "docs", "chat")
 MODELS = {"gpt2": tiny_gpt2, "llama": tiny_llama}
@@ -51,7 +53,12 @@ def arguments(directory: Any, cls: type = JDTrainingArguments, **flags: Any) -> 
         "save_strategy": "no",
         "disable_tqdm": True,
     }
-    return cls(output_dir=str(directory), **{**settings, **flags})
+    order = None if has("transformers", "5.2") else flags.pop("train_sampling_strategy", None)
+    if order == "group_by_length":
+        flags["group_by_length"] = True
+    args = cls(output_dir=str(directory), **{**settings, **flags})
+    args.tests_are_in_order = order == "sequential"
+    return args
 
 
 def run(model: nn.Module, args: Any, data: Any = None, cls: type | None = None, **settings: Any) -> Trainer:
@@ -59,6 +66,8 @@ def run(model: nn.Module, args: Any, data: Any = None, cls: type | None = None, 
     cls = cls or (JDTrainer if isinstance(args, JDTrainingArguments) else Trainer)
     data = examples() if data is None else data
     trainer = cls(model, args, train_dataset=data, **{"data_collator": collate, **settings})
+    if getattr(args, "tests_are_in_order", False):
+        trainer._get_train_sampler = lambda dataset=None: SequentialSampler(dataset or trainer.train_dataset)
     trainer.train()
     return trainer
 

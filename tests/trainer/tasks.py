@@ -186,7 +186,7 @@ TABLE = {
     "token": Task(lambda: _bert(BertForTokenClassification)(num_labels=CLASSES), _tagged, QUERY, smoothed=True),
     "question-answering": Task(_bert(BertForQuestionAnswering), _answered, QUERY, "batches"),
     "multiple-choice": Task(_bert(BertForMultipleChoice), _choices, QUERY),
-    "image": Task(_vit, _image, ["q_proj", "v_proj"], "items"),
+    "image": Task(_vit, _image, [*QUERY, "q_proj", "v_proj"], "items"),
     "ctc": Task(lambda: _wav2vec2(ctc_loss_reduction="mean"), _sound, ["q_proj", "v_proj"], tolerance=1e-6),
     "ctc-sum": Task(lambda: _wav2vec2(ctc_loss_reduction="sum"), _sound, ["q_proj", "v_proj"], tolerance=1e-6),
     "speech": Task(_whisper, _speech, ["q_proj", "v_proj"]),

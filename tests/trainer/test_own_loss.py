@@ -1,4 +1,4 @@
-"""The model's own loss, looked at in each step; and a user's `compute_loss`, which training would go past."""
+"""The model's own loss, looked at in each step; and a user's `compute_loss`, trained as it stands."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from transformers import (
 )
 
 from hf_jd import JDTrainer, JDTrainerMixin
+from hf_jd.trainer.own_loss import overridden
 from tests.models import tiny_gpt2, tiny_llama
-from tests.trainer.runs import arguments, collate, examples, flat, logged, relative, run, stock
+from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, relative, run, stock
 from tests.trainer.tasks import TABLE, examples_of, model_of
 from tests.trainer.tasks import collate as collate_any
 from tests.trainer.test_extra_losses import mixtral
@@ -170,8 +171,6 @@ def test_a_loss_that_is_not_finite_is_no_difference(tmp_path):
 
 # ---- A compute_loss of the user's own ----
 
-REFUSED = "has a `compute_loss` of its own.*override `compute_losses` beside it"
-
 
 def own(self, model, inputs, return_outputs=False, num_items_in_batch=None):
     outputs = model(**inputs)
@@ -205,37 +204,48 @@ class BehindBelow(Behind):
     compute_loss = own
 
 
+def doubled(directory):
+    return run(lora("gpt2"), arguments(directory, TrainingArguments, optim="sgd"), cls=Doubled).model
+
+
+def assert_is_doubled(trainer, directory):
+    expected = flat(doubled(directory))
+    assert relative(flat(trainer.model), expected) < 1e-10
+    assert len(trainer.jd_state.weights) == 2
+
+
 @pytest.mark.parametrize("cls", [Left, Below, Further, BehindBelow])
-def test_a_classs_own_loss_is_refused(cls, tmp_path):
-    with pytest.raises(ValueError, match=REFUSED):
-        run(tiny_gpt2(), arguments(tmp_path), cls=cls)
+def test_a_classs_own_loss_is_trained(cls, tmp_path):
+    trainer = run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", optim="sgd"), cls=cls)
+    assert_is_doubled(trainer, tmp_path)
 
 
-def test_an_instances_own_loss_is_refused(tmp_path):
-    trainer = JDTrainer(tiny_gpt2(), arguments(tmp_path), train_dataset=examples(), data_collator=collate)
+def test_an_instances_own_loss_is_trained(tmp_path):
+    args = arguments(tmp_path, jd_weighting="mean", optim="sgd")
+    trainer = JDTrainer(lora("gpt2"), args, train_dataset=examples(), data_collator=collate)
     trainer.compute_loss = functools.partial(own, trainer)
-    with pytest.raises(ValueError, match=REFUSED):
-        trainer.train()
-    trainer.compute_losses = functools.partial(JDTrainer.compute_losses, trainer)
     trainer.train()
+    assert_is_doubled(trainer, tmp_path)
 
 
 @pytest.mark.parametrize("cls", [Trainer, JDTrainerMixin, JDTrainer])
-def test_a_loss_put_in_anothers_place_is_refused(cls, tmp_path, monkeypatch):
+def test_a_loss_put_in_anothers_place_is_trained(cls, tmp_path, monkeypatch):
+    expected = doubled(tmp_path)
     monkeypatch.setattr(cls, "compute_loss", own, raising=False)
-    with pytest.raises(ValueError, match=REFUSED):
-        run(tiny_gpt2(), arguments(tmp_path))
+    trainer = run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", optim="sgd"))
+    assert relative(flat(trainer.model), flat(expected)) < 1e-10
 
 
-def test_a_wrapper_of_trainers_loss_is_refused(tmp_path, monkeypatch):
+def test_a_wrapper_of_trainers_loss_is_trained(tmp_path, monkeypatch):
     @functools.wraps(Trainer.compute_loss)
     def traced(self, *args, **kwargs):
         return 2 * inner(self, *args, **kwargs)
 
     inner = Trainer.compute_loss
     monkeypatch.setattr(Trainer, "compute_loss", traced)
-    with pytest.raises(ValueError, match=REFUSED):
-        run(tiny_gpt2(), arguments(tmp_path))
+    theirs = stock(lora("gpt2"), tmp_path, optim="sgd")
+    ours = run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", optim="sgd"))
+    assert relative(flat(ours.model), flat(theirs.model)) < 1e-10
 
 
 def test_unreduced_losses_beside_it_are_trained(tmp_path):
@@ -243,22 +253,25 @@ def test_unreduced_losses_beside_it_are_trained(tmp_path):
         def compute_losses(self, model, inputs):
             return super().compute_losses(model, inputs)
 
-    run(tiny_gpt2(), arguments(tmp_path, max_steps=1), cls=Both)
+    trainer = run(tiny_gpt2(), arguments(tmp_path, max_steps=1), cls=Both)
+    assert not trainer.splits_loss
 
 
-@pytest.mark.parametrize("name", ["DPOTrainer", "RewardTrainer", "SFTTrainer"])
-def test_trls_losses_are_refused(name):
-    trl = pytest.importorskip("trl")
-    from hf_jd.trainer.own_loss import check_compute_loss
+def test_a_function_that_returns_one_loss_is_trained(tmp_path):
+    def one(outputs, labels, num_items_in_batch=None):
+        losses = F.cross_entropy(outputs.logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+        return losses.square().sum() / num_items_in_batch
 
-    cls = type("Mine", (JDTrainerMixin, getattr(trl, name)), {})
-    with pytest.raises(ValueError, match=f"{name} {REFUSED}"):
-        check_compute_loss(cls.__new__(cls))
+    flags = {"optim": "sgd", "gradient_accumulation_steps": 3}
+    theirs = run(lora("gpt2"), arguments(tmp_path, TrainingArguments, **flags), compute_loss_func=one)
+    ours = run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", **flags), compute_loss_func=one)
+    assert relative(flat(ours.model), flat(theirs.model)) < 1e-10
+    assert relative(logged(ours, "loss"), logged(theirs, "loss")) < 1e-6
+    assert len(ours.jd_state.weights) > 2
 
 
 def test_trls_sft_has_its_unreduced_losses():
     pytest.importorskip("trl")
     from hf_jd import JDSFTTrainer
-    from hf_jd.trainer.own_loss import check_compute_loss
 
-    check_compute_loss(JDSFTTrainer.__new__(JDSFTTrainer))
+    assert overridden(JDSFTTrainer.__new__(JDSFTTrainer)) == "compute_losses"

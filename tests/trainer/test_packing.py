@@ -8,6 +8,7 @@ from transformers import DataCollatorWithFlattening, TrainingArguments
 
 from hf_jd import JDTrainer
 from hf_jd.packing import packed_documents, unpacked, without_documents
+from tests.marks import slow
 from tests.models import tiny_llama
 from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, relative, run
 
@@ -89,7 +90,7 @@ def test_documents_are_taken_out():
 
 @pytest.mark.parametrize("flags", [{}, {"gradient_accumulation_steps": 2}, {"jd_backward": "two_pass"}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", slow("llama")])
 def test_packing_is_padding(name, kind, flags, tmp_path):
     models, trainers = [], []
     for collator in (collate, packing()):

@@ -1,4 +1,4 @@
-"""Two processes (gloo) give what one process gives on the same global batches."""
+"""Two processes that accelerate launches give what one gives; `tests/distributed` has what needs no launcher."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tests.trainer.processes import CONFIGURATIONS, train
 from tests.trainer.runs import relative
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,42 @@
+"""Failures of engines like this one: tables that are fed no batch. Docstrings say what went wrong, and where."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.gramian.hazards import DISTINCT, SQUARE, right
+from tests.gramian.zoo import Head
+
+
+@pytest.mark.parametrize("shapes", [DISTINCT, SQUARE], ids=["distinct", "B==T"])
+@pytest.mark.parametrize(
+    "head",
+    [
+        *[Head("decoder", f) for f in ("gpt2", "openai-gpt")],
+        *[Head("encoder", f) for f in ("bert", "albert", "distilbert", "electra", "convbert", "roberta")],
+    ],
+    ids=lambda head: head.family,
+)
+def test_01_position_embedding_without_batch(head: Head, shapes: list[tuple[int, int]]):
+    """1 (opacus#841, #845): a position table is fed [1, T], and its gradient arrives summed over the batch."""
+    tiers = right(head, shapes)
+    positions = [t for n, t in tiers.items() if "position" in n or "wpe" in n]
+    assert positions
+    assert 0 not in positions
+
+
+@pytest.mark.parametrize("shapes", [DISTINCT, SQUARE, [(2, 6), (2, 4)]], ids=["distinct", "B==T", "B=2"])
+@pytest.mark.parametrize(
+    "head",
+    [
+        Head("encoder", "mpnet"),
+        *[Head("encoder-decoder", f) for f in ("t5", "mt5", "switch_transformers", "umt5")],
+    ],
+    ids=lambda head: head.family,
+)
+def test_02_relative_position_tables(head: Head, shapes: list[tuple[int, int]]):
+    """2 (private-transformers, swap_t5): tables [T, T].
+
+    MPNet with B == T passes 'the rows add up to the gradient' with a Gramian that is wrong by 103 %.
+    """
+    right(head, shapes)
