@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, Trainer
 
 from tests.docs.blocks import Block, blocks
 from tests.models import tiny_llama
@@ -48,6 +49,18 @@ def trainer_class() -> dict[str, Any]:
     return {"JDTrainer": JDTrainer}
 
 
+def classifying() -> dict[str, Any]:
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16, "num_labels": 3}
+    rows = [{"input_ids": [3 + i, 4, 5], "labels": i % 3} for i in range(8)]
+    return {"model": BertForSequenceClassification(BertConfig(num_attention_heads=2, **sizes)), "data": rows}
+
+
+def trainer_classes() -> dict[str, Any]:
+    from hf_jd import JDTrainerMixin
+
+    return {"JDTrainerMixin": JDTrainerMixin, "Trainer": Trainer}
+
+
 def trl() -> dict[str, Any]:
     pytest.importorskip("trl")
     texts = ["Once upon a time, there was a girl.", "Tom went to the park."]
@@ -67,6 +80,8 @@ CONTEXTS: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
     ("trainer.md", "trainer = JDTrainer(model"): training,
     ("trainer.md", "class Mine(JDTrainer)"): trainer_class,
     ("trainer.md", 'trainer = JDSFTTrainer("my-model"'): trl,
+    ("your_trainer.md", "import torch.nn.functional as F"): classifying,
+    ("your_trainer.md", "class JDPairs(JDTrainerMixin, Trainer)"): trainer_classes,
     ("weightings.md", "weights = UPGradWeighting()(gramian)"): gramian,
 }
 
