@@ -65,9 +65,10 @@ def _is_whole(file: Path) -> bool:
                 return True
         except (SafetensorError, OSError):
             return False
-    if file.suffix == ".json":  # the index of shards
+    if file.suffix == ".json":
         try:
-            shards = json.loads(file.read_text("utf-8"))["weight_map"].values()
+            content = json.loads(file.read_text("utf-8"))
+            shards = content["weight_map"].values() if file.name.endswith(".index.json") else []
         except (ValueError, KeyError):
             return False
         return all((file.parent / shard).is_file() for shard in set(shards))
