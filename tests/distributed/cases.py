@@ -185,6 +185,15 @@ def with_tasks(data: list[dict[str, Any]], tasks: str) -> list[dict[str, Any]]:
     return [*numbered, *data[len(tasks) :]]
 
 
+TRAINERS = {
+    (True, False): InOrder,
+    (False, False): Ours,
+    (True, True): TheirOwnLoss,
+    (False, True): OurOwnLoss,
+}
+"""By whether they are the stock ones, and whether `compute_loss` is their own."""
+
+
 def train(
     model: str = "lora",
     batch: int = 4,
@@ -229,10 +238,9 @@ def train(
     """
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     data = with_tasks(examples(n, unlabelled=unlabelled), tasks)
-    columns.BUCKET_BYTES = bucket or 32 * 1024 * 1024
-    rows.SUMMED_HERE = ("cpu",) if summed_here else ()
-    if sharded:
-        flags |= {"fsdp": True, "fsdp_config": {"fsdp_version": 2, "activation_checkpointing": checkpointing}}
+    columns.BUCKET_BYTES, rows.SUMMED_HERE = bucket or 2**25, ("cpu",) if summed_here else ()
+    fsdp = {"fsdp_version": 2, "activation_checkpointing": checkpointing}
+    flags |= {"fsdp": True, "fsdp_config": fsdp} if sharded else {}
     with tempfile.TemporaryDirectory() as directory, counted() as calls, fresh_accelerate():
         args = arguments(
             directory,
@@ -245,8 +253,7 @@ def train(
         )
         if sharded:
             shard(args)
-        theirs, ours = (TheirOwnLoss, OurOwnLoss) if own_loss else (InOrder, Ours)
-        trainer = (theirs if stock else ours)(
+        trainer = TRAINERS[stock, own_loss](
             MODELS[model](),
             args,
             train_dataset=data if dispatched is None else Stream(data),
@@ -256,7 +263,7 @@ def train(
         trainer.spoiled = globals().get(spoiled)
         trainer.train()
         assert isinstance(trainer.model, FSDPModule) == sharded
-        assert not sharded or hidden_gradients(trainer.model) == 0
+        assert not (sharded and hidden_gradients(trainer.model))
         return {"parameters": whole(trainer.model).numpy(), "history": shared_history(trainer), "calls": calls}
 
 

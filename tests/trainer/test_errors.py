@@ -93,9 +93,10 @@ def test_optimizers_that_step_in_the_backward(optimizer, tmp_path):
         run(lora("gpt2"), arguments(tmp_path, optim=optimizer))
 
 
-def test_a_loss_function_for_the_batch(tmp_path):
-    with pytest.raises(ValueError, match="one loss for the whole batch"):
-        run(lora("gpt2"), arguments(tmp_path), compute_loss_func=lambda outputs, *args, **kwargs: outputs.logits.mean())
+def test_a_loss_function_for_the_batch_has_no_values(tmp_path):
+    args = arguments(tmp_path, jd_normalize="loss")
+    with pytest.raises(ValueError, match="--jd_normalize loss needs the value of each objective"):
+        run(lora("gpt2"), args, compute_loss_func=lambda outputs, *args, **kwargs: outputs.logits.mean())
 
 
 def test_no_labels(tmp_path):
@@ -104,10 +105,10 @@ def test_no_labels(tmp_path):
         run(lora("gpt2"), arguments(tmp_path), data)
 
 
-def test_a_model_without_a_built_in_loss(tmp_path):
+def test_a_model_without_a_built_in_loss_has_no_values(tmp_path):
     config = BertConfig(vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
-    with pytest.raises(ValueError, match="BertForNextSentencePrediction has no built-in unreduced loss .*ForCausalLM"):
-        run(BertForNextSentencePrediction(config), arguments(tmp_path))
+    with pytest.raises(ValueError, match="--jd_backward two_pass needs the value of each objective"):
+        run(BertForNextSentencePrediction(config), arguments(tmp_path, jd_backward="two_pass"))
 
 
 def test_a_model_without_names(tmp_path):

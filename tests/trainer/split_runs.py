@@ -1,0 +1,148 @@
+"""Brute force of a loss that is split at the model's outputs: one detached instance at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from hf_jd import JDTrainerMixin
+from tests.trainer import own_losses
+from tests.trainer.own_losses import CASES, Case, trainer_of
+from tests.trainer.runs import arguments, relative
+
+GROUP = {"jd_objectives": "group", "jd_group_column": "task"}
+# A gradient penalty comes past the outputs as a whole, as does what a head reads that is called again; and `Only` knows
+# no other loss of a model's own than a classifier's.
+UNSPLIT = ("gradient-penalty", "second-head", "scaled", "super")
+SPLIT = [name for name in CASES if name not in UNSPLIT]
+# How many tokens a batch has is nothing to losses that are means.
+AVERAGED = {"loss_is_scaled_for_ga": False}
+
+Owner = Callable[[Tensor], Tensor]
+"""The instance of each leading row, or token, of an output."""
+
+
+class Only:
+    """A model whose outputs have a graph at one instance only.
+
+    Args:
+        model: The model.
+        instance: Which one; -1 for none.
+        owner: Whose each row of an output is.
+    """
+
+    def __init__(self, model: nn.Module, instance: int, owner: Owner):
+        self.model, self.instance, self.owner = model, instance, owner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(self, **inputs: Any) -> Any:
+        outputs = self.model(**inputs)
+        if isinstance(outputs, own_losses.Heads):
+            return own_losses.Heads(self.one(outputs.kinds), self.one(outputs.size))
+        outputs = pytree.tree_map(self.one, outputs)
+        if "labels" in inputs and isinstance(outputs, dict) and "loss" in outputs:
+            outputs["loss"] = F.cross_entropy(outputs["logits"], inputs["labels"])
+        return outputs
+
+    def one(self, tensor: Any) -> Any:
+        if not isinstance(tensor, Tensor) or not tensor.dim() or not tensor.requires_grad:
+            return tensor
+        mine = self.owner(tensor) == self.instance
+        return torch.where(mine.view(mine.shape + (1,) * (tensor.dim() - mine.dim())), tensor, tensor.detach())
+
+
+def by_row(instances: int) -> Owner:
+    """Row n is of instance n % B."""
+    return lambda tensor: torch.arange(len(tensor)) % instances
+
+
+def brute(
+    case: Case, model: nn.Module, batch: dict[str, Tensor], instances: int, owner: Owner | None = None
+) -> tuple[Tensor, Tensor]:
+    """Each instance's part of the gradient [B, P], and what comes past the outputs [P]; one backward each."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    found = []
+    for instance in range(-1, instances):
+        torch.manual_seed(0)
+        only = Only(model, instance, owner or by_row(instances))
+        loss = case.loss(SimpleNamespace(), only, dict(batch), None)[0]
+        gradients = [None] * len(parameters)
+        if loss.requires_grad:
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        pairs = zip(gradients, parameters, strict=True)
+        found.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs]))
+    return torch.stack(found[1:]) - found[0], found[0]
+
+
+class Recorded:
+    """A trainer that has met one batch.
+
+    Args:
+        case: Its loss and model.
+        directory: Of the run.
+        n: How many examples.
+        data: These, if not the case's.
+        cls: The trainer, if not the mixin left of one with the loss.
+        flags: Of the arguments.
+    """
+
+    def __init__(self, case: Case, directory: Any, n: int = 5, data: Any = None, cls: Any = None, **flags: Any):
+        self.weights: Tensor | None = None
+        cls = cls or type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {})
+        common = {"per_device_train_batch_size": n, "train_sampling_strategy": "sequential"}
+        self.trainer = cls(
+            case.build(),
+            arguments(directory, **{**common, **flags}),
+            train_dataset=case.examples(n) if data is None else data,
+            data_collator=case.collate,
+            weighting=self.weigh,
+        )
+        self.trainer.current_gradient_accumulation_steps = 1
+        self.trainer.engine()
+        self.batch = next(iter(self.trainer.get_train_dataloader()))
+        self.inputs = {key: value for key, value in self.batch.items() if not key.startswith("jd_")}
+
+    def weigh(self, gramian: Tensor) -> Tensor:
+        return torch.zeros(len(gramian)).double() if self.weights is None else self.weights
+
+    @property
+    def gramian(self) -> Tensor:
+        return self.trainer.jd_state.gramian
+
+    def step(self, weights: Tensor | None) -> Tensor:
+        """The gradient, if the objectives have these weights."""
+        self.weights = weights
+        self.trainer.model.zero_grad()
+        torch.manual_seed(0)
+        self.trainer.training_step(self.trainer.model, dict(self.batch))
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.trainer.trainable()]
+        return torch.cat([g.flatten() for g in gradients])
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Each objective's share of the gradient [M, P], and what no weighting sees [P]."""
+        rest = self.step(None)
+        unit = torch.eye(len(self.gramian)).double()
+        return torch.stack([self.step(weights) - rest for weights in unit]) / len(unit), rest
+
+
+def assert_rows(recorded: Recorded, rows: Tensor, rest: Tensor | None = None, tolerance: float = 1e-10) -> None:
+    mine, others = recorded.rows()
+    assert mine.shape == rows.shape
+    assert relative(mine, rows) < tolerance
+    assert (others - (0 if rest is None else rest)).norm() < tolerance * rows.norm()
+    # Those of the objectives: M times their shares.
+    assert relative(recorded.gramian, len(rows) ** 2 * rows @ rows.T) < tolerance
+
+
+def grouped(rows: Tensor, recorded: Recorded) -> Tensor:
+    """The groups' sums of the instances' rows."""
+    groups = recorded.batch["jd_group"]
+    return torch.stack([rows[groups == k].sum(0) for k in groups.unique()])

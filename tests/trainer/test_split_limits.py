@@ -1,0 +1,199 @@
+"""Batches as objectives, and what can't be split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
+
+from hf_jd import JDTrainer, JDTrainerMixin, JDTrainingArguments
+from tests.trainer import own_losses, tasks
+from tests.trainer.own_losses import CASES, Case, trainer_of
+from tests.trainer.runs import arguments, flat, logged, relative
+from tests.trainer.split_runs import (
+    AVERAGED,
+    GROUP,
+)
+
+# GPT-2's positions [1, T] belong to no instance; heads are used twice.
+pytestmark = pytest.mark.filterwarnings("ignore:.*further passes now")
+
+
+# ---- Batches ----
+
+
+class Normalised(nn.Module):
+    """Its instances depend on one another."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(own_losses.VOCABULARY, 8)
+        self.norm = nn.BatchNorm1d(8)
+        self.head = nn.Linear(8, tasks.CLASSES)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.head(self.norm(self.embedding(input_ids).mean(1)).tanh())
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def normalised() -> nn.Module:
+    torch.manual_seed(0)
+    return Normalised().double()
+
+
+def cached(trainer, model, inputs, number):
+    """Runs the model once without a graph, and again in the backward of its loss, row by row."""
+    inputs = {key: value for key, value in inputs.items() if key != "labels"}
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    logits = logits.requires_grad_()
+    z = F.normalize(logits, dim=-1)
+    loss = F.cross_entropy(z @ z.flip(0).T / 0.1, torch.arange(len(z)))
+    (cotangent,) = torch.autograd.grad(loss, logits)
+
+    def again(scale: Tensor) -> None:
+        with torch.enable_grad():
+            for i in range(len(z)):
+                one = {key: value[i : i + 1] for key, value in inputs.items()}
+                (model(**one).logits * cotangent[i] * scale).sum().backward()
+
+    value = loss.detach().requires_grad_()
+    value.register_hook(again)
+    return value, None
+
+
+BATCHES = {"BatchNorm": Case(lambda t, m, i, n: ((o := m(**i))["loss"], o), normalised), "cached": Case(cached)}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_batches_need_nothing_of_the_model(name, tmp_path):
+    case = BATCHES[name]
+    flags = {"optim": "sgd", "gradient_accumulation_steps": 2, "max_steps": 3, "per_device_train_batch_size": 4}
+
+    def run(cls, config, **own):
+        args = arguments(tmp_path, config, **flags, **own)
+        trainer = cls(case.build(), args, train_dataset=case.examples(26), data_collator=case.collate)
+        trainer.train()
+        return trainer
+
+    theirs = run(trainer_of(case.loss), TrainingArguments)
+    cls = type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {})
+    ours = run(cls, JDTrainingArguments, jd_objectives="batch", jd_weighting="mean")
+    assert relative(flat(ours.model), flat(theirs.model)) < 1e-10
+    assert relative(logged(ours, "grad_norm"), logged(theirs, "grad_norm")) < 1e-6
+    assert relative(flat(theirs.model), flat(case.build())) > 1e-4
+    assert len(ours.jd_state.gramian) == 2
+
+
+def test_the_gramian_of_batches_is_that_of_their_gradients(tmp_path):
+    case = BATCHES["cached"]
+    gradients = []
+    for part in (slice(0, 4), slice(4, 8)):
+        model = case.build()
+        batch = case.collate([{k: v for k, v in e.items() if k != "task"} for e in case.examples(8)[part]])
+        case.loss(None, model, batch, None)[0].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    rows = torch.stack(gradients)  # Each is half of the update's mean, and one of two objectives.
+    flags = {"gradient_accumulation_steps": 2, "max_steps": 1, "per_device_train_batch_size": 4}
+    args = arguments(tmp_path, train_sampling_strategy="sequential", jd_objectives="batch", **flags)
+    cls = type("Ours", (JDTrainerMixin, trainer_of(case.loss)), AVERAGED)
+    trainer = cls(case.build(), args, train_dataset=case.examples(8), data_collator=case.collate)
+    trainer.train()
+    assert relative(trainer.jd_state.gramian, rows @ rows.T) < 1e-10
+
+
+# ---- Errors ----
+
+
+def refused(directory: Any, match: str, loss: Any = None, cls: Any = None, **flags: Any) -> None:
+    case = Case(loss or CASES["focal"].loss)
+    cls = cls or type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {})
+    args = arguments(directory, per_device_train_batch_size=8, **flags)
+    trainer = cls(case.build(), args, train_dataset=case.examples(8), data_collator=case.collate)
+    with pytest.raises(ValueError, match=match):
+        trainer.train()
+
+
+def of_parameters(trainer, model, inputs, number):
+    return sum(p.square().sum() for p in model.parameters()), None
+
+
+def past_forward(trainer, model, inputs, number):
+    states = model.bert(inputs["input_ids"]).last_hidden_state
+    return F.cross_entropy(model.classifier(states[:, 0]), inputs["labels"]), None
+
+
+def without_graph(trainer, model, inputs, number):
+    outputs = model(**inputs)
+    return outputs.loss.detach(), outputs
+
+
+@pytest.mark.parametrize(
+    ("loss", "shapes"),
+    [(of_parameters, "none"), (past_forward, "none"), (cached, "none"), (without_graph, r"\[8, 3\]")],
+    ids=["parameters", "past-forward", "own-backward", "without-graph"],
+)
+def test_a_loss_that_does_not_read_the_outputs_is_refused(loss, shapes, tmp_path):
+    match = rf"does not depend on what the model returned .*outputs of shapes {shapes}.*--jd_objectives batch"
+    refused(tmp_path, match, loss)
+
+
+@pytest.mark.parametrize("times", [0, 2])
+@pytest.mark.parametrize("kind", [{}, GROUP, {"jd_objectives": "batch"}], ids=["instance", "group", "batch"])
+def test_a_step_that_calls_backward_another_time_is_refused(kind, times, tmp_path):
+    class Steps(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            for _ in range(times):
+                loss = self.compute_loss(model, dict(inputs))
+                self.accelerator.backward(loss)
+            return torch.zeros(())
+
+    own = trainer_of(CASES["focal"].loss, Steps)
+    match = rf"training step of Ours called accelerator.backward {times} times .*: call it, or super\(\).training_step"
+    refused(tmp_path, match, cls=type("Ours", (JDTrainerMixin, own), {}), **kind)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"jd_backward": "two_pass"}, "--jd_backward two_pass"),
+        ({"jd_normalize": "loss"}, "--jd_normalize loss"),
+        ({"jd_weighting": "dwa", **GROUP}, "the weighting `dwa`"),
+        ({"jd_extra_losses": "objective"}, "--jd_extra_losses objective"),
+        ({"jd_extra_losses": "error"}, "--jd_extra_losses error"),
+    ],
+    ids=str,
+)
+def test_what_needs_values_is_refused(flags, named, tmp_path):
+    refused(tmp_path, f"{named} needs the value of each objective, and the `compute_loss` of Ours returns one", **flags)
+
+
+def test_batches_have_no_values_either(tmp_path):
+    match = "--jd_normalize loss needs the value of each objective, and --jd_objectives batch takes one"
+    refused(tmp_path, match, cls=JDTrainer, jd_objectives="batch", jd_normalize="loss")
+
+
+@pytest.mark.parametrize("objectives", ["loss", "instance_loss"])
+def test_losses_by_name_are_refused(objectives, tmp_path):
+    match = f"--jd_objectives {objectives} weighs several losses by name, and Ours.compute_loss returns one"
+    refused(tmp_path, match, jd_objectives=objectives)
+
+
+def test_unreduced_losses_beside_an_own_loss_are_taken(tmp_path):
+    class Both(JDTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            raise AssertionError("in training, the unreduced losses count")
+
+        def compute_losses(self, model, inputs):
+            return F.cross_entropy(model(**inputs).logits, inputs["labels"], reduction="none")
+
+    case = CASES["focal"]
+    args = arguments(tmp_path, jd_normalize="loss", max_steps=1)
+    with pytest.raises(AssertionError, match="unreduced losses count"):
+        Both(case.build(), args, train_dataset=case.examples(4), data_collator=case.collate).evaluate(case.examples(4))
+    trainer = Both(case.build(), args, train_dataset=case.examples(4), data_collator=case.collate)
+    assert not trainer.splits_loss
