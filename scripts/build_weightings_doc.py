@@ -61,7 +61,7 @@ weights = UPGradWeighting()(gramian)  # [m], dtype and device of the Gramian
 weighting = build_weighting("cagrad", c=0.4)
 ```
 
-Any callable G → w is a weighting, so an own function, or one of TorchJD's objects, will do as well. Below, gᵢ is row
+Any callable G → w is a weighting, so an own function, or one of TorchJD's weightings, will do as well. Below, gᵢ is row
 i of J, p the preference vector (1/m each by default), and an update d *conflicts* with row i if ⟨gᵢ, d⟩ < 0.
 
 ## Which one, when

@@ -19,6 +19,7 @@ from transformers import Seq2SeqTrainer, Trainer
 
 from hf_jd.checkpoints import STATE_FILE, check_writable
 from hf_jd.collator import ExampleCounter
+from hf_jd.distributed.agreement import check_alike
 from hf_jd.gramian import Engine
 from hf_jd.metrics import Averages, pairs, readable
 from hf_jd.trainer.cotangents import OutputObserver
@@ -74,6 +75,7 @@ class JDTrainerMixin(EvaluationMixin):
         """
         check_liger(self)
         if resume_from_checkpoint:
+            check_alike({"resume_from_checkpoint": resume_from_checkpoint})  # Before one process alone refuses its own.
             resume_from_checkpoint = checkpoint_to_resume(self, resume_from_checkpoint, needed_files(self))
         try:
             with lost_peers(self):
