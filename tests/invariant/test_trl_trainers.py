@@ -16,6 +16,13 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification, TrainerCallback, set_seed
+
+from hf_jd import JDTrainerMixin
+from hf_jd.arguments import JDArguments
+from tests.models import tiny_llama
+from tests.trainer.runs import flat, relative
+
+pytest.importorskip("trl", reason="TRL 1.16 asks for datasets 4.7")
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -32,11 +39,6 @@ from trl import (
 )
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
-
-from hf_jd import JDTrainerMixin
-from hf_jd.arguments import JDArguments
-from tests.models import tiny_llama
-from tests.trainer.runs import flat, relative
 
 TOKENIZER = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "examples" / "stories15m")
 WORDS = "the cat was big and happy with her red ball in a park one day when mom said hello to tom"
