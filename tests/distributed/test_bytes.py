@@ -8,11 +8,12 @@ from hf_jd.estimate.cases import Case
 from hf_jd.estimate.sent import step_bytes
 from hf_jd.estimate.shapes import shape_of
 from tests.distributed.cases import GROUP, MODELS
+from tests.marks import slow
 
 STEPS = 3
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("processes", [slow(1), 2, slow(4)])
 @pytest.mark.parametrize("kind", ["instance", "group", "stock"])
 def test_bytes_are_those_of_the_model(kind, processes, pools):
     flags = {"instance": {}, "group": GROUP, "stock": {"stock": True}}[kind]
@@ -33,7 +34,7 @@ def test_bytes_are_those_of_the_model(kind, processes, pools):
             assert sent == pytest.approx(step_bytes(shape_of(MODELS["wide"]()), case), rel=0.01)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, slow(4)])
 @pytest.mark.parametrize("kind", ["instance", "group"])
 def test_bytes_with_sharded_weights_are_those_of_the_cost_model(kind, processes, pools):
     flags = {"instance": {}, "group": GROUP}[kind]

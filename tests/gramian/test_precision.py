@@ -19,6 +19,7 @@ from hf_jd.gramian.check import Checker
 from hf_jd.gramian.rows import Rows
 from tests.gramian.oracle import TIER_3, brute_rows, perturb, relative, trainable
 from tests.gramian.zoo import VOCABULARY, WIDTH, Head
+from tests.marks import in_turn
 from tests.models import tiny_llama, with_lora
 
 HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -82,9 +83,8 @@ def tiers_without_warning(model: nn.Module, precision: str, shapes: list[tuple[i
     return engine.tiers()
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("method", ["full", "lora", "dora", "modules_to_save", "ia3"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "precision"), in_turn(FAMILIES, {precision: precision for precision in PRECISIONS}))
 def test_no_false_alarm(family: str, method: str, precision: str):
     model = tuned(Head("decoder", family).build(), family, method, precision)
     tiers = tiers_without_warning(model, precision, [(3, 9), (3, 7)])
@@ -172,9 +172,8 @@ SPOILT: dict[str, Callable[[Rows], Rows]] = {
 }
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("spoilt", SPOILT)
+@pytest.mark.parametrize(("spoilt", "precision"), in_turn(SPOILT, {precision: precision for precision in PRECISIONS}))
 def test_wrong_rule_is_caught(spoilt: str, method: str, precision: str):
     def wrong(module, input, grad_output, segments):
         rows = RULES[nn.Linear](module, input, grad_output, segments)

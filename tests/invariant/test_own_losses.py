@@ -7,6 +7,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_jd import JDTrainer, JDTrainerMixin
+from tests.marks import in_turn, slow
 from tests.trainer.own_losses import CASES, trainer_of
 from tests.trainer.runs import arguments, flat, relative
 
@@ -87,8 +88,7 @@ def moved(trainer: Trainer, build) -> float:
     return relative(flat(trainer.model), flat(build()))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "kind"), in_turn(CASES, {kind: kind for kind in KINDS}))
 def test_mean_is_the_stock_trainer(name, kind, stock, tmp_path):
     theirs = stock(name)
     flags, expected = KINDS[kind]
@@ -129,7 +129,7 @@ def test_mean_is_the_stock_trainer_with_flags(flags, kind, stock, tmp_path):
     assert_same(trainer, stock("next-tokens", **flags))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [slow("instance"), "group", slow("batch")])
 @pytest.mark.parametrize("flags", [{"jd_scope": "micro_batch"}, {"jd_keep_rows": "false"}], ids=str)
 @pytest.mark.parametrize("name", ["focal", "penalised", "next-tokens-full"])
 def test_mean_is_the_stock_trainer_however_rows_are_kept(name, flags, kind, stock, tmp_path):
