@@ -40,6 +40,7 @@ SMALL = 32**3  # problems times m^2 up to which one at a time is faster: `benchm
 _REGULARISATION = 1e-8  # the root of float64's precision: where rounding and the diagonal disturb least together
 _PROXIMAL_STEPS = 2
 _LOW_RANK = 2 / 3  # of the number of rows
+_DEPENDENT = 1e-5  # squared pivot up to which a row depends on others, but for the errors of float32
 _LAST_REGULARISATION = 1e-10
 _ZERO = 1e-14  # length of a projection, by the sum of the weights, that rounding leaves of 0
 
@@ -140,6 +141,10 @@ def _project(gramian: Array, targets: Array, solver: Callable[..., Array]) -> tu
 def _solve_batched(cosines: Tensor, targets: Tensor, factor: Tensor | None) -> Tensor:
     """Solves all problems together, on the device of C."""
     if factor is not None and independent(factor):
+        pivots = factor.diagonal()
+        large = len(targets) * len(cosines) ** 2 > SMALL and pivots.min() ** 2 < _DEPENDENT
+        if large and (pivots**2 >= _DEPENDENT).sum() <= _LOW_RANK * len(cosines):  # exchanges would go on and on
+            return torch.full_like(targets, torch.nan)
         return solve_nonnegative(cosines, -targets @ cosines)
     directions = Directions.of(cosines)
     if len(directions.first) == len(cosines):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_jd.weighting import DualProjWeighting, UPGradWeighting
+from hf_jd.weighting import DualProjWeighting, UPGradWeighting, projection
 from hf_jd.weighting.projection import cone_projection
 from tests.weighting.test_contract import GRAMIAN, build, smallest_size, update_difference
 from tests.weighting.test_solvers import nearly_opposite
@@ -180,3 +180,10 @@ def test_what_is_far_from_a_gramian_is_refused_in_a_sentence(matrix: Tensor, sca
 def test_a_transposed_gramian_gives_the_same_weights(name: str) -> None:
     for _, gramian in cases(opposite_with_zero, FLOAT32, [8]):
         assert torch.equal(build(name, 8)(gramian.t().contiguous().t()), build(name, 8)(gramian))
+
+
+def test_many_problems_of_low_rank_go_to_quadprog_at_once() -> None:
+    for _, gramian in cases(low_rank, FLOAT32, [48]):
+        targets = torch.eye(48, dtype=torch.float64)
+        assert projection.together(gramian, targets)[1].isnan().all()
+        assert projection.one_by_one(gramian, targets)[1].max() <= 1e-10
