@@ -106,12 +106,19 @@ corrections in float32, from residuals in float64. Rows are scaled to unit lengt
 tolerance is a cosine: multiplying all losses by 1e-8, or one row by 1e6, changes no decision, and there are no
 `norm_eps` or `reg_eps` to set. Where rows are dependent, many weights give one update, and the ones of minimum norm
 (each measured in lengths of its row) are returned: the weights are a function of G, and follow a permutation of the
-objectives. An example that a batch holds twice shares its weight. Negative eigenvalues that a Gramian of low precision
-has are set to 0, and so are positive ones of the same size.
+objectives. An example that a batch holds twice shares its weight.
+
+A Gramian in float32 or bfloat16 has rounding errors, which its negative eigenvalues show. Where one is below -1e-10,
+in units of the rows' lengths, twice its size is added to the diagonal (`imtl_g` and `aligned_mtl` leave eigenvalues of
+that size out instead). What is solved then is a Gramian that G can't be told from. Its solution is unique, changes
+continuously with G, and makes no update of the errors: weights stay below the root of one over their size, where exact
+solutions may weigh rows by 1e9. A row's conflict with the update is then no larger than the errors. A matrix with
+eigenvalues that no rounding explains (below -m/64, in the same units) is refused.
 
 Every projection is verified by its optimality conditions: to 1e-10, as a cosine with the projection. One that fails
-goes to another solver. Rows that are opposite but for 1e-8 of their length are beyond what a float64 Gramian can tell
-apart; there the best solution found is taken, up to 1e-6, and past that an error shows the eigenvalues.
+goes to another solver. Rows that are opposite but for 1e-7 of their length are nearly beyond what a float64 Gramian can
+tell apart; there the best solution is taken, up to 1e-6, and past that the solution with 2e-10 more on the diagonal,
+which meets those 1e-6. An error that shows the eigenvalues is left for what is no Gramian.
 
 Few problems are solved by quadprog, one by one on the CPU, many by a batched active-set method on the device of G. The
 choice is made from the table that `python scripts/benchmark.py weightings --solvers` measures. Many problems of low

@@ -172,4 +172,4 @@ def checked_names(names: Names | None, m: int) -> Names:
 def _in_double(tensor: Tensor) -> Tensor:
     # Apple's GPUs know no float64; m x m numbers are soon copied.
     device = torch.device("cpu") if tensor.device.type == "mps" else tensor.device
-    return tensor.detach().to(device=device, dtype=torch.float64)
+    return tensor.detach().to(device=device, dtype=torch.float64).contiguous()

@@ -10,18 +10,28 @@ from torch import Tensor
 
 SINGULAR = 1e-10  # smallest squared pivot of a matrix of cosines whose rank is beyond doubt
 EPSILON = float(np.finfo(np.float64).eps)
+_BEYOND_ONE = 1e-12  # what the rounding of float64 adds to a cosine, and more
+_COARSEST = 2 * torch.finfo(torch.bfloat16).eps  # the error of a cosine; m such errors change an eigenvalue by m of it
 
 Array = Any
 """A tensor or a numpy array: what takes one takes the other, and gives the same back."""
 
 
 def cosine_matrix(gramian: Array, lengths: Array) -> Array:
-    """Scales G [m, m] to a unit diagonal, positive semi-definite; a zero row is given the cosine 0 with every other."""
+    """Scales G [m, m] to a unit diagonal, positive semi-definite; a zero row is given the cosine 0 with every other.
+
+    Raises:
+        ValueError: G has negative eigenvalues that no rounding explains.
+    """
     return factored_cosines(gramian, lengths)[0]
 
 
 def factored_cosines(gramian: Array, lengths: Array) -> tuple[Array, Array | None]:
-    """The matrix of cosines C [m, m], and its Cholesky factor; None where rounding leaves C none."""
+    """The matrix of cosines C [m, m], and its Cholesky factor; None where rounding leaves C none.
+
+    Raises:
+        ValueError: G has negative eigenvalues that no rounding explains; the message has those of the cosines.
+    """
     inverse = (lengths > 0) / (lengths + (lengths == 0))
     cosines = gramian * inverse * inverse[:, None]
     diagonal = cosines.reshape(-1)[:: len(cosines) + 1]
@@ -29,12 +39,24 @@ def factored_cosines(gramian: Array, lengths: Array) -> tuple[Array, Array | Non
     factor = _cholesky(cosines)
     if factor is not None:
         return cosines, factor
-    cosines = cosines.clip(-1, 1)
-    diagonal = cosines.reshape(-1)[:: len(cosines) + 1]
+    if abs(cosines).max() <= 1 + _BEYOND_ONE:
+        cosines = cosines.clip(-1, 1)
+        diagonal = cosines.reshape(-1)[:: len(cosines) + 1]
     diagonal[:] = 1 + len(cosines) * EPSILON  # negative eigenvalues of this size come from rounding, and do no harm
     definite = _cholesky(cosines) is not None
     diagonal[:] = 1
-    return (cosines if definite else _semidefinite(cosines)), None
+    if definite:
+        return cosines, None
+    cosines = _semidefinite(cosines)
+    return cosines, _cholesky(cosines)
+
+
+def shrunk(gramian: Array, noise: float) -> Array:
+    """Divides all but the diagonal of G [m, m] by 1 + noise: the same as a larger diagonal, but for a factor."""
+    smaller = gramian / (1 + noise)
+    index = list(range(len(gramian)))
+    smaller[index, index] = gramian.diagonal()
+    return smaller
 
 
 def _cholesky(matrix: Array) -> Array | None:
@@ -47,17 +69,28 @@ def _cholesky(matrix: Array) -> Array | None:
         return None
 
 
-def _semidefinite(matrix: Array) -> Array:
-    """Removes the negative eigenvalues that rounding left in a Gramian of low precision.
+def _semidefinite(cosines: Array) -> Array:
+    """Takes from C [m, m] the negative eigenvalues that rounding left in it, whose size is that of its errors.
 
-    They show how large its errors are, so positive ones of that size mean as little and go too.
+    Errors of float64 are removed, and positive eigenvalues of their size, which mean as little, with them. Those of a
+    lower precision are outweighed by twice their size on the diagonal. The result is one of the Gramians that G can't
+    be told from, and definite: every problem has one solution, which follows G continuously and takes few digits to
+    find. Were they removed, solutions might weigh rows by 1e9 to make use of those that are left, and jump.
     """
-    linalg = np.linalg if isinstance(matrix, np.ndarray) else torch.linalg
-    values, vectors = linalg.eigh(matrix)
-    noise = -values[0]
+    linalg = np.linalg if isinstance(cosines, np.ndarray) else torch.linalg
+    values, vectors = linalg.eigh(cosines)
+    noise, largest = -float(values[0]), len(values) * _COARSEST
     if noise <= values[-1] * len(values) * EPSILON:
-        return matrix
-    return (vectors * (values * (values > noise))) @ vectors.T
+        return cosines
+    if noise <= SINGULAR:
+        return (vectors * (values * (values > noise))) @ vectors.T
+    if noise <= largest:
+        return shrunk(cosines, 2 * noise)
+    raise ValueError(
+        f"A Gramian is positive semi-definite: scaled to a unit diagonal, its eigenvalues are 0 or more, and rounding "
+        f"to bfloat16 makes none of {len(values)} lower than {-largest:g}; this one's are {values.tolist()}. Hand over "
+        f"J J^T, or let the engine compute it."
+    )
 
 
 def independent(factor: Array) -> bool:

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from hf_jd.weighting.batched import solve_nonnegative
-from hf_jd.weighting.cosines import Array, cosine_factor, cosine_matrix, factored_cosines, independent
+from hf_jd.weighting.cosines import (
+    Array,
+    cosine_factor,
+    cosine_matrix,
+    factored_cosines,
+    independent,
+    shrunk,
+)
 from hf_jd.weighting.duplicates import Directions
 from hf_jd.weighting.minimum_norm import smallest_solution
 from hf_jd.weighting.nearest import nearest_point
@@ -27,11 +34,13 @@ Solver = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 _TOLERANCE = 1e-10  # largest violation of the optimality conditions, as a cosine with the projection
 _LARGEST = 1e-6  # where rows are opposite but for 1e-8 or less, G has no digits left that would meet the tolerance
+_DIAGONAL = 2e-10  # added, it puts the rank beyond doubt, and what it solves violates the conditions by less than 1e-6
 _ROUNDING = 1e-3  # times the tolerance: what rounding leaves of a projection of length 0, by the sum of the terms
 SMALL = 32**3  # problems times m^2 up to which one at a time is faster: `benchmark.py weightings --solvers` measures it
 _REGULARISATION = 1e-8  # the root of float64's precision: where rounding and the diagonal disturb least together
 _PROXIMAL_STEPS = 2
 _LOW_RANK = 2 / 3  # of the number of rows
+_DEPENDENT = 1e-5  # squared pivot up to which a row depends on others, but for the errors of float32
 _LAST_REGULARISATION = 1e-10
 _ZERO = 1e-14  # length of a projection, by the sum of the weights, that rounding leaves of 0
 
@@ -50,17 +59,13 @@ def cone_projection(gramian: Tensor, targets: Tensor) -> Tensor:
         v, [k, m]: `targets` itself, exactly, where J^T u conflicts with no row.
 
     Raises:
-        ValueError: No solver met the optimality conditions; the message has the eigenvalues of the rows' cosines.
+        ValueError: G is not positive semi-definite, by more than rounding to bfloat16 explains, or no solver met the
+            optimality conditions; the message has the eigenvalues of the rows' cosines.
     """
-    solvers = chosen_solvers(gramian, targets)
-    weights, violation = solvers[0](gramian, targets)
-    solved = violation <= _TOLERANCE
-    if solved.all():
-        return weights
-    others, other_violation = solvers[1](gramian, targets[~solved])
-    better = violation[~solved].isnan() | (other_violation < violation[~solved])
-    index = (~solved).nonzero()[:, 0][better]
-    weights[index], violation[index] = others[better], other_violation[better]
+    weights, violation = _solve(gramian, targets)
+    failed = ~(violation <= _LARGEST)
+    if failed.any():  # G has too few digits for its solution, and one for a Gramian beside it meets the tolerance for G
+        weights[failed], violation[failed] = _solve(shrunk(gramian, _DIAGONAL), targets[failed])
     if (violation <= _LARGEST).all():
         return weights
     eigenvalues = torch.linalg.eigvalsh(cosine_matrix(gramian, gramian.diagonal().sqrt()))
@@ -69,6 +74,20 @@ def cone_projection(gramian: Tensor, targets: Tensor) -> Tensor:
         f"optimality conditions: {violation.max().item():g}). Is the matrix a Gramian? Scaled to a unit diagonal, its "
         f"eigenvalues are {eigenvalues.tolist()}."
     )
+
+
+def _solve(gramian: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Solves with one solver, and what that leaves with the other; returns weights [k, m], and their violations [k]."""
+    solvers = chosen_solvers(gramian, targets)
+    weights, violation = solvers[0](gramian, targets)
+    solved = violation <= _TOLERANCE
+    if solved.all():
+        return weights, violation
+    others, other_violation = solvers[1](gramian, targets[~solved])
+    better = violation[~solved].isnan() | (other_violation < violation[~solved])
+    index = (~solved).nonzero()[:, 0][better]
+    weights[index], violation[index] = others[better], other_violation[better]
+    return weights, violation
 
 
 def chosen_solvers(gramian: Tensor, targets: Tensor) -> tuple[Solver, Solver]:
@@ -122,6 +141,10 @@ def _project(gramian: Array, targets: Array, solver: Callable[..., Array]) -> tu
 def _solve_batched(cosines: Tensor, targets: Tensor, factor: Tensor | None) -> Tensor:
     """Solves all problems together, on the device of C."""
     if factor is not None and independent(factor):
+        pivots = factor.diagonal()
+        large = len(targets) * len(cosines) ** 2 > SMALL and pivots.min() ** 2 < _DEPENDENT
+        if large and (pivots**2 >= _DEPENDENT).sum() <= _LOW_RANK * len(cosines):  # exchanges would go on and on
+            return torch.full_like(targets, torch.nan)
         return solve_nonnegative(cosines, -targets @ cosines)
     directions = Directions.of(cosines)
     if len(directions.first) == len(cosines):
