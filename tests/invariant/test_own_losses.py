@@ -8,6 +8,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_jd import JDTrainer, JDTrainerMixin
 from tests.marks import in_turn, slow
+from tests.releases import needs
 from tests.trainer.own_losses import CASES, trainer_of
 from tests.trainer.runs import arguments, flat, relative
 
@@ -100,6 +101,7 @@ def test_mean_is_the_stock_trainer(name, kind, stock, tmp_path):
     assert len(trainer.jd_state.gramian) == objectives[-1]
 
 
+@needs("transformers", "5.2", "train_sampling_strategy")
 def test_instances_without_a_part_in_the_loss_are_no_objectives(tmp_path):
     args = {"train_sampling_strategy": "sequential"}
     objectives = ours("some-only", tmp_path, **args)[1]
@@ -117,7 +119,7 @@ def test_instances_without_a_part_in_the_loss_are_no_objectives(tmp_path):
         {"gradient_accumulation_steps": 1},
         {"max_grad_norm": 0.0},
         {"optim": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1},
-        {"activation_checkpointing": True},
+        {"gradient_checkpointing": True},
         {"include_num_input_tokens_seen": "non_padding"},
         {"torch_empty_cache_steps": 1},
         {"average_tokens_across_devices": False},
