@@ -110,6 +110,8 @@ class Empty(list):
         torchjd.ConstantWeighting(torch.tensor([0.5, 0.5])),
         lambda gramian: np.full(len(gramian), 0.5),
         lambda gramian: np.full(len(gramian), 0.5, dtype=np.float16)[::-1],
+        lambda gramian: np.broadcast_to(0.5, len(gramian)),
+        lambda gramian: np.frombuffer(np.full(len(gramian), 0.5).tobytes()),
         lambda gramian: np.linalg.solve(2 * np.eye(len(gramian)), np.ones(len(gramian), dtype=np.int64)),
         lambda gramian: torch.full((len(gramian),), 0.5, dtype=torch.bfloat16),
     ],
