@@ -67,13 +67,14 @@ class GroupCollator:
         name = name_of(value)
         if self.ids is not None:
             return self.ids.get(name, -1)
-        try:
-            return int(value) if isinstance(value, bool) else int(name)
-        except ValueError:
+        if isinstance(value, bool):
+            return int(value)
+        if not name.isdecimal():
             raise ValueError(
                 f"The group column `{self.column}` holds names, such as `{name}`, and a stream's names can't be known "
                 "beforehand: list them with --jd_groups."
-            ) from None
+            )
+        return int(name)
 
 
 class ExampleCounter:

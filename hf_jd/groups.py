@@ -16,8 +16,10 @@ from torch.utils.data import ConcatDataset, Subset
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a dataset's value is no value: None, NaN or an empty string."""
-    return value is None or (isinstance(value, str) and not value) or (isinstance(value, float) and math.isnan(value))
+    """Whether a dataset's value is no value: None, NaN, pandas' NA and NaT, or an empty string."""
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or (isinstance(value, str) and not value) or type(value).__name__ in ("NAType", "NaTType")
 
 
 def as_list(value: Any) -> list[Any]:

@@ -92,6 +92,9 @@ def split(loss: Tensor, outputs: Sequence[Tensor]) -> Split:
     Args:
         loss: [] with a graph; its own part of the graph is freed, unless there is a rest.
         outputs: What the model returned; the loss need not read all of them.
+
+    Raises:
+        ValueError: Reentrant activation checkpointing stands between two outputs.
     """
     read, has_rest = _read(loss, outputs) if loss.requires_grad else ([], False)
     cotangents, rest = [], loss
@@ -99,7 +102,7 @@ def split(loss: Tensor, outputs: Sequence[Tensor]) -> Split:
         last = i + 1 == len(read) and not has_rest
         # The way from one output to another leads through the model, whose graph is still needed.
         keep = has_rest or len(read) > 1
-        (gradient,) = torch.autograd.grad(rest, [edge], retain_graph=keep, allow_unused=True)
+        gradient = _gradient(rest, edge, keep)
         if gradient is None:
             continue
         gradient = gradient.to(output.dtype)
@@ -108,6 +111,20 @@ def split(loss: Tensor, outputs: Sequence[Tensor]) -> Split:
             ids = torch.zeros(output.shape[:1], dtype=torch.int64, device=output.device)
             rest = rest - surrogates(cotangents[-1], ids, 1).sum().to(rest)
     return Split(cotangents, rest if has_rest else None)
+
+
+def _gradient(loss: Tensor, edge: GradientEdge, retain_graph: bool) -> Tensor | None:
+    """The gradient of a loss at a place in the graph; None where it doesn't depend on it."""
+    try:
+        return torch.autograd.grad(loss, [edge], retain_graph=retain_graph, allow_unused=True)[0]
+    except RuntimeError as error:
+        if "use_reentrant" not in str(error):
+            raise
+        raise ValueError(
+            "The loss reads several outputs of the model that depend on one another (hidden states and logits), and "
+            "reentrant activation checkpointing between them allows no gradient there: set "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}, or choose --jd_objectives batch."
+        ) from error
 
 
 def surrogates(cotangent: Cotangent, ids: Tensor, objectives: int) -> Tensor:

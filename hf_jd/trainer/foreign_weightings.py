@@ -85,7 +85,7 @@ def checked_weights(weighting: Any, weights: Any, m: int) -> Tensor:
     """
     found = weights
     if isinstance(weights, np.ndarray) and weights.dtype.kind in "biuf":
-        found = torch.from_numpy(np.ascontiguousarray(weights, dtype=np.float64))
+        found = torch.from_numpy(np.array(weights, dtype=np.float64))  # A copy: it may be read-only, or a view.
     right = (
         isinstance(found, Tensor) and found.shape == (m,) and not found.is_complex() and found.layout is torch.strided
     )

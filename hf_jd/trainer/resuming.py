@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 from transformers import Trainer
 from transformers.utils import logging
 
@@ -101,13 +102,32 @@ def _optimizer_files(trainer: Trainer) -> list[str]:
 
 
 def save_weighting(weighting: object, checkpoint: Path) -> None:
-    """Adds to a checkpoint what the weighting remembers, if it does."""
-    if isinstance(weighting, Stateful):
-        torch.save(weighting.state_dict(), checkpoint / WEIGHTING_FILE)
+    """Adds to a checkpoint what the weighting remembers: its `state_dict()`, if it has one, and that isn't empty."""
+    state_dict = getattr(weighting, "state_dict", None)
+    state = state_dict() if callable(state_dict) else None
+    if state:
+        torch.save(state, checkpoint / WEIGHTING_FILE)
 
 
 def load_weighting(weighting: object, checkpoint: Path) -> None:
-    """Gives back to a weighting what it remembered in a checkpoint, if that has it."""
-    file = checkpoint / WEIGHTING_FILE
-    if isinstance(weighting, Stateful) and file.is_file():
-        weighting.load_state_dict(torch.load(file))
+    """Gives back to a weighting what it remembered in a checkpoint; says so where it may have, and that isn't there."""
+    file, load = checkpoint / WEIGHTING_FILE, getattr(weighting, "load_state_dict", None)
+    if callable(load) and file.is_file():
+        state = torch.load(file)
+        if isinstance(weighting, nn.Module):
+            _make_buffers(weighting, state)
+        load(state)
+    elif callable(getattr(weighting, "reset", None)):
+        logger.warning(
+            f"What the weighting `{type(weighting).__name__}` remembers of past steps is not in the checkpoint "
+            f"`{checkpoint}`: it begins anew. Give it `state_dict()` and `load_state_dict()` to have that saved."
+        )
+
+
+def _make_buffers(weighting: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Makes the buffers that are None until the first step, and that torch would not load otherwise."""
+    for name, value in state.items():
+        owner, _, buffer = name.rpartition(".")
+        buffers = weighting.get_submodule(owner)._buffers
+        if buffer in buffers and buffers[buffer] is None:
+            buffers[buffer] = torch.empty_like(value)

@@ -12,9 +12,10 @@ from torch import nn
 pytest.importorskip("qpsolvers", reason="TorchJD's projections need qpsolvers")
 from torchjd import aggregation as torchjd
 
+from hf_jd import JDTrainer
 from hf_jd.trainer.foreign_weightings import as_weighting
 from hf_jd.weighting import GradVacWeighting, MeanWeighting, UPGradWeighting
-from tests.trainer.runs import arguments, flat, lora, relative, run
+from tests.trainer.runs import arguments, collate, examples, flat, lora, relative, run
 
 ROWS = torch.randn(4, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -109,6 +110,8 @@ class Empty(list):
         torchjd.ConstantWeighting(torch.tensor([0.5, 0.5])),
         lambda gramian: np.full(len(gramian), 0.5),
         lambda gramian: np.full(len(gramian), 0.5, dtype=np.float16)[::-1],
+        lambda gramian: np.broadcast_to(0.5, len(gramian)),
+        lambda gramian: np.frombuffer(np.full(len(gramian), 0.5).tobytes()),
         lambda gramian: np.linalg.solve(2 * np.eye(len(gramian)), np.ones(len(gramian), dtype=np.int64)),
         lambda gramian: torch.full((len(gramian),), 0.5, dtype=torch.bfloat16),
     ],
@@ -159,3 +162,67 @@ def test_preferences_are_refused_where_they_cannot_be_set(tmp_path):
     with pytest.raises(ValueError, match="--jd_preferences is for weightings that take preferences"):
         run(lora("gpt2"), arguments(tmp_path, **flags), weighting=torchjd.UPGradWeighting())
     assert run(lora("gpt2"), arguments(tmp_path, max_steps=1), weighting=GradVacWeighting()).jd_state is not None
+
+
+class Averaging(nn.Module):
+    """Remembers weights in a buffer that isn't there before the first step, and a number that is."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("average", None)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, gramian):
+        weights = torch.softmax(-100 * gramian.diagonal(), 0)
+        self.average = weights if self.average is None else (self.average + weights) / 2
+        self.steps += 1
+        return self.average / self.steps
+
+
+class Counting:
+    """Remembers a number, and says so by itself."""
+
+    def __init__(self):
+        self.steps = 0
+
+    def __call__(self, gramian):
+        self.steps += 1
+        return torch.full((len(gramian),), 1 / self.steps)
+
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state):
+        self.steps = state["steps"]
+
+
+def resumed(weighting, directory):
+    args = arguments(directory, save_strategy="steps", save_steps=2)
+    whole = run(lora("gpt2"), args, weighting=weighting())
+    again = JDTrainer(lora("gpt2"), args, train_dataset=examples(), data_collator=collate, weighting=weighting())
+    again.train(resume_from_checkpoint=str(directory / "checkpoint-2"))
+    return relative(flat(again.model), flat(whole.model))
+
+
+@pytest.mark.parametrize("weighting", [Averaging, Counting, lambda: nn.Sequential(Averaging())])
+def test_what_a_weighting_says_that_it_remembers_is_resumed(weighting, tmp_path):
+    assert resumed(weighting, tmp_path) == 0
+
+
+class Forgetful:
+    """Remembers the steps, which no checkpoint is told of."""
+
+    def reset(self):
+        self.steps = 0
+
+    def __call__(self, gramian):
+        self.steps += 1
+        return torch.full((len(gramian),), 1 / self.steps)
+
+
+def test_a_weighting_that_cannot_say_what_it_remembers_begins_anew_with_a_word(tmp_path, caplog):
+    assert resumed(Forgetful, tmp_path) > 1e-5
+    assert "What the weighting `Forgetful` remembers of past steps is not in the checkpoint" in caplog.text
+    caplog.clear()
+    assert resumed(torchjd.UPGrad, tmp_path) == 0
+    assert "remembers" not in caplog.text

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
@@ -80,7 +81,10 @@ def test_values_of_any_type(kind):
     assert [names[i] for i in ids] == [name for of_one in groups_of_each(data, "task") for name in of_one]
 
 
-@pytest.mark.parametrize("value", [None, "", float("nan"), np.float32("nan"), torch.tensor(torch.nan), np.str_("")])
+NO_VALUES = [None, "", float("nan"), np.float32("nan"), torch.tensor(torch.nan), np.str_(""), pd.NA, pd.NaT, [pd.NA]]
+
+
+@pytest.mark.parametrize("value", NO_VALUES)
 def test_no_value_of_any_type(value):
     with pytest.raises(ValueError, match="Row 0 .* no value in the group column `task`"):
         group_names([{"task": value}], "task")
@@ -90,8 +94,12 @@ def test_no_value_of_any_type(value):
 def test_ids_of_a_stream(value):
     assert GroupCollator(lambda rows: {}, "task", None)([{"task": value}])[GROUP_KEY].tolist() == [2]
     assert GroupCollator(lambda rows: {}, "task", None)([{"task": True}])[GROUP_KEY].tolist() == [1]
-    with pytest.raises(ValueError, match="holds names, such as `2.5`"):
-        GroupCollator(lambda rows: {}, "task", None)([{"task": 2.5}])
+
+
+@pytest.mark.parametrize("value", [2.5, "code", -3, np.int64(-1), "-2"])
+def test_names_of_a_stream_are_not_ids(value):
+    with pytest.raises(ValueError, match="holds names, such as `.*list them with --jd_groups"):
+        GroupCollator(lambda rows: {}, "task", None)([{"task": value}])
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,15 @@ def test_a_loss_that_does_not_read_the_outputs_is_refused(loss, shapes, tmp_path
     refused(tmp_path, match, loss)
 
 
+def test_outputs_on_both_sides_of_a_reentrant_checkpoint_are_refused(tmp_path):
+    flags = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}, "max_steps": 1}
+    case = CASES["hidden-states"]
+    refused(tmp_path, "reentrant .* allows no gradient there: set .*False}, or choose --jd_obj", case.loss, **flags)
+    args = arguments(tmp_path, jd_objectives="batch", **flags)
+    cls = type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {})
+    cls(case.build(), args, train_dataset=case.examples(4), data_collator=case.collate).train()
+
+
 @pytest.mark.parametrize("times", [0, 2])
 @pytest.mark.parametrize("kind", [{}, GROUP, {"jd_objectives": "batch"}], ids=["instance", "group", "batch"])
 def test_a_step_that_calls_backward_another_time_is_refused(kind, times, tmp_path):
