@@ -20,7 +20,7 @@ from hf_jd.gramian.rows import DenseRows
 from hf_jd.objectives import Part
 from hf_jd.packing import documents_of
 from hf_jd.trainer.cotangents import Cotangent, Split, split, surrogates
-from hf_jd.trainer.gradients import set_aside
+from hf_jd.trainer.gradients import accumulate, set_aside
 from hf_jd.trainer.recording import Extra, Recorded
 
 if TYPE_CHECKING:
@@ -168,6 +168,7 @@ class SplitRecorder:
 
     def _rows(self, loss: Tensor, whose: Whose) -> Recorded:
         engine, documents = self.trainer.engine(), whose.documents
+        self._descend_others(loss)
         cotangents, rest = self._split(loss, self.trainer.jd_outputs.take())
         extra = None
         if rest is not None and loss.detach().isfinite():
@@ -188,6 +189,17 @@ class SplitRecorder:
         segments = part.segments if documents is None else _at(part.segments, documents)
         jacobian = engine.compute_jacobian(torch.stack(parts).sum(0), segments, self.materialise, False)
         return Recorded({}, None, [part], jacobian, (~part.finite).sum(), extra)
+
+    def _descend_others(self, loss: Tensor) -> None:
+        """Adds to `.grad` of what the optimizer trains beside the model: a loss may have parameters of its own."""
+        optimizer, trainable = self.trainer.optimizer, set(self.trainer.trainable())
+        if optimizer is None or not loss.requires_grad or not loss.detach().isfinite():
+            return
+        every = [p for group in optimizer.param_groups for p in group["params"]]
+        others = [p for p in every if p.requires_grad and p not in trainable]
+        if others:
+            gradients = torch.autograd.grad(loss, others, retain_graph=True, allow_unused=True)
+            accumulate({p: g for p, g in zip(others, gradients, strict=True) if g is not None})
 
     def _nothing_read(self, outputs: Sequence[Tensor]) -> str:
         shapes = ", ".join(str(list(output.shape)) for output in outputs) or "none"
