@@ -7,7 +7,6 @@ model's outputs (`cotangents.py`), so that any `compute_loss` works as it stands
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -76,13 +75,17 @@ class SplitRecorder:
         Raises:
             ValueError: The step didn't call `accelerator.backward` once, or its loss can't be split.
         """
+        if self.kind.of_batches:
+            return self._whole(batch, step)
         whose = self._whose(batch)
         recorded: list[Recorded] = []
-        with self.trainer.engine().paused() if self.kind.of_batches else nullcontext():
-            value = self._run(
-                batch,
-                step,
-                lambda loss: recorded.append(self._whole(loss) if self.kind.of_batches else self._rows(loss, whose)),
+        with set_aside(self.trainer.trainable()) as past:
+            value = self._run(batch, step, lambda loss: recorded.append(self._rows(loss, whose)))
+        if any(bool(gradient.any()) for gradient in past.values()):
+            raise ValueError(
+                f"{type(self.trainer).__name__} ran a backward pass of its own, past accelerator.backward, which left "
+                "gradients that can't be split by instance: take these from torch.autograd.grad, add the losses up, or "
+                "choose --jd_objectives batch, which takes each batch as one objective."
             )
         return value, recorded[0]
 
@@ -114,7 +117,7 @@ class SplitRecorder:
             if len(losses) == 1:
                 backward(loss * self.scale / divide_by)
 
-        trainer.jd_outputs.take()
+        trainer.jd_outputs.begin(batch)
         trainer.jd_backward = take
         try:
             with trainer.accelerator.no_sync(self.model):
@@ -149,16 +152,22 @@ class SplitRecorder:
         total = (torch.stack(parts).sum(0) * multipliers).sum()
         return total if rest is None else total + rest
 
-    def _whole(self, loss: Tensor) -> Recorded:
-        """The batch as one objective, whose row is the plain gradient."""
-        with set_aside(self.trainer.trainable()) as gradients:
+    def _whole(self, batch: Any, step: Callable[[Any], Tensor]) -> tuple[Tensor, Recorded]:
+        """The batch as one objective, whose row is its gradient, of whichever backward passes the step runs."""
+        losses: list[Tensor] = []
+
+        def backward(loss: Tensor) -> None:
+            losses.append(loss.detach())
             loss.backward()
+
+        with self.trainer.engine().paused(), set_aside(self.trainer.trainable()) as gradients:
+            value = self._run(batch, step, backward)
         rows = {p: DenseRows(g.reshape(1, -1), p.shape) for p, g in gradients.items()}
-        finite = loss.detach().isfinite()[None]
+        finite = losses[0].isfinite()[None]
         counts = finite.long()
         part = _part_without_values(counts - 1, torch.full_like(counts, -1), counts, finite)
         jacobian = Jacobian({p: rows.get(p) for p in self.trainer.trainable()}, 1)
-        return Recorded({}, None, [part], jacobian, (~finite).sum(), None)
+        return value, Recorded({}, None, [part], jacobian, (~finite).sum(), None)
 
     def _split(self, loss: Tensor, outputs: Sequence[Tensor]) -> Split:
         found = split(loss, outputs)
