@@ -165,6 +165,32 @@ def test_several_training_sets_by_name_are_taken(tmp_path):
     assert trainer.state.global_step == 1
 
 
+def after_a_step(second_order: bool) -> Any:
+    """The loss after a step of gradient descent on the batch, through `functional_call`."""
+
+    def loss(trainer, model, inputs, number):
+        parameters = dict(model.named_parameters())
+        before = model(**inputs).loss
+        slopes = torch.autograd.grad(before, list(parameters.values()), create_graph=second_order, retain_graph=True)
+        moved = {name: p - 0.1 * slope for (name, p), slope in zip(parameters.items(), slopes, strict=True)}
+        return before + torch.func.functional_call(model, moved, (), inputs).loss, None
+
+    return loss
+
+
+def test_parameters_that_a_call_replaces_are_trained(tmp_path):
+    case = Case(after_a_step(second_order=False))
+
+    def run(cls, config, **own):
+        args = arguments(tmp_path, config, optim="sgd", **own)
+        trainer = cls(case.build(), args, train_dataset=case.examples(12), data_collator=case.collate)
+        trainer.train()
+        return flat(trainer.model)
+
+    ours = run(type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {}), JDTrainingArguments, jd_weighting="mean")
+    assert relative(ours, run(trainer_of(case.loss), TrainingArguments)) < 1e-10
+
+
 # ---- Errors ----
 
 
@@ -259,6 +285,10 @@ def test_an_order_that_is_said_is_taken(tmp_path):
     case = Stacked(of_candidates, lambda: own_losses.classifier(initializer_range=0.3))
     recorded = Recorded(case, tmp_path, cls=Said)
     assert_rows(recorded, *brute(case, case.build(), recorded.inputs, 5, lambda tensor: torch.arange(len(tensor)) // 3))
+
+
+def test_a_step_that_mixes_instances_in_the_parameters_is_refused(tmp_path):
+    refused(tmp_path, "instances of the batch mix", after_a_step(second_order=True))
 
 
 @pytest.mark.parametrize("kind", [{}, GROUP], ids=["instance", "group"])
