@@ -17,7 +17,18 @@ EXAMPLES_KEY = "jd_examples"
 """The batch's key of a tensor [B], which tells how many examples were collated."""
 
 
-class GroupCollator:
+class _Wrapped:
+    """A collator around another one, whose attributes it shows: trainers ask theirs, and save its tokenizer."""
+
+    collator: Callable[[list], Any]
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "collator" or name.startswith("__"):  # While a worker unpickles, there is none yet.
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
+
+class GroupCollator(_Wrapped):
     """Wraps a collator: takes the group column out of the examples, and adds the groups' ids to the batch.
 
     Collators drop string columns or fail on them, so they don't meet the names, unless they ask for that column.
@@ -34,12 +45,6 @@ class GroupCollator:
         self.column = column
         self.keep = keep
         self.ids = None if names is None else {name: i for i, name in enumerate(names)}
-
-    def __getattr__(self, name: str) -> Any:
-        """The inner collator's attribute: Trainer saves its tokenizer."""
-        if name == "collator" or name.startswith("__"):  # While a worker unpickles, there is none yet.
-            raise AttributeError(name)
-        return getattr(self.collator, name)
 
     def __call__(self, examples: list) -> Any:
         """Collates; ids [B] are -1 for a name that isn't known, and absent for examples without the column.
@@ -77,7 +82,7 @@ class GroupCollator:
         return int(name)
 
 
-class ExampleCounter:
+class ExampleCounter(_Wrapped):
     """Wraps a collator: adds the number of examples, which the collator may have made several rows of each.
 
     Args:

@@ -98,7 +98,7 @@ class Coverage:
         """Reads what is trainable now: the names, and which taps the next `scan` sets."""
         if self._fresh and self._flags == [p.requires_grad for p in self._every]:
             return  # The forward that has just been made has read it.
-        if self._state() != self._scanned:
+        if self._state() != self._scanned and not self._replaced():
             self._walk()
         self.names = {p: name for p, name in self._ever_trainable.items() if p.requires_grad}
         self._flags = [p.requires_grad for p in self._every]
@@ -148,6 +148,11 @@ class Coverage:
             )
             for m in self._tree
         ]
+
+    def _replaced(self) -> bool:
+        """Whether `torch.func.functional_call` has put other tensors in the parameters' places, for one forward."""
+        held = (p for module in self._tree for p in module._parameters.values())
+        return any(not isinstance(p, nn.Parameter) for p in held if p is not None)
 
     def _before_forward(self) -> None:
         self._fresh = False

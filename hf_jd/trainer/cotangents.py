@@ -40,24 +40,43 @@ class OutputObserver:
 
     def __init__(self, modules: Sequence[nn.Module]):
         self._outputs: list[Tensor] = []
-        self._handles = [module.register_forward_hook(self) for module in modules]
+        self._rows: set[int] = set()
+        self._stacked: set[int] = set()
+        self._handles = [module.register_forward_hook(self, with_kwargs=True) for module in modules]
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Keeps the tensors of one call."""
         if torch.compiler.is_compiling():
-            torch.compiler.disable(self._keep)(output)
+            torch.compiler.disable(self._keep)([args, kwargs], output)
         else:
-            self._keep(output)
+            self._keep([args, kwargs], output)
 
-    def _keep(self, output: Any) -> None:
+    def _keep(self, inputs: Any, output: Any) -> None:
         # A call inside a backward is a recomputation of activation checkpointing.
         if not torch.is_grad_enabled() or torch._C._current_graph_task_id() != -1:
             return
-        nodes = {node: t for t in _tensors(output) if t.dim() and (node := t.grad_fn) is not None}
-        if nodes:
-            # Leading rows other than the last one's are no examples: a router's logits are of tokens.
-            last = nodes[max(nodes, key=lambda node: node._sequence_nr())]
-            self._outputs += [t for t in _tensors(output) if t.grad_fn in nodes and len(t) == len(last)]
+        outputs = [t for t in _tensors(output) if t.is_floating_point() and t.dim() and t.grad_fn is not None]
+        if not outputs:
+            return
+        rows = {len(t) for t in _tensors(inputs) if t.dim()}
+        self._rows |= rows
+        # Leading rows other than those of an input, or of the last one, are no examples: a router's logits are of
+        # tokens.
+        rows.add(len(max(outputs, key=_order)))
+        self._outputs += [t for t in outputs if len(t) in rows]
+
+    def begin(self, batch: Any) -> None:
+        """Forgets what the model returned before it is called with this batch."""
+        self._outputs, self._rows = [], set()
+        self._stacked = {len(t) * t.shape[1] for t in _tensors(batch) if t.dim() > 2}
+
+    def tells_order(self, rows: int, instances: int) -> bool:
+        """Whether several rows per example come one block of all examples after the other, as far as shapes tell.
+
+        They don't where the model took no tensor of so many rows (tokens before examples, or flattened with these), nor
+        where the batch holds [B, k, ...], which are flattened as B blocks of k.
+        """
+        return rows == instances or not self._rows or (rows in self._rows and rows not in self._stacked)
 
     def take(self) -> list[Tensor]:
         """The tensors since the last time."""
@@ -200,11 +219,16 @@ def _places(outputs: Sequence[Tensor]) -> Iterator[tuple[tuple[Any, int], Tensor
             yield node.next_functions[0], output
 
 
+def _order(tensor: Tensor) -> int:
+    """When its part of the graph was made."""
+    assert tensor.grad_fn is not None
+    return tensor.grad_fn._sequence_nr()
+
+
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """The floating point tensors of what a model returned."""
+    """The tensors of what a model took or returned."""
     if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield output
+        yield output
     elif isinstance(output, Mapping):
         for value in output.values():
             yield from _tensors(value)

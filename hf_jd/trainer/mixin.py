@@ -195,7 +195,16 @@ class JDTrainerMixin(EvaluationMixin):
         Returns:
             [N] the position of each row's example, int64. By default row n is of example n % B: the rows of one call on
             [chosen, rejected] belong together.
+
+        Raises:
+            ValueError: The rows may be in another order, as far as shapes tell.
         """
+        if not self.jd_outputs.tells_order(len(output), instances):
+            raise ValueError(
+                f"The batch has {instances} examples, and the loss reads an output of shape {list(output.shape)}, "
+                f"whose row n may be of example n % {instances} or of n // {len(output) // instances}, or a token's of "
+                "all examples: say which in `jd_instances`, or choose --jd_objectives batch."
+            )
         return torch.arange(len(output)) % instances
 
     def create_accelerator_and_postprocess(self) -> None:

@@ -148,8 +148,10 @@ def _refuse(whole: float, ours: float, before: str = "") -> NoReturn:
 def overridden(trainer: Any) -> str | None:
     """Which of `compute_losses` and `compute_loss` is the user's own, the nearer one; None: neither is.
 
-    Be it a class's, an instance's or one that was put in the place of Trainer's.
+    Be it a class's, an instance's or one that was put in the place of Trainer's. A step of the user's own, right of the
+    mixin, has a loss of its own as well.
     """
+    right = False
     for attributes in (vars(trainer), *(vars(cls) for cls in type(trainer).__mro__)):
         unreduced = attributes.get("compute_losses")
         if unreduced is not None and getattr(unreduced, "__module__", None) not in _KNOWN:
@@ -157,4 +159,8 @@ def overridden(trainer: Any) -> str | None:
         own = attributes.get("compute_loss")
         if own is not None and (getattr(own, "__module__", None) not in _KNOWN or hasattr(own, "__wrapped__")):
             return "compute_loss"
+        step = getattr(attributes.get("training_step"), "__module__", None)
+        if right and step is not None and step not in _KNOWN:
+            return "compute_loss"
+        right = right or step == "hf_jd.trainer.mixin"
     return None

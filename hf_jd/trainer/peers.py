@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,6 +57,8 @@ def lost_peers(trainer: JDTrainerMixin) -> Generator[None]:
 
 def _examples(dataset: Any) -> Any:
     """How many examples there are, and some of them, where they can be read without side effects."""
+    if isinstance(dataset, Mapping):  # Several training sets by name.
+        return {name: _examples(one) for name, one in dataset.items()}
     if not hasattr(dataset, "__len__"):
         return None
     n = len(dataset)

@@ -7,7 +7,6 @@ model's outputs (`cotangents.py`), so that any `compute_loss` works as it stands
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from hf_jd.gramian.rows import DenseRows
 from hf_jd.objectives import Part
 from hf_jd.packing import documents_of
 from hf_jd.trainer.cotangents import Cotangent, Split, split, surrogates
-from hf_jd.trainer.gradients import set_aside
+from hf_jd.trainer.gradients import accumulate, set_aside
 from hf_jd.trainer.recording import Extra, Recorded
 
 if TYPE_CHECKING:
@@ -76,13 +75,17 @@ class SplitRecorder:
         Raises:
             ValueError: The step didn't call `accelerator.backward` once, or its loss can't be split.
         """
+        if self.kind.of_batches:
+            return self._whole(batch, step)
         whose = self._whose(batch)
         recorded: list[Recorded] = []
-        with self.trainer.engine().paused() if self.kind.of_batches else nullcontext():
-            value = self._run(
-                batch,
-                step,
-                lambda loss: recorded.append(self._whole(loss) if self.kind.of_batches else self._rows(loss, whose)),
+        with set_aside(self.trainer.trainable()) as past:
+            value = self._run(batch, step, lambda loss: recorded.append(self._rows(loss, whose)))
+        if any(bool(gradient.any()) for gradient in past.values()):
+            raise ValueError(
+                f"{type(self.trainer).__name__} ran a backward pass of its own, past accelerator.backward, which left "
+                "gradients that can't be split by instance: take these from torch.autograd.grad, add the losses up, or "
+                "choose --jd_objectives batch, which takes each batch as one objective."
             )
         return value, recorded[0]
 
@@ -114,7 +117,7 @@ class SplitRecorder:
             if len(losses) == 1:
                 backward(loss * self.scale / divide_by)
 
-        trainer.jd_outputs.take()
+        trainer.jd_outputs.begin(batch)
         trainer.jd_backward = take
         try:
             with trainer.accelerator.no_sync(self.model):
@@ -149,16 +152,22 @@ class SplitRecorder:
         total = (torch.stack(parts).sum(0) * multipliers).sum()
         return total if rest is None else total + rest
 
-    def _whole(self, loss: Tensor) -> Recorded:
-        """The batch as one objective, whose row is the plain gradient."""
-        with set_aside(self.trainer.trainable()) as gradients:
+    def _whole(self, batch: Any, step: Callable[[Any], Tensor]) -> tuple[Tensor, Recorded]:
+        """The batch as one objective, whose row is its gradient, of whichever backward passes the step runs."""
+        losses: list[Tensor] = []
+
+        def backward(loss: Tensor) -> None:
+            losses.append(loss.detach())
             loss.backward()
+
+        with self.trainer.engine().paused(), set_aside(self.trainer.trainable()) as gradients:
+            value = self._run(batch, step, backward)
         rows = {p: DenseRows(g.reshape(1, -1), p.shape) for p, g in gradients.items()}
-        finite = loss.detach().isfinite()[None]
+        finite = losses[0].isfinite()[None]
         counts = finite.long()
         part = _part_without_values(counts - 1, torch.full_like(counts, -1), counts, finite)
         jacobian = Jacobian({p: rows.get(p) for p in self.trainer.trainable()}, 1)
-        return Recorded({}, None, [part], jacobian, (~finite).sum(), None)
+        return value, Recorded({}, None, [part], jacobian, (~finite).sum(), None)
 
     def _split(self, loss: Tensor, outputs: Sequence[Tensor]) -> Split:
         found = split(loss, outputs)
@@ -168,6 +177,7 @@ class SplitRecorder:
 
     def _rows(self, loss: Tensor, whose: Whose) -> Recorded:
         engine, documents = self.trainer.engine(), whose.documents
+        self._descend_others(loss)
         cotangents, rest = self._split(loss, self.trainer.jd_outputs.take())
         extra = None
         if rest is not None and loss.detach().isfinite():
@@ -188,6 +198,17 @@ class SplitRecorder:
         segments = part.segments if documents is None else _at(part.segments, documents)
         jacobian = engine.compute_jacobian(torch.stack(parts).sum(0), segments, self.materialise, False)
         return Recorded({}, None, [part], jacobian, (~part.finite).sum(), extra)
+
+    def _descend_others(self, loss: Tensor) -> None:
+        """Adds to `.grad` of what the optimizer trains beside the model: a loss may have parameters of its own."""
+        optimizer, trainable = self.trainer.optimizer, set(self.trainer.trainable())
+        if optimizer is None or not loss.requires_grad or not loss.detach().isfinite():
+            return
+        every = [p for group in optimizer.param_groups for p in group["params"]]
+        others = [p for p in every if p.requires_grad and p not in trainable]
+        if others:
+            gradients = torch.autograd.grad(loss, others, retain_graph=True, allow_unused=True)
+            accumulate({p: g for p, g in zip(others, gradients, strict=True) if g is not None})
 
     def _nothing_read(self, outputs: Sequence[Tensor]) -> str:
         shapes = ", ".join(str(list(output.shape)) for output in outputs) or "none"

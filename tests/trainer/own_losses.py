@@ -58,6 +58,26 @@ class Heads:
     size: Tensor
 
 
+class Towers(nn.Module):
+    """One tower for queries and one for passages, and a temperature beside them, as retrievers and CLIP have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries = nn.Sequential(nn.Embedding(VOCABULARY, 12), nn.Linear(12, 8))
+        self.passages = nn.Sequential(nn.Embedding(VOCABULARY, 12), nn.Linear(12, 8))
+        self.temperature = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, input_ids: Tensor, passages: Tensor) -> dict[str, Tensor]:
+        found = {"queries": self.queries(input_ids).mean(1), "passages": self.passages(passages).mean(1)}
+        return {**found, "temperature": self.temperature.exp()}
+
+
+def towers() -> nn.Module:
+    """`Towers` in float64."""
+    torch.manual_seed(0)
+    return Towers().double()
+
+
 def trunk(returned: Callable[[Tensor, Tensor], Any]) -> Callable[[], nn.Module]:
     """Makes a `Trunk` in float64."""
 
@@ -188,6 +208,14 @@ def two_heads(trainer, model, inputs, number):
     return F.cross_entropy(kinds, inputs["labels"]) + F.mse_loss(size, length / 10), outputs
 
 
+def retrieved(trainer, model, inputs, number):
+    """Two passages per query in one call; the temperature is nobody's."""
+    ids = inputs["input_ids"]
+    outputs = model(input_ids=ids, passages=torch.cat([ids.flip(1), ids.roll(1, 0)]))
+    scores = outputs["queries"] @ outputs["passages"].T * outputs["temperature"]
+    return F.cross_entropy(scores, torch.arange(len(ids))), outputs
+
+
 def heads_by_name(trainer, model, inputs, number):
     outputs = model(**inputs)
     kinds, size = (outputs["kinds"], outputs["size"]) if isinstance(outputs, dict) else (outputs.kinds, outputs.size)
@@ -259,6 +287,7 @@ CASES = {
     "nested": Case(
         heads_by_name, trunk(lambda kinds, size: {"kinds": kinds, "size": size, "others": [kinds, (size,)]})
     ),
+    "towers": Case(retrieved, towers, rest=True),
     "dataclass": Case(heads_by_name, trunk(Heads)),
     "next-tokens": Case(next_tokens, lambda: lora("gpt2", warm=True), text=True),
     "next-tokens-full": Case(next_tokens, tiny_gpt2, text=True),

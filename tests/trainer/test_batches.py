@@ -15,6 +15,7 @@ from transformers.tokenization_utils_base import BatchEncoding
 
 from hf_jd import JDTrainer
 from hf_jd.batches import holds_examples, row_count, selected, stand_in, without_groups
+from tests.models import tiny_gpt2
 from tests.trainer.runs import arguments, flat, logged, relative, run
 
 KEEP = torch.tensor([True, False, True])
@@ -170,7 +171,7 @@ def test_an_empty_batch_is_trainers_own_error(tmp_path):
 def test_a_list_has_no_labels_for_the_built_in_losses(tmp_path):
     args = arguments(tmp_path, remove_unused_columns=False)
     with pytest.raises(ValueError, match="The batch is a list, without names"):
-        run(Scorer(), args, DATA, JDTrainer, data_collator=lambda rows: [*collate(rows).values()])
+        run(tiny_gpt2(), args, DATA, JDTrainer, data_collator=lambda rows: [*collate(rows).values()])
 
 
 def test_losses_of_no_instance_are_refused(tmp_path):

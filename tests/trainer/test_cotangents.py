@@ -36,7 +36,9 @@ def test_rows_are_brute_force(name, tmp_path):
     assert_rows(recorded, rows[some], rest)
 
 
-@pytest.mark.parametrize("name", ["contrastive", "two-views", "penalised", "R-Drop", "hidden-states", "next-tokens"])
+@pytest.mark.parametrize(
+    "name", ["contrastive", "two-views", "towers", "penalised", "R-Drop", "hidden-states", "next-tokens"]
+)
 def test_rows_of_groups_are_brute_force(name, tmp_path):
     case = CASES[name]
     recorded = Recorded(case, tmp_path, **GROUP)

@@ -248,6 +248,58 @@ def test_a_wrapper_of_trainers_loss_is_trained(tmp_path, monkeypatch):
     assert relative(flat(ours.model), flat(theirs.model)) < 1e-10
 
 
+class Stepping(Trainer):
+    """Computes its loss in its own step."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        loss = 3 * model(**self._prepare_inputs(inputs)).loss / self.args.gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+class Timed(Doubled):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.steps = getattr(self, "steps", 0) + 1
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+@pytest.mark.parametrize("theirs", [Stepping, Timed])
+def test_a_classs_own_step_is_run(theirs, tmp_path):
+    flags = {"optim": "sgd", "gradient_accumulation_steps": 2}
+    ours = type("Ours", (JDTrainerMixin, theirs), {})
+    expected = run(lora("gpt2"), arguments(tmp_path, TrainingArguments, **flags), cls=theirs)
+    trainer = run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", **flags), cls=ours)
+    assert relative(flat(trainer.model), flat(expected.model)) < 1e-10
+    assert relative(logged(trainer, "loss"), logged(expected, "loss")) < 1e-6
+    assert getattr(trainer, "steps", None) == getattr(expected, "steps", None)
+
+
+class WithHead(Trainer):
+    """Its loss has parameters beside the model's, which its optimizer trains, too."""
+
+    def create_optimizer(self, *args):
+        torch.manual_seed(0)
+        self.head = torch.nn.Linear(tiny_gpt2().config.vocab_size, 4).double()
+        optimizer = super().create_optimizer(*args)
+        optimizer.add_param_group({"params": list(self.head.parameters())})
+        return optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits = model(**{key: value for key, value in inputs.items() if key != "labels"}).logits
+        return F.cross_entropy(self.head(logits).flatten(0, 1), inputs["input_ids"].flatten() % 4)
+
+
+@pytest.mark.parametrize("kind", ["instance", "batch"])
+def test_a_losss_own_parameters_are_trained(kind, tmp_path):
+    flags = {"optim": "sgd", "gradient_accumulation_steps": 2}
+    ours = type("Ours", (JDTrainerMixin, WithHead), {})
+    expected = run(lora("gpt2"), arguments(tmp_path, TrainingArguments, **flags), cls=WithHead)
+    trainer = run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", jd_objectives=kind, **flags), cls=ours)
+    assert relative(flat(trainer.head), flat(expected.head)) < 1e-10
+    assert relative(flat(trainer.model), flat(expected.model)) < 1e-10
+
+
 def test_unreduced_losses_beside_it_are_trained(tmp_path):
     class Both(Below):
         def compute_losses(self, model, inputs):

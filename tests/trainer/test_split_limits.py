@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, DatasetDict
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
@@ -17,6 +18,9 @@ from tests.trainer.runs import arguments, flat, logged, relative
 from tests.trainer.split_runs import (
     AVERAGED,
     GROUP,
+    Recorded,
+    assert_rows,
+    brute,
 )
 
 # GPT-2's positions [1, T] belong to no instance; heads are used twice.
@@ -106,11 +110,92 @@ def test_the_gramian_of_batches_is_that_of_their_gradients(tmp_path):
     assert relative(trainer.jd_state.gramian, rows @ rows.T) < 1e-10
 
 
+def own_backward(trainer, model, inputs, number):
+    """Half of it is descended past accelerator.backward."""
+    loss = model(**inputs).loss
+    loss.backward()
+    return model(**inputs).logits.square().mean(), None
+
+
+def test_the_row_of_a_batch_holds_what_its_own_backward_left(tmp_path):
+    case = Case(own_backward)
+    recorded = Recorded(case, tmp_path, jd_objectives="batch")
+    model = case.build()
+    (model(**recorded.inputs).loss + model(**recorded.inputs).logits.square().mean()).backward()
+    row = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert relative(recorded.step(None), row) < 1e-10
+    assert relative(recorded.gramian, row.square().sum().view(1, 1)) < 1e-10
+
+
+def test_trainers_may_ask_their_collator(tmp_path):
+    class Collator:
+        columns = ("labels",)
+
+        def __call__(self, examples):
+            return case.collate(examples)
+
+    class Asking(trainer_of(CASES["focal"].loss)):
+        def get_train_dataloader(self):
+            assert self.data_collator.columns == ("labels",)
+            return super().get_train_dataloader()
+
+    case = CASES["focal"]
+    cls = type("Ours", (JDTrainerMixin, Asking), {})
+    cls(
+        case.build(), arguments(tmp_path, max_steps=1), train_dataset=case.examples(4), data_collator=Collator()
+    ).train()
+
+
+def test_several_training_sets_by_name_are_taken(tmp_path):
+    case = CASES["focal"]
+
+    class Joining(trainer_of(case.loss)):
+        def get_train_dataloader(self):
+            sets = self.train_dataset
+            self.train_dataset = [example for one in sets.values() for example in one]
+            try:
+                return super().get_train_dataloader()
+            finally:
+                self.train_dataset = sets
+
+    sets = DatasetDict({name: Dataset.from_list(case.examples(4)) for name in ("first", "second")})
+    cls = type("Ours", (JDTrainerMixin, Joining), {})
+    trainer = cls(case.build(), arguments(tmp_path, max_steps=1), train_dataset=sets, data_collator=case.collate)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def after_a_step(second_order: bool) -> Any:
+    """The loss after a step of gradient descent on the batch, through `functional_call`."""
+
+    def loss(trainer, model, inputs, number):
+        parameters = dict(model.named_parameters())
+        before = model(**inputs).loss
+        slopes = torch.autograd.grad(before, list(parameters.values()), create_graph=second_order, retain_graph=True)
+        moved = {name: p - 0.1 * slope for (name, p), slope in zip(parameters.items(), slopes, strict=True)}
+        return before + torch.func.functional_call(model, moved, (), inputs).loss, None
+
+    return loss
+
+
+def test_parameters_that_a_call_replaces_are_trained(tmp_path):
+    case = Case(after_a_step(second_order=False))
+
+    def run(cls, config, **own):
+        args = arguments(tmp_path, config, optim="sgd", **own)
+        trainer = cls(case.build(), args, train_dataset=case.examples(12), data_collator=case.collate)
+        trainer.train()
+        return flat(trainer.model)
+
+    ours = run(type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {}), JDTrainingArguments, jd_weighting="mean")
+    assert relative(ours, run(trainer_of(case.loss), TrainingArguments)) < 1e-10
+
+
 # ---- Errors ----
 
 
-def refused(directory: Any, match: str, loss: Any = None, cls: Any = None, **flags: Any) -> None:
-    case = Case(loss or CASES["focal"].loss)
+def refused(directory: Any, match: str, loss: Any = None, cls: Any = None, case: Any = None, **flags: Any) -> None:
+    case = case or Case(loss or CASES["focal"].loss)
     cls = cls or type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {})
     args = arguments(directory, per_device_train_batch_size=8, **flags)
     trainer = cls(case.build(), args, train_dataset=case.examples(8), data_collator=case.collate)
@@ -149,6 +234,75 @@ def test_outputs_on_both_sides_of_a_reentrant_checkpoint_are_refused(tmp_path):
     args = arguments(tmp_path, jd_objectives="batch", **flags)
     cls = type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {})
     cls(case.build(), args, train_dataset=case.examples(4), data_collator=case.collate).train()
+
+
+class Flat(own_losses.Trunk):
+    """Returns rows of tokens: [B * T, 3], or [T, B, 3]."""
+
+    def __init__(self, transposed: bool):
+        super().__init__(lambda kinds, size: kinds)
+        self.transposed = transposed
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        kinds = self.kinds(self.hidden(self.embedding(input_ids)).tanh())
+        return kinds.transpose(0, 1) if self.transposed else kinds.flatten(0, 1)
+
+
+def of_tokens(trainer, model, inputs, number):
+    ids = inputs["input_ids"][:, :1].expand(-1, 16)  # 16 tokens: a multiple of the 8 examples.
+    return model(ids).square().mean(), None
+
+
+def of_candidates(trainer, model, inputs, number):
+    candidates = inputs["input_ids"]
+    labels = torch.arange(len(candidates)) % candidates.shape[1]
+    scores = model(input_ids=candidates.flatten(0, 1)).logits[:, 0].view(candidates.shape[:2])
+    return F.cross_entropy(scores, labels), None
+
+
+class Stacked(Case):
+    @property
+    def collate(self):
+        """Three candidates per example."""
+        return lambda batch: {"input_ids": torch.arange(len(batch) * 12).view(len(batch), 3, 4) % own_losses.VOCABULARY}
+
+
+def made(build: Any) -> Any:
+    return lambda: build().double()
+
+
+ORDERS = {
+    "flat": (Case(of_tokens, made(lambda: Flat(False))), r"\[128, 3\]"),
+    "time-first": (Case(of_tokens, made(lambda: Flat(True))), r"\[16, 8, 3\]"),
+    "candidates": (Stacked(of_candidates), r"\[24, 3\]"),
+}
+
+
+@pytest.mark.parametrize("kind", [{}, GROUP], ids=["instance", "group"])
+@pytest.mark.parametrize("name", ORDERS)
+def test_rows_in_an_order_that_shapes_do_not_tell_are_refused(name, kind, tmp_path):
+    case, shape = ORDERS[name]
+    match = rf"8 examples, and the loss reads an output of shape {shape}, whose row n may be .*`jd_instances`"
+    refused(tmp_path, match, case=case, **kind)
+
+
+def test_an_order_that_is_said_is_taken(tmp_path):
+    class Said(JDTrainerMixin, trainer_of(of_candidates)):
+        def jd_instances(self, output, instances):
+            return torch.arange(len(output)) // 3
+
+    case = Stacked(of_candidates, lambda: own_losses.classifier(initializer_range=0.3))
+    recorded = Recorded(case, tmp_path, cls=Said)
+    assert_rows(recorded, *brute(case, case.build(), recorded.inputs, 5, lambda tensor: torch.arange(len(tensor)) // 3))
+
+
+def test_a_step_that_mixes_instances_in_the_parameters_is_refused(tmp_path):
+    refused(tmp_path, "instances of the batch mix", after_a_step(second_order=True))
+
+
+@pytest.mark.parametrize("kind", [{}, GROUP], ids=["instance", "group"])
+def test_a_backward_of_its_own_is_refused(kind, tmp_path):
+    refused(tmp_path, "Ours ran a backward pass of its own, .*--jd_objectives batch", own_backward, **kind)
 
 
 @pytest.mark.parametrize("times", [0, 2])
