@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassificat
 
 from hf_jd import JDTrainerMixin
 from hf_jd.arguments import JDArguments
+from tests.marks import slow
 from tests.models import tiny_llama
 from tests.trainer.runs import flat, relative
 
@@ -139,7 +140,12 @@ CASES = {
     "CPO": Case(CPOTrainer, CPOConfig, PAIRS),
 }
 KINDS = {"instance": {}, "group": GROUP, "batch": {"jd_objectives": "batch"}}
-CHOICES = [(name, kind) for name in CASES for kind in KINDS if kind != "group" or CASES[name].groups]
+CHOICES = [
+    (pytest.param if kind == ("group" if case.groups else "instance") else slow)(name, kind, id=f"{name}-{kind}")
+    for name, case in CASES.items()
+    for kind in KINDS
+    if kind != "group" or case.groups
+]
 
 
 @dataclass

@@ -274,6 +274,7 @@ FRESH = [{name: value for trial in TRIALS[: i + 1] for name, value in trial.item
 KINDS = [{**example, "kind": "ab"[i % 2]} for i, example in enumerate(examples())]
 
 
+@pytest.mark.slow
 def test_each_trial_is_the_run_of_a_fresh_trainer(tmp_path):
     trainer = searcher(tmp_path / "search", KINDS)
     trainer.evaluate([{k: v for k, v in example.items() if k not in ("task", "kind")} for example in KINDS])
