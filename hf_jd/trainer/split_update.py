@@ -42,7 +42,7 @@ class SplitUpdate(Update):
         super().__init__(trainer, model, batches, None, alone)
         trainer.jd_loss_names = ["loss"]
         self._measures = trainer.jd_control.measures(trainer.state.global_step)
-        self._kept = Kept(self.kind.shared)
+        self._row_store = Kept(self.kind.shared)
         self._gradients: list[dict[nn.Parameter, Tensor]] = []
         self._seconds = 0.0
 
@@ -62,10 +62,10 @@ class SplitUpdate(Update):
             return value
         start = time.perf_counter()
         value, recorded = self.recorder.record(batch, step)
-        self._kept.add(recorded)
+        self._row_store.add(recorded)
         self._seconds += time.perf_counter() - start
-        first = len(self._kept.recorded) == 1 < len(self.batches)
-        if first and self.budget is not None and is_full(self.trainer, self._kept, len(self.batches), self.budget):
+        first = len(self._row_store.recorded) == 1 < len(self.batches)
+        if first and self.budget is not None and is_full(self.trainer, self._row_store, len(self.batches), self.budget):
             self.alone = True
             self.weigh_apart()
         return value
@@ -75,7 +75,7 @@ class SplitUpdate(Update):
         if not self._measures:
             self._descend()
             return
-        weighed = self.weighed(self._kept, self._seconds)
+        weighed = self.weighed(self._row_store, self._seconds)
         if self.trainer.accelerator.scaler is not None and weighed.broken:
             # An overflow has to stay in `.grad`: GradScaler then skips the step and lowers its scale.
             accumulate({p: torch.full_like(p, torch.inf) for p in self.trainable})
