@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from hf_jd.collator import GROUP_KEY
+from hf_jd.collator import EXAMPLES_KEY, GROUP_KEY
 from hf_jd.packing import unknown_rows, without_documents
 
 
@@ -24,13 +24,15 @@ def group_ids(batch: Any) -> Tensor | None:
 
 
 def without_groups(batch: Any) -> Any:
-    """The batch without the groups' ids, of the same type where that can be changed."""
-    if group_ids(batch) is None:
+    """The batch without what `hf_jd.collator` has added, of the same type where that can be changed."""
+    keys = [key for key in (GROUP_KEY, EXAMPLES_KEY) if isinstance(batch, Mapping) and key in batch]
+    if not keys:
         return batch
     if not isinstance(batch, MutableMapping):
-        return {key: value for key, value in batch.items() if key != GROUP_KEY}
+        return {key: value for key, value in batch.items() if key not in keys}
     batch = copy(batch)
-    del batch[GROUP_KEY]
+    for key in keys:
+        del batch[key]
     return batch
 
 

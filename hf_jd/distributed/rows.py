@@ -9,7 +9,7 @@ of a tensor that leaves a process (2 f in an all-reduce, which is a reduce-scatt
 | K groups | f b K n | 2 f 8 K^2 | f b n | 0 |
 
 Plain data parallelism sends 2 f b n for its gradient, with shards f b n. The numbers of a step that are known of each
-objective (32 bytes) and of each parameter (8 bytes) are gathered besides.
+objective (40 bytes) and of each parameter (8 bytes) are gathered besides.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from hf_jd.distributed.gradients import Gradients, Sent, add_gradients, in_turn,
 from hf_jd.distributed.processes import add_over_processes, gather, gather_uneven, process_count, rank
 from hf_jd.gramian import Jacobian
 from hf_jd.gramian.rows import combine, inner
+from hf_jd.objectives import ObjectiveTable
 
 SUMMED_HERE = ("cpu",)
 """Devices on which a reduce-scatter is an all-to-all and a sum: gloo's own takes longer than an all-reduce would."""
@@ -44,8 +45,8 @@ class OwnRows:
         self.mine = slice(None)
         self._used: list[nn.Parameter] | None = None
 
-    def table(self, table: Tensor) -> Tensor:
-        """What is known of the objectives [m_r, c] -> [M, c], of all that are weighed together."""
+    def exchange(self, table: ObjectiveTable) -> ObjectiveTable:
+        """What is known of the objectives of this process -> of all that are weighed together."""
         return table
 
     def gramian(self) -> Tensor:
@@ -92,15 +93,16 @@ class GatheredRows(OwnRows):
     own rows, and the updates are added up.
     """
 
-    def table(self, table: Tensor) -> Tensor:
-        """[M, c]: the processes' objectives, one below the other."""
+    def exchange(self, table: ObjectiveTable) -> ObjectiveTable:
+        """The processes' objectives, one below the other."""
         if process_count() == 1:
             return table
-        heads = gather(torch.cat([torch.tensor([len(table)]).to(table), self._flags().to(table)]))
+        numbers = torch.cat([table.numbers, table.labels.double()], dim=1)
+        heads = gather(torch.cat([torch.tensor([len(table)]).to(numbers), self._flags().to(numbers)]))
         self._set_used(heads[:, 1:].sum(0))
         self._lengths = heads[:, 0].long().tolist()
-        table, self.mine = gather_uneven(table, self._lengths)
-        return table
+        every, self.mine = gather_uneven(numbers, self._lengths)
+        return ObjectiveTable.of(every[:, :-2], every[:, -2:])
 
     def gramian(self) -> Tensor:
         """[M, M], of the rows of all processes."""
@@ -134,14 +136,14 @@ class AddedRows(OwnRows):
     the update is gathered.
     """
 
-    def table(self, table: Tensor) -> Tensor:
-        """[K, 4]: losses, sums and counts added up; the groups are the same everywhere."""
+    def exchange(self, table: ObjectiveTable) -> ObjectiveTable:
+        """The sums over the processes, whose objectives are the same."""
         if process_count() == 1:
             return table
-        known, self._objectives = table[:, :-1], len(table)
-        sums = add_over_processes(torch.cat([known.flatten(), self._flags().to(table)]))
-        self._set_used(sums[known.numel() :])
-        return torch.cat([sums[: known.numel()].view(known.shape), table[:, -1:]], dim=1)
+        numbers, self._objectives = table.numbers, len(table)
+        sums = add_over_processes(torch.cat([numbers.flatten(), self._flags().to(numbers)]))
+        self._set_used(sums[numbers.numel() :])
+        return ObjectiveTable.of(sums[: numbers.numel()].view(numbers.shape), table.labels)
 
     def gramian(self) -> Tensor:
         """[K, K], of the rows' sums."""

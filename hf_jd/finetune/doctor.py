@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_jd.batches import without_groups
 from hf_jd.finetune.data import load_examples
 from hf_jd.finetune.model import model_path
 from hf_jd.finetune.parser import read_settings, split_settings
 from hf_jd.finetune.run import build_trainer, parse
 from hf_jd.gramian import RowCheck, check_rows
 from hf_jd.trainer import JDTrainer
+from hf_jd.trainer.unreduced import by_name
 
 
 def main(argv: Sequence[str]) -> int:
@@ -46,9 +48,10 @@ def diagnose(flags: Sequence[str], settings: Mapping[str, Any]) -> list[RowCheck
     batch = next(iter(trainer.get_train_dataloader()))
 
     def losses() -> Tensor:
-        found = trainer.unreduced_losses(network, batch)
-        ((name, losses),) = found.losses.items()
-        return losses.masked_fill(~found.counted[name], 0).flatten(1).sum(1)
+        with trainer.compute_loss_context_manager():
+            found = trainer.compute_losses(network, trainer._prepare_inputs(without_groups(batch)))
+        ((losses,), (counted,)) = (named.values() for named in by_name(found))
+        return losses.masked_fill(~counted, 0).flatten(1).sum(1)
 
     return check_rows(network, losses)
 

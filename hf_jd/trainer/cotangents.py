@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
+from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from hf_jd.gramian.taps import ModuleTap
 
@@ -36,20 +38,33 @@ class OutputObserver:
 
     Args:
         modules: The model as its callers see it, and those inside that they may call past it (PEFT's base model).
+        apart: Whether callers get other tensors, equal to those returned: hooks of these then meet no cotangent.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]):
+    def __init__(self, modules: Sequence[nn.Module], apart: bool = False):
+        self._apart = apart
         self._outputs: list[Tensor] = []
+        self.last: Any = None
         self._rows: set[int] = set()
         self._stacked: set[int] = set()
-        self._handles = [module.register_forward_hook(self, with_kwargs=True) for module in modules]
+        self._modules = list(modules)
+        self._handles: list[RemovableHandle] = []
+        self.renew()
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def renew(self) -> None:
+        """Comes after all other hooks that the modules have, so that it sees what their callers do."""
+        self.remove()
+        self._handles = [module.register_forward_hook(self, with_kwargs=True) for module in self._modules]
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Keeps the tensors of one call."""
+        if self._apart:
+            output = pytree.tree_map_only(Tensor, lambda t: t.view_as(t) if t.requires_grad else t, output)
         if torch.compiler.is_compiling():
             torch.compiler.disable(self._keep)([args, kwargs], output)
         else:
             self._keep([args, kwargs], output)
+        return output if self._apart else None
 
     def _keep(self, inputs: Any, output: Any) -> None:
         # A call inside a backward is a recomputation of activation checkpointing.
@@ -58,6 +73,7 @@ class OutputObserver:
         outputs = [t for t in _tensors(output) if t.is_floating_point() and t.dim() and t.grad_fn is not None]
         if not outputs:
             return
+        self.last = output
         rows = {len(t) for t in _tensors(inputs) if t.dim()}
         self._rows |= rows
         # Leading rows other than those of an input, or of the last one, are no examples: a router's logits are of
@@ -67,7 +83,7 @@ class OutputObserver:
 
     def begin(self, batch: Any) -> None:
         """Forgets what the model returned before it is called with this batch."""
-        self._outputs, self._rows = [], set()
+        self._outputs, self._rows, self.last = [], set(), None
         self._stacked = {len(t) * t.shape[1] for t in _tensors(batch) if t.dim() > 2}
 
     def tells_order(self, rows: int, instances: int) -> bool:
@@ -78,10 +94,11 @@ class OutputObserver:
         """
         return rows == instances or not self._rows or (rows in self._rows and rows not in self._stacked)
 
-    def take(self) -> list[Tensor]:
-        """The tensors since the last time."""
-        outputs, self._outputs = self._outputs, []
-        return outputs
+    def take(self) -> tuple[list[Tensor], Any]:
+        """The tensors since the last time, and all that the last call returned."""
+        outputs, last = self._outputs, self.last
+        self._outputs, self.last = [], None
+        return outputs, last
 
     def remove(self) -> None:
         """Takes the hooks away."""

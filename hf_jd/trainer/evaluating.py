@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from hf_jd.batches import group_ids, without_groups
 from hf_jd.packing import by_document, packed_documents
-from hf_jd.trainer.forward import LossesMixin, by_name
+from hf_jd.trainer.overrides import overridden
+from hf_jd.trainer.unreduced import LossesMixin, by_name
 
 
 class EvaluationMixin(LossesMixin):
@@ -26,7 +27,7 @@ class EvaluationMixin(LossesMixin):
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Predicts, without the groups' ids, and keeps the losses of their instances; see Trainer."""
         groups, inputs = group_ids(inputs), without_groups(inputs)
-        if groups is None or self.splits_loss:  # A scalar of the trainer's own tells no group's loss.
+        if groups is None or not self._tells_losses:  # A scalar of the trainer's own tells no group's loss.
             return super().prediction_step(model, inputs, *args, **kwargs)
         seen: dict[str, Any] = {}
 
@@ -79,13 +80,16 @@ class EvaluationMixin(LossesMixin):
         # Without those that fill up the last round of batches.
         self._jd_evaluated.append(self.accelerator.gather_for_metrics((groups, sums, numbers)))
 
+    @property
+    def _tells_losses(self) -> bool:
+        """Whether it is known what instances lose."""
+        return self.knows_losses or self.jd_loss_func is not None or overridden(self) == "compute_losses"
+
     def _evaluated_losses(self, model: nn.Module, inputs: dict[str, Any], outputs: Any) -> Any:
         """The unreduced losses of a batch whose outputs are there; only losses of the user's own take another pass."""
-        computed, read = (
-            next(cls for cls in type(self).__mro__ if name in vars(cls)) for name in ("compute_losses", "read_losses")
-        )
-        if computed is read:
-            return self.read_losses(outputs, inputs, self.accelerator.unwrap_model(model))
-        self.jd_again = True
-        with self.compute_loss_context_manager():
-            return self.compute_losses(model, inputs)
+        if overridden(self) == "compute_losses":
+            with self.compute_loss_context_manager():
+                return self.compute_losses(model, inputs)
+        if self.jd_loss_func is not None:
+            return self.jd_loss_func(outputs, inputs.get("labels"), num_items_in_batch=None)
+        return self.read_losses(outputs, inputs)

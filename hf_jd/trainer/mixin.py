@@ -1,13 +1,14 @@
-"""`JDTrainer`: what happens in one step of Jacobian descent, inside Hugging Face's Trainer.
+"""`JDTrainerMixin`: which of Trainer's methods are taken over.
 
-Trainer hands over all micro-batches of an update at once (`get_batch_samples`). They are kept until the last of them
-reaches `training_step`; there all of them run: losses -> objectives -> rows -> Gramian -> weights -> `.grad`. Clipping,
-optimizer, schedule, logging, evaluation and checkpoints remain Trainer's.
+Trainer's own step runs for each micro-batch, but for its `accelerator.backward`, in whose place rows are recorded; at
+the last micro-batch of an update they are weighed and make `.grad`. Clipping, optimizer, schedule, logging, evaluation
+and checkpoints remain Trainer's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,16 @@ from hf_jd.checkpoints import STATE_FILE, check_writable
 from hf_jd.collator import ExampleCounter
 from hf_jd.distributed.agreement import check_alike
 from hf_jd.gramian import Engine
+from hf_jd.gramian.random_streams import RandomState, random_state
 from hf_jd.metrics import Averages, pairs, readable
+from hf_jd.trainer.backends import Backend, backend_of
 from hf_jd.trainer.cotangents import OutputObserver
 from hf_jd.trainer.evaluating import EvaluationMixin
 from hf_jd.trainer.peers import check_given, check_same_weights, lost_peers
 from hf_jd.trainer.resuming import checkpoint_to_resume, load_weighting, needed_files, save_weighting
 from hf_jd.trainer.run_log import RunLog
 from hf_jd.trainer.sampling import stratified_sampler
-from hf_jd.trainer.setup import FromFlags, check_liger, check_own_loss, check_setup, follow_flags
-from hf_jd.trainer.split_update import SplitUpdate
+from hf_jd.trainer.setup import FromFlags, check_liger, check_setup, follow_flags
 from hf_jd.trainer.update import Update
 from hf_jd.trainer.weighing import JDState
 
@@ -39,13 +41,20 @@ class JDTrainerMixin(EvaluationMixin):
 
     Args:
         weighting: Any callable from a Gramian [m, m] to weights [m]; by default the one that `--jd_weighting` names.
+        engine_options: More arguments of `hf_jd.gramian.Engine`, such as `rules`.
 
     All other arguments are Trainer's; `args` has to hold the --jd_* flags (`JDTrainingArguments`).
     """
 
     jd_backward: Callable[[Tensor], None] | None = None
 
-    def __init__(self, *args: Any, weighting: Callable[[Tensor], Tensor] | None = None, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        weighting: Callable[[Tensor], Tensor] | None = None,
+        engine_options: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ):
         arguments = kwargs.get("args", args[1] if len(args) > 1 else None)
         if getattr(arguments, "should_save", False) and arguments.output_dir is not None:
             check_writable(Path(arguments.output_dir))  # Trainer would answer with a traceback.
@@ -55,6 +64,7 @@ class JDTrainerMixin(EvaluationMixin):
         self.jd_model_takes_groups = False
         self.jd_group_names: list[str] | None = None
         self._jd_engine: tuple[nn.Module, Engine] | None = None
+        self._jd_engine_options = dict(engine_options or {})
         self.jd_outputs = OutputObserver([])
         self.jd_log = RunLog()
         self.follow_flags()
@@ -111,9 +121,12 @@ class JDTrainerMixin(EvaluationMixin):
         self.jd_state: JDState | None = None
         self.jd_metrics = Averages()
         self.jd_apart = False
-        self._jd_batches: list[Mapping[str, Any]] = []
+        self.jd_items: Any = None
+        self.jd_streams: RandomState | None = None  # where the random streams stood before the forward
+        self._jd_batches: list[Any] = []
         self._jd_seen = 0
-        self._jd_update: SplitUpdate | None = None
+        self._jd_update: Update | None = None
+        self._jd_logged: Any = 0.0  # in the micro-batches of the update until now
         self._jd_broken_in_a_row = 0
         self.forget_losses()
 
@@ -122,7 +135,7 @@ class JDTrainerMixin(EvaluationMixin):
         if self._jd_engine is not None:
             self._jd_engine[1].detach()
         self.jd_outputs.remove()
-        self._jd_engine = self._jd_extra_loss = self._jd_update = None
+        self._jd_engine = self._jd_update = None
         self._jd_batches = []
 
     def follow_flags(self) -> None:
@@ -130,9 +143,7 @@ class JDTrainerMixin(EvaluationMixin):
         self.jd_control = follow_flags(self, self._jd_from_flags)
 
     def get_train_dataloader(self) -> Any:
-        """Has batches tell how many examples they hold, if a loss is split between these; see Trainer."""
-        if not self.splits_loss:
-            return super().get_train_dataloader()
+        """Has batches tell how many examples they hold; see Trainer."""
         collator = self.data_collator
         self.data_collator = ExampleCounter(collator)
         try:
@@ -149,41 +160,37 @@ class JDTrainerMixin(EvaluationMixin):
         return batches, num_items_in_batch
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Runs the whole update at its last micro-batch, and answers 0 until then.
+        """Runs Trainer's own step with its backward taken over; at the last micro-batch, adds the update to `.grad`.
 
         Returns:
-            The part of this process in the objectives' mean, in the units of Trainer's loss.
+            What Trainer's own step returns, for its log.
         """
-        model.train()
-        to_train_mode = getattr(self.optimizer, "train", None)
-        if callable(to_train_mode):
-            to_train_mode()  # Schedule-free optimizers have two modes.
-        if self.learn_loss_func(model, inputs, num_items_in_batch):
-            check_own_loss(self)
-            self._observe_outputs()
-        if self.splits_loss:
-            return self._split_step(model, inputs, num_items_in_batch)
-        if self.jd_args.jd_scope == "micro_batch" or self.jd_apart:
-            return Update(self, model, [inputs], num_items_in_batch, alone=True).run()
-        self._jd_seen += 1
-        if self._jd_seen < len(self._jd_batches):
-            return torch.zeros((), device=self.args.device)
-        batches, self._jd_batches = self._jd_batches or [inputs], []
-        return Update(self, model, batches, num_items_in_batch, alone=False).run()
-
-    def _split_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> Tensor:
-        """Runs Trainer's own step with its backward taken over; at the last micro-batch, adds the update to `.grad`."""
         self.engine()  # Its hooks have to be there before the forward.
+        self.jd_items = num_items_in_batch
         self._jd_seen += 1
         alone = self.jd_args.jd_scope == "micro_batch" or self.jd_apart
         if self._jd_update is None:
-            self._jd_update = SplitUpdate(self, model, [inputs] if alone else self._jd_batches or [inputs], alone)
+            self._jd_update = Update(self, model, [inputs] if alone else self._jd_batches or [inputs], alone)
         step = super().training_step
-        value = self._jd_update.take(inputs, lambda batch: step(model, batch, num_items_in_batch))
-        if self._jd_update.alone or self._jd_seen >= len(self._jd_batches):
-            update, self._jd_update = self._jd_update, None
+        update = self._jd_update
+        with self.unreduced_first():
+            value = update.take(inputs, lambda called, batch: step(called, batch, num_items_in_batch))
+        if update.alone or self._jd_seen >= len(self._jd_batches):
+            self._jd_update = None
             update.finish()
+            if update.logged is not None:
+                value = update.logged.to(value) - self._jd_logged
+            self._jd_logged = torch.zeros_like(value)
+        else:
+            self._jd_logged = self._jd_logged + value
         return value
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        prepared = super()._prepare_inputs(inputs)
+        # Whoever takes the labels out of it leaves these as they are.
+        self.jd_inputs = copy(prepared) if isinstance(prepared, MutableMapping) else prepared
+        self.jd_streams = random_state(self.args.device)
+        return prepared
 
     def jd_instances(self, output: Tensor, instances: int) -> Tensor:
         """Says whose row each leading row of an output is: the method to override where a loss pairs rows otherwise.
@@ -276,17 +283,16 @@ class JDTrainerMixin(EvaluationMixin):
         assert self.model is not None
         if self._jd_engine is None or self._jd_engine[0] is not self.model:
             self._leave_model()
-            self._jd_engine = (self.model, Engine(self.model, check=self.jd_args.jd_check))
-            self._observe_outputs()
+            options: dict[str, Any] = {"check": self.jd_args.jd_check, **self._jd_engine_options}
+            self._jd_engine = (self.model, Engine(self.model, **options))
+            inner = getattr(self.model, "get_base_model", None)  # Some losses call the model inside a PEFT model.
+            self.jd_outputs = OutputObserver([self.model] if inner is None else [self.model, inner()])
         return self._jd_engine[1]
 
-    def _observe_outputs(self) -> None:
-        """Keeps what the model returns, if a loss is split there."""
-        self.jd_outputs.remove()
-        assert self.model is not None
-        inner = getattr(self.model, "get_base_model", None)  # Some losses call the model inside a PEFT model.
-        called = [self.model] if inner is None else [self.model, inner()]
-        self.jd_outputs = OutputObserver(called if self.splits_loss else [])
+    @property
+    def jd_backend(self) -> Backend:
+        """Where it trains."""
+        return backend_of(self)
 
     def count_broken(self, broken: bool) -> None:
         """Counts the updates in a row in which something wasn't finite, and stops after `--jd_max_non_finite`."""

@@ -12,6 +12,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from hf_jd.checkpoints import newest_whole, what_is_missing
+from hf_jd.trainer.backends import backend_of
 from hf_jd.trainer.control import WEIGHTS_FILE
 from hf_jd.weighting import Stateful
 
@@ -85,20 +86,7 @@ def trainer_files(trainer: Trainer) -> list[str]:
         return []
     processes = range(trainer.args.world_size)
     states = ["rng_state.pth"] if len(processes) == 1 else [f"rng_state_{i}.pth" for i in processes]
-    return [*_optimizer_files(trainer), *states]
-
-
-def _optimizer_files(trainer: Trainer) -> list[str]:
-    """What Trainer calls the states of optimizer and schedule; FSDP2 and DeepSpeed write theirs into a folder."""
-    if trainer.is_deepspeed_enabled:
-        plugin = trainer.accelerator.state.deepspeed_plugin
-        shards = range(trainer.args.world_size) if plugin.zero_stage else []
-        own = [f"global_step*/*zero_pp_rank_{i}_mp_rank_00_optim_states.pt" for i in shards]
-        return own if "scheduler" in plugin.deepspeed_config else [*own, "scheduler.pt"]
-    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
-    if plugin is None:
-        return ["optimizer.pt", "scheduler.pt"]
-    return ["optimizer.bin" if "FULL" in str(plugin.state_dict_type) else "optimizer_0", "scheduler.pt"]
+    return [*backend_of(trainer).optimizer_files(), *states]
 
 
 def save_weighting(weighting: object, checkpoint: Path) -> None:

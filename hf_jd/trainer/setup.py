@@ -11,8 +11,9 @@ from hf_jd.checkpoints import check_room, check_writable
 from hf_jd.collator import GroupCollator
 from hf_jd.groups import group_names
 from hf_jd.trainer.control import Control
-from hf_jd.trainer.engines import check_engine
 from hf_jd.trainer.foreign_weightings import as_weighting
+from hf_jd.trainer.overrides import overridden
+from hf_jd.trainer.values import needs_values
 from hf_jd.weighting import Weighting
 
 if TYPE_CHECKING:
@@ -107,21 +108,8 @@ def check_setup(trainer: JDTrainerMixin) -> None:
             f"--jd_sampler {trainer.jd_args.jd_sampler} orders the examples, and those of a stream come as they come: "
             "use a dataset with a length, or --jd_sampler trainer."
         )
-    check_engine(trainer)
-    check_own_loss(trainer)
-    spared = trainer.jd_args.jd_every > 1 or trainer.jd_args.jd_warmup_steps or trainer.jd_args.jd_monitor_every
-    beside_ddp = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
-    if spared and beside_ddp:
-        raise ValueError(
-            "--jd_every, --jd_warmup_steps and --jd_monitor_every leave updates to a plain step, which does not work "
-            "with FSDP2 and DeepSpeed yet: measure at every update, or use DDP."
-        )
-    several = trainer.jd_args.kind.several or trainer.jd_args.jd_extra_losses == "objective"
-    if several and beside_ddp:
-        raise ValueError(
-            f"{type(trainer).__name__} does not weigh several losses by name under FSDP2 or DeepSpeed yet: use DDP, or "
-            "add them up in `compute_losses` and choose --jd_objectives instance, with --jd_extra_losses mean."
-        )
+    trainer.jd_backend.check()
+    _check_losses(trainer)
     check_liger(trainer)
     if trainer.args.should_save and trainer.args.save_strategy != "no" and trainer.args.output_dir is not None:
         check_writable(Path(trainer.args.output_dir))
@@ -141,32 +129,29 @@ def check_liger(trainer: JDTrainerMixin) -> None:
         raise ValueError("Liger's fused loss keeps no loss of each token: switch --use_liger_kernel off.")
 
 
-def check_own_loss(trainer: JDTrainerMixin) -> None:
-    """Raises a ValueError for what needs the losses' values, where only a scalar of the trainer's own is known."""
-    jd, name = trainer.jd_args, type(trainer).__name__
-    if jd.kind.several and trainer.has_own_loss:
+def _check_losses(trainer: JDTrainerMixin) -> None:
+    """Raises a ValueError for what the loss of the trainer can't be asked for."""
+    jd, name, whose = trainer.jd_args, type(trainer).__name__, overridden(trainer)
+    if jd.kind.several and whose == "compute_loss":
         raise ValueError(
             f"--jd_objectives {jd.jd_objectives} weighs several losses by name, and {name}.compute_loss returns "
             "one: return a dict of losses from `compute_losses`, or choose --jd_objectives instance."
         )
-    if not trainer.splits_loss:
-        return
-    asked = {
-        "--jd_backward two_pass": jd.jd_backward == "two_pass",
-        "--jd_normalize loss": jd.jd_normalize == "loss",
-        f"--jd_extra_losses {jd.jd_extra_losses}": jd.jd_extra_losses != "mean",
-        f"the weighting `{jd.jd_weighting}`": getattr(trainer.weighting, "reads", "gramian") != "gramian",
-        "DeepSpeed": trainer.is_deepspeed_enabled,
-        "FSDP2": trainer.is_fsdp_enabled,
-    }
-    flags = [flag for flag, given in asked.items() if given]
-    if flags:
-        what = (
-            f"the `compute_loss` of {name} returns"
-            if trainer.has_own_loss
-            else f"--jd_objectives {jd.jd_objectives} takes"
-        )
+    unvalued = jd.kind.of_batches or not (trainer.knows_losses or whose == "compute_losses" or trainer.jd_loss_func)
+    flag = needs_values(trainer) if unvalued and not jd.kind.several else None
+    if flag is not None:
+        what = f"--jd_objectives {jd.jd_objectives} takes" if jd.kind.of_batches else f"the loss of {name} is"
         raise ValueError(
-            f"{flags[0]} needs the value of each objective, and {what} one for the whole batch: leave it out, or "
+            f"{flag} needs the value of each objective, and {what} one for the whole batch: leave it out, or "
             "override `compute_losses` and return unreduced losses."
+        )
+    if jd.kind.of_batches and jd.jd_extra_losses != "mean":
+        raise ValueError(
+            f"--jd_extra_losses {jd.jd_extra_losses} needs a loss whose instances are told apart, and --jd_objectives "
+            f"{jd.jd_objectives} takes one for the whole batch: leave it out."
+        )
+    if jd.kind.of_batches and trainer.jd_backend.owns_backward:
+        raise ValueError(
+            f"--jd_objectives {jd.jd_objectives} takes the gradient of a batch as it comes, which DeepSpeed keeps for "
+            "itself: use DDP or FSDP2."
         )

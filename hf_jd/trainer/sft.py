@@ -1,6 +1,6 @@
 """`JDSFTTrainer`: Jacobian descent inside TRL's SFTTrainer, for those who have installed `hf-jd[trl]`.
 
-TRL's own `compute_loss` runs, so its metrics are its own; the tokens' losses are read from what the model returned.
+TRL's own `compute_loss` runs; what is left over are names, packing with groups, and a head that is trained.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_jd.arguments import JDArguments
+from hf_jd.distributed.processes import process_count
 from hf_jd.groups import group_names
-from hf_jd.losses import bare, causal_lm, reduced
+from hf_jd.losses import bare, causal_lm
 from hf_jd.trainer.mixin import JDTrainerMixin
+from hf_jd.trainer.overrides import overridden
 
 try:
     from trl import SFTConfig, SFTTrainer, pack_dataset
@@ -77,36 +79,29 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
         packed = packed.map(lambda row: {column: [row[column][end - 1] for end in accumulate(row["seq_lengths"])]})
         return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed
 
-    def compute_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor]:
-        """The loss of each token [B, T], as TRL's `loss_type` has it, and which of them count; see JDTrainerMixin."""
-        core = bare(self.accelerator.unwrap_model(model))
-        trains_head = self._trains_head(core, inputs)
-        if self.jd_again:
-            outputs = self._outputs_again(model, inputs, trains_head)
-        else:
-            outputs = self._outputs_of_trl(model, inputs, core, trains_head)
-        if self.jd_loss_func is not None:
-            return self.read_losses(outputs, inputs, core)
-        losses, counted = self.read_losses(outputs, inputs, core)
-        if "aux_loss" in outputs and not self._smoothing(inputs):
-            aux = outputs["aux_loss"]
-            found = {"loss": reduced(losses, counted) + self.router_aux_loss_coef * aux, "aux_loss": aux}
-            self._jd_extra_loss = self.jd_own_loss.extra(losses, counted, found, core, self.args.jd_extra_losses)
-        return losses, counted
+    def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """TRL's own loss; from logits where the head is trained, as whoever has a `compute_loss_func` gets it."""
+        if not model.training or self.jd_loss_func is not None or not self._trains_head():
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        self.compute_loss_func = self._loss_of_logits
+        try:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            self.compute_loss_func = None
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Runs the update, with TRL's offloading of activations where that is on; see JDTrainerMixin."""
-        with self.maybe_activation_offload_context:
-            return super().training_step(*args, **kwargs)
+    @property
+    def knows_losses(self) -> bool:
+        """See JDTrainerMixin."""
+        own = type(self).compute_loss is not JDSFTTrainer.compute_loss or "compute_loss" in vars(self)
+        return not own and self.jd_loss_func is None and overridden(self) == "compute_loss"
 
-    def read_losses(self, outputs: Any, inputs: Mapping[str, Any], core: nn.Module) -> Any:
-        """What `compute_losses` reads from the outputs of the model, with or without logits; see JDTrainerMixin."""
-        if self.jd_loss_func is not None:
-            return super().read_losses(outputs, inputs, core)
+    def read_losses(self, outputs: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Reads the tokens' losses, as TRL's `loss_type` has them, with or without logits; see JDTrainerMixin."""
         if outputs.get("log_probs") is not None:
             losses, counted = -outputs["log_probs"], outputs["label_mask"]
         else:
-            losses, counted = causal_lm(outputs, inputs, core, self._smoothing(inputs))
+            assert self.model is not None
+            losses, counted = causal_lm(outputs, inputs, self.model, self._smoothing(inputs))
         if self.args.loss_type == "dft":
             losses = losses * (-losses.detach()).exp()  # arXiv 2508.05629
         return losses, counted
@@ -114,14 +109,11 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
     def _smoothing(self, inputs: Mapping[str, Any]) -> float:
         return self.args.label_smoothing_factor if self.args.loss_type == "nll" else 0.0
 
-    def _asks_for_logits(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether TRL itself computes the loss from logits; it then leaves out a router's balancing loss."""
-        return self.jd_loss_func is not None or self._smoothing(inputs) > 0
-
-    def _trains_head(self, core: Any, inputs: Mapping[str, Any]) -> bool:
+    def _trains_head(self) -> bool:
         """Whether TRL would read a trained weight behind the taps' back; says once what the logits cost."""
-        if self._asks_for_logits(inputs):
-            return False
+        if self.label_smoother is not None and self.args.loss_type == "nll":
+            return False  # TRL asks for logits then.
+        core = bare(self.accelerator.unwrap_model(self.model))
         trained = any(p.requires_grad for p in core.get_output_embeddings().parameters())
         if trained and not self._jd_warned_of_logits:
             self._jd_warned_of_logits = True
@@ -132,29 +124,18 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
             )
         return trained
 
-    def _outputs_of_trl(self, model: nn.Module, inputs: Mapping[str, Any], core: Any, trains_head: bool) -> Any:
-        """What the model returned to TRL's `compute_loss`, with a graph."""
-        found: list[Any] = []
-        hook = core.register_forward_hook(lambda _, __, out: found.append(out) if torch.is_grad_enabled() else None)
-        own = self.compute_loss_func
-        if trains_head:
-            # A user's function is how TRL is asked for logits; what it returns is not used.
-            self.compute_loss_func = lambda outputs, *_, **__: outputs["logits"].new_zeros(())
-        try:
-            SFTTrainer.compute_loss(self, model, dict(inputs))
-        finally:
-            hook.remove()
-            self.compute_loss_func = own
-        return found[0]
-
-    def _outputs_again(self, model: nn.Module, inputs: Mapping[str, Any], trains_head: bool) -> Mapping[str, Any]:
-        """What the model returns for a batch that TRL has counted: its metrics are gathered over processes, once."""
-        call = {**inputs, "use_cache": False}
+    def _loss_of_logits(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        """TRL's loss of a batch, from the logits: what it computes from its fused ones otherwise."""
+        losses, counted = self.read_losses(outputs, {"labels": labels})
+        shared = num_items_in_batch is not None
+        divide_by = torch.as_tensor(num_items_in_batch if shared else counted.sum()).clamp(min=1)
+        loss = losses.sum() / divide_by.to(losses.device)
         if self.aux_loss_enabled:
-            call["output_router_logits"] = True
-        if trains_head or self._asks_for_logits(inputs):
-            return model(**{key: value for key, value in call.items() if key != "labels"})
-        return model(**call, fused_lm_head=True)
+            # TRL multiplies a loss of tokens by the processes that share their number.
+            averaged = self.current_gradient_accumulation_steps if shared else 1
+            averaged *= process_count() if shared and self.args.average_tokens_across_devices else 1
+            loss = loss + self.router_aux_loss_coef * outputs["aux_loss"] / averaged
+        return loss
 
 
 def _check_packing(args: JDSFTConfig) -> None:

@@ -1,26 +1,21 @@
-"""One micro-batch of any Trainer: its own step runs, and the scalar that it would descend becomes rows.
-
-Trainer's step ends in `accelerator.backward(loss)`. That call is taken over: the loss is split by instance at the
-model's outputs (`cotangents.py`), so that any `compute_loss` works as it stands, with its own metrics and scaling.
-"""
+"""The loss of a micro-batch, cut where its instances are still apart: where is that, and whose is each row there?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from hf_jd.batches import holds_examples
 from hf_jd.collator import EXAMPLES_KEY, GROUP_KEY
-from hf_jd.distributed.processes import process_count
-from hf_jd.gramian import Jacobian
-from hf_jd.gramian.rows import DenseRows
-from hf_jd.objectives import Part
 from hf_jd.packing import documents_of
-from hf_jd.trainer.cotangents import Cotangent, Split, split, surrogates
-from hf_jd.trainer.gradients import accumulate, set_aside
-from hf_jd.trainer.recording import Extra, Recorded
+from hf_jd.trainer.cotangents import Cotangent, split
+from hf_jd.trainer.gradients import accumulate
+from hf_jd.trainer.shares import Piece, Shares, Values, sums_of
+from hf_jd.trainer.unreduced import LOSS, Unreduced
+from hf_jd.trainer.values import known_values, needs_values
 
 if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin
@@ -33,269 +28,181 @@ class Whose(NamedTuple):
         groups: [B] the groups' ids, if there are groups.
         examples: B, if it is known.
         documents: [N, T] the document of each token, if rows are packed; see `documents_of`.
+        empty: Whether there is no example at all, and another batch stands in, which counts nothing.
     """
 
     groups: Tensor | None
     examples: int | None
     documents: Tensor | None
+    empty: bool = False
 
-
-class SplitRecorder:
-    """Records the micro-batches of one update.
-
-    Args:
-        trainer: Whose step runs.
-        model: The model as Trainer has wrapped it.
-        present: [K] the sorted ids of the groups that are weighed together; None without a group column.
-        materialise: Whether rows are formed, or kept as the layers' inputs and gradients where those are smaller.
-
-    Attributes:
-        scale: What rows are multiplied by: the scale of GradScaler.
-        has_rest: Whether a loss had a part that doesn't come through the model's outputs.
-    """
-
-    def __init__(self, trainer: JDTrainerMixin, model: nn.Module, present: Tensor | None, materialise: bool):
-        self.trainer, self.model = trainer, model
-        self.present, self.materialise = present, materialise
-        self.kind = trainer.jd_args.kind
-        scaler = trainer.accelerator.scaler
-        self.scale = 1.0 if scaler is None else scaler.get_scale()
-        self.has_rest = False
-
-    def record(self, batch: Any, step: Callable[[Any], Tensor]) -> tuple[Tensor, Recorded]:
-        """Runs Trainer's own step on a micro-batch.
-
-        Args:
-            batch: As collated.
-            step: The step, of a batch without the groups' ids.
-
-        Returns:
-            What the step returned, for Trainer's log; and the rows.
-
-        Raises:
-            ValueError: The step didn't call `accelerator.backward` once, or its loss can't be split.
-        """
-        if self.kind.of_batches:
-            return self._whole(batch, step)
-        whose = self._whose(batch)
-        recorded: list[Recorded] = []
-        with set_aside(self.trainer.trainable()) as past:
-            value = self._run(batch, step, lambda loss: recorded.append(self._rows(loss, whose)))
-        if any(bool(gradient.any()) for gradient in past.values()):
-            raise ValueError(
-                f"{type(self.trainer).__name__} ran a backward pass of its own, past accelerator.backward, which left "
-                "gradients that can't be split by instance: take these from torch.autograd.grad, add the losses up, or "
-                "choose --jd_objectives batch, which takes each batch as one objective."
-            )
-        return value, recorded[0]
-
-    def descend(
-        self, batch: Any, step: Callable[[Any], Tensor], multipliers: Tensor | None
-    ) -> tuple[Tensor, dict[nn.Parameter, Tensor]]:
-        """Runs Trainer's own step on a micro-batch whose weights are known, without rows.
-
-        Args:
-            batch: See `record`.
-            step: See `record`.
-            multipliers: [K] what the part of each group is multiplied by; None: the loss stays as it is.
-
-        Returns:
-            What the step returned, for Trainer's log; and the gradient.
-        """
-        whose = self._whose(batch)
-        with self.trainer.engine().paused(), set_aside(self.trainer.trainable()) as gradients:
-            value = self._run(batch, step, lambda loss: self._multiplied(loss, whose, multipliers).backward())
-        return value, gradients
-
-    def _run(self, batch: Any, step: Callable[[Any], Tensor], backward: Callable[[Tensor], None]) -> Tensor:
-        """Runs the step with another backward in the place of accelerate's."""
-        trainer, losses = self.trainer, []
-        divide_by = trainer.accelerator.gradient_accumulation_steps * process_count()
-
-        def take(loss: Tensor) -> None:
-            losses.append(loss.detach())
-            if len(losses) == 1:
-                backward(loss * self.scale / divide_by)
-
-        trainer.jd_outputs.begin(batch)
-        trainer.jd_backward = take
-        try:
-            with trainer.accelerator.no_sync(self.model):
-                value = step(_without(batch, GROUP_KEY, EXAMPLES_KEY))
-        finally:
-            trainer.jd_backward = None
-        if len(losses) != 1:
-            raise ValueError(
-                f"The training step of {type(trainer).__name__} called accelerator.backward {len(losses)} times for "
-                "one batch: call it, or super().training_step, once, with the sum of the losses."
-            )
-        return value
-
-    def _whose(self, batch: Any) -> Whose:
+    @staticmethod
+    def of(batch: Any, packed: str, device: torch.device) -> Whose:
+        """Reads a batch as collated; for `packed` see `--jd_packed`."""
+        if not holds_examples(batch):
+            return Whose(None, None, None, empty=True)
         if not isinstance(batch, Mapping):
             return Whose(None, None, None)
-        device = self.trainer.args.device
         groups, documents = (
-            None if ids is None else ids.to(device)
-            for ids in (batch.get(GROUP_KEY), documents_of(batch, self.trainer.jd_args.jd_packed))
+            None if ids is None else ids.to(device) for ids in (batch.get(GROUP_KEY), documents_of(batch, packed))
         )
         counted = groups if groups is not None else batch.get(EXAMPLES_KEY)
         return Whose(groups, None if counted is None else len(counted), documents)
 
-    def _multiplied(self, loss: Tensor, whose: Whose, multipliers: Tensor | None) -> Tensor:
-        if multipliers is None:
-            return loss
-        cotangents, rest = self._split(loss, self.trainer.jd_outputs.take())
-        owners = self._owners(cotangents, whose)
-        ids = self._part(cotangents, owners, whose.groups).segments
-        parts = [surrogates(c, _at(ids, o), len(multipliers)) for c, o in zip(cotangents, owners, strict=True)]
-        total = (torch.stack(parts).sum(0) * multipliers).sum()
-        return total if rest is None else total + rest
 
-    def _whole(self, batch: Any, step: Callable[[Any], Tensor]) -> tuple[Tensor, Recorded]:
-        """The batch as one objective, whose row is its gradient, of whichever backward passes the step runs."""
-        losses: list[Tensor] = []
+def shares_of(trainer: JDTrainerMixin, loss: Tensor, whose: Whose, scale: float) -> tuple[Shares, list[str]]:
+    """Cuts the loss of a micro-batch, which the trainer has just computed.
 
-        def backward(loss: Tensor) -> None:
-            losses.append(loss.detach())
-            loss.backward()
+    Args:
+        trainer: Whose outputs and unreduced losses it was computed from.
+        loss: [] with a graph, multiplied by the scale.
+        whose: What the batch tells.
+        scale: That of GradScaler.
 
-        with self.trainer.engine().paused(), set_aside(self.trainer.trainable()) as gradients:
-            value = self._run(batch, step, backward)
-        rows = {p: DenseRows(g.reshape(1, -1), p.shape) for p, g in gradients.items()}
-        finite = losses[0].isfinite()[None]
-        counts = finite.long()
-        part = _part_without_values(counts - 1, torch.full_like(counts, -1), counts, finite)
-        jacobian = Jacobian({p: rows.get(p) for p in self.trainer.trainable()}, 1)
-        return value, Recorded({}, None, [part], jacobian, (~finite).sum(), None)
+    Returns:
+        The shares, and the names of the losses.
 
-    def _split(self, loss: Tensor, outputs: Sequence[Tensor]) -> Split:
-        found = split(loss, outputs)
-        if not found.cotangents:
-            raise ValueError(self._nothing_read(outputs))
-        return found
+    Raises:
+        ValueError: The loss reads nothing whose instances are known.
+    """
+    outputs, last = trainer.jd_outputs.take()
+    unreduced, trainer.jd_unreduced = trainer.jd_unreduced, None
+    _descend_others(trainer, loss)
+    if unreduced is not None:
+        shares, names = _of_unreduced(trainer, loss, whose, unreduced, scale), list(unreduced.losses)
+    else:
+        shares, names = _of_outputs(trainer, loss, whose, outputs, last, scale), [LOSS]
+    if whose.empty:
+        shares.take_out(torch.ones(shares.instances, dtype=torch.bool, device=loss.device))
+    return shares, names
 
-    def _rows(self, loss: Tensor, whose: Whose) -> Recorded:
-        engine, documents = self.trainer.engine(), whose.documents
-        self._descend_others(loss)
-        cotangents, rest = self._split(loss, self.trainer.jd_outputs.take())
-        extra = None
-        if rest is not None and loss.detach().isfinite():
-            self.has_rest = True
-            extra = Extra(loss.detach() * 0, engine.gradients(rest))
-        owners = self._owners(cotangents, whose)
-        part = self._part(cotangents, owners, whose.groups)
-        if not part.finite.all():
-            # In a backward NaN times 0 is NaN.
-            cotangents = [_finite(c, part.finite[o.clamp(min=0)]) for c, o in zip(cotangents, owners, strict=True)]
-        objectives = len(part.counts)
-        if not part.counts.any():
-            engine.keep_up(loss)
-            jacobian = Jacobian(dict.fromkeys(self.trainer.trainable()), objectives) if objectives else None
-            return Recorded({}, None, [part], jacobian, (~part.finite).sum(), extra)
-        parts = [surrogates(c, _at(part.segments, o), objectives) for c, o in zip(cotangents, owners, strict=True)]
-        del cotangents
-        segments = part.segments if documents is None else _at(part.segments, documents)
-        jacobian = engine.compute_jacobian(torch.stack(parts).sum(0), segments, self.materialise, False)
-        return Recorded({}, None, [part], jacobian, (~part.finite).sum(), extra)
 
-    def _descend_others(self, loss: Tensor) -> None:
-        """Adds to `.grad` of what the optimizer trains beside the model: a loss may have parameters of its own."""
-        optimizer, trainable = self.trainer.optimizer, set(self.trainer.trainable())
-        if optimizer is None or not loss.requires_grad or not loss.detach().isfinite():
-            return
-        every = [p for group in optimizer.param_groups for p in group["params"]]
-        others = [p for p in every if p.requires_grad and p not in trainable]
-        if others:
-            gradients = torch.autograd.grad(loss, others, retain_graph=True, allow_unused=True)
-            accumulate({p: g for p, g in zip(others, gradients, strict=True) if g is not None})
-
-    def _nothing_read(self, outputs: Sequence[Tensor]) -> str:
-        shapes = ", ".join(str(list(output.shape)) for output in outputs) or "none"
-        return (
-            f"The loss of {type(self.trainer).__name__} does not depend on what the model returned with a graph "
-            f"(outputs of shapes {shapes}), so it can't be split by instance. Usual causes: a loss that runs its own "
-            "backward pass, that calls a part of the model past its forward, or a model that returns no tensors. "
-            "Choose --jd_objectives batch, which takes each batch as one objective, or override `compute_losses`."
+def _of_outputs(
+    trainer: JDTrainerMixin, loss: Tensor, whose: Whose, outputs: Sequence[Tensor], last: Any, scale: float
+) -> Shares:
+    cotangents, rest = split(loss, outputs)
+    if not cotangents:
+        raise ValueError(_nothing_read(trainer, outputs))
+    owners, instances = _owners(trainer, cotangents, whose)
+    pieces = [Piece(cotangent, owner, 0) for cotangent, owner in zip(cotangents, owners, strict=True)]
+    values = known_values(trainer, last, loss.detach() / scale, rest is not None, instances, whose.documents)
+    flag = needs_values(trainer) if values is None else None
+    if flag is not None:
+        raise ValueError(
+            f"{flag} needs the value of each objective, and the loss of {type(trainer).__name__} is one for the whole "
+            "batch: leave it out, or override `compute_losses` and return unreduced losses."
         )
+    if values is None or not trainer.jd_args.own_mean:
+        return Shares(pieces, instances, rest=rest, values=values)
+    # A group's own mean is of all its losses, however Trainer divides those of each micro-batch.
+    factor = values.sums[values.sums.isfinite()].sum() / values.parts[values.parts.isfinite()].sum()
+    values = values._replace(parts=values.sums)
+    return Shares(pieces, instances, rest=rest, values=values, normalised=False, factor=factor)
 
-    def _owners(self, cotangents: list[Cotangent], whose: Whose) -> list[Tensor]:
-        """The instance of each leading row [N] of the outputs, or of each token [N, T]; -1 for none."""
-        if whose.documents is not None:
-            return [_tokens(whose.documents, c.output) for c in cotangents]
+
+def _of_unreduced(trainer: JDTrainerMixin, loss: Tensor, whose: Whose, unreduced: Unreduced, scale: float) -> Shares:
+    losses, counted = list(unreduced.losses.values()), list(unreduced.counted.values())
+    owners, instances = _owners_of_losses(trainer, unreduced.losses, whose)
+    cotangents, rest = split(loss, losses)
+    gradients = {id(cotangent.output): cotangent.gradient for cotangent in cotangents}
+    if not unreduced.normalised:  # The number of all losses is not known yet.
+        gradients = {id(v): scale * mask.to(v.dtype) for v, mask in zip(losses, counted, strict=True)}
+    pieces = [
+        Piece(Cotangent(values, gradients[id(values)]), owner, k)
+        for k, (values, owner) in enumerate(zip(losses, owners, strict=True))
+        if id(values) in gradients and values.requires_grad
+    ]
+    if not pieces:
+        raise ValueError(
+            f"The losses {', '.join(f'`{name}`' for name in unreduced.losses)} have no graph, so there is nothing to "
+            "train: compute them from what the model returns in training."
+        )
+    sums, counts = sums_of(losses, counted, owners, instances)
+    # Each loss counts by its cotangent.
+    each = torch.zeros(len(losses), dtype=torch.float64, device=sums.device)
+    for (_, gradient), _, k in pieces:
+        each[k] = gradient.detach().abs().max() / scale
+    values = Values(sums, counts, sums * each)
+    return Shares(pieces, instances, len(losses), rest, values, unreduced.normalised, unreduced=True)
+
+
+def _owners(trainer: JDTrainerMixin, cotangents: Sequence[Cotangent], whose: Whose) -> tuple[list[Tensor], int]:
+    """The instance of each leading row [N] of the outputs, or of each token [N, T], -1 for none; and B.
+
+    Raises:
+        ValueError: They aren't known.
+    """
+    if whose.documents is not None:
+        owners = [owners_of_tokens(whose.documents, c.output) for c in cotangents]
+    else:
         sizes = {len(c.output) for c in cotangents}
         instances = whose.examples or min(sizes)
         if any(n % instances for n in sizes):
             raise ValueError(
                 f"The batch has {instances} examples, and the loss reads outputs of {sorted(sizes)} rows, so no row's "
-                "example is known: override `jd_instances`, or choose --jd_objectives batch."
+                "example is known: override `jd_instances`, use a collator that pads, or one that packs and returns "
+                "`position_ids` that restart with each example, or choose --jd_objectives batch."
             )
-        return [self.trainer.jd_instances(c.output, instances).to(c.output.device) for c in cotangents]
-
-    def _part(self, cotangents: list[Cotangent], owners: list[Tensor], groups: Tensor | None) -> Part:
-        """The objectives of the micro-batch; instances whose cotangent is zero, or isn't finite, are in none."""
-        instances = 1 + max(int(owner.max()) for owner in owners)
-        if groups is not None and len(groups) != instances:
-            raise ValueError(
-                f"The loss reads outputs of {instances} examples, and the batch has {len(groups)} groups, so no row's "
-                "group is known: override `jd_instances`, or use a collator that pads instead of packing."
-            )
-        sizes, counts = _by_instance(cotangents, owners, instances)
-        finite = sizes.isfinite()
-        counts = counts * finite
-        some = counts > 0
-        if self.kind.shared:
-            assert self.present is not None
-            assert groups is not None
-            ids, of_groups = torch.where(some, torch.searchsorted(self.present, groups), -1), self.present
-            totals = counts.new_zeros(len(of_groups)).index_add(0, ids[some], counts[some])
-        else:
-            ids, totals = torch.where(some, some.cumsum(0) - 1, -1), counts[some]
-            of_groups = totals.new_full(totals.shape, -1) if groups is None else groups[some]
-        return _part_without_values(ids, of_groups, totals, finite)
+        owners = [trainer.jd_instances(c.output, instances).to(c.output.device) for c in cotangents]
+    instances = 1 + max(int(owner.max()) for owner in owners)
+    if whose.groups is not None and len(whose.groups) != instances:
+        raise ValueError(
+            f"The loss reads outputs of {instances} examples, and the batch has {len(whose.groups)} groups, so no "
+            "row's group is known: override `jd_instances`, or use a collator that pads instead of packing."
+        )
+    return owners, instances
 
 
-def _part_without_values(segments: Tensor, groups: Tensor, counts: Tensor, finite: Tensor) -> Part:
-    """Objectives whose rows are shares of a loss; their values are not known."""
-    unknown = torch.full_like(counts, torch.nan, dtype=torch.float64)
-    return Part(unknown, segments, groups, torch.zeros_like(counts), counts, torch.ones_like(unknown), finite)
+def _owners_of_losses(trainer: JDTrainerMixin, losses: Mapping[str, Tensor], whose: Whose) -> tuple[list[Tensor], int]:
+    """The instance of each leading row, or token, of unreduced losses; and B, 1 where all are of the whole batch.
+
+    Raises:
+        ValueError: They can't be divided among the objectives asked for.
+    """
+    asked, kind = trainer.jd_args.jd_objectives, trainer.jd_args.kind
+    if len(losses) > 1 and not kind.several:
+        raise ValueError(
+            f"There are several losses ({', '.join(f'`{name}`' for name in losses)}), and --jd_objectives {asked} "
+            "takes one: add them up in `compute_losses`, or choose `loss` or `instance_loss`."
+        )
+    whole = [f"`{name}`" for name, values in losses.items() if not values.ndim]
+    if whole and kind.of_instances:
+        raise ValueError(
+            f"{', '.join(whole)} is one loss for the whole batch, and --jd_objectives {asked} needs one for each "
+            "instance [B], or for each token [B, T] with a bool tensor of those that count: leave out its last "
+            "mean or sum, or choose --jd_objectives loss."
+        )
+    sizes = {name: len(values) for name, values in losses.items() if values.ndim}
+    instances = next(iter(sizes.values()), 1)
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"The losses are those of different numbers of instances: {sizes}; give each one the same.")
+    if not instances:
+        raise ValueError(
+            "`compute_losses` returned losses of no instance for a batch that isn't empty: return one loss for "
+            "each instance [B], or for each token [B, T], with nothing counted where there is nothing to learn."
+        )
+    device = next(iter(losses.values())).device
+    owner = torch.arange(instances, device=device)
+    if whose.documents is not None and sizes:
+        owner, instances = whose.documents, int(whose.documents.max()) + 1
+    if whose.groups is not None and kind.of_instances and len(whose.groups) != instances:
+        raise ValueError(
+            f"There are losses of {instances} rows for {len(whose.groups)} examples, so no row's group is known: use a "
+            "collator that pads, or one that packs and returns `position_ids` that restart with each example."
+        )
+    if owner.ndim > 1:
+        for name, values in losses.items():
+            if values.ndim == 1:
+                raise ValueError(
+                    f"The loss `{name}` has shape {list(values.shape)}, and the batch has rows of several documents: "
+                    f"give one loss per token, {list(owner.shape)}, or use a collator that pads instead of packing."
+                )
+    whole = torch.zeros((), dtype=torch.int64, device=device)
+    of_tokens = (owners_of_tokens(owner, v) if owner.ndim > 1 and v.ndim else owner for v in losses.values())
+    return [mine if v.ndim else whole for v, mine in zip(losses.values(), of_tokens, strict=True)], instances
 
 
-def _by_instance(cotangents: list[Cotangent], owners: list[Tensor], instances: int) -> tuple[Tensor, Tensor]:
-    """How large each instance's cotangents are [B], and at how many places the loss depends on it [B]."""
-    sizes = torch.zeros(instances, dtype=torch.float64, device=owners[0].device)
-    counts = torch.zeros_like(sizes, dtype=torch.int64)
-    for cotangent, owner in zip(cotangents, owners, strict=True):
-        places = _sizes(cotangent.gradient, owner)
-        where = owner.view(owner.shape + (1,) * (places.dim() - owner.dim())).expand_as(places)
-        mine = where >= 0
-        sizes.index_add_(0, where[mine], places[mine].double())
-        counts.index_add_(0, where[mine], (places[mine] != 0).long())
-    return sizes, counts
-
-
-def _sizes(gradient: Tensor, owner: Tensor) -> Tensor:
-    """How large the cotangent is at each place: of the dimensions of `owner`, and one more where that holds tokens."""
-    dims = tuple(range(max(owner.dim(), min(gradient.dim() - 1, 2)), gradient.dim()))
-    if not dims:
-        return gradient.abs()
-    return torch.linalg.vector_norm(gradient, dim=dims, dtype=torch.promote_types(gradient.dtype, torch.float32))
-
-
-def _finite(cotangent: Cotangent, finite: Tensor) -> Cotangent:
-    """The cotangent with zeros where its instance isn't finite."""
-    gradient = cotangent.gradient
-    return cotangent._replace(
-        gradient=torch.where(finite.view(finite.shape + (1,) * (gradient.dim() - finite.dim())), gradient, 0)
-    )
-
-
-def _at(ids: Tensor, owner: Tensor) -> Tensor:
-    """The objective of each leading row or token, from that of each instance; -1 for none."""
-    return torch.where(owner >= 0, ids[owner.clamp(min=0)], -1)
-
-
-def _tokens(documents: Tensor, output: Tensor) -> Tensor:
+def owners_of_tokens(documents: Tensor, output: Tensor) -> Tensor:
     """The document of each token of an output [B, T, ...] or [B, T - 1, ...], which predicts the next tokens.
 
     Raises:
@@ -305,12 +212,29 @@ def _tokens(documents: Tensor, output: Tensor) -> Tensor:
     if output.shape[0] != len(documents) or length not in (documents.shape[1], documents.shape[1] - 1):
         raise ValueError(
             f"The batch packs documents in rows of {documents.shape[1]} tokens, and the loss reads an output of shape "
-            f"{list(output.shape)}, so no document's part is known: use a collator that pads instead of packing."
+            f"{list(output.shape)}, so no document's part is known: give one loss per token, or use a collator that "
+            "pads instead of packing."
         )
     return documents[:, :length]
 
 
-def _without(batch: Any, *keys: str) -> Any:
-    if not isinstance(batch, Mapping) or not any(key in batch for key in keys):
-        return batch
-    return {key: value for key, value in batch.items() if key not in keys}
+def _descend_others(trainer: JDTrainerMixin, loss: Tensor) -> None:
+    """Adds to `.grad` of what the optimizer trains beside the model: a loss may have parameters of its own."""
+    optimizer, trainable = trainer.optimizer, set(trainer.trainable())
+    if optimizer is None or not loss.requires_grad or not loss.detach().isfinite():
+        return
+    every = [p for group in optimizer.param_groups for p in group["params"]]
+    others = [p for p in every if p.requires_grad and p not in trainable]
+    if others:
+        gradients = torch.autograd.grad(loss, others, retain_graph=True, allow_unused=True)
+        accumulate({p: g for p, g in zip(others, gradients, strict=True) if g is not None})
+
+
+def _nothing_read(trainer: JDTrainerMixin, outputs: Sequence[Tensor]) -> str:
+    shapes = ", ".join(str(list(output.shape)) for output in outputs) or "none"
+    return (
+        f"The loss of {type(trainer).__name__} does not depend on what the model returned with a graph "
+        f"(outputs of shapes {shapes}), so it can't be split by instance. Usual causes: a loss that runs its own "
+        "backward pass, that calls a part of the model past its forward, or a model that returns no tensors. "
+        "Choose --jd_objectives batch, which takes each batch as one objective, or override `compute_losses`."
+    )

@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_jd.batches import group_ids, holds_examples, row_count
+from hf_jd.batches import group_ids, row_count
 from hf_jd.distributed.gradients import add_gradients
 from hf_jd.distributed.processes import add_over_processes, anywhere, gather_uneven, process_count
 from hf_jd.distributed.rows import AddedRows, GatheredRows, OwnRows
-from hf_jd.gramian import Jacobian
-from hf_jd.gramian.random_streams import random_state, set_random_state, unchanged_streams
+from hf_jd.gramian.random_streams import unchanged_streams
 from hf_jd.gramian.sharding import whole_bytes
 from hf_jd.metrics import Metrics
-from hf_jd.objectives import Objectives
-from hf_jd.trainer.deepspeed import measured_model, second_pass_of_deepspeed
-from hf_jd.trainer.gradients import accumulate, added
-from hf_jd.trainer.kept import Kept, allowed, is_full
-from hf_jd.trainer.plain import plain_step
-from hf_jd.trainer.recording import Recorded, Recorder
-from hf_jd.trainer.second_pass import second_pass
-from hf_jd.trainer.weighing import signs, weigh
-from hf_jd.trainer.zero3 import measuring
+from hf_jd.objectives import Objectives, ObjectiveTable
+from hf_jd.trainer.backward import Passed, Recorded, Recorder, Step
+from hf_jd.trainer.gradients import accumulate, added, all_finite
+from hf_jd.trainer.row_store import RowStore, allowed, is_full
+from hf_jd.trainer.weighing import StepSettings, multipliers, plain_metrics, weigh
 
 if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin
@@ -34,142 +30,213 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 
-class Weighed(NamedTuple):
-    """An update after its first pass.
-
-    Attributes:
-        recorded: The micro-batches of this process.
-        own: [m, 5] the table of their objectives.
-        rows: Their rows, among those of all M objectives.
-        objectives: What is known of these.
-        usable: [M] (bool) those whose loss and row are finite.
-        weights: [M], signs and factors included.
-        broken: [] how many instances and objectives are left out.
-    """
-
-    recorded: list[Recorded]
-    own: Tensor
-    rows: OwnRows
-    objectives: Objectives
-    usable: Tensor
-    weights: Tensor
-    broken: Tensor
-
-
 class Update:
     """The objectives of some micro-batches, weighed together.
 
     Args:
-        trainer: Whose model, arguments and losses these are.
+        trainer: Whose model, arguments and step these are.
         model: The model as Trainer has wrapped it.
-        batches: The micro-batches of this process.
-        num_items: How many tokens Trainer counted in the update, if it did.
+        batches: The micro-batches of this process, which `take` is then given one by one.
         alone: Whether they are weighed apart from the other micro-batches and processes.
     """
 
-    def __init__(
-        self, trainer: JDTrainerMixin, model: nn.Module, batches: list[Mapping[str, Any]], num_items: Any, alone: bool
-    ):
-        self.trainer = trainer
-        self.model = model
-        self.jd = trainer.jd_args
-        # Of several processes, all have to run as many passes.
-        self.batches = [b for b in batches if process_count() > 1 or trainer.splits_loss or holds_examples(b)]
-        self.alone = alone
+    def __init__(self, trainer: JDTrainerMixin, model: nn.Module, batches: list[Any], alone: bool):
+        self.trainer, self.model, self.batches, self.alone = trainer, model, batches, alone
+        self.jd, self.kind, self.backend = trainer.jd_args, trainer.jd_args.kind, trainer.jd_backend
         self.trainable = trainer.trainable()  # The walk over all modules takes time.
-        self.micro_batches = trainer.current_gradient_accumulation_steps if self.alone else len(batches)
-        # How many updates like this one are averaged, unless the losses already hold their share of the whole.
-        self.parts = self.micro_batches * process_count() if self.alone else 1
-        self.kind = self.jd.kind
         self.budget = allowed(trainer)
         self.present = self._present_groups()
-        self.recorder = self._make_recorder(num_items, len(batches))
-
-    def _make_recorder(self, num_items: Any, micro_batches: int) -> Recorder:
+        self.measured = trainer.jd_control.measures(trainer.state.global_step)
+        self.two_passes = self.jd.jd_backward == "two_pass"
         # A second pass can walk the graph of one micro-batch again; those of several would not fit in memory.
-        keep_graph = self.jd.jd_backward == "two_pass" and micro_batches == 1 and not self.trainer.is_deepspeed_enabled
-        measured = measured_model(self.trainer, self.model)
-        return Recorder(
-            self.trainer, measured, num_items, self.micro_batches, self.present, self._rows_fit(), keep_graph
-        )
+        keep_graph = self.two_passes and len(batches) == 1 and not self.backend.owns_backward
+        self.recorder = Recorder(trainer, self.backend, model, self.present, self._rows_fit(), keep_graph)
+        self.store = RowStore(self.kind.shared)
+        self.seconds = 0.0
+        # What Trainer logs of the update, if its step doesn't know.
+        self.logged: Tensor | None = None
+        # Of an update that isn't measured.
+        self.passed: list[Passed] = []
+        self.gradients: list[dict[nn.Parameter, Tensor]] = []
 
-    def run(self) -> Tensor:
-        """Adds the update to `.grad`.
+    def take(self, batch: Any, step: Step) -> Tensor:
+        """Runs Trainer's own step on a micro-batch, and keeps its rows, or its gradient where the weights are known.
+
+        Args:
+            batch: As collated.
+            step: The step.
 
         Returns:
-            The part of this process in the objectives' mean, times the number of processes, as Trainer logs it.
+            What the step returned, for Trainer's log.
         """
-        device = self.trainer.args.device
-        if not self.batches:
-            return torch.zeros((), device=device)
-        if not self.trainer.jd_control.measures(self.trainer.state.global_step):
-            state = random_state(device)
-            value = plain_step(self)
-            if value is not None:
-                return value
-            set_random_state(state, device)
-            self.recorder.again = True
-        with measuring(self.model, self.trainer.engine()):
-            start = time.perf_counter()
-            kept = self._recorded()
-            weighed = None if kept is None else self.weighed(kept, time.perf_counter() - start)
-        if weighed is None:
-            return self._apart()
-        recorded, own, rows, objectives, usable, weights, broken = weighed
+        if not self.measured and not self.kind.of_batches:
+            with self.trainer.engine().paused():
+                return self.recorder.run(batch, step, self._descend_now)
+        start = time.perf_counter()
+        record = self.recorder.whole if self.kind.of_batches else self.recorder.record
+        with self.backend.measuring(self.model):
+            value, recorded = record(batch, step)
+        self.store.add(recorded)
+        self.seconds += time.perf_counter() - start
+        first = len(self.store.recorded) == 1 < len(self.batches)
+        if first and self.budget is not None and is_full(self.trainer, self.store, len(self.batches), self.budget):
+            self.alone = True
+            self.weigh_apart()
+        return value
+
+    def finish(self) -> None:
+        """Adds the update to `.grad`."""
+        if not self.store.recorded and not self._descend():
+            self._measure_again()
+        if self.store.recorded:
+            self._weigh()
+
+    def _weigh(self) -> None:
+        """Weighs the rows that were recorded, and adds the update to `.grad`."""
+        start, recorded = time.perf_counter(), self.store.recorded
+        table, jacobian = self.store.joined()
+        rows = self._rows(jacobian)
+        with self.backend.measuring(self.model):
+            objectives = self._objectives(rows.exchange(table), recorded[0].normalised)
+            gramian = rows.gramian() / self.recorder.scale**2
+        usable = objectives.usable(gramian)
+        broken = self._count_broken(torch.stack([r.broken for r in recorded]).sum(), objectives, usable)
+        result = weigh(gramian, objectives, usable, self._settings())
+        weights = result.weights * self._share(objectives)
+        self.trainer.jd_state = result.state or self.trainer.jd_state
+        for metrics in result.metrics:
+            self.trainer.jd_metrics.add(metrics)
+        self._keep_price(time.perf_counter() - start)
+        self._log_of_sums(objectives, rows, usable)
+        extra = added(r.extra for r in recorded)
         if self.trainer.accelerator.scaler is not None and broken:
             # An overflow has to stay in `.grad`: GradScaler then skips the step and lowers its scale.
             accumulate({p: torch.full_like(p, torch.inf) for p in self.trainable})
-        elif self.trainer.is_deepspeed_enabled:
-            with unchanged_streams(device):
-                second_pass_of_deepspeed(self.recorder, self.model, recorded, weights[rows.mine], usable[rows.mine])
-        elif self.jd.jd_backward == "one_pass" or objectives.broken(usable).any():
+        elif self.backend.owns_backward:
+            with unchanged_streams(self.trainer.args.device):
+                self._second_pass_of_backend(recorded, weights[rows.mine], usable[rows.mine])
+        elif not self.two_passes or self.kind.of_batches or objectives.broken(usable).any():
             # Rows are picked; a second pass would multiply those that aren't finite by 0, which is NaN.
             # GradScaler divides by its scale, which is in the rows.
             accumulate(rows.weighted_sum(weights, usable))
         else:
-            with unchanged_streams(device):
-                second_pass(self.recorder, recorded, weights[rows.mine], usable[rows.mine])
-        return self.value(self.coefficients(objectives, usable), own, rows, usable, self.add_extra(recorded))
+            with unchanged_streams(self.trainer.args.device):
+                self._second_pass(recorded, weights[rows.mine])
+        if not self.backend.owns_backward and anywhere(self.recorder.has_rest, self.trainer.args.device):
+            accumulate(add_gradients(extra, self.trainable))
 
-    def weighed(self, kept: Kept, recording: float) -> Weighed:
-        """The weights of what was recorded, which took so many seconds."""
-        start, recorded = time.perf_counter(), kept.recorded
-        own, jacobian = kept.joined()
-        rows = self.rows(jacobian)
-        objectives = self.objectives(rows.table(own), own, recorded[0])
-        gramian = rows.gramian() / self.recorder.scale**2
-        usable = objectives.usable(gramian)
-        factors = objectives.factors(usable)
-        broken = self.count_broken(recorded, objectives, usable)
-        signed = factors * signs(self.trainer, objectives.groups)
-        weights = weigh(self.trainer, gramian, objectives, usable, signed) * signed * self._share(objectives)
-        self._keep_price(kept.nbytes, recording, time.perf_counter() - start)
-        return Weighed(recorded, own, rows, objectives, usable, weights, broken)
+    def _second_pass(self, recorded: list[Recorded], weights: Tensor) -> None:
+        """Descends the weighted losses, computed again; see `_weigh`."""
+        gradients = []
+        for passed, each in self._micro_batches(recorded, weights):
+            again = passed if self.recorder.keep_graph else self.recorder.again(passed, self.recorder.model)
+            gradients.append(self._gradient(again, each, rest=False))
+        accumulate(add_gradients(added(gradients), self.trainable))
 
-    def _recorded(self) -> Kept | None:
-        """The micro-batches after their first pass; None where their rows are too many and are to be weighed apart."""
-        kept, state = Kept(self.kind.shared), random_state(self.trainer.args.device)
-        for batch in self.batches:
-            kept.add(self.recorder.record(batch))
-            first = len(kept.recorded) == 1 < len(self.batches)
-            if first and self.budget is not None and is_full(self.trainer, kept, len(self.batches), self.budget):
-                set_random_state(state, self.trainer.args.device)
-                return None
-        return kept
+    def _second_pass_of_backend(self, recorded: list[Recorded], weights: Tensor, usable: Tensor) -> None:
+        """The same by a backend that owns the backward pass, without instances whose gradient times 0 would be NaN."""
+        losses: list[Callable[[], Tensor]] = []
+        usables = [mine for _, mine in self._micro_batches(recorded, usable)]
+        for (passed, each), mine in zip(self._micro_batches(recorded, weights), usables, strict=True):
+            broken = passed.table.counts.to(mine.device).bool() & ~mine
+            kept = self._finite_instances(passed, broken)
+            losses.append(partial(self._loss_again, passed, each, kept))
+        self.backend.descend(losses)
 
-    def _apart(self) -> Tensor:
-        """The same micro-batches, each weighed by itself."""
-        self.weigh_apart()
-        values, state = [], self.trainer.accelerator.gradient_state
-        steps = state.sync_gradients
-        for i, batch in enumerate(self.batches):
-            # DeepSpeed takes its step where this is set.
-            state._set_sync_gradients(steps and i == len(self.batches) - 1)
-            update = Update(self.trainer, self.model, [batch], self.recorder.num_items, alone=True)
-            update.recorder.again = i == 0  # It has been recorded, and told how many rows there would be.
-            values.append(update.run())
-        state._set_sync_gradients(steps)
-        return torch.stack(values).sum()
+    def _loss_again(self, passed: Passed, weights: Tensor, kept: Tensor | None) -> Tensor:
+        again = self.recorder.again(passed, self.model, kept)
+        by_instance = passed.members.segments if kept is None else passed.members.segments[kept]
+        again.members = passed.members._replace(segments=by_instance)
+        return self._weighted(again, weights, rest=True)
+
+    def _finite_instances(self, passed: Passed, broken: Tensor) -> Tensor | None:
+        """[B] (bool) the instances whose loss and row are finite; None where all are."""
+        segments = passed.members.segments
+        out = ~passed.shares.finite.all(1)
+        if broken.any():
+            out = out | at_segments(broken.to(segments.device), segments)
+        return ~out if out.any() and not out.all() else None
+
+    def _micro_batches(self, recorded: list[Recorded], of_rows: Tensor) -> list[tuple[Passed, Tensor]]:
+        """The micro-batches of this process, with what is known of their rows [m]."""
+        if self.kind.shared:
+            each = [of_rows] * len(recorded)
+        else:
+            each = list(of_rows.split([len(r.table) for r in recorded]))
+        return [(r.passed, mine) for r, mine in zip(recorded, each, strict=True) if r.passed is not None]
+
+    def _weighted(self, passed: Passed, weights: Tensor, rest: bool) -> Tensor:
+        """[] whose gradient is the weighted sum of the objectives of a micro-batch, by weights [m].
+
+        Args:
+            passed: With a graph.
+            weights: [m] of its objectives.
+            rest: Whether the part of the loss that no instance owns is descended, too, unless it is an objective.
+        """
+        shares, segments = passed.shares, passed.members.segments
+        by_segment = weights[: len(passed.members.groups)].view(shares.names, -1).T
+        # One more, for instances that are in none.
+        by_segment = torch.cat([by_segment, by_segment.new_zeros(1, shares.names)])
+        of_instances = by_segment[segments.to(weights.device)]
+        total = shares.weighted(of_instances.to(segments.device))
+        if shares.rest is None:
+            return total
+        if len(weights) > len(passed.members.groups):
+            return total + weights[-1].to(shares.rest) * shares.rest
+        return total + shares.rest if rest else total
+
+    def _descend_now(self, passed: Passed) -> None:
+        """Descends a micro-batch of known weights, unless they depend on how much the others count."""
+        passed.shares.normalised = passed.shares.normalised and not self.jd.own_mean
+        if passed.shares.normalised:
+            self.gradients.append(self._gradient(passed, self._multipliers(passed.table), rest=True))
+        self.recorder.has_rest |= passed.shares.rest is not None
+        self.passed.append(passed)
+
+    def _gradient(self, passed: Passed, weights: Tensor, rest: bool) -> dict[nn.Parameter, Tensor]:
+        """The gradient of what `_weighted` returns; its graph is let go."""
+        gradient = self.backend.gradient(self._weighted(passed, weights, rest))
+        passed.shares.release()
+        return gradient if passed.table.counts.any() else {}
+
+    def _descend(self) -> bool:
+        """Adds the gradient of losses whose weights were known to `.grad`; False where something isn't finite."""
+        first = self.passed[0].shares
+        table = (ObjectiveTable.added if self.kind.shared else ObjectiveTable.cat)([p.table for p in self.passed])
+        rows = self._rows(None)
+        objectives = self._objectives(rows.exchange(table), first.normalised)
+        usable = objectives.table.counts > 0
+        if not first.normalised:
+            each = objectives.factors(usable) * self._share(objectives) / objectives.number(usable)
+            each = (each * self._multipliers(objectives.table))[rows.mine]
+            sizes = [len(p.table) for p in self.passed]
+            of_each = [each] * len(sizes) if self.kind.shared else each.split(sizes)
+            for passed, weights in zip(self.passed, of_each, strict=True):
+                self.gradients.append(self._gradient(passed, weights, rest=True))
+        total = add_gradients(added(self.gradients), self.trainable)
+        if self.trainer.accelerator.scaler is None and not all_finite(list(total.values())):
+            return False
+        accumulate(total)
+        self._count_broken(torch.stack([p.broken for p in self.passed]).sum(), objectives, usable)
+        self._log_of_sums(objectives, rows, usable)
+        for metrics in plain_metrics(objectives.joined(usable).table, self._settings()):
+            self.trainer.jd_metrics.add(metrics)
+        return True
+
+    def _measure_again(self) -> None:
+        """Records the rows of micro-batches that were descended, and aren't finite."""
+        with unchanged_streams(self.trainer.args.device):
+            for passed in self.passed:
+                recorded = self.recorder.rows(self.recorder.again(passed, self.recorder.model))
+                self.store.add(recorded._replace(broken=torch.maximum(recorded.broken, passed.broken)))
+
+    def _log_of_sums(self, objectives: Objectives, rows: OwnRows, usable: Tensor) -> None:
+        """Has Trainer log the part of this process in losses that are divided at the end of the update only."""
+        if objectives.normalised or self.jd.own_mean or self.recorder.has_rest:
+            return
+        each = objectives.factors(usable) * self._share(objectives) / objectives.number(usable)
+        parts = (each * objectives.table.losses)[rows.mine][usable[rows.mine]]
+        self.logged = parts.sum() * process_count() / (process_count() if self.kind.shared and not self.alone else 1)
 
     def weigh_apart(self) -> None:
         """From now on each micro-batch is weighed by itself, as rows that are too many stay so."""
@@ -180,55 +247,44 @@ class Update:
             )
         self.trainer.jd_apart = True
 
-    def value(self, each: Tensor, own: Tensor, rows: OwnRows, usable: Tensor, extras: Sequence[Tensor]) -> Tensor:
-        """The part of this process in the objectives' mean, times the number of processes, as Trainer logs it.
-
-        Args:
-            each: [M] the coefficients of the losses in that mean.
-            own: [m, 5] the table of this process.
-            rows: Which of the M rows are its own.
-            usable: [M] (bool).
-            extras: What no weighting sees, each [].
-        """
-        mine = usable[rows.mine]
-        total = (each[rows.mine] * own[:, 0])[mine].sum().to(self.trainer.args.device)
-        return sum(extras, total) * process_count()
-
-    def coefficients(self, objectives: Objectives, usable: Tensor) -> Tensor:
-        """[M] the coefficients of the losses in the objectives' mean."""
-        return objectives.factors(usable) * self._share(objectives) / objectives.number(usable)
-
-    def _share(self, objectives: Objectives) -> float:
-        return 1.0 if objectives.normalised else 1 / self.parts
-
-    def rows(self, jacobian: Jacobian | None) -> OwnRows:
+    def _rows(self, jacobian: Any) -> OwnRows:
         """This process's rows among those that are weighed together; None where it has none."""
         kind = OwnRows if self.alone else AddedRows if self.kind.shared else GatheredRows
         return kind(jacobian, self.trainable)
 
-    def _keep_price(self, nbytes: int, recording: float, weighing: float) -> None:
+    def _objectives(self, table: ObjectiveTable, normalised: bool) -> Objectives:
+        apart = self.jd.jd_extra_losses == "objective" and not self.kind.shared
+        return Objectives(table, self.jd.own_mean, normalised, len(self.trainer.jd_loss_names) - 1 if apart else None)
+
+    def _settings(self) -> StepSettings:
+        trainer, step = self.trainer, self.trainer.state.global_step
+        return StepSettings(
+            self.kind,
+            self.jd.jd_objectives,
+            trainer.jd_loss_names,
+            trainer.group_name,
+            self.jd.jd_ascend or [],
+            partial(trainer.jd_control.weights, step=step),
+        )
+
+    def _multipliers(self, table: ObjectiveTable) -> Tensor:
+        known = partial(self.trainer.jd_control.multiplier, step=self.trainer.state.global_step)
+        return multipliers(table, self._settings(), known)
+
+    def _share(self, objectives: Objectives) -> float:
+        """What an update like this one counts, unless the losses already hold their share of the whole."""
+        alone = self.alone and not objectives.normalised
+        return 1 / (self.trainer.current_gradient_accumulation_steps * process_count()) if alone else 1.0
+
+    def _keep_price(self, weighing: float) -> None:
         keys = ("jd/seconds/rows", "jd/seconds/weighing", "jd/megabytes/rows")
-        price = torch.tensor([recording, weighing, nbytes / 1e6], dtype=torch.float64)
+        price = torch.tensor([self.seconds, weighing, self.store.nbytes / 1e6], dtype=torch.float64)
         self.trainer.jd_metrics.add(Metrics(keys, price))
 
-    def add_extra(self, recorded: list[Recorded]) -> list[Tensor]:
-        """Adds the mean over micro-batches and processes of what no token or instance owns; the parts of this process.
-
-        Trainer adds the micro-batches' instead of averaging them, where the model normalises its other losses itself.
-        """
-        share = 1 / (self.micro_batches * process_count())
-        extras = [r.extra for r in recorded if r.extra is not None]
-        total = added({p: share * gradient for p, gradient in extra.gradients.items()} for extra in extras)
-        if not self.trainer.is_deepspeed_enabled and anywhere(self.trainer.has_extra, self.trainer.args.device):
-            accumulate(add_gradients(total, self.trainable))
-        return [share * extra.value for extra in extras]
-
-    def count_broken(self, recorded: list[Recorded], objectives: Objectives, usable: Tensor) -> Tensor:
+    def _count_broken(self, instances: Tensor, objectives: Objectives, usable: Tensor) -> Tensor:
         """How many instances and objectives are left out because they aren't finite; the same on all processes."""
-        instances = torch.stack([r.broken for r in recorded]).sum()
         rows = objectives.broken(usable).sum()
         broken = add_over_processes(instances + rows) if self.alone else add_over_processes(instances) + rows
-        self.trainer.check_own_losses()
         self.trainer.jd_metrics.add(Metrics(("jd/non_finite",), broken.double()[None]))
         if self.trainer.accelerator.scaler is None:  # An overflow is how GradScaler finds its scale.
             self._report(objectives, usable)
@@ -238,13 +294,13 @@ class Update:
     def _report(self, objectives: Objectives, usable: Tensor) -> None:
         """Logs the objectives whose loss is finite, and row isn't."""
         for k in objectives.broken(usable).nonzero().flatten().tolist():
-            group = int(objectives.groups[k])
+            group = int(objectives.table.groups[k])
             named = f" (group `{self.trainer.group_name(group)}`)" if group >= 0 else ""
             step = self.trainer.state.global_step + 1
             logger.warning(f"Update {step}: the row of objective {k}{named} isn't finite, and is left out.")
 
     def _present_groups(self) -> Tensor | None:
-        """The sorted ids [K] of the groups that are weighed together; None without a group column."""
+        """The sorted ids [G] of the groups that are weighed together; None without a group column."""
         column = self.jd.jd_group_column
         if column is None or not self.batches:
             return None
@@ -252,7 +308,7 @@ class Update:
         for batch in self.batches:
             groups = group_ids(batch)
             if groups is None:
-                named = ", ".join(f"`{key}`" for key in batch) if isinstance(batch, Mapping) else "no names"
+                named = ", ".join(f"`{key}`" for key in batch) if hasattr(batch, "keys") else "no names"
                 raise ValueError(
                     f"An example has no group column `{column}`; its batch has {named}. (A collator that a DataLoader "
                     "of your own is given has to be `trainer.data_collator`.)"
@@ -274,9 +330,7 @@ class Update:
         m = len(self.present) if self.kind.shared and self.present is not None else instances
         return m * sum(whole_bytes(p) for p in self.trainable) <= self.budget
 
-    def objectives(self, table: Tensor, own: Tensor, first: Recorded) -> Objectives:
-        """What is known of the rows [M, 5] of all processes, from that and the table [m, 5] of this one."""
-        if self.kind.shared:
-            table = torch.cat([table[:, :3], own[:, 3:]], dim=1)  # Groups and names are the same everywhere.
-        whole = len(self.trainer.jd_loss_names) - 1 if len(first.parts) > 1 and not self.kind.shared else None
-        return Objectives(table, self.jd.own_mean, first.parts[0].denominators is not None, whole)
+
+def at_segments(flags: Tensor, segments: Tensor) -> Tensor:
+    """[B] (bool) a flag of each instance's segment [S]; False for none."""
+    return (segments >= 0) & flags[segments.clamp(min=0)]

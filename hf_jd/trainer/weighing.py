@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_jd.metrics import loss_metrics, step_metrics
-from hf_jd.objectives import Objectives
+from hf_jd.metrics import Metrics, loss_metrics, step_metrics
+from hf_jd.objectives import Kind, Objectives, ObjectiveTable
 from hf_jd.trainer.foreign_weightings import checked_weights
 from hf_jd.weighting import Weighting
-
-if TYPE_CHECKING:
-    from hf_jd.trainer.mixin import JDTrainerMixin
 
 
 @dataclass(frozen=True)
@@ -38,90 +35,129 @@ class JDState:
     losses: Tensor
 
 
-def weigh(trainer: JDTrainerMixin, gramian: Tensor, objectives: Objectives, usable: Tensor, factors: Tensor) -> Tensor:
-    """The weights [M] of the rows, 0 for those that aren't usable; keeps the step's state and metrics.
+@dataclass(frozen=True)
+class StepSettings:
+    """What an update is weighed by, beside its rows.
+
+    Attributes:
+        kind: Of the objectives.
+        objectives: Its name.
+        losses: The names of the losses.
+        group_name: The name of a group, by its id.
+        raised: The names of the groups whose loss is to be raised.
+        weights: W(G, losses, names of objectives that stay the same), as `Control.weights` has it at this step.
+    """
+
+    kind: Kind
+    objectives: str
+    losses: Sequence[str]
+    group_name: Callable[[int], str]
+    raised: Sequence[str]
+    weights: Callable[[Tensor, Tensor, Sequence[str] | None], Tensor]
+
+
+class StepResult(NamedTuple):
+    """What comes of an update.
+
+    Attributes:
+        weights: [M] of the rows, 0 for those that aren't usable.
+        state: The objectives, for callbacks; None where none is usable.
+        metrics: What is logged.
+    """
+
+    weights: Tensor
+    state: JDState | None
+    metrics: list[Metrics]
+
+
+def weigh(gramian: Tensor, objectives: Objectives, usable: Tensor, settings: StepSettings) -> StepResult:
+    """Finds the weights of an update's rows.
+
+    A row is its objective but for a factor f_k, negative for a loss that is to be raised: with D = diag(f) and w the
+    weights of the objectives' Gramian D G D, the update is that of the rows by weights D w.
 
     Args:
-        trainer: Whose weighting it is, and who keeps them.
         gramian: [M, M], of the rows.
         objectives: What is known of the M rows.
         usable: [M] (bool).
-        factors: [M] what turns each row into its objective, or its part of it.
+        settings: See `StepSettings`.
     """
     weights = torch.zeros(len(usable), dtype=torch.float64, device=gramian.device)
     if not usable.any():
-        return weights
+        return StepResult(weights, None, [])
+    factors = objectives.factors(usable) * signs(objectives.table.groups, settings)
     gramian = (factors.outer(factors).to(gramian) * gramian)[usable][:, usable]
-    members, joined = objectives.members(usable), objectives.joined(usable)
-    m = len(joined.table)
+    members, joined = objectives.members(usable), objectives.joined(usable).table
+    m = len(joined)
     if m < len(gramian):
         gramian = gramian.new_zeros(m, len(gramian)).index_add(0, members, gramian)
         gramian = gramian.new_zeros(m, m).index_add(1, members, gramian)
-    losses = torch.zeros_like(joined.losses).index_add(0, members, (factors * objectives.losses)[usable])
-    names = _names(trainer, joined)
-    lasting = names if trainer.jd_args.kind.shared else None
-    found = trainer.jd_control.weights(gramian, losses, lasting, trainer.state.global_step)
-    weights[usable] = found[members]
-    trainer.jd_state = JDState(names, gramian, found, losses)
-    for ids, label in _labels(trainer, joined):
-        means = joined.means if joined.valued else None
-        trainer.jd_metrics.add(step_metrics(gramian, found, means, joined.counts, ids, label))
-    return weights
+    losses = torch.zeros_like(joined.losses).index_add(0, members, (factors * objectives.table.losses)[usable])
+    names = _names(joined, objectives.whole, settings)
+    weights_of_objectives = settings.weights(gramian, losses, names if settings.kind.shared else None)
+    weights[usable] = weights_of_objectives[members] * factors[usable].to(weights)
+    metrics = [
+        step_metrics(gramian, weights_of_objectives, _means(joined), joined.counts, ids, label)
+        for ids, label in _labels(joined, settings)
+    ]
+    return StepResult(weights, JDState(names, gramian, weights_of_objectives, losses), metrics)
 
 
-def _names(trainer: JDTrainerMixin, joined: Objectives) -> list[str]:
+def _means(table: ObjectiveTable) -> Tensor | None:
+    """[m] the loss per token; None where values aren't known."""
+    return None if table.sums.isnan().all() else table.means
+
+
+def _names(table: ObjectiveTable, whole: int | None, settings: StepSettings) -> list[str]:
     """The objectives' names: those of groups or losses, or the positions of instances in the update."""
-    losses, seen, names = trainer.jd_loss_names, Counter[int](), []
-    kind = trainer.jd_args.jd_objectives
-    for group, name in zip(joined.groups.tolist(), joined.names.tolist(), strict=True):
-        if kind == "loss" or name == joined.whole:
+    losses, seen, names = settings.losses, Counter[int](), []
+    for group, name in zip(table.groups.tolist(), table.names.tolist(), strict=True):
+        if settings.objectives == "loss" or name == whole:
             names.append(losses[name])
-        elif kind == "group":
-            names.append(trainer.group_name(group) if group >= 0 else losses[name])
+        elif settings.objectives == "group":
+            names.append(settings.group_name(group) if group >= 0 else losses[name])
         else:
-            names.append(f"{seen[name]}/{losses[name]}" if kind == "instance_loss" else str(seen[name]))
+            several = settings.objectives == "instance_loss"
+            names.append(f"{seen[name]}/{losses[name]}" if several else str(seen[name]))
             seen[name] += 1
     return names
 
 
-def _labels(trainer: JDTrainerMixin, joined: Objectives) -> list[tuple[Tensor, dict[int, str]]]:
+def _labels(table: ObjectiveTable, settings: StepSettings) -> list[tuple[Tensor, dict[int, str]]]:
     """What tells the objectives apart in logs: the ids [M] of their groups, and of their losses, with the names."""
-    labels = [(joined.groups, {k: trainer.group_name(k) for k in joined.groups.unique().tolist() if k >= 0})]
-    if len(trainer.jd_loss_names) > 1:
-        labels.append((joined.names, dict(enumerate(trainer.jd_loss_names))))
+    labels = [(table.groups, {k: settings.group_name(k) for k in table.groups.unique().tolist() if k >= 0})]
+    if len(settings.losses) > 1:
+        labels.append((table.names, dict(enumerate(settings.losses))))
     return labels
 
 
-def keep_losses(trainer: JDTrainerMixin, joined: Objectives) -> None:
-    """Keeps the losses by group and by name, of an update that isn't weighed."""
-    for ids, label in _labels(trainer, joined):
-        trainer.jd_metrics.add(loss_metrics(joined.means, joined.counts, ids, label))
+def plain_metrics(table: ObjectiveTable, settings: StepSettings) -> list[Metrics]:
+    """The losses by group and by name, of an update that isn't weighed."""
+    if _means(table) is None:
+        return []
+    return [loss_metrics(table.means, table.counts, ids, label) for ids, label in _labels(table, settings)]
 
 
-def multipliers(trainer: JDTrainerMixin, table: Tensor) -> Tensor:
+def multipliers(table: ObjectiveTable, settings: StepSettings, known: Callable[[str], float]) -> Tensor:
     """c [M], float64, of an update that isn't measured: each objective's last weight over the mean's, with its sign.
 
     Args:
-        trainer: Whose control it is.
-        table: [M, 5]; see `Part.table`.
+        table: The objectives.
+        settings: See `StepSettings`.
+        known: The last weight over the mean's, by an objective's name.
     """
-    c = signs(trainer, table[:, 3].long())
-    if not trainer.jd_args.kind.shared:
+    c = signs(table.groups, settings)
+    if not settings.kind.shared:
         return c
-    names = [
-        trainer.group_name(group) if group >= 0 else trainer.jd_loss_names[name]
-        for group, name in table[:, 3:].long().tolist()
-    ]
-    return c * c.new_tensor([trainer.jd_control.multiplier(name, trainer.state.global_step) for name in names])
+    return c * c.new_tensor([known(name) for name in _names(table, None, settings)])
 
 
-def signs(trainer: JDTrainerMixin, groups: Tensor) -> Tensor:
+def signs(groups: Tensor, settings: StepSettings) -> Tensor:
     """[M] -1 for the objectives of groups [M] whose loss is to be raised, 1 for the others."""
-    raised = trainer.jd_args.jd_ascend or []
-    if not raised:
+    if not settings.raised:
         return torch.ones(len(groups), dtype=torch.float64, device=groups.device)
-    signs = [-1.0 if k >= 0 and trainer.group_name(k) in raised else 1.0 for k in groups.tolist()]
-    return torch.tensor(signs, dtype=torch.float64, device=groups.device)
+    raised = [k >= 0 and settings.group_name(k) in settings.raised for k in groups.tolist()]
+    return torch.tensor([-1.0 if up else 1.0 for up in raised], dtype=torch.float64, device=groups.device)
 
 
 def call_weighting(weighting: Any, gramian: Tensor, losses: Tensor, names: Sequence[str] | None) -> Tensor:

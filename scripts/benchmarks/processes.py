@@ -27,6 +27,7 @@ from benchmarks.engine import VOCABULARY, Case, build, losses
 from hf_jd.distributed.agreement import check_weights
 from hf_jd.distributed.rows import AddedRows, GatheredRows
 from hf_jd.gramian import Engine
+from hf_jd.objectives import ObjectiveTable
 from hf_jd.weighting import UPGradWeighting
 
 PROCESSES = 2
@@ -84,7 +85,8 @@ class Update:
             jacobian = self._engine.compute_jacobian(values, segments, retain_graph=False)
         self.watch("rows")
         rows = (GatheredRows if self._groups is None else AddedRows)(jacobian, self._parameters)
-        objectives = len(rows.table(torch.stack([values.detach().double()] * 4, dim=1)))
+        numbers = values.detach().double()[:, None].expand(-1, 3)
+        objectives = len(rows.exchange(ObjectiveTable.of(numbers, torch.zeros(len(values), 2))))
         self.watch("table")
         gramian = rows.gramian()
         self.watch("gramian")

@@ -128,6 +128,12 @@ def scaled_penalised(trainer: Any, model: nn.Module, inputs: dict[str, Tensor], 
     return (loss + 0.01 * share * penalty) * trainer.accelerator.num_processes, outputs
 
 
+def scaled(trainer: Any, model: nn.Module, inputs: dict[str, Tensor], number: Any) -> tuple[Tensor, Any]:
+    """The same without the penalty: ZeRO 3 has parameters empty outside of the model."""
+    loss, outputs = next_tokens(trainer, model, inputs, number)
+    return loss * trainer.accelerator.num_processes, outputs
+
+
 class TheirOwnLoss(trainer_of(scaled_penalised, InOrder)):
     """A Trainer with a loss of its own."""
 
@@ -140,6 +146,10 @@ class TheirOwnLoss(trainer_of(scaled_penalised, InOrder)):
 
 class OurOwnLoss(JDTrainerMixin, TheirOwnLoss):
     """The same, split at the model's outputs."""
+
+
+class OurScaledLoss(JDTrainerMixin, trainer_of(scaled, InOrder)):
+    """The same without the penalty."""
 
 
 def spoil_loss(losses: Tensor, ids: Tensor) -> Tensor:
@@ -190,6 +200,7 @@ TRAINERS = {
     (False, False): Ours,
     (True, True): TheirOwnLoss,
     (False, True): OurOwnLoss,
+    (False, "scaled"): OurScaledLoss,
 }
 """By whether they are the stock ones, and whether `compute_loss` is their own."""
 
@@ -211,7 +222,7 @@ def train(
     sharded: bool = False,
     checkpointing: bool = False,
     clip: float = 0.5,
-    own_loss: bool = False,
+    own_loss: bool | str = False,
     **flags: Any,
 ) -> dict[str, Any]:
     """Trains for some steps: the parameters, what was logged, and the collectives that were called.
@@ -233,7 +244,7 @@ def train(
         sharded: Whether FSDP2 shards the model.
         checkpointing: Whether FSDP2 checkpoints activations.
         clip: The norm that gradients are clipped to, 0 for none.
-        own_loss: Whether `compute_loss` is the trainer's own.
+        own_loss: Whether `compute_loss` is the trainer's own; `scaled` for one without a penalty.
         flags: Of the arguments.
     """
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

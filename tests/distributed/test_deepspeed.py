@@ -14,7 +14,7 @@ from hf_jd import JDTrainer
 from hf_jd.estimate.cases import Case
 from hf_jd.estimate.sent import plain_bytes, step_bytes
 from hf_jd.estimate.shapes import shape_of
-from hf_jd.trainer.engines import check_engine
+from hf_jd.trainer.backends import backend_of
 from tests.distributed.cases import GROUP, MODELS
 from tests.distributed.pool import SECONDS, Pool
 from tests.distributed.test_exact import INSTANCE, relative
@@ -57,6 +57,21 @@ def test_many_processes_are_one(stage, processes, model, accumulated, own, own_p
     for ours, theirs in zip(found[0]["history"][:-1], one["history"], strict=True):
         for key in ("loss", "jd/conflicts", "jd/min_gw", "jd/non_finite", "jd/weight_sum"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize(("stage", "kind", "loss"), [(2, "group", True), (3, "instance", "scaled")])
+def test_a_loss_of_ones_own(stage, kind, loss, own_pools, alone):
+    # Split at the outputs; one has a penalty on parameters.
+    configuration = {
+        **OWN[kind],
+        "n": 24,
+        "model": "lora",
+        "clip": 0.0,
+        "own_loss": loss,
+        "gradient_accumulation_steps": 3,
+    }
+    found = own_pools(2).run(TRAIN, stage=stage, **configuration)[0]
+    assert relative(found, alone(**configuration)) < ROUNDING
 
 
 @pytest.mark.slow
@@ -224,14 +239,14 @@ def test_what_is_refused(flags, says, tmp_path, monkeypatch):
     for name, value in flags.items():
         setattr(trainer.args, name, value)
     with pytest.raises(ValueError, match=says):
-        check_engine(trainer)
+        backend_of(trainer).check()
 
 
 @pytest.mark.parametrize(
     ("stage", "flags", "says"),
     [
-        (2, {"jd_every": 2, **GROUP}, "--jd_every.*does not work with FSDP2 and DeepSpeed yet"),
-        (2, {"jd_objectives": "loss"}, "several losses by name under FSDP2 or DeepSpeed yet"),
+        (2, {"jd_every": 2, **GROUP}, "--jd_every.*does not work with DeepSpeed yet"),
+        (2, {"jd_objectives": "batch"}, "--jd_objectives batch.*which DeepSpeed keeps for itself"),
     ],
 )
 def test_what_training_refuses(stage, flags, says, own_pools):
@@ -244,19 +259,19 @@ def test_a_model_on_several_devices_is_refused(tmp_path):
     trainer = JDTrainer(lora("gpt2"), arguments(tmp_path), train_dataset=examples())
     trainer.model.hf_device_map = {"transformer": "cuda:0", "lm_head": "cuda:1"}
     with pytest.raises(ValueError, match="spread over the devices cuda:0, cuda:1: load it without device_map"):
-        check_engine(trainer)
+        backend_of(trainer).check()
 
 
 def test_fsdp1_replicas_and_tensor_parallelism_are_refused(tmp_path, monkeypatch):
     trainer = JDTrainer(lora("gpt2"), arguments(tmp_path), train_dataset=examples())
     monkeypatch.setattr(trainer, "get_tp_size", lambda: 2)
     with pytest.raises(ValueError, match="tensor, context or sequence parallelism: load the model without a tp_plan"):
-        check_engine(trainer)
+        backend_of(trainer).check()
     monkeypatch.setattr(trainer, "get_tp_size", lambda: 1)
     monkeypatch.setattr(trainer.accelerator.state, "parallelism_config", ParallelismConfig(dp_replicate_size=2))
     with pytest.raises(ValueError, match="HSDP.*dp_replicate_size 1"):
-        check_engine(trainer)
+        backend_of(trainer).check()
     monkeypatch.setattr(trainer, "is_fsdp_enabled", True)
     monkeypatch.setattr(trainer.accelerator, "state", SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1)))
     with pytest.raises(ValueError, match="FSDP1.*`fsdp_version: 2`"):
-        check_engine(trainer)
+        backend_of(trainer).check()

@@ -48,6 +48,23 @@ def test_two_passes(own, pools, alone):
     assert relative(many[0], alone(**configuration)) < 1e-10
 
 
+@pytest.mark.parametrize("accumulated", [slow(1), 3])
+@pytest.mark.parametrize("own", [INSTANCE, GROUP], ids=["instance", "group"])
+def test_a_loss_of_ones_own(own, accumulated, pools, alone):
+    configuration = {**own, "own_loss": "scaled", "gradient_accumulation_steps": accumulated}
+    many = pools(2).run("train", sharded=True, **configuration)
+    assert relative(many[0], alone(**configuration)) < 1e-10
+
+
+@pytest.mark.parametrize(
+    "flags", [{"jd_every": 3}, {"jd_warmup_steps": 3}, {"jd_group_reduction": "mean", "jd_every": 2}]
+)
+def test_updates_that_are_not_measured(flags, pools, alone):
+    configuration = {**GROUP, **flags, "gradient_accumulation_steps": 2, "unlabelled": (5,)}
+    many = pools(2).run("train", sharded=True, **configuration)
+    assert relative(many[0], alone(**configuration)) < 1e-10
+
+
 @pytest.mark.parametrize("model", ["lora", slow("full")])
 def test_activation_checkpointing(model, pools, alone):
     many = pools(2).run("train", sharded=True, checkpointing=True, model=model, **GROUP)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_jd import JDTrainingArguments
 from tests.distributed import cases
-from tests.distributed.cases import MODELS, InOrder, Kill, Ours, fresh_accelerate, reduced_loss, token_losses, whole
+from tests.distributed.cases import MODELS, TRAINERS, Kill, fresh_accelerate, reduced_loss, token_losses, whole
 from tests.distributed.counting import counted
 from tests.trainer.runs import arguments, collate, examples
 
@@ -75,6 +75,7 @@ def train(
     float16_instructions: bool = False,
     directory: str | None = None,
     resume: bool = False,
+    own_loss: bool | str = False,
     **flags: Any,
 ) -> dict[str, Any]:
     """Trains with DeepSpeed: the parameters, and what was logged; see `train`.
@@ -96,6 +97,7 @@ def train(
         float16_instructions: Whether DeepSpeed hears that the processor has them.
         directory: Of checkpoints; None for one that is removed.
         resume: Whether to go on from the newest whole checkpoint.
+        own_loss: See `train`.
         flags: Of the arguments.
     """
     processes = torch.distributed.get_world_size()
@@ -114,16 +116,15 @@ def train(
             **({} if stock else {"jd_backward": "two_pass"}),
             **flags,
         )
-        trainer = (InOrder if stock else Ours)(
+        trainer = TRAINERS[stock, own_loss](
             MODELS[model]() if loaded is None else AutoModelForCausalLM.from_pretrained(loaded),
             args,
             train_dataset=examples(n, unlabelled=unlabelled),
             eval_dataset=examples(8, seed=1),
             data_collator=collate,
-            compute_loss_func=reduced_loss if stock else token_losses,
+            compute_loss_func=None if own_loss else reduced_loss if stock else token_losses,
         )
-        if spoiled is not None:
-            trainer.spoiled = getattr(cases, spoiled)
+        trainer.spoiled = getattr(cases, spoiled or "", None)
         if kill is not None and torch.distributed.get_rank() == processes - 1:
             trainer.add_callback(Kill(calls, kill))
         trainer.train(resume_from_checkpoint=resume)

@@ -184,10 +184,10 @@ def test_dropout_goes_on_after_an_evaluation(tmp_path):
 @pytest.mark.parametrize("every", [1, 2])
 def test_the_devices_cache_is_cleared_as_often(every, tmp_path, monkeypatch):
     calls = []
-    for place in ("transformers.trainer", "hf_jd.trainer.forward"):
-        monkeypatch.setattr(f"{place}.clear_device_cache", lambda *args, place=place: calls.append(place))
+    monkeypatch.setattr("transformers.trainer.clear_device_cache", lambda *args: calls.append(args))
     both(tmp_path, torch_empty_cache_steps=every)
-    assert calls.count("hf_jd.trainer.forward") == calls.count("transformers.trainer") >= 11 // every
+    theirs = len(calls) // 2
+    assert len(calls) == 2 * theirs >= 22 // every
 
 
 def size(prediction, compute_result=True):

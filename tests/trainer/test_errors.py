@@ -18,7 +18,7 @@ from transformers import (
 
 from hf_jd import JDArguments, JDTrainer, JDTrainingArguments
 from tests.models import VOCABULARY
-from tests.trainer.runs import arguments, collate, examples, lora, run
+from tests.trainer.runs import arguments, collate, examples, flat, lora, relative, run
 
 
 @pytest.mark.parametrize(
@@ -107,18 +107,20 @@ def test_no_labels(tmp_path):
 
 def test_a_model_without_a_built_in_loss_has_no_values(tmp_path):
     config = BertConfig(vocab_size=VOCABULARY, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
-    with pytest.raises(ValueError, match="--jd_backward two_pass needs the value of each objective"):
-        run(BertForNextSentencePrediction(config), arguments(tmp_path, jd_backward="two_pass"))
+    with pytest.raises(ValueError, match="--jd_normalize loss needs the value of each objective"):
+        run(BertForNextSentencePrediction(config), arguments(tmp_path, jd_normalize="loss"))
 
 
 def test_a_model_without_names(tmp_path):
     def unnamed(module, args, output):
         return output.to_tuple()
 
-    model = lora("gpt2")
-    model.register_forward_hook(unnamed)
-    with pytest.raises(ValueError, match="returned a tuple, without names.*return_dict = True"):
-        run(model, arguments(tmp_path))
+    models = []
+    for args in (arguments(tmp_path, jd_weighting="mean"), arguments(tmp_path, TrainingArguments)):
+        model = lora("gpt2")
+        model.register_forward_hook(unnamed)
+        models.append(flat(run(model, args).model))
+    assert relative(*models) < 1e-10
 
 
 def test_a_loss_that_no_token_owns(tmp_path):

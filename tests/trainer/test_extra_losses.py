@@ -6,9 +6,8 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from hf_jd import JDTrainer
 from tests.models import VOCABULARY
-from tests.trainer.runs import arguments, examples, flat, logged, relative, run, stock
+from tests.trainer.runs import arguments, flat, logged, relative, run, stock
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*further passes now"),
@@ -40,24 +39,15 @@ def test_mean_is_trainer(own, tmp_path):
 def test_a_small_part_is_not_taken_for_rounding(tmp_path):
     theirs = stock(mixtral(1e-7), tmp_path, max_steps=1)
     ours = run(mixtral(1e-7), arguments(tmp_path, jd_weighting="mean", max_steps=1))
-    assert ours.has_extra
     assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
 
 
-def test_micro_batches_are_averaged(tmp_path):
-    """Trainer adds the balancing losses of the micro-batches up: here, equal batches give the update of one of them."""
-    data = examples(2) * 3
-    args = [
-        arguments(tmp_path, max_steps=1, optim="sgd", gradient_accumulation_steps=n, jd_weighting="mean")
-        for n in (1, 3)
-    ]
-    models = [run(mixtral(), a, d, _InOrder).model for a, d in zip(args, (data[:2], data), strict=True)]
-    assert relative(flat(models[1]), flat(models[0])) < 1e-6
-
-
-class _InOrder(JDTrainer):
-    def _get_train_sampler(self, train_dataset=None):
-        return torch.utils.data.SequentialSampler(self.train_dataset)
+def test_micro_batches_are_added_as_trainer_does(tmp_path):
+    """Trainer adds the balancing losses of the micro-batches up, where their other losses are divided by all tokens."""
+    flags = {"max_steps": 2, "optim": "sgd", "gradient_accumulation_steps": 3}
+    theirs = stock(mixtral(), tmp_path, **flags)
+    ours = run(mixtral(), arguments(tmp_path, jd_weighting="mean", **flags))
+    assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
 
 
 def test_the_weighting_does_not_see_it(tmp_path):

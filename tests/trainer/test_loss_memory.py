@@ -69,14 +69,15 @@ def experts():
 
 @pytest.mark.parametrize("build", [lambda: tiny_gpt2(vocab_size=VOCABULARY), experts], ids=["gpt2", "experts"])
 def test_bytes_kept_by_a_trainers_steps(build, tmp_path):
-    """Of the model and its loss: the model's own loss is compared, and let go of."""
+    """Of the model and its loss, from which unreduced losses are made: the model's own loss is let go of."""
     batch = collate(examples(4))
     model = build()
     trainer = JDTrainer(model, arguments(tmp_path), data_collator=collate)
+    trainer.current_gradient_accumulation_steps = 1
 
     def ours():
-        losses, _ = trainer.compute_losses(model, batch)
-        return losses.sum() + (trainer._jd_extra_loss if trainer.has_extra else 0)
+        losses, counted = trainer.compute_losses(model, batch)
+        return trainer._reduced((losses, counted), None)
 
     theirs = kept(lambda: model(**batch).loss)
     assert kept(ours) <= 1.1 * theirs

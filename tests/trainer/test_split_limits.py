@@ -323,16 +323,49 @@ def test_a_step_that_calls_backward_another_time_is_refused(kind, times, tmp_pat
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        ({"jd_backward": "two_pass"}, "--jd_backward two_pass"),
         ({"jd_normalize": "loss"}, "--jd_normalize loss"),
         ({"jd_weighting": "dwa", **GROUP}, "the weighting `dwa`"),
-        ({"jd_extra_losses": "objective"}, "--jd_extra_losses objective"),
-        ({"jd_extra_losses": "error"}, "--jd_extra_losses error"),
     ],
     ids=str,
 )
 def test_what_needs_values_is_refused(flags, named, tmp_path):
-    refused(tmp_path, f"{named} needs the value of each objective, and the `compute_loss` of Ours returns one", **flags)
+    refused(tmp_path, f"{named} needs the value of each objective, and the loss of Ours is one for the whole", **flags)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("kind", [{}, GROUP], ids=["instance", "group"])
+def test_two_passes_make_the_update_of_one(kind, accumulation, tmp_path):
+    case, updates = CASES["R-Drop"], []
+    for backward in ("one_pass", "two_pass"):
+        flags = {"jd_backward": backward, "gradient_accumulation_steps": accumulation, "max_steps": 3, **kind}
+        cls = type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {})
+        args = arguments(tmp_path, **flags)
+        trainer = cls(case.build(), args, train_dataset=case.examples(9), data_collator=case.collate)
+        trainer.train()
+        updates.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    assert relative(updates[1], updates[0]) < 1e-9
+
+
+@pytest.mark.parametrize("kind", [{}, GROUP], ids=["instance", "group"])
+def test_a_penalty_is_an_objective_if_that_is_asked(kind, tmp_path):
+    case, models = CASES["penalised"], []
+    for asked in ("mean", "objective"):
+        cls = type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {})
+        args = arguments(tmp_path, jd_weighting="mean", jd_extra_losses=asked, max_steps=3, **kind)
+        trainer = cls(case.build(), args, train_dataset=case.examples(8), data_collator=case.collate)
+        trainer.train()
+        models.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    assert trainer.jd_state.names[-1] == "extra"
+    assert relative(models[1], models[0]) < 1e-9
+
+
+def test_a_penalty_is_refused_if_that_is_asked(tmp_path):
+    match = "part that no token owns.*--jd_extra_losses mean"
+    case = CASES["penalised"]
+    cls = type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {})
+    args = arguments(tmp_path, jd_extra_losses="error")
+    with pytest.raises(ValueError, match=match):
+        cls(case.build(), args, train_dataset=case.examples(8), data_collator=case.collate).train()
 
 
 def test_batches_have_no_values_either(tmp_path):
@@ -359,4 +392,5 @@ def test_unreduced_losses_beside_an_own_loss_are_taken(tmp_path):
     with pytest.raises(AssertionError, match="unreduced losses count"):
         Both(case.build(), args, train_dataset=case.examples(4), data_collator=case.collate).evaluate(case.examples(4))
     trainer = Both(case.build(), args, train_dataset=case.examples(4), data_collator=case.collate)
-    assert not trainer.splits_loss
+    trainer.train()
+    assert trainer.jd_state.losses.isfinite().all()

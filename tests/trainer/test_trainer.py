@@ -107,13 +107,15 @@ def test_own_losses(kind, tmp_path):
 
 
 def test_means_of_micro_batches_that_are_weighed_alone_are_averaged(tmp_path):
-    # Every micro-batch is the same: three of them are one.
+    # Every micro-batch is the same: three of them are one. The head computes in float32, which rounds thirds.
     data = examples(2) * 6
     flags = {"jd_group_reduction": "mean", "train_sampling_strategy": "sequential", "max_steps": 2, **TASK}
     one = run(lora("gpt2"), arguments(tmp_path, **flags), data)
     flags |= {"jd_scope": "micro_batch", "gradient_accumulation_steps": 3}
     three = run(lora("gpt2"), arguments(tmp_path, **flags), data)
-    assert relative(flat(three.model), flat(one.model)) < 1e-10
+    assert (
+        relative(flat(three.model), flat(one.model)) < 1e-7
+    )  # The head computes in float32, and a third of a gradient is rounded otherwise.
     assert relative(logged(three, "loss"), logged(one, "loss")) < 1e-6
 
 

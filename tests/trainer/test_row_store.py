@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_jd.gramian import Engine
-from hf_jd.trainer.kept import Kept
+from hf_jd.trainer.row_store import RowStore
 from tests.trainer.runs import arguments, examples, flat, lora, relative, run
 
 KINDS = {"instance": {}, "group": {"jd_objectives": "group", "jd_group_column": "task"}}
@@ -21,7 +21,7 @@ DATA = examples(12)
 def kept(monkeypatch):
     """The bytes that are kept after each micro-batch, and how many Jacobians are then alive."""
     seen, alive = [], weakref.WeakSet()
-    add, compute = Kept.add, Engine.compute_jacobian
+    add, compute = RowStore.add, Engine.compute_jacobian
 
     def record(self, found):
         add(self, found)
@@ -34,7 +34,7 @@ def kept(monkeypatch):
         alive.add(jacobian)
         return jacobian
 
-    monkeypatch.setattr(Kept, "add", record)
+    monkeypatch.setattr(RowStore, "add", record)
     monkeypatch.setattr(Engine, "compute_jacobian", computed)
     return seen
 

@@ -6,18 +6,18 @@ from typing import TYPE_CHECKING
 
 import psutil
 import torch
-from torch import Tensor
 
 from hf_jd.distributed.processes import add_over_processes
 from hf_jd.gramian import Jacobian
-from hf_jd.trainer.recording import Recorded
+from hf_jd.objectives import ObjectiveTable
+from hf_jd.trainer.backward import Recorded
 
 if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin
 
 
-class Kept:
-    """What is kept of the micro-batches of this process.
+class RowStore:
+    """The rows of the micro-batches of this process.
 
     Args:
         shared: Whether micro-batches add to the same objectives: then there are as many rows as objectives, whatever
@@ -43,13 +43,10 @@ class Kept:
         if jacobian is not None:
             self._jacobians.append(jacobian)
 
-    def joined(self) -> tuple[Tensor, Jacobian | None]:
-        """The objectives of all micro-batches: their table [m, 5], and their rows."""
-        tables = [found.table() for found in self.recorded]
-        if self.shared:
-            table = torch.cat([torch.stack(tables).sum(0)[:, :3], tables[0][:, 3:]], dim=1)
-        else:
-            table = torch.cat(tables)
+    def joined(self) -> tuple[ObjectiveTable, Jacobian | None]:
+        """What is known of the objectives of all micro-batches, and their rows."""
+        tables = [recorded.table for recorded in self.recorded]
+        table = ObjectiveTable.added(tables) if self.shared else ObjectiveTable.cat(tables)
         return table, Jacobian.cat(self._jacobians) if self._jacobians else None
 
 
@@ -62,13 +59,13 @@ def allowed(trainer: JDTrainerMixin) -> int | None:
     return None if isinstance(keep, bool) else int(keep)
 
 
-def is_full(trainer: JDTrainerMixin, kept: Kept, micro_batches: int, budget: int) -> bool:
+def is_full(trainer: JDTrainerMixin, store: RowStore, micro_batches: int, budget: int) -> bool:
     """Whether the rows of all micro-batches would be too many, after the first one; the same on all processes.
 
     Raises:
         ValueError: They would, and `--jd_when_full` is `error`.
     """
-    expected = kept.nbytes * (1 if kept.shared else micro_batches)
+    expected = store.nbytes * (1 if store.shared else micro_batches)
     full = bool(add_over_processes(torch.tensor(float(expected > budget), device=trainer.args.device)))
     if full and trainer.jd_args.jd_when_full == "error":
         raise ValueError(
