@@ -13,7 +13,7 @@ from typing import Any
 from hf_jd.weighting.aligned_mtl import AlignedMTLWeighting
 from hf_jd.weighting.base import Flattening, GeneralizedWeighting, LossWeighting, Names, Weighting
 from hf_jd.weighting.cagrad import CAGradWeighting
-from hf_jd.weighting.config import ConFIGWeighting
+from hf_jd.weighting.conflict_free import ConFIGWeighting
 from hf_jd.weighting.constant import ConstantWeighting
 from hf_jd.weighting.cr_mogm import CRMOGMWeighting
 from hf_jd.weighting.dualproj import DualProjWeighting

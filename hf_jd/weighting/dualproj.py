@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from hf_jd.weighting._solvers.projection import cone_projection
 from hf_jd.weighting.base import Names
 from hf_jd.weighting.preference import PreferenceWeighting
-from hf_jd.weighting.projection import cone_projection
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_jd.weighting._solvers.cosines import cosine_matrix
+from hf_jd.weighting._solvers.minimum_norm import minimum_norm_weights
 from hf_jd.weighting.base import Names
-from hf_jd.weighting.cosines import cosine_matrix
-from hf_jd.weighting.minimum_norm import minimum_norm_weights
 from hf_jd.weighting.preference import PreferenceWeighting, checked_numbers
 
 

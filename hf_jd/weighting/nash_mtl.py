@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_jd.weighting._solvers.fairness import fair_weights
 from hf_jd.weighting.base import Names
-from hf_jd.weighting.fairness import fair_weights
 from hf_jd.weighting.stateful import Stateful
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_jd.weighting._solvers.cosines import cosine_factor, cosine_matrix
+from hf_jd.weighting._solvers.minimum_norm import smallest_solution
+from hf_jd.weighting._solvers.quadprog import nearest_point
 from hf_jd.weighting.base import Names
-from hf_jd.weighting.cosines import cosine_factor, cosine_matrix
-from hf_jd.weighting.minimum_norm import smallest_solution
-from hf_jd.weighting.nearest import nearest_point
 from hf_jd.weighting.preference import checked_numbers
 from hf_jd.weighting.stateful import Stateful
 

@@ -21,18 +21,21 @@ import torch
 from torch import Tensor
 
 from hf_jd.weighting import WEIGHTINGS, build_weighting
-from hf_jd.weighting.batched import solve_nonnegative
-from hf_jd.weighting.cosines import cosine_matrix
-from hf_jd.weighting.projection import chosen_solvers, one_by_one, together
+from hf_jd.weighting._solvers.batched import solve_nonnegative
+from hf_jd.weighting._solvers.cosines import cosine_matrix
+from hf_jd.weighting._solvers.projection import chosen_solvers, one_by_one, together
 
 Contestant = Callable[[Tensor], object]
 
 
 def gramian(kind: str, m: int, generator: torch.Generator) -> Tensor:
-    """Makes a Gramian [m, m] of rows of 4 m numbers: `random`, with a common direction, or with decaying spectrum.
+    """Makes a Gramian [m, m] of rows of 4 m numbers: `random`, with a common direction, with decaying spectrum, or of rank m/2.
 
     It is symmetric to the last bit, as the engine's are.
     """
+    if kind == "low rank":
+        rows = torch.randn(m, m // 2, generator=generator, dtype=torch.float64)
+        return rows @ rows.T
     rows = torch.randn(m, 4 * m, generator=generator, dtype=torch.float64)
     if kind == "correlated":
         rows += 0.5 * torch.randn(4 * m, generator=generator, dtype=torch.float64)
@@ -44,7 +47,7 @@ def gramian(kind: str, m: int, generator: torch.Generator) -> Tensor:
     return (product + product.T) / 2
 
 
-KINDS = ("random", "correlated", "weakly correlated", "decaying")
+KINDS = ("random", "correlated", "weakly correlated", "decaying", "low rank")
 
 
 def direct_quadprog(gramian: Tensor) -> np.ndarray:

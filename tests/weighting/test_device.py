@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_jd.weighting import WEIGHTINGS, build_weighting
-from hf_jd.weighting.projection import together
+from hf_jd.weighting._solvers.projection import together
 
 LOSSES = {"uncertainty", "dwa", "rlw", "stch", "group_dro"}
 ON_THE_CPU = {"mgda", "cagrad", "pcd"}  # one small problem each, of an active set that changes by one row at a time

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_jd.weighting._solvers.cosines import cosine_matrix, divide, solve_semidefinite
 from hf_jd.weighting.base import Names
-from hf_jd.weighting.cosines import cosine_matrix, divide, solve_semidefinite
 from hf_jd.weighting.preference import PreferenceWeighting
 
 
