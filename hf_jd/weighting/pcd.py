@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -38,6 +38,9 @@ class PCDWeighting(Stateful):
         "Not All Objectives Are Born Equal: Priority-Constrained Descent for Hierarchical Multi-Objective Optimization",
         TMLR 2026, arXiv 2606.29521. Its epsilon is 0 here.
     """
+
+    guarantee: ClassVar[str] = "the other objectives' progress, where possible"
+    cost: ClassVar[str] = "one problem, m² to m³"
 
     tau: float | Sequence[float] | Tensor = 0.02
     beta: float = 0.999

@@ -29,14 +29,12 @@ Contestant = Callable[[Tensor], object]
 
 
 def gramian(kind: str, m: int, generator: torch.Generator) -> Tensor:
-    """Makes a Gramian [m, m] of rows of 4 m numbers: `random`, with a common direction, with decaying spectrum, or of rank m/2.
+    """Makes a Gramian [m, m] of rows of 4 m numbers: `random`, with a common direction, or with decaying spectrum.
 
-    It is symmetric to the last bit, as the engine's are.
+    The rows of `low rank` have m / 2 numbers. The result is symmetric to the last bit, as the engine's are.
     """
-    if kind == "low rank":
-        rows = torch.randn(m, m // 2, generator=generator, dtype=torch.float64)
-        return rows @ rows.T
-    rows = torch.randn(m, 4 * m, generator=generator, dtype=torch.float64)
+    width = m // 2 if kind == "low rank" else 4 * m
+    rows = torch.randn(m, width, generator=generator, dtype=torch.float64)
     if kind == "correlated":
         rows += 0.5 * torch.randn(4 * m, generator=generator, dtype=torch.float64)
     if kind == "weakly correlated":
