@@ -1,7 +1,8 @@
 """Times weightings against torchjd's and against quadprog called directly: `python scripts/benchmark.py weightings`.
 
 Every entry is the median of interleaved runs, in milliseconds: each round runs all contestants once, so that a busy
-machine slows them alike. `--json FILE` keeps the numbers.
+machine slows them alike. `--json FILE` keeps the numbers; `--alone` leaves the others out, which take minutes from
+m = 512 on.
 """
 
 from __future__ import annotations
@@ -173,6 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=10.0, help="for each line of the table")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--alone", action="store_true", help="only hf_jd's")
     parser.add_argument("--solvers", action="store_true", help="only the table that the choice of solver is made from")
     parser.add_argument("--warm-starts", action="store_true", help="only what the last step's solution is worth")
     arguments = parser.parse_args(argv)
@@ -197,6 +199,8 @@ def main(argv: list[str] | None = None) -> int:
                 torch.set_num_threads(threads)
                 m = len(matrices[0])
                 runs = contestants(name, m)
+                if arguments.alone:
+                    runs = {"hf_jd": runs["hf_jd"]}
                 if arguments.gramians:
                     runs.pop("quadprog", None)  # it takes no singular matrix
                 if getattr(runs["hf_jd"], "reads", "gramian") == "losses":

@@ -15,13 +15,7 @@ from hf_jd.weighting import WEIGHTINGS, LossWeighting, build_weighting
 from hf_jd.weighting._solvers.projection import together
 
 LOSSES = {name for name, cls in WEIGHTINGS.items() if issubclass(cls, LossWeighting)}
-ON_THE_CPU = {
-    "mgda",
-    "gapo",
-    "cagrad",
-    "raco",
-    "pcd",
-}  # one active set each, which changes row by row
+ON_THE_CPU = {"mgda", "gapo", "cagrad", "raco", "pcd"}  # one active set each, which changes row by row
 SOLVED = {"upgrad": 80, "cr_mogm": 80, "nash_mtl": 60, "fairgrad": 60}  # tests for the end of an iteration
 
 

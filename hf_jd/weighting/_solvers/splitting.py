@@ -17,6 +17,7 @@ _PENALTIES = (0.03, 0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)  # the likeliest first; a
 _SAMPLE, _SAMPLE_STEPS = 8, 200  # problems that the penalty is chosen by, and their steps
 _BETTER = 0.8  # of the wrong rows: the next penalty is worth a change
 _STEPS = (50, 25, 25, 50, 50, 100, 100, 200, 200, 400, 400, 800, 800)  # from one look at the supports to the next
+_SETTLED = 1  # changes from one look to the next up to which a support is tried
 _EXCHANGES = 4
 _FEW = 1 / 64  # of the rows: so many wrong ones are worth an exchange
 _REFINEMENTS = 20
@@ -44,7 +45,7 @@ def solve_low_rank(cosines: Tensor, targets: Tensor, regularisation: float = 0.0
     for steps in _STEPS:
         state = _split(step, targets[left], state, steps)
         positive = state > targets[left]
-        ready = (positive == last).all(dim=1) & (positive != tried).any(dim=1)
+        ready = ((positive ^ last).sum(dim=1) <= _SETTLED) & (positive != tried).any(dim=1)
         if ready.any():
             solution[left[ready]] = _exchange(problems.select(left[ready]), positive[ready])
             tried[ready] = positive[ready]
