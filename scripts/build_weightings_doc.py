@@ -97,7 +97,8 @@ Few problems are solved by quadprog, one by one on the CPU, many by a batched ac
 choice is made from the table that `python scripts/benchmark.py weightings --solvers` measures. Where rows are
 dependent, or nearly so, active sets wander, and many problems are solved by operator splitting (Douglas and Rachford's,
 a product of matrices per step for all problems): it finds which objectives' weights are raised, a Cholesky factor of
-those rows then solves exactly, and the optimality conditions prove it. Problems that neither settles go to quadprog.
+those rows then solves exactly, and the optimality conditions prove it. A dual cone of {0} mirrors the problems in the
+null space of G, where they are easier. Problems that none of this settles go to quadprog.
 There the projection of the rows' sum shows whether the dual cone is {0}; then it solves all. Of more than 64 dependent
 rows, Newton's method on the dual finds the weights of minimum norm. For m > 32 on another device than the CPU, G stays
 there, and the host reads only scalars, such as whether an iteration may end (a test counts them on the CPU) - unless

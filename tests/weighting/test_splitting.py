@@ -37,6 +37,27 @@ def test_the_solution_is_quadprogs(rank: int, common: float, zero_cone: bool) ->
     torch.testing.assert_close(found * lengths, expected * lengths, rtol=0, atol=1e-7 * expected.max().item())
 
 
+@pytest.mark.parametrize("rank", [8, 32])
+def test_a_dual_cone_of_zero_is_solved_in_the_null_space(rank: int) -> None:
+    rows = next(rows for rows in (low_rank(rank, seed) for seed in range(20)) if is_zero_cone(rows))
+    rows /= rows.norm(dim=1, keepdim=True)
+    cosines, targets = rows @ rows.T, 0.5 * torch.eye(M, dtype=torch.float64)
+    found = splitting._solve_in_null_space(splitting._Problems(cosines, targets, targets @ cosines, 1e-8))
+    settled = ~found[:, 0].isnan()
+    assert settled.sum() >= M - 2
+    expected, _ = projection.one_by_one(cosines, targets)
+    difference = (targets + found - expected)[settled]
+    assert difference.abs().max() <= 1e-7 * expected.max()
+
+
+def test_another_dual_cone_has_no_solution_in_the_null_space() -> None:
+    rows = next(rows for rows in (low_rank(32, seed) for seed in range(20)) if not is_zero_cone(rows))
+    rows /= rows.norm(dim=1, keepdim=True)
+    cosines, targets = rows @ rows.T, torch.eye(M, dtype=torch.float64)
+    problems = splitting._Problems(cosines, targets, targets @ cosines, 1e-8)
+    assert splitting._solve_in_null_space(problems).isnan().all()
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_float32_is_solved_for_the_gramian_that_it_gives(seed: int) -> None:
     rows = low_rank(32, seed, torch.float32)

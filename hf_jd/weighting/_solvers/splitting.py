@@ -12,9 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_jd.weighting._solvers.cosines import EPSILON
+
 _RELAXATION = 1.95  # of the steps; below 2 they converge, and the longest need the fewest
-_PENALTIES = (0.03, 0.1, 0.01, 1e-3, 1e-4, 1e-5, 1e-6)  # the likeliest first; a dual cone of {0} needs the least
-_SAMPLE, _SAMPLE_STEPS = 8, 200  # problems that the penalty is chosen by, and their steps
+_PENALTIES = (0.03, 0.1, 0.01, 3e-3, 1e-3, 1e-4, 1e-5, 1e-6)  # the likeliest first; a dual cone of {0} needs the least
+_SAMPLE, _SAMPLE_STEPS = 8, (200, 800)  # problems that the penalty is chosen by, and their steps, if need be the more
+_LOST = 4  # wrong rows of a problem of the sample on average: the null space may know better
 _BETTER = 0.8  # of the wrong rows: the next penalty is worth a change
 _STEPS = (50, 25, 25, 50, 50, 100, 100, 200, 200, 400, 400, 800, 800)  # from one look at the supports to the next
 _SETTLED = 1  # changes from one look to the next up to which a support is tried
@@ -37,12 +40,26 @@ def solve_low_rank(cosines: Tensor, targets: Tensor, regularisation: float = 0.0
         z, [k, m]; rows that did not settle hold NaN.
     """
     problems = _Problems(cosines, targets, targets @ cosines, regularisation)
-    step, moved = _choose_step(problems)
+    trial = _choose_penalty(problems)
+    if regularisation and trial.wrong > _LOST and ((targets > 0).sum(dim=1) == 1).all():
+        solution = _solve_in_null_space(problems)
+    else:
+        solution = torch.full_like(targets, torch.nan)
+    left = solution[:, 0].isnan().nonzero()[:, 0]
+    solution[left] = _settle(problems.select(left), trial)
+    return solution
+
+
+def _settle(problems: _Problems, trial: _Trial) -> Tensor:
+    """Takes steps and tries the supports that have settled; returns z, [k, m], with NaN where none has proved right."""
+    targets, step = problems.targets, trial.step
     solution = torch.full_like(targets, torch.nan)
     left = torch.arange(len(targets), device=targets.device)
-    state, last = targets.to(step) + moved, targets > 0
+    state, last = targets.to(step) + trial.moved, targets > 0
     tried = torch.zeros_like(last)
     for steps in _STEPS:
+        if not len(left):
+            break
         state = _split(step, targets[left], state, steps)
         positive = state > targets[left]
         ready = ((positive ^ last).sum(dim=1) <= _SETTLED) & (positive != tried).any(dim=1)
@@ -51,9 +68,29 @@ def solve_low_rank(cosines: Tensor, targets: Tensor, regularisation: float = 0.0
             tried[ready] = positive[ready]
         unsolved = solution[left, 0].isnan()
         left, state, last, tried = left[unsolved], state[unsolved], positive[unsolved], tried[unsolved]
-        if not len(left):
-            break
     return solution
+
+
+def _solve_in_null_space(problems: _Problems) -> Tensor:
+    """Solves problems of one positive u_i each as if the dual cone were {0}; returns z, [k, m], NaN where it isn't.
+
+    Then C v = 0: v = N c for the orthonormal N [m, f] that C maps to 0, and the smallest v with v >= u is a multiple of
+    N times the projection of row n_i onto the cone {c : N c >= 0}: the same problem again, where no solution is large.
+    """
+    values, vectors = torch.linalg.eigh(problems.cosines)
+    null = vectors[:, values <= values[-1] * len(values) * EPSILON]
+    if not null.shape[1]:
+        return torch.full_like(problems.targets, torch.nan)
+    rows = null / null.norm(dim=1, keepdim=True)
+    ones = (problems.targets > 0).to(null)
+    cosines = rows @ rows.T
+    mirrored = _Problems(cosines, ones, ones @ cosines, problems.regularisation)
+    projections = (ones + _settle(mirrored, _choose_penalty(mirrored))) @ rows
+    weights = projections @ null.T
+    scale = problems.targets.sum(dim=1) / (weights * ones).sum(dim=1)
+    corrections = (weights * scale[:, None] - problems.targets) * (1 - ones)
+    found = (corrections >= -_PRECISION * corrections.amax(dim=1, keepdim=True)).all(dim=1) & (scale > 0)
+    return torch.where(found[:, None], corrections.clamp(min=0), torch.nan)
 
 
 class _Problems(NamedTuple):
@@ -68,29 +105,30 @@ class _Problems(NamedTuple):
         return self._replace(targets=self.targets[index], slopes=self.slopes[index])
 
 
-def _choose_step(problems: _Problems) -> tuple[Tensor, Tensor]:
-    """Chooses the penalty p that serves a sample of the problems best, in single precision.
-
-    Supports are all that steps have to find, and `_solve` proves them: single precision will do.
-
-    Returns:
-        p (C + p)^-1, [m, m], and how far from u the sample's states went, on average, [m].
-    """
+def _choose_penalty(problems: _Problems) -> _Trial:
+    """Returns the penalty that serves a sample of the problems best."""
     count = len(problems.targets)
     sample = problems.select(torch.arange(0, count, -(-count // _SAMPLE), device=problems.targets.device))
-    best = _try_penalty(sample, _PENALTIES[0])
-    for penalty in _PENALTIES[1:]:
-        if best.wrong <= 1:
-            break
-        best = _better(best, _try_penalty(sample, penalty))
-    if best.wrong > 1:
-        for factor in (3, 1 / 3):
-            best = _better(best, _try_penalty(sample, factor * best.penalty))
-    return best.step, best.moved
+    best = _try_penalty(sample, _PENALTIES[0], _SAMPLE_STEPS[0])
+    for steps in _SAMPLE_STEPS:
+        for penalty in _PENALTIES:
+            if best.wrong <= 1:
+                return best
+            best = _better(best, _try_penalty(sample, penalty, steps))
+    for factor in (3, 1 / 3):
+        best = _better(best, _try_penalty(sample, factor * best.penalty, _SAMPLE_STEPS[-1]))
+    return best
 
 
 class _Trial(NamedTuple):
-    """A penalty, its step [m, m], the rows that are wrong, and how far the states moved [m], averages of a sample."""
+    """A penalty p, its step p (C + p)^-1 [m, m], and averages of a sample.
+
+    Attributes:
+        penalty: p.
+        step: In single precision: supports are all that steps have to find, and `_solve` proves them.
+        wrong: How many rows prove a support wrong.
+        moved: How far from u the states went, [m].
+    """
 
     penalty: float
     step: Tensor
@@ -98,11 +136,11 @@ class _Trial(NamedTuple):
     moved: Tensor
 
 
-def _try_penalty(sample: _Problems, penalty: float) -> _Trial:
+def _try_penalty(sample: _Problems, penalty: float, steps: int) -> _Trial:
     shifted = sample.cosines.clone()
     shifted.diagonal().add_(sample.regularisation + penalty)
     step = (penalty * torch.cholesky_inverse(torch.linalg.cholesky(shifted))).float()
-    state = _split(step, sample.targets, sample.targets.float(), _SAMPLE_STEPS)
+    state = _split(step, sample.targets, sample.targets.float(), steps)
     wrong = _solve(sample, state > sample.targets)[1].sum(dim=1)
     # One wrong row may make all look wrong: a high count says no more than that.
     mean = wrong.clamp(max=len(step) // 16).double().mean().item()
