@@ -57,10 +57,12 @@ def direct_quadprog(gramian: Tensor) -> np.ndarray:
     return sum(quadprog.solve_qp(matrix, zero, identity, row, 0)[0] for row in identity) / len(matrix)
 
 
-def contestants(name: str, m: int) -> dict[str, Contestant]:
-    """Returns ours, torchjd's (if it has the method) and direct quadprog (for UPGrad)."""
+def contestants(name: str, m: int, alone: bool = False) -> dict[str, Contestant]:
+    """Returns ours, and unless `alone`, torchjd's (if it has the method) and direct quadprog (for UPGrad)."""
     arguments = {"weights": [1.0] * m} if name == "constant" else {}
     found: dict[str, Contestant] = {"hf_jd": build_weighting(name, **arguments)}
+    if alone:
+        return found
     theirs = torchjd_weighting(name, m)
     if theirs is not None:
         found["torchjd"] = theirs
@@ -198,9 +200,7 @@ def main(argv: list[str] | None = None) -> int:
             for threads in arguments.threads:
                 torch.set_num_threads(threads)
                 m = len(matrices[0])
-                runs = contestants(name, m)
-                if arguments.alone:
-                    runs = {"hf_jd": runs["hf_jd"]}
+                runs = contestants(name, m, arguments.alone)
                 if arguments.gramians:
                     runs.pop("quadprog", None)  # it takes no singular matrix
                 if getattr(runs["hf_jd"], "reads", "gramian") == "losses":
