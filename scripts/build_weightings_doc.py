@@ -1,7 +1,7 @@
 """Writes docs/weightings.md and its pictures from `WEIGHTINGS`: `python scripts/build_weightings_doc.py`.
 
-What a class's docstring says is taken from there. `FACTS` and the prose below hold only what compares methods. A test
-checks that the page is the one this script would write.
+What is said of a method is taken from its class; the prose below holds only what compares methods. A test checks that
+the page is the one this script would write.
 """
 
 from __future__ import annotations
@@ -18,33 +18,6 @@ from hf_jd.weighting import WEIGHTINGS, Stateful, Weighting, build_weighting
 
 DOCS = Path(__file__).parents[1] / "docs"
 PICTURES = "images/weightings"
-
-# For each method: what is proved of the update, and the cost of the weights besides the Gramian's.
-FACTS: dict[str, tuple[str, str]] = {
-    "upgrad": ("non-conflicting; linear under scaling; the mean without conflict", "m problems, m² to m³ each"),
-    "dualproj": ("non-conflicting; nearest to the mean; the mean without conflict", "one problem, m² to m³"),
-    "mgda": ("non-conflicting; 0 where Pareto stationary", "m³, a few times"),
-    "cagrad": ("best worst objective within c of the mean; non-conflicting for c ≥ 1", "m³, a few times"),
-    "aligned_mtl": ("condition number 1", "m³"),
-    "imtl_g": ("equal projections on all rows", "m³"),
-    "config": ("equal cosines with all rows; non-conflicting for independent rows", "m³"),
-    "nash_mtl": ("every row makes progress, or w = 0; invariant to each row's scale", "m³, ten times"),
-    "fairgrad": ("every row makes progress, or w = 0", "m³, ten times"),
-    "pcgrad": ("non-conflicting for m = 2 only", "m³"),
-    "gradvac": ("none for one step", "m³"),
-    "pcd": ("the other objectives' progress, where possible", "one problem, m² to m³"),
-    "cr_mogm": ("those of an average of updates' weights", "the other's"),
-    "krum": ("robust to `n_byzantine` corrupt rows", "m²"),
-    "random": ("none", "m"),
-    "constant": ("none", "m"),
-    "mean": ("the stock step", "m"),
-    "sum": ("m times the stock step", "m"),
-    "uncertainty": ("none", "m"),
-    "dwa": ("none", "m"),
-    "rlw": ("none", "m"),
-    "stch": ("follows the largest loss as mu goes to 0", "m"),
-    "group_dro": ("follows the worst mixture of groups", "m"),
-}
 
 INTRODUCTION = """\
 # Weightings
@@ -71,13 +44,13 @@ i of J, p the preference vector (1/m each by default), and an update d *conflict
 | no objective sacrificed, and the stock step wherever there is no conflict | `upgrad` |
 | the same, but as near to the mean as can be, at a fraction of the cost for many objectives | `dualproj` |
 | a Pareto stationary point, however slowly: the shortest row decides | `mgda` |
-| a compromise that one number sets, between the mean and the worst objective | `cagrad` |
-| objectives whose gradients differ in size by orders of magnitude, all to count the same | `nash_mtl`, `config` |
+| a compromise that one number sets, between the mean and the worst objective | `cagrad`, `raco` |
+| objectives whose gradients differ in size by orders of magnitude to count the same | `nash_mtl`, `config`, `gapo` |
 | one objective before all others, which are still to make progress | `pcd` |
 | robustness to a few corrupt objectives | `krum` |
 | less noise in the weights, with any of these | `cr_mogm` around it |
 | a fair baseline | `mean` (the same losses, the same code), `random` |
-| a baseline that needs no Gramian, at the cost of the stock step | `uncertainty`, `dwa`, `rlw`, `stch`, `group_dro` |
+| a baseline that needs no Gramian, at the cost of the stock step | those below that read losses |
 
 Do not take `pcgrad`, `gradvac` or `aligned_mtl` for a guarantee: from three objectives on their updates may conflict
 with rows, as the second picture shows for `pcgrad`. `imtl_g` may even go against all of them.
@@ -121,12 +94,15 @@ tell apart; there the best solution is taken, up to 1e-6, and past that the solu
 which meets those 1e-6. An error that shows the eigenvalues is left for what is no Gramian.
 
 Few problems are solved by quadprog, one by one on the CPU, many by a batched active-set method on the device of G. The
-choice is made from the table that `python scripts/benchmark.py weightings --solvers` measures. Many problems of low
-rank (at most two thirds of m) go to quadprog as well. The projection of the rows' sum shows whether the dual cone is
-{0}; then it solves all. Of more than 64 dependent rows, Newton's method on the dual finds the weights of minimum norm.
-For m > 32 on another device than the CPU, G stays there, and the host reads only scalars, such as whether an iteration
-may end (a test counts them on the CPU) - unless problems go to quadprog. `mgda`, `cagrad` and `pcd` copy G to the CPU
-once.
+choice is made from the table that `python scripts/benchmark.py weightings --solvers` measures. Where rows are
+dependent, or nearly so, active sets wander, and many problems are solved by operator splitting (Douglas and Rachford's,
+a product of matrices per step for all problems): it finds which objectives' weights are raised, a Cholesky factor of
+those rows then solves exactly, and the optimality conditions prove it. A dual cone of {0} mirrors the problems in the
+null space of G, where they are easier. Problems that none of this settles go to quadprog.
+There the projection of the rows' sum shows whether the dual cone is {0}; then it solves all. Of more than 64 dependent
+rows, Newton's method on the dual finds the weights of minimum norm. For m > 32 on another device than the CPU, G stays
+there, and the host reads only scalars, such as whether an iteration may end (a test counts them on the CPU) - unless
+rows are dependent. `mgda`, `cagrad`, `raco`, `gapo` and `pcd` copy G to the CPU once.
 
 ## What they cost
 
@@ -187,12 +163,17 @@ They need more than G, or than losses at one point:
 - **GradDrop, TrimmedMean** decide for each parameter by itself, by the signs or the order of its m gradients: no
   weights.
 - **GradNorm** takes gradients at a chosen layer and learns its weights by differentiating those gradients' norms.
-- **ExcessMTL** keeps squared gradients of every parameter for every objective, m n numbers.
-- **FAMO** needs the losses of the same batch again after the step: a second forward.
-- **MoDo, SDMGrad** multiply Jacobians of two or three independent batches.
-- **COSMOS, PBI, GeometricMean** are scalarisations of the losses, whose gradient autograd takes: write them into the
-  loss.
-- **IMTL-L** learns loss scales with the model's optimizer; `uncertainty` is close to it.
+- **ExcessMTL** divides gradients by the root of their squares' sums, kept for every parameter and every objective: m n
+  numbers, of which G has none.
+
+Others are here in the form that one batch allows:
+
+- **FAMO** compares losses before and after a step on the same batch, a second forward; `famo` compares those of one
+  step with those of the next.
+- **MoDo, SDMGrad** multiply Jacobians of two independent batches, J_1 J_2^T; `modo` and `sdmgrad` take J J^T of one,
+  whose diagonal is larger by the noise: rows of little noise get more weight than the papers give them.
+- **RACO** is read as CAGrad with its mixture clipped and scaled back to CAGrad's radius. Its heuristics for training
+  are left out, as is GAPO's variant with preferences.
 """
 
 
@@ -216,8 +197,7 @@ def _table() -> str:
         reads = "another's" if name == "cr_mogm" else _build(name, 3).reads
         parameters = ", ".join(f"`{p}`" for p in inspect.signature(cls).parameters)
         remembers = "yes" if issubclass(cls, Stateful) else ""
-        guarantee, cost = FACTS[name]
-        lines.append(f"| [`{name}`](#{name}) | {reads} | {remembers} | {guarantee} | {cost} | {parameters} |")
+        lines.append(f"| [`{name}`](#{name}) | {reads} | {remembers} | {cls.guarantee} | {cls.cost} | {parameters} |")
     return "\n".join(lines)
 
 
@@ -268,7 +248,7 @@ def _build(name: str, m: int) -> Weighting:
 
 def _drawn(m: int) -> list[str]:
     """The methods worth drawing: those that read the Gramian and have a direction of their own."""
-    skipped = {"cr_mogm", "random", "constant", "sum", "gradvac"} | ({"krum"} if m < 4 else set())
+    skipped = {"cr_mogm", "random", "constant", "sum", "gradvac", "modo", "sdmgrad"} | ({"krum"} if m < 4 else set())
     return [name for name in WEIGHTINGS if name not in skipped and _build(name, m).reads == "gramian"]
 
 
@@ -278,7 +258,7 @@ def draw_two(path: Path) -> None:
 
     rows = torch.tensor([[3.0, 0.6], [-0.62, 0.78]], dtype=torch.float64)
     names = _drawn(2)
-    figure, axes = plt.subplots(3, 4, figsize=(10, 5.6), sharex=True, sharey=True)
+    figure, axes = plt.subplots(4, 4, figsize=(10, 7.4), sharex=True, sharey=True)
     for axis in axes.flat:
         axis.axis("off")
     for axis, name in zip(axes.flat, names, strict=False):

@@ -13,22 +13,31 @@ from typing import Any
 from hf_jd.weighting.aligned_mtl import AlignedMTLWeighting
 from hf_jd.weighting.base import Flattening, GeneralizedWeighting, LossWeighting, Names, Weighting
 from hf_jd.weighting.cagrad import CAGradWeighting
-from hf_jd.weighting.config import ConFIGWeighting
+from hf_jd.weighting.conflict_free import ConFIGWeighting
 from hf_jd.weighting.constant import ConstantWeighting
+from hf_jd.weighting.cosmos import COSMOSWeighting
 from hf_jd.weighting.cr_mogm import CRMOGMWeighting
 from hf_jd.weighting.dualproj import DualProjWeighting
 from hf_jd.weighting.dwa import DWAWeighting
 from hf_jd.weighting.fairgrad import FairGradWeighting
+from hf_jd.weighting.famo import FAMOWeighting
+from hf_jd.weighting.gapo import GAPOWeighting
+from hf_jd.weighting.geometric_mean import GeometricMeanWeighting
 from hf_jd.weighting.gradvac import GradVacWeighting
 from hf_jd.weighting.group_dro import GroupDROWeighting
 from hf_jd.weighting.imtl_g import IMTLGWeighting
+from hf_jd.weighting.imtl_l import IMTLLWeighting
 from hf_jd.weighting.krum import KrumWeighting
 from hf_jd.weighting.mean import MeanWeighting
 from hf_jd.weighting.mgda import MGDAWeighting
+from hf_jd.weighting.modo import MoDoWeighting
 from hf_jd.weighting.nash_mtl import NashMTLWeighting
+from hf_jd.weighting.pbi import PBIWeighting
 from hf_jd.weighting.pcd import PCDWeighting
 from hf_jd.weighting.pcgrad import PCGradWeighting
+from hf_jd.weighting.raco import RACOWeighting
 from hf_jd.weighting.random import RandomWeighting, RLWWeighting
+from hf_jd.weighting.sdmgrad import SDMGradWeighting
 from hf_jd.weighting.stateful import Stateful
 from hf_jd.weighting.stch import STCHWeighting
 from hf_jd.weighting.sum import SumWeighting
@@ -39,7 +48,9 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
     "upgrad": UPGradWeighting,
     "dualproj": DualProjWeighting,
     "mgda": MGDAWeighting,
+    "gapo": GAPOWeighting,
     "cagrad": CAGradWeighting,
+    "raco": RACOWeighting,
     "aligned_mtl": AlignedMTLWeighting,
     "imtl_g": IMTLGWeighting,
     "config": ConFIGWeighting,
@@ -49,6 +60,8 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
     "gradvac": GradVacWeighting,
     "pcd": PCDWeighting,
     "cr_mogm": CRMOGMWeighting,
+    "modo": MoDoWeighting,
+    "sdmgrad": SDMGradWeighting,
     "krum": KrumWeighting,
     "random": RandomWeighting,
     "constant": ConstantWeighting,
@@ -59,6 +72,11 @@ WEIGHTINGS: dict[str, type[Weighting]] = {
     "rlw": RLWWeighting,
     "stch": STCHWeighting,
     "group_dro": GroupDROWeighting,
+    "famo": FAMOWeighting,
+    "imtl_l": IMTLLWeighting,
+    "geometric_mean": GeometricMeanWeighting,
+    "cosmos": COSMOSWeighting,
+    "pbi": PBIWeighting,
 }
 
 __all__ = [
@@ -91,6 +109,15 @@ __all__ = [
     "SumWeighting",
     "UPGradWeighting",
     "UncertaintyWeighting",
+    "FAMOWeighting",
+    "IMTLLWeighting",
+    "GeometricMeanWeighting",
+    "COSMOSWeighting",
+    "PBIWeighting",
+    "RACOWeighting",
+    "GAPOWeighting",
+    "SDMGradWeighting",
+    "MoDoWeighting",
     "Weighting",
     "build_weighting",
 ]
@@ -101,7 +128,7 @@ def build_weighting(name: str, **arguments: Any) -> Weighting:
 
     Args:
         name: A key of `WEIGHTINGS`.
-        **arguments: The method's own parameters.
+        **arguments: The method's own parameters; a `weighting` that it wraps may be given by its name.
 
     Raises:
         ValueError: The name or an argument is unknown, or a required argument is missing; the message lists what there
@@ -117,6 +144,8 @@ def build_weighting(name: str, **arguments: Any) -> Weighting:
     for argument, parameter in parameters.items():
         if parameter.default is parameter.empty and argument not in arguments:
             raise ValueError(f"The weighting {name!r} needs the argument {argument!r}.")
+    if isinstance(arguments.get("weighting"), str):
+        arguments["weighting"] = build_weighting(arguments["weighting"])
     return WEIGHTINGS[name](**arguments)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -31,8 +31,12 @@ class Weighting(ABC):
       i. Weightings without memory take `names` and ignore it.
     * `isinstance(weighting, Stateful)`: it has `state_dict()`, `load_state_dict(state)` and `reset()`.
 
-    A subclass defines `weigh`, which meets only valid float64 Gramians.
+    A subclass defines `weigh`, which meets only valid float64 Gramians. Its `guarantee` (what is proved of the update)
+    and `cost` (of the weights, besides the Gramian's) are for the documents.
     """
+
+    guarantee: ClassVar[str] = ""
+    cost: ClassVar[str] = ""
 
     @property
     def reads(self) -> Literal["gramian", "losses"]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from hf_jd.weighting.base import Names, Weighting
-from hf_jd.weighting.preference import checked_numbers
+from hf_jd.weighting.preference import checked_numbers, given_or
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,9 @@ class ConstantWeighting(Weighting):
         weights: The w, [m], non-negative and not all zero (kept as a tuple of floats).
     """
 
+    guarantee: ClassVar[str] = "none"
+    cost: ClassVar[str] = "m"
+
     weights: Sequence[float] | Tensor
 
     def __post_init__(self) -> None:
@@ -27,6 +30,4 @@ class ConstantWeighting(Weighting):
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
         """Returns the weights, [m]."""
-        if len(self.weights) != len(gramian):
-            raise ValueError(f"weights has {len(self.weights)} entries, but this step has {len(gramian)} objectives.")
-        return torch.as_tensor(self.weights, dtype=gramian.dtype, device=gramian.device)
+        return given_or("weights", self.weights, gramian, 1.0)

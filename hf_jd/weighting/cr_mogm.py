@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
 from hf_jd.weighting.base import Names, Weighting, checked_gramian, checked_losses, checked_names
 from hf_jd.weighting.preference import checked_numbers
 from hf_jd.weighting.stateful import Stateful
+from hf_jd.weighting.upgrad import UPGradWeighting
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class CRMOGMWeighting(Stateful):
     it is absent, it keeps its last.
 
     Attributes:
-        weighting: W: a weighting, any callable G -> w, or a weighting's name in `WEIGHTINGS`.
+        weighting: W: a weighting, or any callable G -> w; `build_weighting` takes a weighting's name, too.
         alpha: How much of the last weights stays, in [0, 1].
         initial_weights: w_0 of the first step's objectives, [m], non-negative; None for W's first weights.
 
@@ -30,15 +31,14 @@ class CRMOGMWeighting(Stateful):
         algorithm 1.
     """
 
-    weighting: Callable[[Tensor], Tensor] | str = "upgrad"
+    guarantee: ClassVar[str] = "those of an average of updates' weights"
+    cost: ClassVar[str] = "the other's"
+
+    weighting: Callable[[Tensor], Tensor] = UPGradWeighting()
     alpha: float = 0.9
     initial_weights: Sequence[float] | Tensor | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.weighting, str):
-            from hf_jd.weighting import build_weighting  # the list of weightings has this one in it
-
-            object.__setattr__(self, "weighting", build_weighting(self.weighting))
         super().__post_init__()
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is in [0, 1]; it is {self.alpha}.")
@@ -58,7 +58,6 @@ class CRMOGMWeighting(Stateful):
 
     def weigh(self, statistic: Tensor, names: Names, /) -> Tensor:
         """Moves the remembered weights [m] towards the other weighting's."""
-        assert not isinstance(self.weighting, str)
         if isinstance(self.weighting, Weighting):
             weights = self.weighting(statistic, names=names)
         else:

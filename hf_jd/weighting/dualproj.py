@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
+from hf_jd.weighting._solvers.projection import cone_projection
 from hf_jd.weighting.base import Names
 from hf_jd.weighting.preference import PreferenceWeighting
-from hf_jd.weighting.projection import cone_projection
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class DualProjWeighting(PreferenceWeighting):
         Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", arXiv 1706.08840, equation 11; named
         DualProj in arXiv 2406.16232, section 5.
     """
+
+    guarantee: ClassVar[str] = "non-conflicting; nearest to the mean; the mean without conflict"
+    cost: ClassVar[str] = "one problem, m² to m³"
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
         """Computes w = argmin_{v >= p} v^T G v, [m]."""

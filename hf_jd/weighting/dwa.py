@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ class DWAWeighting(StatefulLoss):
     References:
         Liu, Johns and Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019, equation 7.
     """
+
+    guarantee: ClassVar[str] = "none"
+    cost: ClassVar[str] = "m"
 
     temperature: float = 2.0
     window: int = 100

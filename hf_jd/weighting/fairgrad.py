@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
+from hf_jd.weighting._solvers.fairness import fair_weights
 from hf_jd.weighting.base import Names, Weighting
-from hf_jd.weighting.fairness import fair_weights
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,9 @@ class FairGradWeighting(Weighting):
     References:
         Ban and Ji, "Fair Resource Allocation in Multi-Task Learning", arXiv 2402.15638, equation 4.
     """
+
+    guarantee: ClassVar[str] = "every row makes progress, or w = 0"
+    cost: ClassVar[str] = "m³, ten times"
 
     alpha: float = 1.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ class GradVacWeighting(Stateful):
         Wang et al., "Gradient Vaccine: Investigating and Improving Multi-task Optimization in Massively Multilingual
         Models", arXiv 2010.05874, algorithm 1, equations 3 and 4.
     """
+
+    guarantee: ClassVar[str] = "none for one step"
+    cost: ClassVar[str] = "m³"
 
     beta: float = 0.5
     seed: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -23,6 +24,9 @@ class GroupDROWeighting(StatefulLoss):
     References:
         Sagawa et al., "Distributionally Robust Neural Networks for Group Shifts", arXiv 1911.08731, algorithm 1.
     """
+
+    guarantee: ClassVar[str] = "follows the worst mixture of groups"
+    cost: ClassVar[str] = "m"
 
     step_size: float = 0.01
 

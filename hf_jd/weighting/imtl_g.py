@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from hf_jd.weighting._solvers.cosines import SINGULAR, solve_semidefinite
 from hf_jd.weighting.base import Names
-from hf_jd.weighting.cosines import SINGULAR, solve_semidefinite
 from hf_jd.weighting.preference import PreferenceWeighting
 
 
@@ -27,6 +28,9 @@ class IMTLGWeighting(PreferenceWeighting):
         Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021, equation 6; for dependent rows, as in arXiv
         2406.16232, section 5.
     """
+
+    guarantee: ClassVar[str] = "equal projections on all rows"
+    cost: ClassVar[str] = "m³"
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
         """Computes w = v / sum(v), v = G^+ (p * sqrt(diag G)), [m]."""

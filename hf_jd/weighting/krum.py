@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -24,6 +25,9 @@ class KrumWeighting(Weighting):
         Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", NeurIPS 2017,
         section 4.
     """
+
+    guarantee: ClassVar[str] = "robust to `n_byzantine` corrupt rows"
+    cost: ClassVar[str] = "m²"
 
     n_byzantine: int = 1
     n_selected: int = 1

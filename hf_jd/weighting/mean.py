@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -12,6 +13,9 @@ from hf_jd.weighting.base import Names, Weighting
 @dataclass(frozen=True)
 class MeanWeighting(Weighting):
     """w_i = 1/m: the update is the mean of the rows, and training is the stock trainer's."""
+
+    guarantee: ClassVar[str] = "the stock step"
+    cost: ClassVar[str] = "m"
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
         """Returns 1/m, [m]."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from hf_jd.weighting._solvers.fairness import fair_weights
 from hf_jd.weighting.base import Names
-from hf_jd.weighting.fairness import fair_weights
 from hf_jd.weighting.stateful import Stateful
 
 
@@ -28,6 +29,9 @@ class NashMTLWeighting(Stateful):
     References:
         Navon et al., "Multi-Task Learning as a Bargaining Game", arXiv 2202.01017, claim 3.1 and algorithm 1.
     """
+
+    guarantee: ClassVar[str] = "every row makes progress, or w = 0; invariant to each row's scale"
+    cost: ClassVar[str] = "m³, ten times"
 
     max_norm: float = 1.0
     update_weights_every: int = 1

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from hf_jd.weighting._solvers.cosines import cosine_factor, cosine_matrix
+from hf_jd.weighting._solvers.minimum_norm import smallest_solution
+from hf_jd.weighting._solvers.quadprog import nearest_point
 from hf_jd.weighting.base import Names
-from hf_jd.weighting.cosines import cosine_factor, cosine_matrix
-from hf_jd.weighting.minimum_norm import smallest_solution
-from hf_jd.weighting.nearest import nearest_point
 from hf_jd.weighting.preference import checked_numbers
 from hf_jd.weighting.stateful import Stateful
 
@@ -38,6 +38,9 @@ class PCDWeighting(Stateful):
         "Not All Objectives Are Born Equal: Priority-Constrained Descent for Hierarchical Multi-Objective Optimization",
         TMLR 2026, arXiv 2606.29521. Its epsilon is 0 here.
     """
+
+    guarantee: ClassVar[str] = "the other objectives' progress, where possible"
+    cost: ClassVar[str] = "one problem, m² to m³"
 
     tau: float | Sequence[float] | Tensor = 0.02
     beta: float = 0.999

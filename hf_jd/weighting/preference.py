@@ -50,3 +50,21 @@ def checked_numbers(name: str, values: Sequence[float] | Tensor, positive: bool 
     if positive and not all(numbers):
         raise ValueError(f"{name} has to hold positive numbers; it is {numbers}.")
     return tuple(numbers)
+
+
+def given_or(name: str, values: Sequence[float] | Tensor | None, like: Tensor, default: float) -> Tensor:
+    """Returns the user's values [m], or m times the default for None; a `ValueError` if there aren't m of them."""
+    m = len(like)
+    if values is None:
+        return like.new_full((m,), default)
+    if len(values) != m:
+        raise ValueError(f"{name} has {len(values)} entries, but this step has {m} objectives.")
+    return torch.as_tensor(values, dtype=like.dtype, device=like.device)
+
+
+def log_losses(method: str, losses: Tensor) -> Tensor:
+    """Returns log L, [m], as if losses below 1e-12 of the largest were that; a `ValueError` if one is negative."""
+    if (losses < 0).any():
+        raise ValueError(f"{method} needs losses of 0 or more; they are {losses.tolist()}.")
+    largest = losses.max()
+    return (losses / largest).clamp(min=1e-12).log() + largest.log() if largest > 0 else torch.zeros_like(losses)

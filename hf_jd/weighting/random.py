@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ class RandomWeighting(Stateful):
         2111.10603, algorithm 2.
     """
 
+    guarantee: ClassVar[str] = "none"
+    cost: ClassVar[str] = "m"
+
     seed: int = 0
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
@@ -40,6 +44,9 @@ class RLWWeighting(StatefulLoss):
     References:
         Lin et al., arXiv 2111.10603, algorithm 1.
     """
+
+    guarantee: ClassVar[str] = "none"
+    cost: ClassVar[str] = "m"
 
     seed: int = 0
 

@@ -42,6 +42,13 @@ class Memory:
         index = self._index(names)
         self.values[quantity][torch.meshgrid(*[index] * values.ndim, indexing="ij")] = values.detach().cpu()
 
+    def read_shares(self, quantity: str, names: Names, like: Tensor) -> Tensor:
+        """Returns shares that sum to 1 among these objectives, [m]; new ones have an equal share."""
+        shares = self.read(quantity, names, like, initial=float("nan"))
+        shares = shares.where(~shares.isnan(), 1 / len(self.names))
+        total = shares.sum()
+        return torch.where(total > 0, shares / total, 1 / len(shares))
+
     def _index(self, names: Names) -> Tensor:
         known = set(self.names)
         self.names.extend(name for name in names if name not in known)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from hf_jd.weighting.base import LossWeighting, Names
-from hf_jd.weighting.preference import checked_numbers
+from hf_jd.weighting.preference import checked_numbers, given_or
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class STCHWeighting(LossWeighting):
         Lin et al., "Smooth Tchebycheff Scalarization for Multi-Objective Optimization", arXiv 2402.19078, equation 9.
     """
 
+    guarantee: ClassVar[str] = "follows the largest loss as mu goes to 0"
+    cost: ClassVar[str] = "m"
+
     mu: float = 0.1
     weights: Sequence[float] | Tensor | None = None
     reference: Sequence[float] | Tensor | None = None
@@ -40,10 +44,6 @@ class STCHWeighting(LossWeighting):
 
     def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
         """Computes w = p softmax(p (L - z) / mu), [m]."""
-        m = len(losses)
-        for name, values in (("weights", self.weights), ("reference", self.reference)):
-            if values is not None and len(values) != m:
-                raise ValueError(f"{name} has {len(values)} entries, but this step has {m} objectives.")
-        preference = losses.new_tensor(self.weights or [1 / m] * m)
-        ideal = losses.new_tensor(self.reference or [0.0] * m)
+        preference = given_or("weights", self.weights, losses, 1 / len(losses))
+        ideal = given_or("reference", self.reference, losses, 0.0)
         return preference * (preference * (losses - ideal) / self.mu).softmax(dim=0)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
+from hf_jd.weighting._solvers.log_scale import descend_log_scale
 from hf_jd.weighting.base import Names
 from hf_jd.weighting.stateful import StatefulLoss
 
@@ -25,6 +27,9 @@ class UncertaintyWeighting(StatefulLoss):
         Semantics", arXiv 1705.07115, equation 10.
     """
 
+    guarantee: ClassVar[str] = "none"
+    cost: ClassVar[str] = "m"
+
     lr: float = 0.025
 
     def __post_init__(self) -> None:
@@ -37,18 +42,5 @@ class UncertaintyWeighting(StatefulLoss):
         if (losses < 0).any():
             raise ValueError(f"Uncertainty weighting needs losses of 0 or more; they are {losses.tolist()}.")
         variances = self.memory.read("log_variances", names, losses)
-        self.memory.write("log_variances", names, self._step(variances, losses))
+        self.memory.write("log_variances", names, descend_log_scale(variances, losses, self.lr / 2))
         return (-variances).exp() / 2
-
-    def _step(self, start: Tensor, losses: Tensor) -> Tensor:
-        """Solves s = start - lr (1 - L exp(-s)) / 2: the difference of both sides is increasing and concave in s."""
-        rate = self.lr / 2
-        # From the left of the solution Newton's method goes to it without overshooting.
-        s = start - rate
-        for _ in range(100):
-            pull = rate * losses * (-s).exp()
-            step = (start - rate - s + pull) / (1 + pull)
-            s = s + step
-            if (step.abs() <= 1e-12 * (1 + s.abs())).all():
-                break
-        return s

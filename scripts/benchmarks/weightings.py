@@ -1,7 +1,8 @@
 """Times weightings against torchjd's and against quadprog called directly: `python scripts/benchmark.py weightings`.
 
 Every entry is the median of interleaved runs, in milliseconds: each round runs all contestants once, so that a busy
-machine slows them alike. `--json FILE` keeps the numbers.
+machine slows them alike. `--json FILE` keeps the numbers; `--alone` leaves the others out, which take minutes from
+m = 512 on.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import torch
 from torch import Tensor
 
 from hf_jd.weighting import WEIGHTINGS, build_weighting
-from hf_jd.weighting.batched import solve_nonnegative
-from hf_jd.weighting.cosines import cosine_matrix
-from hf_jd.weighting.projection import chosen_solvers, one_by_one, together
+from hf_jd.weighting._solvers.batched import solve_nonnegative
+from hf_jd.weighting._solvers.cosines import cosine_matrix
+from hf_jd.weighting._solvers.projection import chosen_solvers, one_by_one, together
 
 Contestant = Callable[[Tensor], object]
 
@@ -31,9 +32,10 @@ Contestant = Callable[[Tensor], object]
 def gramian(kind: str, m: int, generator: torch.Generator) -> Tensor:
     """Makes a Gramian [m, m] of rows of 4 m numbers: `random`, with a common direction, or with decaying spectrum.
 
-    It is symmetric to the last bit, as the engine's are.
+    The rows of `low rank` have m / 2 numbers. The result is symmetric to the last bit, as the engine's are.
     """
-    rows = torch.randn(m, 4 * m, generator=generator, dtype=torch.float64)
+    width = m // 2 if kind == "low rank" else 4 * m
+    rows = torch.randn(m, width, generator=generator, dtype=torch.float64)
     if kind == "correlated":
         rows += 0.5 * torch.randn(4 * m, generator=generator, dtype=torch.float64)
     if kind == "weakly correlated":
@@ -44,7 +46,7 @@ def gramian(kind: str, m: int, generator: torch.Generator) -> Tensor:
     return (product + product.T) / 2
 
 
-KINDS = ("random", "correlated", "weakly correlated", "decaying")
+KINDS = ("random", "correlated", "weakly correlated", "decaying", "low rank")
 
 
 def direct_quadprog(gramian: Tensor) -> np.ndarray:
@@ -55,10 +57,12 @@ def direct_quadprog(gramian: Tensor) -> np.ndarray:
     return sum(quadprog.solve_qp(matrix, zero, identity, row, 0)[0] for row in identity) / len(matrix)
 
 
-def contestants(name: str, m: int) -> dict[str, Contestant]:
-    """Returns ours, torchjd's (if it has the method) and direct quadprog (for UPGrad)."""
+def contestants(name: str, m: int, alone: bool = False) -> dict[str, Contestant]:
+    """Returns ours, and unless `alone`, torchjd's (if it has the method) and direct quadprog (for UPGrad)."""
     arguments = {"weights": [1.0] * m} if name == "constant" else {}
     found: dict[str, Contestant] = {"hf_jd": build_weighting(name, **arguments)}
+    if alone:
+        return found
     theirs = torchjd_weighting(name, m)
     if theirs is not None:
         found["torchjd"] = theirs
@@ -172,6 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=10.0, help="for each line of the table")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--alone", action="store_true", help="only hf_jd's")
     parser.add_argument("--solvers", action="store_true", help="only the table that the choice of solver is made from")
     parser.add_argument("--warm-starts", action="store_true", help="only what the last step's solution is worth")
     arguments = parser.parse_args(argv)
@@ -195,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
             for threads in arguments.threads:
                 torch.set_num_threads(threads)
                 m = len(matrices[0])
-                runs = contestants(name, m)
+                runs = contestants(name, m, arguments.alone)
                 if arguments.gramians:
                     runs.pop("quadprog", None)  # it takes no singular matrix
                 if getattr(runs["hf_jd"], "reads", "gramian") == "losses":

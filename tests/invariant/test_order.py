@@ -14,7 +14,7 @@ from tests.trainer.runs import arguments, examples, flat, lora, relative, run
 # These draw random numbers, remember objectives by their positions, or need arguments or more than three objectives.
 LEFT_OUT = {"random", "rlw", "gradvac", "pcgrad", "cr_mogm", "pcd", "dwa", "preference", "constant", "krum"}
 # Those that read the losses get them from a sum of float32 numbers.
-TOLERANCES = {"stch": 1e-6}
+TOLERANCES = dict.fromkeys(("stch", "famo", "geometric_mean", "cosmos", "pbi"), 1e-6)
 
 
 class InOrder(JDTrainer):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_jd.weighting import DualProjWeighting, MGDAWeighting, UPGradWeighting
-from hf_jd.weighting.projection import cone_projection
+from hf_jd.weighting._solvers.projection import cone_projection
 from tests.weighting.families import FAMILIES, jacobians
 from tests.weighting.oracle import dot, projections, rational_gramian, shortest_in_hull, update_error
 

@@ -26,6 +26,7 @@ from hf_jd.weighting import (
     NashMTLWeighting,
     PCDWeighting,
     PCGradWeighting,
+    RandomWeighting,
     RLWWeighting,
     STCHWeighting,
     SumWeighting,
@@ -283,7 +284,7 @@ def test_cr_mogm_wraps_any_callable_and_weightings_of_losses() -> None:
     weighting = CRMOGMWeighting(weighting=lambda gramian: gramian.diagonal(), alpha=0.5)
     weighting(torch.eye(2))
     close(weighting(3 * torch.eye(2)), torch.tensor([2.0, 2.0]))
-    losses = CRMOGMWeighting(weighting="stch", alpha=0.5)
+    losses = CRMOGMWeighting(weighting=STCHWeighting(), alpha=0.5)
     assert losses.reads == "losses"
     close(losses(torch.tensor([1.0, 2.0])), STCHWeighting()(torch.tensor([1.0, 2.0])), 1e-6)
 
@@ -368,7 +369,7 @@ def test_mgda_shares_its_weight_among_zero_rows() -> None:
 
 
 def test_cr_mogm_resets_what_it_wraps() -> None:
-    weighting = CRMOGMWeighting(weighting="random", alpha=0.5)
+    weighting = CRMOGMWeighting(weighting=RandomWeighting(), alpha=0.5)
     gramian = torch.eye(3, dtype=torch.float64)
     draws = [weighting(gramian) for _ in range(3)]
     weighting.reset()

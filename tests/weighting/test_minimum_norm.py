@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_jd.weighting import UPGradWeighting, minimum_norm, projection
-from hf_jd.weighting.projection import cone_projection
+from hf_jd.weighting import UPGradWeighting
+from hf_jd.weighting._solvers import minimum_norm, projection
+from hf_jd.weighting._solvers.projection import cone_projection
 from tests.weighting.families import FAMILIES, jacobians
 from tests.weighting.oracle import dot, projections, rational_gramian, update_error
 

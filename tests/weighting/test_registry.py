@@ -2,7 +2,7 @@
 
 import pytest
 
-from hf_jd.weighting import WEIGHTINGS, UPGradWeighting, build_weighting
+from hf_jd.weighting import WEIGHTINGS, CRMOGMWeighting, MGDAWeighting, UPGradWeighting, build_weighting
 
 
 def test_a_weighting_is_built_by_name_with_its_arguments() -> None:
@@ -20,3 +20,7 @@ def test_an_unknown_argument_lists_the_known_ones() -> None:
         build_weighting("upgrad", pref_vec=[1, 2])
     with pytest.raises(ValueError, match="the weighting 'mean' takes no arguments"):
         build_weighting("mean", c=1)
+
+
+def test_a_weighting_that_wraps_another_takes_its_name() -> None:
+    assert build_weighting("cr_mogm", weighting="mgda") == CRMOGMWeighting(weighting=MGDAWeighting())

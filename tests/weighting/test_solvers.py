@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_jd.weighting import DualProjWeighting, MGDAWeighting, UPGradWeighting, projection
-from hf_jd.weighting.batched import solve_nonnegative
-from hf_jd.weighting.projection import _solve_batched, _solve_quadprog, cone_projection
+from hf_jd.weighting import DualProjWeighting, MGDAWeighting, UPGradWeighting
+from hf_jd.weighting._solvers import projection
+from hf_jd.weighting._solvers.batched import solve_nonnegative
+from hf_jd.weighting._solvers.projection import _solve_batched, _solve_quadprog, cone_projection
 
 
 def jacobian(m: int, n: int, seed: int = 0, common: float = 0.0, decay: float = 0.0) -> Tensor:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_jd.weighting.batched import solve_nonnegative
-from hf_jd.weighting.cosines import (
+from hf_jd.weighting._solvers.batched import solve_nonnegative
+from hf_jd.weighting._solvers.cosines import (
     Array,
     cosine_factor,
     cosine_matrix,
@@ -26,9 +26,10 @@ from hf_jd.weighting.cosines import (
     independent,
     shrunk,
 )
-from hf_jd.weighting.duplicates import Directions
-from hf_jd.weighting.minimum_norm import smallest_solution
-from hf_jd.weighting.nearest import nearest_point
+from hf_jd.weighting._solvers.duplicates import Directions
+from hf_jd.weighting._solvers.minimum_norm import smallest_solution
+from hf_jd.weighting._solvers.quadprog import nearest_point
+from hf_jd.weighting._solvers.splitting import solve_low_rank
 
 Solver = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -39,7 +40,6 @@ _ROUNDING = 1e-3  # times the tolerance: what rounding leaves of a projection of
 SMALL = 32**3  # problems times m^2 up to which one at a time is faster: `benchmark.py weightings --solvers` measures it
 _REGULARISATION = 1e-8  # the root of float64's precision: where rounding and the diagonal disturb least together
 _PROXIMAL_STEPS = 2
-_LOW_RANK = 2 / 3  # of the number of rows
 _DEPENDENT = 1e-5  # squared pivot up to which a row depends on others, but for the errors of float32
 _LAST_REGULARISATION = 1e-10
 _ZERO = 1e-14  # length of a projection, by the sum of the weights, that rounding leaves of 0
@@ -140,15 +140,15 @@ def _project(gramian: Array, targets: Array, solver: Callable[..., Array]) -> tu
 
 def _solve_batched(cosines: Tensor, targets: Tensor, factor: Tensor | None) -> Tensor:
     """Solves all problems together, on the device of C."""
+    large = len(targets) * len(cosines) ** 2 > SMALL
     if factor is not None and independent(factor):
-        pivots = factor.diagonal()
-        large = len(targets) * len(cosines) ** 2 > SMALL and pivots.min() ** 2 < _DEPENDENT
-        if large and (pivots**2 >= _DEPENDENT).sum() <= _LOW_RANK * len(cosines):  # exchanges would go on and on
-            return torch.full_like(targets, torch.nan)
+        # Where rows are dependent but for the errors of float32, exchanges would go on and on.
+        if large and factor.diagonal().amin() ** 2 < _DEPENDENT:
+            return solve_low_rank(cosines, targets)
         return solve_nonnegative(cosines, -targets @ cosines)
     directions = Directions.of(cosines)
     if len(directions.first) == len(cosines):
-        return _solve_singular(cosines, targets)
+        return solve_low_rank(cosines, targets, _REGULARISATION) if large else _solve_singular(cosines, targets)
     cosines = cosines[directions.first][:, directions.first]
     factor, failed = torch.linalg.cholesky_ex(cosines)
     corrections = _solve_batched(cosines, directions.gather(targets), None if failed else factor)
@@ -159,12 +159,7 @@ def _solve_singular(cosines: Tensor, targets: Tensor) -> Tensor:
     """A little more diagonal picks, of all solutions, the one of smallest |u + z|.
 
     What it changes besides is taken back by proximal steps, z <- argmin_{z >= 0} v^T C v + epsilon |v - v_last|^2.
-    Where many rows are dependent the exchanges seldom settle, so few are tried; of many problems where most rows are
-    dependent, none: all is NaN.
     """
-    large = len(targets) * len(cosines) ** 2 > SMALL
-    if large and torch.linalg.matrix_rank(cosines, hermitian=True) <= _LOW_RANK * len(cosines):
-        return torch.full_like(targets, torch.nan)
     regular = cosines.clone()
     regular.diagonal().add_(_REGULARISATION)
     right = -targets @ regular

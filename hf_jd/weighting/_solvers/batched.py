@@ -11,6 +11,7 @@ _DIRECT_SIZE = 24  # up to this many unknowns a problem, a batch of Cholesky fac
 _STEPS = 30  # of conjugate gradients; a well-conditioned matrix needs ten, and what they don't solve is solved directly
 _PRECISION = 1e-13
 _FIRST_REDUCTION, _REDUCTION = 5e-2, 1e-3  # of the residual between exchanges; the first guess changes anyway
+_PLAIN = 0.3  # smallest squared pivot of a matrix that needs no preconditioner: its steps are as few, and cost half
 _SINGLE = 1e-3  # smallest squared pivot of a matrix for whose corrections single precision will do
 
 
@@ -101,17 +102,22 @@ def _wrong(state: Tensor, slopes: Tensor, positive: Tensor) -> Tensor:
 
 
 class _System(NamedTuple):
-    """C [m, m], and a copy of it and its inverse in the precision that corrections need."""
+    """C [m, m], and a copy of it and its inverse (if it pays) in the precision that corrections need."""
 
     cosines: Tensor
     copy: Tensor
-    inverse: Tensor
+    inverse: Tensor | None
 
     @classmethod
     def of(cls, cosines: Tensor) -> _System:
         factor = torch.linalg.cholesky(cosines)
-        dtype = torch.float32 if factor.diagonal().amin().square() > _SINGLE else torch.float64
-        return cls(cosines, cosines.to(dtype), torch.cholesky_inverse(factor).to(dtype))
+        pivot = factor.diagonal().amin().square().item()
+        dtype = torch.float32 if pivot > _SINGLE else torch.float64
+        return cls(cosines, cosines.to(dtype), None if pivot > _PLAIN else torch.cholesky_inverse(factor).to(dtype))
+
+    def precondition(self, residual: Tensor, mask: Tensor) -> Tensor:
+        """Applies the inverse of C, restricted to P: good enough where C is ill-conditioned, too."""
+        return residual.clone() if self.inverse is None else (residual @ self.inverse).mul_(mask)
 
     def improve(self, problems: _Problems, slopes: Tensor, largest: Tensor, reduction: float) -> tuple[Tensor, Tensor]:
         """Brings z_P nearer to C_PP z_P = b_P for all problems at once.
@@ -141,25 +147,25 @@ class _System(NamedTuple):
     def _conjugate_gradients(
         self, residual: Tensor, positive: Tensor, reduction: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Solves C_PP x_P = r_P, x = 0 elsewhere, to a part of r: two products of matrices a step.
+        """Solves C_PP x_P = r_P, x = 0 elsewhere, to a part of r: one or two products of matrices per step.
 
-        The inverse of C, restricted to P, is a preconditioner good enough for ill-conditioned C too. Returns x and
-        C x, [k, m], and which rows missed the reduction [k].
+        Returns x and C x, [k, m], and which rows missed the reduction [k].
         """
         mask = positive.to(residual)
         residual = residual * mask
         solution, product = torch.zeros_like(residual), torch.zeros_like(residual)
-        direction = (residual @ self.inverse).mul_(mask)
+        direction = self.precondition(residual, mask)
         square = (residual * direction).sum(dim=1, keepdim=True)
-        for _ in range(_STEPS):
+        every = 1 if self.inverse is not None else 2  # a step without a preconditioner costs little more than the look
+        for step in range(_STEPS):
             image = direction @ self.copy
             length = square / (direction * image).sum(dim=1, keepdim=True).clamp(min=1e-30)
             solution.addcmul_(direction, length)
             product.addcmul_(image, length)
             residual.addcmul_(image.mul_(mask), length, value=-1)
-            if residual.abs().max() <= reduction:
+            if (step + 1) % every == 0 and residual.abs().max() <= reduction:
                 break
-            conditioned = (residual @ self.inverse).mul_(mask)
+            conditioned = self.precondition(residual, mask)
             previous, square = square, (residual * conditioned).sum(dim=1, keepdim=True)
             direction.mul_(square / previous.clamp(min=1e-30)).add_(conditioned)
         return solution, product, residual.abs().amax(dim=1) > reduction

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from hf_jd.weighting.cosines import cosine_factor
-from hf_jd.weighting.nearest import nearest_point
+from hf_jd.weighting._solvers.cosines import cosine_factor
+from hf_jd.weighting._solvers.quadprog import nearest_point
 
 _TOLERANCE = 1e-12  # of a cosine
 _PRECISION = 1e-14  # of the largest weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_jd.weighting.cosines import cosine_matrix
+from hf_jd.weighting._solvers.cosines import cosine_matrix
 
 _STEPS = 200
 _STATIONARY = 1e-7  # |J^T w| / sum_i w_i |g_i| below which the rows cancel as far as float64 can tell

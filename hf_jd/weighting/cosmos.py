@@ -1,0 +1,50 @@
+"""COSMOS: a weighted sum of the losses, with a reward for their direction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from hf_jd.weighting.base import LossWeighting, Names
+from hf_jd.weighting.preference import checked_numbers, given_or
+
+
+@dataclass(frozen=True)
+class COSMOSWeighting(LossWeighting):
+    """The gradient of r^T L - lambda cos(r, L): losses are drawn to the ray of the preference r.
+
+    w = r - lambda (r / |r| - cos(r, L) L / |L|) / |L|; a loss that is far too large for the ray gains weight, one that
+    is too small may be driven up. The paper draws r anew at each step and tells the model; here r is constant.
+
+    Attributes:
+        lambda_: lambda, how much the direction counts, 0 or more; the paper has 0.01 to 8.
+        weights: r, [m], non-negative and not all zero; None for 1/m each.
+
+    References:
+        Ruchte and Grabocka, "Scalable Pareto Front Approximation for Deep Multi-Objective Learning", arXiv 2103.13392,
+        equation 5.
+    """
+
+    guarantee: ClassVar[str] = "none"
+    cost: ClassVar[str] = "m"
+
+    lambda_: float = 1.0
+    weights: Sequence[float] | Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not self.lambda_ >= 0:
+            raise ValueError(f"lambda_ is 0 or more; it is {self.lambda_}.")
+        if self.weights is not None:
+            object.__setattr__(self, "weights", checked_numbers("weights", self.weights))
+
+    def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
+        """Computes r - lambda d cos(r, L) / dL, [m]."""
+        preference = given_or("weights", self.weights, losses, 1 / len(losses))
+        length = losses.norm()
+        if not length:
+            return preference
+        ray, direction = preference / preference.norm(), losses / length
+        return preference - self.lambda_ / length * (ray - (ray @ direction) * direction)

@@ -1,0 +1,44 @@
+"""GAPO: MGDA of rows whose lengths have been evened out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from hf_jd.weighting.base import Names, Weighting
+from hf_jd.weighting.mgda import MGDAWeighting
+
+
+@dataclass(frozen=True)
+class GAPOWeighting(Weighting):
+    """Gradient-adaptive policy optimization: MGDA on the rows g_i / |g_i|^p.
+
+    The update is the shortest convex combination of the rescaled rows. MGDA itself, p = 0, follows the shortest row;
+    unit rows, p = 1, all count the same; beyond, the longest row decides. No row is in conflict with the update.
+
+    Attributes:
+        p: The power of a row's length that it is divided by, 0 or more.
+
+    References:
+        Li et al., "Gradient-Adaptive Policy Optimization: Towards Multi-Objective Alignment of Large Language Models",
+        arXiv 2507.01915, section 3.
+    """
+
+    guarantee: ClassVar[str] = "non-conflicting; 0 where Pareto stationary"
+    cost: ClassVar[str] = "m³, a few times"
+
+    p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.p >= 0:
+            raise ValueError(f"p is 0 or more; it is {self.p}.")
+
+    def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
+        """Computes w = lambda / |g|^p, lambda = argmin |sum_i lambda_i g_i / |g_i|^p| on the simplex, [m]."""
+        lengths = gramian.diagonal().sqrt()
+        scale = lengths.where(lengths > 0, 1) ** -self.p
+        # MGDA doesn't know the unit of the rows, and powers of it may leave float64's range.
+        unit = scale / scale.max()
+        return MGDAWeighting().weigh(gramian * unit * unit[:, None], names) * scale

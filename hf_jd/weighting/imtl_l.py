@@ -1,0 +1,46 @@
+"""IMTL-L: learnt scales that bring all losses to one size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from hf_jd.weighting._solvers.log_scale import descend_log_scale
+from hf_jd.weighting.base import Names
+from hf_jd.weighting.stateful import StatefulLoss
+
+
+@dataclass(frozen=True)
+class IMTLLWeighting(StatefulLoss):
+    """Impartial multi-task learning, its loss balance: minimises sum_i exp(s_i) L_i - s_i over the model and s.
+
+    w_i = exp(s_i), which goes to 1 / L_i. After every step s, which starts at 0, takes a step of gradient descent of
+    its own, implicitly (its gradient is that of where it arrives), so that losses of any size are safe. Up to a factor
+    of two it is `uncertainty`.
+
+    Attributes:
+        lr: The learning rate of s. The model's optimizer does not know s.
+
+    References:
+        Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021, equation 8.
+    """
+
+    guarantee: ClassVar[str] = "none"
+    cost: ClassVar[str] = "m"
+
+    lr: float = 0.025
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.lr > 0:
+            raise ValueError(f"lr is positive; it is {self.lr}.")
+
+    def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
+        """Returns exp(s_i), [m], then moves s."""
+        if (losses < 0).any():
+            raise ValueError(f"IMTL-L needs losses of 0 or more; they are {losses.tolist()}.")
+        scales = self.memory.read("log_scales", names, losses)
+        self.memory.write("log_scales", names, -descend_log_scale(-scales, losses, self.lr))
+        return scales.exp()

@@ -1,0 +1,121 @@
+"""What every case of `benchmark.py gpu` is given, and how it times."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Step = Callable[[], object]
+WARM_UP = 2  # steps that aren't timed: the self-check, and the allocator's first requests
+
+
+class NotHereError(Exception):
+    """What a case needs and this machine lacks."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where the cases run, and how long.
+
+    Attributes:
+        device: The device.
+        tiny: Whether sizes are those of a test.
+        deadline: When to stop, by `time.monotonic`.
+        rounds: How many times each contestant is timed at most.
+    """
+
+    device: torch.device
+    tiny: bool
+    deadline: float
+    rounds: int
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the device is a GPU of NVIDIA's or AMD's."""
+        return self.device.type == "cuda"
+
+    def late(self) -> bool:
+        """Whether the time is up."""
+        return time.monotonic() > self.deadline
+
+    def require_cuda(self) -> None:
+        """Raises `NotHereError` on another device."""
+        if not self.is_cuda:
+            raise NotHereError("needs CUDA")
+
+
+def require(package: str) -> None:
+    """Raises `NotHereError` if a package is not installed."""
+    if importlib.util.find_spec(package) is None:
+        raise NotHereError(f"needs {package}")
+
+
+def milliseconds(step: Step, device: torch.device) -> float:
+    """Times one step; on a GPU between two events."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        step()
+        return 1e3 * (time.perf_counter() - start)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    step()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def peak_megabytes(step: Step, device: torch.device) -> float | None:
+    """Returns what a step holds at most beyond what was held before; None where the allocator doesn't tell."""
+    if device.type != "cuda":
+        step()
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def compare(steps: Mapping[str, Step], setting: Setting) -> dict[str, dict[str, Any]]:
+    """Times contestants by turns; the first is what the others' ratios are to.
+
+    Returns:
+        For each its median in ms, its ratio (the median over rounds of its time by the first's in the same round), and
+        the peak of its memory in MB; the error of one that fails, which takes no further part.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    times: dict[str, list[float]] = {}
+    for name, step in steps.items():
+        try:
+            for _ in range(WARM_UP - 1):
+                step()
+            found[name] = {"peak_mb": peak_megabytes(step, setting.device)}
+            times[name] = []
+        except Exception as error:
+            found[name] = {"error": message(error)}
+            if setting.is_cuda:
+                torch.cuda.empty_cache()
+    for i in range(setting.rounds):
+        names = list(times)
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            times[name].append(milliseconds(steps[name], setting.device))
+        if i >= 2 and setting.late():
+            break
+    first = times.get(next(iter(steps)), [])
+    for name, values in times.items():
+        found[name] |= {"ms": statistics.median(values), "rounds": len(values)}
+        if first:
+            found[name]["ratio"] = statistics.median(a / b for a, b in zip(values, first, strict=True))
+    return found
+
+
+def message(error: Exception) -> str:
+    """The first line of an error, with its type."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else ''}"
