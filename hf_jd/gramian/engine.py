@@ -10,15 +10,16 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from hf_jd.gramian.check import Checker, LeakRecording
+from hf_jd.gramian.check import Checker
 from hf_jd.gramian.coverage import Coverage
 from hf_jd.gramian.jacobian import Jacobian
-from hf_jd.gramian.layouts import Segments
+from hf_jd.gramian.layouts import Batch, Segments
+from hf_jd.gramian.methods import Tier
 from hf_jd.gramian.passes import Passes
 from hf_jd.gramian.plan import Plan
-from hf_jd.gramian.recording import Batch, Recording
+from hf_jd.gramian.recording import Keep
 from hf_jd.gramian.rules import RULES, Rule
-from hf_jd.gramian.taps import ModuleTap
+from hf_jd.gramian.taps import ModuleTap, Switch
 
 FREE_MEMORY_SHARE = 0.5  # of the device's free memory, what `keep_rows="auto"` lets rows take
 
@@ -41,7 +42,7 @@ class Engine:
     J is the Jacobian of the losses with regard to the trainable parameters of the modules. One ordinary backward of the
     sum of the losses brings, at each trainable layer, its input and output gradient; since instances are independent in
     the model, they give each instance's row of J (`rules.py`). What no closed form covers is differentiated module by
-    module, or objective by objective (`fallback.py`); a self-check proves the rows on the first step (`check.py`). The
+    module (`methods.py`), or objective by objective; a self-check proves the rows on the first step (`check.py`). The
     approach follows Quinton & Rey, arXiv 2406.16232, Section 6.
 
         engine = Engine(model)
@@ -85,30 +86,23 @@ class Engine:
             raise ValueError(f'keep_rows is {keep_rows!r}; allowed are "auto", True, False and a number of bytes.')
         self.batch_dim = batch_dim
         self.keep_rows = keep_rows
-        self.sentinel = torch.zeros((), requires_grad=True)
-        engine: weakref.ref[Engine] = weakref.ref(self)
-        self._coverage = Coverage(modules, lambda module: ModuleTap(engine, module))
+        self._switch = switch = Switch()
+        self._coverage = Coverage(modules, lambda module: ModuleTap(switch, module))
         weakref.finalize(self, self._coverage.remove)  # The model's hooks must not keep the engine, nor outlive it.
         plan = Plan(rules)
-        self._passes = Passes(plan, self._coverage, Checker() if check else None, self.sentinel)
-        self._tiers: dict[nn.Parameter, int] = {}
+        self._passes = Passes(plan, self._coverage, Checker() if check else None, switch)
+        self._tiers: dict[nn.Parameter, Tier] = {}
         self._step: _Step | None = None
-        self.is_paused = False
         self._coverage.scan()
 
     @contextmanager
     def paused(self) -> Generator[None]:
         """Leaves forwards and backwards untapped meanwhile: for steps that need no rows, at the price of none."""
-        self.is_paused = self._coverage.inputs.is_paused = True
+        self._switch.is_paused = self._coverage.inputs.is_paused = True
         try:
             yield
         finally:
-            self.is_paused = self._coverage.inputs.is_paused = False
-
-    @property
-    def recording(self) -> Recording | LeakRecording | None:
-        """The backward under way, which taps report to."""
-        return self._passes.recording
+            self._switch.is_paused = self._coverage.inputs.is_paused = False
 
     @property
     def sharded(self) -> bool:
@@ -142,15 +136,15 @@ class Engine:
                 batch's; segments out of range; a model that mixes instances.
         """
         self._step = None
-        mode = self._mode(losses)
-        if mode == "gramian":
+        keep = self._keep(losses)
+        if keep is Keep.GRAMIAN:
             jacobian, gramian = None, self._gramian_only(losses, segments)
         else:
-            rows = mode == "rows"
+            rows = keep is Keep.ROWS
             jacobian = self.compute_jacobian(losses, segments, rows, retain_graph or not rows)
             gramian = jacobian.gramian()
         # Rows by tiers 2 and 3 are dense, which the factors' size did not tell beforehand.
-        if mode == "factors" and jacobian is not None and jacobian.nbytes > self._budget(losses.device):
+        if keep is Keep.FACTORS and jacobian is not None and jacobian.nbytes > self._budget(losses.device):
             jacobian = None
         versions = {p: p._version for p in self._coverage.names}
         self._step = _Step(losses.shape, losses if jacobian is None else jacobian, versions)
@@ -171,9 +165,12 @@ class Engine:
         Raises:
             ValueError: As for `compute_gramian`.
         """
-        parts = []
+        parts, keep = [], Keep.ROWS if materialise else Keep.FACTORS
         for vector, batch in self._vectors(losses, segments):
-            outcome = self._passes.run(vector, batch, materialise, False, retain_graph or losses.dim() > 1)
+            if batch is None:
+                outcome = self._passes.one_by_one(vector)
+            else:
+                outcome = self._passes.run(vector, batch, keep, retain_graph or losses.dim() > 1)
             self._tiers = outcome.tiers
             parts.append(Jacobian({p: outcome.rows.get(p) for p in self._coverage.names}, len(vector)))
         self._passes.finish(losses.sum())
@@ -233,7 +230,7 @@ class Engine:
 
         1: closed form; 2: module by module; 3: objective by objective; 0: no objective depended on it.
         """
-        return {name: self._tiers.get(p, 0) for p, name in self._coverage.names.items()}
+        return {name: self._tiers.get(p, Tier.UNUSED) for p, name in self._coverage.names.items()}
 
     def detach(self) -> None:
         """Removes the engine's hooks: the model is left as it was."""
@@ -256,30 +253,31 @@ class Engine:
 
     def _gramian_only(self, losses: Tensor, segments: Tensor | None) -> Tensor:
         ((vector, batch),) = self._vectors(losses, segments)
-        outcome = self._passes.run(vector, batch, materialise=False, gramian_only=True, retain_graph=True)
+        assert batch is not None
+        outcome = self._passes.run(vector, batch, Keep.GRAMIAN, retain=True)
         self._passes.finish(losses.sum())
         self._tiers = outcome.tiers
         rest = Jacobian({p: outcome.rows.get(p) for p in self._coverage.names}, len(vector)).gramian()
         return rest if outcome.gramian is None else (rest + outcome.gramian.to(rest))
 
-    def _mode(self, losses: Tensor) -> str:
-        """What is kept, from bytes: "rows", "factors", or only the "gramian"; several backwards always keep rows."""
+    def _keep(self, losses: Tensor) -> Keep:
+        """What is kept, from bytes; several backwards always keep rows."""
         if self.keep_rows is True or self.batch_dim is None or losses.dim() != 1:
-            return "rows"
+            return Keep.ROWS
         if self.keep_rows is False:
-            return "gramian"
+            return Keep.GRAMIAN
         budget = self._budget(losses.device)
         parameters = self._coverage.names
         size = max((p.element_size() for p in parameters), default=4)
         if len(losses) * sum(p.nbytes for p in parameters) <= budget:
-            return "rows"
+            return Keep.ROWS
         elements = [tap.elements for tap in self._coverage.taps]
         # Reentrant checkpointing shows no forwards: nothing is known of the factors' size.
-        return "factors" if all(elements) and sum(elements) * size <= budget else "gramian"
+        return Keep.FACTORS if all(elements) and sum(elements) * size <= budget else Keep.GRAMIAN
 
     def _budget(self, device: torch.device) -> int:
         """Bytes that what is kept may take."""
-        if isinstance(self.keep_rows, str):
+        if self.keep_rows == "auto":
             return int(_free_memory(device) * FREE_MEMORY_SHARE)
         return int(self.keep_rows)
 
