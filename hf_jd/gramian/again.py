@@ -11,7 +11,7 @@ from torch.func import functional_call, vjp
 
 from hf_jd.gramian.layouts import DrawsError, UnmappedError
 from hf_jd.gramian.random_streams import unchanged_streams
-from hf_jd.gramian.taps import Call, TapEvent
+from hf_jd.gramian.taps import TapEvent
 
 
 def call_again(
@@ -140,13 +140,13 @@ class RepeatedCall:
         every = self.all_outputs(inputs, parameters)
         return tuple(o for o, used in zip(every, self._used, strict=True) if used)
 
-    def all_outputs(self, inputs: Sequence[Tensor], parameters: Mapping[str, Tensor] | None = None) -> tuple[Tensor, ...]:
+    def all_outputs(
+        self, inputs: Sequence[Tensor], parameters: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, ...]:
         """All outputs that the tap wrapped."""
         args, kwargs = self._call.arguments(list(inputs))
         self._call.replay(self._device)
-        return self._call.float_outputs(
-            call_again(self._module, {**(parameters or {}), **self._buffers}, args, kwargs)
-        )
+        return self._call.float_outputs(call_again(self._module, {**(parameters or {}), **self._buffers}, args, kwargs))
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

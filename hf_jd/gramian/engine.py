@@ -10,6 +10,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from hf_jd.gramian.blocks import Blocks, blocks_of, check_blocks
 from hf_jd.gramian.check import Checker
 from hf_jd.gramian.coverage import Coverage
 from hf_jd.gramian.jacobian import Jacobian
@@ -59,6 +60,8 @@ class Engine:
             else the factors that they are made of, fit in half of the free memory; a number: in that many bytes.
         rules: Closed forms by exact layer type.
         check: Whether rows are proved against autograd on the first step and when the model's use changes.
+        blocks: Blocks of parameters that have a Gramian and weights of their own (`blocks.py`): "layer", "module",
+            "parameter", a function from a parameter's name to its block's, or a mapping; None: all are one.
 
     Raises:
         ValueError: No module, or an argument out of its range.
@@ -71,6 +74,7 @@ class Engine:
         keep_rows: bool | int | Literal["auto"] = "auto",
         rules: Mapping[type[nn.Module], Rule] = RULES,
         check: bool = True,
+        blocks: Blocks | None = None,
     ):
         if not modules or not all(isinstance(module, nn.Module) for module in modules):
             raise ValueError(f"Engine takes one or more torch.nn.Module, got {modules!r}.")
@@ -84,8 +88,15 @@ class Engine:
             )
         if not isinstance(keep_rows, bool | int) and keep_rows != "auto":
             raise ValueError(f'keep_rows is {keep_rows!r}; allowed are "auto", True, False and a number of bytes.')
+        check_blocks(blocks)
+        if blocks is not None and keep_rows is False:
+            raise ValueError(
+                "blocks are updated from kept rows, each with weights of its own, which one backward of the losses "
+                'can\'t do: give keep_rows="auto" or True.'
+            )
         self.batch_dim = batch_dim
         self.keep_rows = keep_rows
+        self.blocks = blocks
         self._switch = switch = Switch()
         self._coverage = Coverage(modules, lambda module: ModuleTap(switch, module))
         weakref.finalize(self, self._coverage.remove)  # The model's hooks must not keep the engine, nor outlive it.
@@ -129,7 +140,8 @@ class Engine:
 
         Returns:
             Losses of shape s give a Gramian of shape s + reversed(s), wherever their instances are: [m] gives [m, m],
-            [m, K] gives [m, K, K, m]. float32, or float64 for float64 parameters.
+            [m, K] gives [m, K, K, m]. With `blocks`, one for each: [B, m, m]. float32, or float64 for float64
+            parameters.
 
         Raises:
             ValueError: Losses that depend on no trainable parameter, that are not finite, or whose length is not the
@@ -142,13 +154,16 @@ class Engine:
         else:
             rows = keep is Keep.ROWS
             jacobian = self.compute_jacobian(losses, segments, rows, retain_graph or not rows)
-            gramian = jacobian.gramian()
-        # Rows by tiers 2 and 3 are dense, which the factors' size did not tell beforehand.
-        if keep is Keep.FACTORS and jacobian is not None and jacobian.nbytes > self._budget(losses.device):
-            jacobian = None
+            gramian = jacobian.gramian() if self.blocks is None else jacobian.gramians()
+            # Rows by tiers 2 and 3 are dense, which the factors' size did not tell beforehand.
+            if keep is Keep.FACTORS and self.blocks is None and jacobian.nbytes > self._budget(losses.device):
+                jacobian = None
         versions = {p: p._version for p in self._coverage.names}
-        self._step = _Step(losses.shape, losses if jacobian is None else jacobian, versions)
-        return self._generalized(gramian, losses)
+        shape = losses.shape if self.blocks is None else torch.Size((len(gramian), *losses.shape))
+        self._step = _Step(shape, losses if jacobian is None else jacobian, versions)
+        if self.blocks is None:
+            return self._generalized(gramian, losses)
+        return torch.stack([self._generalized(part, losses) for part in gramian])
 
     def compute_jacobian(
         self, losses: Tensor, segments: Tensor | None = None, materialise: bool = True, retain_graph: bool = True
@@ -165,14 +180,16 @@ class Engine:
         Raises:
             ValueError: As for `compute_gramian`.
         """
-        parts, keep = [], Keep.ROWS if materialise else Keep.FACTORS
+        parts, keep, blocks = [], Keep.ROWS if materialise else Keep.FACTORS, None
         for vector, batch in self._vectors(losses, segments):
             if batch is None:
                 outcome = self._passes.one_by_one(vector)
             else:
                 outcome = self._passes.run(vector, batch, keep, retain_graph or losses.dim() > 1)
-            self._tiers = outcome.tiers
-            parts.append(Jacobian({p: outcome.rows.get(p) for p in self._coverage.names}, len(vector)))
+            self._tiers, names = outcome.tiers, self._coverage.names
+            if self.blocks is not None:
+                blocks = dict(zip(names, blocks_of(self.blocks, names.values()), strict=True))
+            parts.append(Jacobian({p: outcome.rows.get(p) for p in names}, len(vector), blocks))
         self._passes.finish(losses.sum())
         return Jacobian.cat(parts)
 
@@ -200,7 +217,7 @@ class Engine:
         """p.grad += J^T w for each trainable parameter; may be called several times.
 
         Args:
-            weights: Shaped like the losses of the last `compute_gramian`.
+            weights: Shaped like the losses of the last `compute_gramian`; with `blocks`, [B, ...], those of each block.
 
         Raises:
             ValueError: No Gramian was computed, parameters have changed since, or weights of another shape.
@@ -211,7 +228,7 @@ class Engine:
         if weights.shape != step.shape:
             raise ValueError(
                 f"weights have shape {list(weights.shape)}; the losses of the last Gramian have "
-                f"{list(step.shape)}, and each takes one weight."
+                f"{list(step.shape)}, and each takes one weight{'' if self.blocks is None else ' in each block'}."
             )
         changed = [self._coverage.names.get(p, "?") for p, version in step.versions.items() if p._version != version]
         if changed:
@@ -222,7 +239,8 @@ class Engine:
         if isinstance(step.kept, Tensor):
             torch.autograd.backward(step.kept, weights.to(step.kept), retain_graph=True)
             return
-        for parameter, gradient in step.kept.weighted_sum(self._instances_last(weights).flatten()).items():
+        ordered = self._instances_last(weights, int(self.blocks is not None))
+        for parameter, gradient in step.kept.weighted_sum(ordered.flatten(int(self.blocks is not None))).items():
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def tiers(self) -> dict[str, int]:
@@ -273,7 +291,8 @@ class Engine:
             return Keep.ROWS
         elements = [tap.elements for tap in self._coverage.taps]
         # Reentrant checkpointing shows no forwards: nothing is known of the factors' size.
-        return Keep.FACTORS if all(elements) and sum(elements) * size <= budget else Keep.GRAMIAN
+        fits = self.blocks is not None or (all(elements) and sum(elements) * size <= budget)
+        return Keep.FACTORS if fits else Keep.GRAMIAN
 
     def _budget(self, device: torch.device) -> int:
         """Bytes that what is kept may take."""
@@ -281,9 +300,11 @@ class Engine:
             return int(_free_memory(device) * FREE_MEMORY_SHARE)
         return int(self.keep_rows)
 
-    def _instances_last(self, tensor: Tensor) -> Tensor:
-        """A tensor shaped like the losses in the order of rows."""
-        return tensor if self.batch_dim is None else tensor.movedim(self.batch_dim, -1)
+    def _instances_last(self, tensor: Tensor, before: int = 0) -> Tensor:
+        """A tensor shaped like the losses, after some dimensions `before`, in the order of rows."""
+        if self.batch_dim is None:
+            return tensor
+        return tensor.movedim(self.batch_dim + before if self.batch_dim >= 0 else self.batch_dim, -1)
 
     def _generalized(self, gramian: Tensor, losses: Tensor) -> Tensor:
         """[R, R] in the order of rows -> shape(losses) + reversed(shape(losses))."""

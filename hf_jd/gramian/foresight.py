@@ -22,7 +22,9 @@ from hf_jd.gramian.layouts import AXES, Batch
 from hf_jd.gramian.plan import Plan
 from hf_jd.gramian.taps import ModuleTap
 
-Place = tuple[ModuleTap, tuple[bool, ...], int]  # what a tap has met, in which modes, and how many nodes before the losses
+Place = tuple[
+    ModuleTap, tuple[bool, ...], int
+]  # what a tap has met, in which modes, and how many nodes before the losses
 REMEMBERED = 8  # ways through a program
 
 

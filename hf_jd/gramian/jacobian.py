@@ -18,11 +18,15 @@ class Jacobian:
         rows: The rows of each parameter, or the stack that they are in; `None` where no objective depends on it (a row
             of zeros).
         objectives: R.
+        blocks: The name of each parameter's block; None: all are one.
     """
 
-    def __init__(self, rows: Mapping[nn.Parameter, Held], objectives: int):
+    def __init__(
+        self, rows: Mapping[nn.Parameter, Held], objectives: int, blocks: Mapping[nn.Parameter, str] | None = None
+    ):
         self._rows = dict(rows)
         self._objectives = objectives
+        self._blocks = blocks
 
     def __len__(self) -> int:
         """R, the number of objectives."""
@@ -52,16 +56,43 @@ class Jacobian:
                 total += rows.gramian().to(device)
         return self._symmetric(total)
 
+    @property
+    def blocks(self) -> list[str]:
+        """The names of the B blocks, in the model's order; one without a name where no blocks were asked for."""
+        return [""] if self._blocks is None else list(dict.fromkeys(self._blocks[p] for p in self._rows))
+
+    def gramians(self) -> Tensor:
+        """The Gramian of each block, [B, R, R]; their sum is `gramian()`."""
+        if self._blocks is None:
+            return self.gramian()[None]
+        places = self._places()
+        device = next((p.device for p, rows in self._rows.items() if rows is not None), torch.device("cpu"))
+        total = torch.zeros(len(self.blocks), len(self), len(self), dtype=torch.float64, device=device)
+        with torch.autocast(device.type, enabled=False):
+            for stack in self._stacks():
+                where = torch.tensor([places[p] for p in stack.members], device=device)
+                total.index_add_(0, where, stack.gramians().to(device))
+            for parameter, rows in self._single().items():
+                total[places[parameter]] += rows.gramian().to(device)
+        return self._symmetric(total)
+
     def weighted_sum(self, weights: Tensor) -> dict[nn.Parameter, Tensor]:
-        """J^T w for weights [R], by parameter and in its dtype; without those that no objective depends on."""
+        """J^T w for weights [R], by parameter and in its dtype; without those that no objective depends on.
+
+        Args:
+            weights: [R]; or [B, R], those of each block, in the order of `blocks`.
+        """
         sums: dict[nn.Parameter, Tensor] = {}
+        places = self._places() if weights.dim() == 2 else {}
         for stack in self._stacks():
             device = stack.rows.device
+            own = weights[[places[p] for p in stack.members]] if places else weights
             with torch.autocast(device.type, enabled=False):
-                sums.update(zip(stack.members, stack.weighted_sums(weights.to(device)), strict=True))
+                sums.update(zip(stack.members, stack.weighted_sums(own.to(device)), strict=True))
         for parameter, rows in self._single().items():
+            own = weights[places[parameter]] if places else weights
             with torch.autocast(parameter.device.type, enabled=False):
-                sums[parameter] = rows.weighted_sum(weights.to(parameter.device))
+                sums[parameter] = rows.weighted_sum(own.to(parameter.device))
         ordered = {p: sums[p] for p, rows in self._rows.items() if rows is not None}
         return {p: total if total.dtype == p.dtype else total.to(p.dtype) for p, total in ordered.items()}
 
@@ -107,7 +138,7 @@ class Jacobian:
         for stack in self._stacks():
             found.update(dict.fromkeys(stack.members, stack.map(function)))
         found.update({p: function(rows) for p, rows in self._single().items()})
-        return Jacobian(found, objectives)
+        return Jacobian(found, objectives, self._blocks)
 
     def _merge(self, other: "Jacobian", function: Callable[[Rows, Rows], Rows], objectives: int) -> "Jacobian":
         """Joins the rows of each parameter; where more objectives come of it, zeros stand for rows that are missing."""
@@ -125,11 +156,16 @@ class Jacobian:
                 merged[p] = ours if theirs is None else theirs
                 if objectives > len(self):
                     merged[p] = DenseRows(torch.cat([self.rows(p), other.rows(p)]), p.shape)
-        return Jacobian(merged, objectives)
+        return Jacobian(merged, objectives, self._blocks)
 
     def _symmetric(self, total: Tensor) -> Tensor:
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in self._rows) else torch.float32
         return ((total + total.mT) / 2).to(dtype)
+
+    def _places(self) -> dict[nn.Parameter, int]:
+        """The place of each parameter's block among `blocks`."""
+        place = {name: i for i, name in enumerate(self.blocks)}
+        return {p: 0 if self._blocks is None else place[self._blocks[p]] for p in self._rows}
 
     def _stacks(self) -> list[Stack]:
         return list({id(rows): rows for rows in self._rows.values() if type(rows) is Stack}.values())

@@ -177,6 +177,22 @@ class Segments:
             self._repeated[layout, factor] = self._repeat(layout, factor, device)
         return self._repeated[layout, factor]
 
+    def split(self, parts: int) -> "Segments":
+        """The segments where each leading row is `parts` rows, one for each part of its objective; -1 stays -1.
+
+        Objective i becomes the objectives i * parts + 0, ..., i * parts + parts - 1.
+        """
+        if self.ids is None:
+            return (
+                Segments(self.objectives * parts, block=self.block) if self.block == 1 else self._by_ids().split(parts)
+            )
+        part = torch.arange(parts, device=self.ids.device).view(1, -1, *[1] * (self.ids.dim() - 1))
+        ids = torch.where(self.ids[:, None] < 0, -1, self.ids[:, None] * parts + part)
+        return Segments(self.objectives * parts, ids.flatten(0, 1))
+
+    def _by_ids(self) -> "Segments":
+        return Segments(self.objectives, torch.arange(self.objectives).repeat_interleave(self.block))
+
     def _repeat(self, layout: "Layout", factor: int, device: torch.device) -> "Segments":
         if self.ids is None and layout is MAJOR:
             return Segments(self.objectives, block=self.block * factor)

@@ -16,7 +16,7 @@ from torch.func import vmap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from hf_jd.gramian.again import RepeatedCall, call_again, without_traces
+from hf_jd.gramian.again import RepeatedCall
 from hf_jd.gramian.layouts import Batch, DrawsError, Layout, UnmappedError, UnsupportedError, shared_features
 from hf_jd.gramian.rows import DenseRows, Rows
 from hf_jd.gramian.rules import Rule, outer

@@ -81,12 +81,14 @@ class Plan:
     Attributes:
         individual: Parameters that only tier 3 gets right.
         several: Parameters whose rows were added up from several uses.
+        stacked: By `kind_of` layers, whether their rows are formed together.
     """
 
     def __init__(self, rules: Mapping[type[nn.Module], Rule]):
         self.rules = rules
         self.individual: set[nn.Parameter] = set()
         self.several: set[nn.Parameter] = set()
+        self.stacked: dict[tuple, bool] = {}
         self._uses: dict[tuple[nn.Module, tuple[bool, ...], int, bool], ModuleUse] = {}
 
     def use(self, event: TapEvent, rank: int, conclusive: bool) -> ModuleUse:

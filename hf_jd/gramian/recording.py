@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_jd.gramian.again import single_precision_gradients
-from hf_jd.gramian.layouts import Batch, DrawsError, Layout, UnmappedError
+from hf_jd.gramian.layouts import AXES, Batch, DrawsError, Layout, UnmappedError
 from hf_jd.gramian.methods import FINAL, VECTORISED, ClosedForm, Tier
 from hf_jd.gramian.plan import ModuleUse, Plan
-from hf_jd.gramian.rows import OuterRows, Rows, accumulation_dtype
+from hf_jd.gramian.rows import DenseRows, OuterRows, Rows, accumulation_dtype
 from hf_jd.gramian.sharding import is_partitioned
-from hf_jd.gramian.stacks import Stack, Stacker
+from hf_jd.gramian.stacks import Stack, Stacker, kind_of
 from hf_jd.gramian.taps import Call, ModuleTap, TapEvent
 
 ROUNDED = 0.03  # of the rows' norms, how far a rule may be from autograd in float32 on the same half-precision tensors
@@ -90,8 +90,11 @@ class Recording:
     _dropped: set[nn.Parameter] = field(default_factory=set, init=False)
     _embedded: list[Tensor] = field(default_factory=list, init=False)
     _unbatched: list[tuple[ModuleUse, TapEvent]] = field(default_factory=list, init=False)
-    _stacker: Stacker = field(default_factory=Stacker, init=False)
+    _stacker: Stacker = field(init=False)
     _waiting: set[nn.Parameter] = field(default_factory=set, init=False)
+
+    def __post_init__(self) -> None:
+        self._stacker = Stacker(self.batch)
 
     @property
     def met(self) -> dict[nn.Parameter, list[Meeting]]:
@@ -120,6 +123,10 @@ class Recording:
             return
         if isinstance(use.module, nn.Embedding):
             self._embedded.append(first)
+        kind = self._kind(use, layout, event)
+        if kind is not None and self.plan.stacked.get(kind):
+            self._wait(kind, event)
+            return
         ModuleTap.look_away = True
         try:
             found = {} if layout is None else self._form(use, layout, event)
@@ -129,6 +136,9 @@ class Recording:
             found = {}
         finally:
             ModuleTap.look_away = False
+        if kind is not None:
+            dense = [rows for rows in found.values() if type(rows) is DenseRows or not _stays_outer(rows)]
+            self.plan.stacked[kind] = use.is_closed and found.keys() == targets.keys() and len(dense) == len(found)
         self._take(targets, found)
 
     def finish(self) -> None:
@@ -139,7 +149,8 @@ class Recording:
         """
         for use, event in self._unbatched:
             assert event.first is not None
-            (x,), g, targets = event.inputs or (), event.first, event.targets
+            assert event.inputs is not None
+            x, g, targets = event.inputs[0], event.first, event.targets
             twin = next((t for t in self._embedded if _is_sum_of(g, t, self.batch.instances)), None)
             found: dict[str, Rows] = {}
             if twin is not None and isinstance(use.method, ClosedForm):
@@ -155,6 +166,23 @@ class Recording:
             self._unstack(parameter)
         if self.keep is Keep.GRAMIAN:
             self.shared |= self.unmapped & self._dropped  # Their part is in the Gramian, and all their rows will come.
+
+    def _kind(self, use: ModuleUse, layout: Layout | None, event: TapEvent) -> tuple | None:
+        """What layers must have in common with this one to form their rows together; None where it stands alone."""
+        if layout is not AXES[0] or self.keep is not Keep.ROWS or not isinstance(use.method, ClosedForm):
+            return None
+        kind = kind_of(use.method.rule, event)
+        if kind is None or not all(self._may_wait(p) for p in event.targets.values()):
+            return None
+        return kind
+
+    def _wait(self, kind: tuple, event: TapEvent) -> None:
+        for parameter in event.targets.values():
+            self.tiers[parameter] = Tier.CLOSED
+            self._waiting.add(parameter)
+        self._stacker.wait(kind, event)
+        if self._stacker.is_full:
+            self._release()
 
     def _without_individual(self, event: TapEvent) -> TapEvent:
         individual = self.plan.individual
@@ -230,12 +258,10 @@ class Recording:
 
     def _add(self, parameter: nn.Parameter, rows: Rows) -> None:
         materialise = self.keep is Keep.ROWS
-        if self._may_wait(parameter, rows, materialise) and self._stacker.take(parameter, rows):
-            self._waiting.add(parameter)
-            if self._stacker.is_full:
-                self._release()
-            return
         rows = rows.compact(parameter.dtype, materialise)
+        if self.keep is not Keep.GRAMIAN and self._may_wait(parameter) and self._stacker.take(parameter, rows):
+            self._waiting.add(parameter)
+            return
         if parameter in self.asleep and bool(rows.gramian().any()):
             self.awake.add(parameter)
         if self.probe is not None:
@@ -250,11 +276,9 @@ class Recording:
             part = rows.gramian()
             self.gramian = part if self.gramian is None else self.gramian + part
 
-    def _may_wait(self, parameter: nn.Parameter, rows: Rows, materialise: bool) -> bool:
-        """Whether rows may join those of other parameters; not where uses add up, and not for the look at `asleep`."""
-        if self.keep is Keep.GRAMIAN or (type(rows) is OuterRows and rows.stay_factors(materialise)):
-            return False
-        if (self.asleep and parameter in self.asleep) or (self.plan.several and parameter in self.plan.several):
+    def _may_wait(self, parameter: nn.Parameter) -> bool:
+        """Whether rows may join those of other parameters; not where uses add up, or a proof looks at each."""
+        if any(some and parameter in some for some in (self.asleep, self.doubted, self.plan.several)):
             return False
         if parameter in self._waiting or (self.rows and parameter in self.rows):
             self.plan.several.add(parameter)
@@ -284,6 +308,10 @@ class Recording:
             rows = self.rows[parameter]
             assert not isinstance(rows, Stack)
         return rows
+
+
+def _stays_outer(rows: Rows) -> bool:
+    return type(rows) is not OuterRows or rows.stay_factors(materialise=True)
 
 
 def _precisions(module: nn.Module, call: Call, tensors: Sequence[Tensor]) -> set[torch.dtype]:

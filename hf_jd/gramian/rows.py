@@ -340,8 +340,10 @@ class OuterRows(Rows):
         return DenseRows(self.dense().to(dtype), self.shape)
 
     def stay_factors(self, materialise: bool) -> bool:
-        """Whether factors are kept: where they are smaller than rows and rows need not be formed (not `materialise`),
-        or where the ghost form makes them cheaper too: R S (p + d) < 2 p d.
+        """Whether factors are kept.
+
+        They are where they are smaller than rows and rows need not be formed, or where the ghost form makes them
+        cheaper too: R S (p + d) < 2 p d.
         """
         (r, s, p), d = self.grad_output.shape, self.input.shape[-1]
         return r * s * (p + d) < 2 * p * d or (not materialise and s * (p + d) < p * d)

@@ -26,11 +26,14 @@ Rule = Callable[[Any, Any, Tensor, Segments], dict[str, Rows]]
 
 def outer(grad_output: Tensor, input: Tensor, segments: Segments, shape: torch.Size) -> Rows:
     """Rows sum_t g_t x_t^T of a weight of `shape`; as factors where the objectives are equal blocks of leading rows."""
-    input = input.to(grad_output.dtype)
+    if input.dtype != grad_output.dtype:
+        input = input.to(grad_output.dtype)
     if segments.ids is not None and narrow(shape):
         return DenseRows(segments.outer(input, grad_output).flatten(1), shape, transposed=True)
     if segments.ids is not None:
         return DenseRows(segments.outer(grad_output, input).flatten(1), shape)
+    if segments.block == 1:
+        return OuterRows(grad_output, input, shape)
     blocks = (segments.objectives, -1)
     return OuterRows(
         grad_output.reshape(*blocks, grad_output.shape[-1]), input.reshape(*blocks, input.shape[-1]), shape

@@ -4,15 +4,19 @@ Where layers are small, a step's time is spent in starting operations. So what s
 (`Stacker`) until there is enough of it, and becomes the rows of all of them in one product (`Stack`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from hf_jd.gramian.rows import DenseRows, OuterRows, Rows, combine, inner, narrow
+from hf_jd.gramian.layouts import Batch
+from hf_jd.gramian.rows import CHUNK, DenseRows, Rows, accumulation_dtype, combine, inner
+from hf_jd.gramian.rules import Rule, linear, transposed_linear
+from hf_jd.gramian.taps import TapEvent
 
-SMALL, SMALL_ON_CPU = 1024 * 1024, 16 * 1024  # elements of a layer's rows, and of their factors, up to which they wait
+ALIKE = {linear, transposed_linear}  # rules that read nothing of a layer but its parameters' shapes
+SMALL, SMALL_ON_CPU = 1024 * 1024, 16 * 1024  # elements of a layer's tensors, or of its rows, up to which they wait
 WAITING = 4 * 1024 * 1024  # elements that may wait: activations that a backward would have freed
 
 
@@ -45,7 +49,11 @@ class Stack:
 
     def gramians(self) -> Tensor:
         """Those of each member: float64 [L, R, R]."""
-        return torch.stack([inner(part, part) for part in self._parts()])
+        parts = self._parts()
+        if parts.shape[2] <= CHUNK:
+            parts = parts.to(accumulation_dtype(parts))
+            return torch.bmm(parts, parts.mT).double()
+        return torch.stack([inner(part, part) for part in parts])
 
     def weighted_sums(self, weights: Tensor) -> Sequence[Tensor]:
         """sum_i w_i row_i of each member, for weights [R], or [L, R] with those of each member."""
@@ -78,32 +86,36 @@ class Stack:
             and all(a is b for a, b in zip(self.members, other.members, strict=True))
         )
 
-    def _parts(self) -> Sequence[Tensor]:
-        return self.rows.rows.split(self.rows.shape.numel(), dim=1)
+    def _parts(self) -> Tensor:
+        """The rows of each member, [L, R, numel]."""
+        return self.rows.rows.unflatten(1, (len(self), -1)).transpose(0, 1)
 
 
 class Stacker:
-    """Takes the rows of small layers as they come, and returns them in stacks."""
+    """Takes what small layers bring as it comes, and returns their rows in stacks.
 
-    def __init__(self) -> None:
-        self._waiting: dict[tuple, list[tuple[nn.Parameter, DenseRows | OuterRows]]] = {}
+    Args:
+        batch: The instances of the step.
+    """
+
+    def __init__(self, batch: Batch):
+        self._batch = batch
+        self._events: dict[tuple, list[TapEvent]] = {}
+        self._rows: dict[tuple, list[tuple[nn.Parameter, DenseRows]]] = {}
         self._elements = 0
 
+    def wait(self, kind: tuple, event: TapEvent) -> None:
+        """Takes what a layer brings; layers of one `kind_of` differ in nothing that a rule of `ALIKE` reads."""
+        self._events.setdefault(kind, []).append(event)
+        for tensor in (*(event.inputs or ()), event.grad_outputs[0]):
+            self._elements += 0 if tensor is None else tensor.numel()
+
     def take(self, parameter: nn.Parameter, rows: Rows) -> bool:
-        """Takes rows that are small enough, or tells that they are not."""
-        if type(rows) is OuterRows:
-            g, x = rows.grad_output, rows.input
-            size = max(g.numel() + x.numel(), len(g) * rows.shape.numel())
-            kind = (g.shape, x.shape, rows.shape, parameter.dtype, g.dtype, g.device)
-        elif type(rows) is DenseRows:
-            size = rows.rows.numel()
-            kind = (rows.transposed, rows.shape, rows.rows.dtype, rows.device)
-        else:
+        """Takes rows that are dense and small, or tells that they are not."""
+        if type(rows) is not DenseRows or rows.rows.numel() > _small(rows.device):
             return False
-        if size > (SMALL_ON_CPU if rows.device.type == "cpu" else SMALL):
-            return False
-        self._waiting.setdefault(kind, []).append((parameter, rows))
-        self._elements += size
+        kind = (rows.transposed, rows.shape, rows.rows.dtype, rows.device)
+        self._rows.setdefault(kind, []).append((parameter, rows))
         return True
 
     @property
@@ -113,18 +125,37 @@ class Stacker:
 
     def release(self) -> list[Stack]:
         """All that waits, in stacks."""
-        waiting, self._waiting, self._elements = self._waiting, {}, 0
-        return [_stacked([p for p, _ in part], [rows for _, rows in part]) for part in waiting.values()]
+        events, self._events, self._elements = self._events, {}, 0
+        rows, self._rows = self._rows, {}
+        stacks = [stack for (rule, *_), group in events.items() for stack in self._stacked(rule, group)]
+        for group in rows.values():
+            joined = torch.cat([part.rows for _, part in group], dim=1)
+            stacks.append(Stack([p for p, _ in group], group[0][1].like(joined)))
+        return stacks
+
+    def _stacked(self, rule: Rule, events: list[TapEvent]) -> Iterator[Stack]:
+        """The rows of L layers alike: for its rule they are one layer, and L R objectives."""
+        g = torch.stack([g for event in events if (g := event.first) is not None], 1)
+        x = torch.stack([event.inputs[0] for event in events if event.inputs], 1)
+        segments = self._batch.segments.split(len(events))
+        found = rule(events[0].tap.module, x.flatten(0, 1), g.flatten(0, 1), segments)
+        for name, rows in found.items():
+            members = [event.targets[name] for event in events]
+            dense = rows.compact(members[0].dtype, materialise=True)
+            assert isinstance(dense, DenseRows)
+            yield Stack(members, dense.like(dense.rows.view(self._batch.segments.objectives, -1)))
 
 
-def _stacked(members: list[nn.Parameter], parts: Sequence[DenseRows | OuterRows]) -> Stack:
-    first = parts[0]
-    if isinstance(first, DenseRows):
-        rows = torch.cat([part.rows for part in parts if isinstance(part, DenseRows)], dim=1)
-        return Stack(members, first.like(rows))
-    outer = [part for part in parts if isinstance(part, OuterRows)]
-    g, x = torch.stack([part.grad_output for part in outer], 1), torch.stack([part.input for part in outer], 1)
-    transposed = narrow(first.shape)
-    left, right = (x, g) if transposed else (g, x)
-    rows = torch.bmm(left.flatten(0, 1).transpose(1, 2), right.flatten(0, 1)).view(len(g), -1)
-    return Stack(members, DenseRows(rows.to(members[0].dtype), first.shape, transposed))
+def kind_of(rule: Rule, event: TapEvent) -> tuple | None:
+    """What layers must have in common to be stacked; None where this one is no small layer of a rule of `ALIKE`."""
+    if rule not in ALIKE or event.inputs is None or len(event.inputs) != 1 or len(event.grad_outputs) != 1:
+        return None
+    x, g = event.inputs[0], event.grad_outputs[0]
+    if g is None or x.numel() + g.numel() > _small(g.device):
+        return None
+    parameters = [(name, p.shape, p.dtype) for name, p in event.targets.items()]
+    return (rule, x.shape, g.shape, x.dtype, g.dtype, g.device, *parameters)
+
+
+def _small(device: torch.device) -> int:
+    return SMALL_ON_CPU if device.type == "cpu" else SMALL

@@ -149,14 +149,18 @@ class Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, sentinel: Tensor, tap: "ModuleTap", call: Call, n_outputs: int, *tensors: Tensor) -> Any:
-        ctx.tap, ctx.targets, ctx.call, ctx.n_inputs = tap, tap.trainable(), call, len(tensors) - n_outputs
-        ctx.shapes = [output.shape for output in tensors[:n_outputs]]
+    def forward(ctx: Any, sentinel: Tensor, place: tuple, n_outputs: int, *tensors: Tensor) -> Any:
+        ctx.tap, ctx.targets, ctx.call = tap, _, call = place
+        ctx.n_inputs = len(tensors) - n_outputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors[n_outputs:])
-        tap.note(call, ctx.shapes[0], ctx)
         if n_outputs == 1:
+            shape = tensors[0].shape
+            ctx.shapes = (shape,)
+            tap.note(Forward(call, shape, ctx._sequence_nr()))
             return tensors[0].detach()
+        ctx.shapes = [output.shape for output in tensors[:n_outputs]]
+        tap.note(Forward(call, ctx.shapes[0], ctx._sequence_nr()))
         return tuple(output.detach() for output in tensors[:n_outputs])
 
     @staticmethod
@@ -170,7 +174,7 @@ class Tap(torch.autograd.Function):
             else:
                 with call.modes_of(tap.module):
                     recorder.record(event)
-        return None, None, None, None, *grad_outputs, *[None] * ctx.n_inputs
+        return None, None, None, *grad_outputs, *[None] * ctx.n_inputs
 
 
 class ModuleTap:
@@ -223,11 +227,11 @@ class ModuleTap:
                 return {name: p for name, p in self.targets.items() if p.requires_grad}
         return self.targets
 
-    def note(self, call: Call, shape: torch.Size, node: Any) -> None:
-        """Notes a forward with gradient; that of a recomputation says nothing new."""
+    def note(self, forward: Forward) -> None:
+        """Notes a forward with gradient."""
         self.calls += 1
-        if self.calls <= MOST_FORWARDS and torch._C._current_graph_task_id() == -1:
-            self.forwards.append(Forward(call, shape, node._sequence_nr()))
+        if self.calls <= MOST_FORWARDS:
+            self.forwards.append(forward)
 
     def forget(self) -> None:
         """Begins to count forwards anew."""
@@ -251,7 +255,8 @@ class ModuleTap:
         if switch.is_paused or ModuleTap.look_away or not torch.is_grad_enabled():
             return None
         # A recomputation finds the same parameters trainable as its forward did: autograd itself needs that.
-        if not self.trainable():
+        targets = self.trainable()
+        if not targets:
             return None
         if isinstance(output, Tensor) and not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
             if not output.requires_grad:
@@ -263,10 +268,12 @@ class ModuleTap:
                 call = leaf_call(self.module.training, autocast)
             else:
                 call = Call(self._modes(), autocast=autocast or NO_AUTOCAST, random_state=self._state())
-            return Tap.apply(switch.sentinel, self, call, 1, output, args[0].detach())
-        return self._tap_structure(args, kwargs, output)
+            return Tap.apply(switch.sentinel, (self, targets, call), 1, output, args[0].detach())
+        return self._tap_structure(targets, args, kwargs, output)
 
-    def _tap_structure(self, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    def _tap_structure(
+        self, targets: Mapping[str, nn.Parameter], args: tuple, kwargs: dict[str, Any], output: Any
+    ) -> Any:
         outputs, output_spec = pytree.tree_flatten(output)
         tapped = [i for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not tapped:
@@ -275,7 +282,8 @@ class ModuleTap:
         tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
         skeleton = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         call = Call(self._modes(), spec, skeleton, tapped, _autocast(outputs[tapped[0]].device.type), self._state())
-        wrapped = Tap.apply(self.switch.sentinel, self, call, len(tapped), *[outputs[i] for i in tapped], *tensors)
+        given = [outputs[i] for i in tapped]
+        wrapped = Tap.apply(self.switch.sentinel, (self, targets, call), len(tapped), *given, *tensors)
         for i, leaf in zip(tapped, wrapped if len(tapped) > 1 else [wrapped], strict=True):
             outputs[i] = leaf
             self.elements += leaf.numel()
