@@ -180,18 +180,25 @@ class Engine:
         Raises:
             ValueError: As for `compute_gramian`.
         """
-        parts, keep, blocks = [], Keep.ROWS if materialise else Keep.FACTORS, None
+        parts, keep = [], Keep.ROWS if materialise else Keep.FACTORS
         for vector, batch in self._vectors(losses, segments):
             if batch is None:
                 outcome = self._passes.one_by_one(vector)
             else:
                 outcome = self._passes.run(vector, batch, keep, retain_graph or losses.dim() > 1)
-            self._tiers, names = outcome.tiers, self._coverage.names
-            if self.blocks is not None:
-                blocks = dict(zip(names, blocks_of(self.blocks, names.values()), strict=True))
-            parts.append(Jacobian({p: outcome.rows.get(p) for p in names}, len(vector), blocks))
-        self._passes.finish(losses.sum())
+            self._tiers = outcome.tiers
+            rows = {p: outcome.rows.get(p) for p in self._coverage.names}
+            parts.append(Jacobian(rows, len(vector), self.block_names()))
+        if self.sharded:
+            self._passes.finish(losses.sum())
         return Jacobian.cat(parts)
+
+    def block_names(self) -> dict[nn.Parameter, str] | None:
+        """The block of each trainable parameter; None without `blocks`. For a `Jacobian` of a step without rows."""
+        if self.blocks is None:
+            return None
+        names = self._coverage.names
+        return dict(zip(names, blocks_of(self.blocks, names.values()), strict=True))
 
     def gradients(self, scalar: Tensor) -> dict[nn.Parameter, Tensor]:
         """The plain gradient of a scalar, by parameter; `.grad` and the graph are left as they were found.
@@ -210,7 +217,8 @@ class Engine:
             scalar: Any that depends on the model as losses would.
         """
         self._coverage.read()
-        self._passes.finish(scalar)
+        if self.sharded:
+            self._passes.finish(scalar)
         self._coverage.finish_step()
 
     def accumulate_grad(self, weights: Tensor) -> None:
@@ -273,7 +281,8 @@ class Engine:
         ((vector, batch),) = self._vectors(losses, segments)
         assert batch is not None
         outcome = self._passes.run(vector, batch, Keep.GRAMIAN, retain=True)
-        self._passes.finish(losses.sum())
+        if self.sharded:
+            self._passes.finish(losses.sum())
         self._tiers = outcome.tiers
         rest = Jacobian({p: outcome.rows.get(p) for p in self._coverage.names}, len(vector)).gramian()
         return rest if outcome.gramian is None else (rest + outcome.gramian.to(rest))

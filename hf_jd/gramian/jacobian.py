@@ -156,7 +156,7 @@ class Jacobian:
                 merged[p] = ours if theirs is None else theirs
                 if objectives > len(self):
                     merged[p] = DenseRows(torch.cat([self.rows(p), other.rows(p)]), p.shape)
-        return Jacobian(merged, objectives, self._blocks)
+        return Jacobian(merged, objectives, other._blocks if self._blocks is None else self._blocks)
 
     def _symmetric(self, total: Tensor) -> Tensor:
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in self._rows) else torch.float32

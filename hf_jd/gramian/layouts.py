@@ -45,6 +45,7 @@ class Segments:
     ids: Tensor | None = None
     block: int = 1
     _repeated: dict[tuple["Layout", int], "Segments"] = field(default_factory=dict, init=False, repr=False)
+    _splits: dict[int, "Segments"] = field(default_factory=dict, init=False, repr=False)
     _last: tuple[tuple, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
     _neighbours: list[tuple[int, int, int]] | None = field(default=None, init=False, repr=False)
 
@@ -180,18 +181,17 @@ class Segments:
     def split(self, parts: int) -> "Segments":
         """The segments where each leading row is `parts` rows, one for each part of its objective; -1 stays -1.
 
-        Objective i becomes the objectives i * parts + 0, ..., i * parts + parts - 1.
+        Objective i becomes the objectives i * parts + 0, ..., i * parts + parts - 1. Built once per step.
         """
-        if self.ids is None:
-            return (
-                Segments(self.objectives * parts, block=self.block) if self.block == 1 else self._by_ids().split(parts)
-            )
-        part = torch.arange(parts, device=self.ids.device).view(1, -1, *[1] * (self.ids.dim() - 1))
-        ids = torch.where(self.ids[:, None] < 0, -1, self.ids[:, None] * parts + part)
-        return Segments(self.objectives * parts, ids.flatten(0, 1))
-
-    def _by_ids(self) -> "Segments":
-        return Segments(self.objectives, torch.arange(self.objectives).repeat_interleave(self.block))
+        if parts not in self._splits:
+            if self.ids is None:
+                assert self.block == 1
+                self._splits[parts] = Segments(self.objectives * parts)
+            else:
+                part = torch.arange(parts, device=self.ids.device).view(1, -1, *[1] * (self.ids.dim() - 1))
+                ids = torch.where(self.ids[:, None] < 0, -1, self.ids[:, None] * parts + part)
+                self._splits[parts] = Segments(self.objectives * parts, ids.flatten(0, 1))
+        return self._splits[parts]
 
     def _repeat(self, layout: "Layout", factor: int, device: torch.device) -> "Segments":
         if self.ids is None and layout is MAJOR:

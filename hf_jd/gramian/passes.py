@@ -94,10 +94,12 @@ class Passes:
         if outlook.is_last:
             return self._only_pass(one, outlook)
         self._foresight.forget()
-        recording = self._record(one, self._expected_probe(losses))
+        checker = self._checker
+        # What a proof compares is recorded first, where one is expected.
+        recording = self._record(one, checker.probe(losses) if checker is not None and checker.expects else None)
         self._check_length(losses, batch, recording)
         reached = self._unmet(one, recording)
-        if self._checker is not None and self._checker.pending(recording):
+        if checker is not None and checker.pending(recording):
             recording = self._prove(one, recording)
         if recording.probe is not None:
             more = bool(reached or self._plan.individual or recording.unmapped)
@@ -117,19 +119,14 @@ class Passes:
         return {p: g for p, g in found if g is not None}
 
     def finish(self, scalar: Tensor) -> None:
-        """Ends a batch's passes: with sharded parameters, once all processes have made theirs."""
-        if self._coverage.sharded:
-            self._differentiator(scalar, self._foresight.look(scalar)).finish(scalar)
+        """Ends a batch's passes with sharded parameters, once all processes have made theirs."""
+        self._differentiator(scalar, self._foresight.look(scalar)).finish(scalar)
 
     def _differentiator(self, losses: Tensor, outlook: Outlook) -> Differentiator:
         touched = None if outlook.touched is None else [*self._coverage.parameters(), *outlook.touched]
         if not self._coverage.sharded:
             return Differentiator(touched)
         return Differentiator(touched, self._coverage.whole(), Lockstep(losses.device), self._switch.sentinel)
-
-    def _expected_probe(self, losses: Tensor) -> Tensor | None:
-        """What a proof compares, where one is expected: it is recorded first."""
-        return self._checker.probe(losses) if self._checker is not None and self._checker.expects else None
 
     def _only_pass(self, one: Measurement, outlook: Outlook) -> Outcome:
         """Rows by one backward that frees the graph."""

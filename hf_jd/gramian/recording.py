@@ -171,10 +171,12 @@ class Recording:
         """What layers must have in common with this one to form their rows together; None where it stands alone."""
         if layout is not AXES[0] or self.keep is not Keep.ROWS or not isinstance(use.method, ClosedForm):
             return None
-        kind = kind_of(use.method.rule, event)
+        kind, ids = kind_of(use.method.rule, event), self.batch.segments.ids
         if kind is None or not all(self._may_wait(p) for p in event.targets.values()):
             return None
-        return kind
+        if ids is not None and ids.dim() == 2 and kind[1][1:2] != ids.shape[1:]:
+            return None
+        return (*kind, ids is None)  # Whether rows stay factors depends on it.
 
     def _wait(self, kind: tuple, event: TapEvent) -> None:
         for parameter in event.targets.values():

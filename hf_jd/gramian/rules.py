@@ -138,7 +138,7 @@ def convolution(module: Any, input: Tensor, grad_output: Tensor, segments: Segme
     """nn.Conv1d/2d/3d: each objective's weight gradient, all instances as groups of one convolution."""
     rows = {}
     if module.weight.requires_grad:
-        if isinstance(module.padding, str) or module.padding_mode != "zeros":
+        if module.padding in ("same", "valid") or module.padding_mode != "zeros":
             mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
             input, padding = F.pad(input, module._reversed_padding_repeated_twice, mode=mode), (0,)
         else:
