@@ -34,7 +34,7 @@ class _Step:
 
     shape: torch.Size
     kept: Jacobian | Tensor
-    versions: dict[nn.Parameter, int]
+    versions: list[tuple[nn.Parameter, int]]
 
 
 class Engine:
@@ -158,7 +158,7 @@ class Engine:
             # Rows by tiers 2 and 3 are dense, which the factors' size did not tell beforehand.
             if keep is Keep.FACTORS and self.blocks is None and jacobian.nbytes > self._budget(losses.device):
                 jacobian = None
-        versions = {p: p._version for p in self._coverage.names}
+        versions = [(p, p._version) for p in self._coverage.names]
         shape = losses.shape if self.blocks is None else torch.Size((len(gramian), *losses.shape))
         self._step = _Step(shape, losses if jacobian is None else jacobian, versions)
         if self.blocks is None:
@@ -238,7 +238,7 @@ class Engine:
                 f"weights have shape {list(weights.shape)}; the losses of the last Gramian have "
                 f"{list(step.shape)}, and each takes one weight{'' if self.blocks is None else ' in each block'}."
             )
-        changed = [self._coverage.names.get(p, "?") for p, version in step.versions.items() if p._version != version]
+        changed = [self._coverage.names.get(p, "?") for p, version in step.versions if p._version != version]
         if changed:
             raise ValueError(
                 f"{len(changed)} parameter(s) have changed since compute_gramian (first: {changed[0]}): call "

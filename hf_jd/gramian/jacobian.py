@@ -93,8 +93,7 @@ class Jacobian:
             own = weights[places[parameter]] if places else weights
             with torch.autocast(parameter.device.type, enabled=False):
                 sums[parameter] = rows.weighted_sum(own.to(parameter.device))
-        ordered = {p: sums[p] for p, rows in self._rows.items() if rows is not None}
-        return {p: total if total.dtype == p.dtype else total.to(p.dtype) for p, total in ordered.items()}
+        return {p: sums[p].to(p.dtype) for p, rows in self._rows.items() if rows is not None}
 
     def dense(self) -> Tensor:
         """J [R, n], parameters flattened in order, zeros for those that no objective depends on."""

@@ -172,8 +172,11 @@ class Recording:
         if layout is not AXES[0] or self.keep is not Keep.ROWS or not isinstance(use.method, ClosedForm):
             return None
         kind, ids = kind_of(use.method.rule, event), self.batch.segments.ids
-        if kind is None or not all(self._may_wait(p) for p in event.targets.values()):
+        if kind is None:
             return None
+        for parameter in event.targets.values():
+            if not self._may_wait(parameter):
+                return None
         if ids is not None and ids.dim() == 2 and kind[1][1:2] != ids.shape[1:]:
             return None
         return (*kind, ids is None)  # Whether rows stay factors depends on it.
@@ -280,12 +283,15 @@ class Recording:
 
     def _may_wait(self, parameter: nn.Parameter) -> bool:
         """Whether rows may join those of other parameters; not where uses add up, or a proof looks at each."""
-        if any(some and parameter in some for some in (self.asleep, self.doubted, self.plan.several)):
+        if (self.asleep or self.doubted or self.plan.several) and self._is_special(parameter):
             return False
         if parameter in self._waiting or (self.rows and parameter in self.rows):
             self.plan.several.add(parameter)
             return False
         return True
+
+    def _is_special(self, parameter: nn.Parameter) -> bool:
+        return parameter in self.asleep or parameter in self.doubted or parameter in self.plan.several
 
     def _release(self) -> None:
         for stack in self._stacker.release():

@@ -149,19 +149,17 @@ class Tap(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, sentinel: Tensor, place: tuple, n_outputs: int, *tensors: Tensor) -> Any:
-        ctx.tap, ctx.targets, ctx.call = tap, _, call = place
-        ctx.n_inputs = len(tensors) - n_outputs
+    def forward(ctx: Any, sentinel: Tensor, place: tuple, *outputs: Tensor) -> Any:
+        ctx.tap, ctx.targets, ctx.call, inputs = place
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[n_outputs:])
-        if n_outputs == 1:
-            shape = tensors[0].shape
-            ctx.shapes = (shape,)
-            tap.note(Forward(call, shape, ctx._sequence_nr()))
-            return tensors[0].detach()
-        ctx.shapes = [output.shape for output in tensors[:n_outputs]]
-        tap.note(Forward(call, ctx.shapes[0], ctx._sequence_nr()))
-        return tuple(output.detach() for output in tensors[:n_outputs])
+        ctx.save_for_backward(*inputs)
+        first = outputs[0].shape
+        ctx.tap.note(Forward(ctx.call, first, ctx._sequence_nr()))
+        if len(outputs) == 1:
+            ctx.shapes = (first,)
+            return outputs[0].detach()
+        ctx.shapes = [output.shape for output in outputs]
+        return tuple(output.detach() for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
@@ -174,7 +172,13 @@ class Tap(torch.autograd.Function):
             else:
                 with call.modes_of(tap.module):
                     recorder.record(event)
-        return None, None, None, *grad_outputs, *[None] * ctx.n_inputs
+        return None, None, *grad_outputs
+
+
+def _apply(*args: Any) -> Any:
+    """`Tap.apply`, without its care for transforms of torch.func where none is active: a third of its time."""
+    plain: Any = super(torch.autograd.Function, Tap)
+    return Tap.apply(*args) if torch._C._are_functorch_transforms_active() else plain.apply(*args)
 
 
 class ModuleTap:
@@ -268,7 +272,7 @@ class ModuleTap:
                 call = leaf_call(self.module.training, autocast)
             else:
                 call = Call(self._modes(), autocast=autocast or NO_AUTOCAST, random_state=self._state())
-            return Tap.apply(switch.sentinel, (self, targets, call), 1, output, args[0].detach())
+            return _apply(switch.sentinel, (self, targets, call, (args[0].detach(),)), output)
         return self._tap_structure(targets, args, kwargs, output)
 
     def _tap_structure(
@@ -282,8 +286,7 @@ class ModuleTap:
         tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
         skeleton = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         call = Call(self._modes(), spec, skeleton, tapped, _autocast(outputs[tapped[0]].device.type), self._state())
-        given = [outputs[i] for i in tapped]
-        wrapped = Tap.apply(self.switch.sentinel, (self, targets, call), len(tapped), *given, *tensors)
+        wrapped = _apply(self.switch.sentinel, (self, targets, call, tensors), *[outputs[i] for i in tapped])
         for i, leaf in zip(tapped, wrapped if len(tapped) > 1 else [wrapped], strict=True):
             outputs[i] = leaf
             self.elements += leaf.numel()
