@@ -45,7 +45,7 @@ class Segments:
     ids: Tensor | None = None
     block: int = 1
     _repeated: dict[tuple["Layout", int], "Segments"] = field(default_factory=dict, init=False, repr=False)
-    _splits: dict[int, "Segments"] = field(default_factory=dict, init=False, repr=False)
+    _layers: dict[int, "Segments"] = field(default_factory=dict, init=False, repr=False)
     _last: tuple[tuple, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
     _neighbours: list[tuple[int, int, int]] | None = field(default=None, init=False, repr=False)
 
@@ -178,20 +178,18 @@ class Segments:
             self._repeated[layout, factor] = self._repeat(layout, factor, device)
         return self._repeated[layout, factor]
 
-    def split(self, parts: int) -> "Segments":
-        """The segments where each leading row is `parts` rows, one for each part of its objective; -1 stays -1.
+    def in_layers(self, layers: int) -> "Segments":
+        """The segments of L layers' tensors, one below the other: objective i of layer l is l * R + i; -1 stays -1.
 
-        Objective i becomes the objectives i * parts + 0, ..., i * parts + parts - 1. Built once per step.
+        Built once per step.
         """
-        if parts not in self._splits:
-            if self.ids is None:
-                assert self.block == 1
-                self._splits[parts] = Segments(self.objectives * parts)
-            else:
-                part = torch.arange(parts, device=self.ids.device).view(1, -1, *[1] * (self.ids.dim() - 1))
-                ids = torch.where(self.ids[:, None] < 0, -1, self.ids[:, None] * parts + part)
-                self._splits[parts] = Segments(self.objectives * parts, ids.flatten(0, 1))
-        return self._splits[parts]
+        if layers not in self._layers:
+            ids = None
+            if self.ids is not None:
+                first = torch.arange(layers, device=self.ids.device).view(-1, *[1] * self.ids.dim()) * self.objectives
+                ids = torch.where(self.ids < 0, -1, self.ids + first).flatten(0, 1)
+            self._layers[layers] = Segments(self.objectives * layers, ids, self.block)
+        return self._layers[layers]
 
     def _repeat(self, layout: "Layout", factor: int, device: torch.device) -> "Segments":
         if self.ids is None and layout is MAJOR:

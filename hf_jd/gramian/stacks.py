@@ -135,15 +135,15 @@ class Stacker:
 
     def _stacked(self, rule: Rule, events: list[TapEvent]) -> Iterator[Stack]:
         """The rows of L layers alike: for its rule they are one layer, and L R objectives."""
-        g = torch.stack([g for event in events if (g := event.first) is not None], 1)
-        x = torch.stack([event.inputs[0] for event in events if event.inputs], 1)
-        segments = self._batch.segments.split(len(events))
-        found = rule(events[0].tap.module, x.flatten(0, 1), g.flatten(0, 1), segments)
+        g = torch.cat([g for event in events if (g := event.first) is not None])
+        x = torch.cat([event.inputs[0] for event in events if event.inputs])
+        found = rule(events[0].tap.module, x, g, self._batch.segments.in_layers(len(events)))
         for name, rows in found.items():
             members = [event.targets[name] for event in events]
             dense = rows.compact(members[0].dtype, materialise=True)
             assert isinstance(dense, DenseRows)
-            yield Stack(members, dense.like(dense.rows.view(self._batch.segments.objectives, -1)))
+            by_layer = dense.rows.unflatten(0, (len(events), -1))
+            yield Stack(members, dense.like(by_layer.transpose(0, 1).flatten(1)))
 
 
 def kind_of(rule: Rule, event: TapEvent) -> tuple | None:
