@@ -137,7 +137,7 @@ class Recording:
         finally:
             ModuleTap.look_away = False
         if kind is not None:
-            dense = [rows for rows in found.values() if type(rows) is DenseRows or not _stays_outer(rows)]
+            dense = [rows for rows in found.values() if type(rows) is DenseRows or not _stays_outer(rows, self.keep)]
             self.plan.stacked[kind] = use.is_closed and found.keys() == targets.keys() and len(dense) == len(found)
         self._take(targets, found)
 
@@ -169,7 +169,7 @@ class Recording:
 
     def _kind(self, use: ModuleUse, layout: Layout | None, event: TapEvent) -> tuple | None:
         """What layers must have in common with this one to form their rows together; None where it stands alone."""
-        if layout is not AXES[0] or self.keep is not Keep.ROWS or not isinstance(use.method, ClosedForm):
+        if layout is not AXES[0] or self.keep is Keep.GRAMIAN or not isinstance(use.method, ClosedForm):
             return None
         kind, ids = kind_of(use.method.rule, event), self.batch.segments.ids
         if kind is None:
@@ -179,7 +179,7 @@ class Recording:
                 return None
         if ids is not None and ids.dim() == 2 and kind[1][1:2] != ids.shape[1:]:
             return None
-        return (*kind, ids is None)  # Whether rows stay factors depends on it.
+        return (*kind, ids is None, self.keep)  # Whether rows stay factors depends on these.
 
     def _wait(self, kind: tuple, event: TapEvent) -> None:
         for parameter in event.targets.values():
@@ -318,8 +318,8 @@ class Recording:
         return rows
 
 
-def _stays_outer(rows: Rows) -> bool:
-    return type(rows) is not OuterRows or rows.stay_factors(materialise=True)
+def _stays_outer(rows: Rows, keep: Keep) -> bool:
+    return type(rows) is not OuterRows or rows.stay_factors(materialise=keep is Keep.ROWS)
 
 
 def _precisions(module: nn.Module, call: Call, tensors: Sequence[Tensor]) -> set[torch.dtype]:
