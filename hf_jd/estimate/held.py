@@ -12,9 +12,9 @@ _ID_BYTES = 16  # of an embedding's owner and token, int64 each
 def kept_as(matrix: Matrix, case: Case) -> str:
     """How the rows of a map are held, as the engine decides: "dense", or as their factors, input and output gradient.
 
-    "factors", by `OuterRows.settled`, for instances of S = T tokens, R = batch of them in a backward pass: where
+    "factors", by `OuterRows.compact`, for instances of S = T tokens, R = batch of them in a backward pass: where
     R S (p + d) < 2 p d and so the ghost form is cheaper too, or, where rows need not be formed, S (p + d) < p d.
-    "routed": those of E experts, unless (`RoutedRows.settled`) N^2 / E (p + d) pairs of tokens cost more than rows.
+    "routed": those of E experts, unless (`RoutedRows.compact`) N^2 / E (p + d) pairs of tokens cost more than rows.
     """
     if matrix.count > 1:
         return "dense" if case.materialise and pairs_cost_more(matrix, case) else "routed"

@@ -3,6 +3,21 @@
 from hf_jd.gramian.diagnosis import RowCheck, check_rows
 from hf_jd.gramian.engine import Engine
 from hf_jd.gramian.jacobian import Jacobian
-from hf_jd.gramian.rules import RULES, Rule
+from hf_jd.gramian.layouts import Segments, shared_features
+from hf_jd.gramian.rows import DenseRows, Rows, SparseRows
+from hf_jd.gramian.rules import RULES, Rule, outer
 
-__all__ = ["RULES", "Engine", "Jacobian", "RowCheck", "Rule", "check_rows"]
+__all__ = [
+    "RULES",
+    "DenseRows",
+    "Engine",
+    "Jacobian",
+    "RowCheck",
+    "Rows",
+    "Rule",
+    "Segments",
+    "SparseRows",
+    "check_rows",
+    "outer",
+    "shared_features",
+]

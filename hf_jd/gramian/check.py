@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from hf_jd.gramian.graph import Differentiator
-from hf_jd.gramian.layouts import candidates
-from hf_jd.gramian.plan import Site
-from hf_jd.gramian.recording import Batch, Meeting, Recording
+from hf_jd.gramian.layouts import AXES, Batch, Layout, candidates
+from hf_jd.gramian.plan import ModuleUse
+from hf_jd.gramian.recording import Meeting, Recording
 from hf_jd.gramian.rows import accumulation_dtype
-from hf_jd.gramian.taps import Call, ModuleTap
+from hf_jd.gramian.taps import TapEvent
 
 # How far apart the two sides may be: relative to the parameter's own gradient, and relative to the typical gradient of
 # the model, below which a parameter's gradient is rounding noise (a bias that softmax cancels) and proves nothing.
@@ -62,10 +62,10 @@ class Checker:
         """
         uses = _uses(recording)
         pending = bool(recording.awake) or any(is_due(*use) for use in uses)
-        for site, parameter, layout in uses:
-            entry = (parameter, layout, site.module.training)
-            if entry in site.vacuous and entry not in site.proved:
-                site.vacuous[entry] += 1
+        for use, parameter, layout in uses:
+            entry = (parameter, layout, use.module.training)
+            if entry in use.vacuous and entry not in use.proved:
+                use.vacuous[entry] += 1
         self.expects = any(is_due(*use) for use in uses)
         return pending
 
@@ -99,12 +99,12 @@ class Checker:
         """Remembers what was proved, and what had too small a gradient to be."""
         typical = _typical(expected.values())
         uses = _uses(recording)
-        for site, parameter, layout in uses:
-            entry = (parameter, layout, site.module.training)
+        for use, parameter, layout in uses:
+            entry = (parameter, layout, use.module.training)
             if self._is_evidence(parameter, recording, expected, typical):
-                site.proved.add(entry)
+                use.proved.add(entry)
             else:
-                site.vacuous.setdefault(entry, 1)
+                use.vacuous.setdefault(entry, 1)
             if _norm(expected.get(parameter)) == 0.0:
                 self.asleep.add(parameter)
             else:
@@ -152,17 +152,17 @@ class Checker:
         Raises:
             ValueError: Instances mix; names the place.
         """
-        forward = list(dict.fromkeys(meeting.site.module for meeting in reversed(recording.meetings)))
-        failing = leaking & {meeting.site.module for p in lost for meeting in recording.met.get(p, ())}
+        forward = list(dict.fromkeys(meeting.use.module for meeting in reversed(recording.meetings)))
+        failing = leaking & {meeting.use.module for p in lost for meeting in recording.met.get(p, ())}
         if not failing:
             return
         last = max(i for i, module in enumerate(forward) if module in failing)
-        before = {p for m in recording.meetings if m.site.module in forward[: last + 1] for p in m.targets.values()}
+        before = {p for m in recording.meetings if m.use.module in forward[: last + 1] for p in m.targets.values()}
         # Documents mix in attention, beside which a layer's queries are right.
         by_token, typical = recording.batch.segments.by_token, _typical(expected.values())
         if not by_token and any(self._is_evidence(p, recording, expected, typical) for p in before - lost):
             return
-        named = {m.site.module: f"{_owner(names, m)} ({type(m.site.module).__name__})" for m in recording.meetings}
+        named = {m.use.module: f"{_owner(names, m)} ({type(m.use.module).__name__})" for m in recording.meetings}
         place = f"after {named[forward[last]]}"
         place += f" and before {named[forward[last + 1]]}" if last + 1 < len(forward) else ", at the end or in the loss"
         raise ValueError(
@@ -175,21 +175,21 @@ class Checker:
         )
 
 
-def _uses(recording: Recording) -> set[tuple[Site, nn.Parameter, str | None]]:
+def _uses(recording: Recording) -> set[tuple[ModuleUse, nn.Parameter, Layout | None]]:
     """Each way in which a parameter was met, but for those whose rows are not read from it."""
     return {
-        (meeting.site, parameter, meeting.layout)
+        (meeting.use, parameter, meeting.layout)
         for meeting in recording.meetings
         for parameter in meeting.targets.values()
         if parameter not in recording.unmapped
     }
 
 
-def is_due(site: Site, parameter: nn.Parameter, layout: str | None) -> bool:
+def is_due(use: ModuleUse, parameter: nn.Parameter, layout: Layout | None) -> bool:
     """Whether the rows of a parameter, met so, have to be proved in this step."""
-    entry = (parameter, layout, site.module.training)
-    seen = site.vacuous.get(entry, 0)
-    return entry not in site.proved and (seen & (seen - 1)) == 0
+    entry = (parameter, layout, use.module.training)
+    seen = use.vacuous.get(entry, 0)
+    return entry not in use.proved and (seen & (seen - 1)) == 0
 
 
 class LeakRecording:
@@ -211,21 +211,14 @@ class LeakRecording:
         """Begins the backward of the next loss; modules are met in the same order in each."""
         self._calls.clear()
 
-    def record(
-        self,
-        tap: ModuleTap,
-        targets: Mapping[str, nn.Parameter],
-        call: Call,
-        inputs: Sequence[Tensor] | None,
-        grad_outputs: Sequence[Tensor | None],
-    ) -> None:
+    def record(self, event: TapEvent) -> None:
         """Looks where the loss arrives; a table, or a tensor that need not hold the batch, proves nothing."""
-        g = next((g for g in grad_outputs if g is not None), None)
+        tap, g = event.tap, event.first
         if g is None or g.dim() < 2 or isinstance(tap.module, nn.Embedding):
             return
         ids = self._batch.segments.ids
         by_token = ids is not None and ids.dim() == 2 and g.shape[:2] == ids.shape
-        if not by_token and candidates(g.shape[:-1], self._batch.instances) != ["axis0"]:
+        if not by_token and candidates(g.shape[:-1], self._batch.instances) != AXES[:1]:
             return
         key = tap.module, self._calls[tap.module]
         self._calls[tap.module] += 1

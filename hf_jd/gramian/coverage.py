@@ -1,13 +1,19 @@
 """Which module brings the rows of which trainable parameter, and the taps on those modules."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import chain
+from operator import attrgetter, methodcaller
 
 import torch
 from torch import nn
 
 from hf_jd.gramian.sharding import is_partitioned, is_sharded, whole_parameters
 from hf_jd.gramian.taps import InputTap, ModuleTap
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
+_MODULES, _PARAMETERS = attrgetter("_modules"), attrgetter("_parameters")
+_VALUES = methodcaller("values")
 
 
 class Coverage:
@@ -25,6 +31,7 @@ class Coverage:
 
     Attributes:
         names: Trainable parameters and their names, in the modules' order; sharded ones, where they are sharded.
+            Another object as soon as it is read anew.
         inputs: The tap on the modules' inputs.
     """
 
@@ -37,7 +44,7 @@ class Coverage:
         self._climbed: dict[nn.Parameter, int] = {}
         self._moved: set[nn.Parameter] = set()
         self._tree: list[nn.Module] = []
-        self._scanned: list[tuple] | None = None
+        self._scanned: list[int] | None = None
         self._sharded = False
         self._wanted: dict[nn.Module, dict[str, nn.Parameter]] | None = None
         self._fresh = False
@@ -50,6 +57,11 @@ class Coverage:
     def taps(self) -> list[ModuleTap]:
         """The taps on modules that hold a trainable parameter."""
         return [tap for tap in self._taps.values() if tap.trainable()]
+
+    @property
+    def every_tap(self) -> Collection[ModuleTap]:
+        """All taps, those of frozen parameters too."""
+        return self._taps.values()
 
     @property
     def sizes(self) -> set[tuple[int, int]]:
@@ -96,12 +108,17 @@ class Coverage:
 
     def read(self) -> None:
         """Reads what is trainable now: the names, and which taps the next `scan` sets."""
-        if self._fresh and self._flags == [p.requires_grad for p in self._every]:
+        flags = list(map(_REQUIRES_GRAD, self._every))
+        if self._fresh and flags == self._flags:
             return  # The forward that has just been made has read it.
-        if self._state() != self._scanned and not self._replaced():
+        moved = self._state() != self._scanned and not self._replaced()
+        if not moved and flags == self._flags:
+            return
+        ever = self._ever_trainable
+        if moved or any(flag and p not in ever for p, flag in zip(self._every, flags, strict=True)):
             self._walk()
         self.names = {p: name for p, name in self._ever_trainable.items() if p.requires_grad}
-        self._flags = [p.requires_grad for p in self._every]
+        self._flags = list(map(_REQUIRES_GRAD, self._every))
 
     def _walk(self) -> None:
         """Finds the holder of each parameter that is trainable or has been."""
@@ -138,16 +155,10 @@ class Coverage:
         self._every = self.parameters()
         self._scanned = self._state()
 
-    def _state(self) -> list[tuple]:
-        """What a walk depends on; comparing it is many times cheaper than walking the tree of modules."""
-        ever = self._ever_trainable
-        return [
-            (
-                *map(id, m._modules.values()),
-                *((id(p), p.requires_grad or p in ever) for p in m._parameters.values() if p is not None),
-            )
-            for m in self._tree
-        ]
+    def _state(self) -> list[int]:
+        """Which modules and parameters each module holds, in C: many times cheaper than walking the tree of modules."""
+        held = [*map(_MODULES, self._tree), *map(_PARAMETERS, self._tree)]
+        return [*map(len, held), *map(id, chain.from_iterable(map(_VALUES, held)))]
 
     def _replaced(self) -> bool:
         """Whether `torch.func.functional_call` has put other tensors in the parameters' places, for one forward."""
@@ -175,7 +186,7 @@ class Coverage:
         self._fresh = False
         self.inputs.sizes.clear()
         for tap in self._taps.values():
-            tap.calls = tap.elements = 0
+            tap.forget()
 
     def remove(self) -> None:
         """Takes all taps away."""

@@ -1,13 +1,14 @@
 """Which parameters' rows are right on a model, by which tier, and what to do: for a person who asks before training."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from hf_jd.gramian.check import BLIND, TOLERANCE
 from hf_jd.gramian.engine import Engine
+from hf_jd.gramian.rules import RULES, Rule
 
 SETTLING_STEPS = 3  # parameters whose owner is not called find their holder within these
 ADVICE = {
@@ -41,13 +42,16 @@ class RowCheck:
         return f"{self.name}: tier {self.tier}, {verdict} (error {self.error:.1e}); {self.advice}"
 
 
-def check_rows(model: nn.Module, losses_fn: Callable[..., Tensor]) -> list[RowCheck]:
+def check_rows(
+    model: nn.Module, losses_fn: Callable[..., Tensor], rules: Mapping[type[nn.Module], Rule] = RULES
+) -> list[RowCheck]:
     """Compares the engine's rows of each trainable parameter with autograd's, one backward an objective.
 
     Args:
         model: The model; its `.grad` and hooks are left as they were.
         losses_fn: Returns losses [m], one an instance, from a new forward; called with the model, or without arguments
             if it takes none. Called a few times: parameters without a called owner need some steps to find their tier.
+        rules: Closed forms by exact layer type.
 
     Returns:
         One finding a trainable parameter, in the model's order.
@@ -56,7 +60,7 @@ def check_rows(model: nn.Module, losses_fn: Callable[..., Tensor]) -> list[RowCh
         ValueError: As `Engine.compute_gramian`: no trainable parameter, instances that mix, ...
     """
     takes_model = len(inspect.signature(losses_fn).parameters) > 0
-    engine, oracle = Engine(model), Engine(model, batch_dim=None)
+    engine, oracle = Engine(model, rules=rules), Engine(model, batch_dim=None)
     try:
         for _ in range(SETTLING_STEPS):
             losses = losses_fn(model) if takes_model else losses_fn()

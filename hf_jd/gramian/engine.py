@@ -10,15 +10,17 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from hf_jd.gramian.check import Checker, LeakRecording
+from hf_jd.gramian.blocks import Blocks, blocks_of, check_blocks
+from hf_jd.gramian.check import Checker
 from hf_jd.gramian.coverage import Coverage
 from hf_jd.gramian.jacobian import Jacobian
-from hf_jd.gramian.layouts import Segments
+from hf_jd.gramian.layouts import Batch, Segments
+from hf_jd.gramian.methods import Tier
 from hf_jd.gramian.passes import Passes
 from hf_jd.gramian.plan import Plan
-from hf_jd.gramian.recording import Batch, Recording
+from hf_jd.gramian.recording import Keep
 from hf_jd.gramian.rules import RULES, Rule
-from hf_jd.gramian.taps import ModuleTap
+from hf_jd.gramian.taps import ModuleTap, Switch
 
 FREE_MEMORY_SHARE = 0.5  # of the device's free memory, what `keep_rows="auto"` lets rows take
 
@@ -32,7 +34,7 @@ class _Step:
 
     shape: torch.Size
     kept: Jacobian | Tensor
-    versions: dict[nn.Parameter, int]
+    versions: list[tuple[nn.Parameter, int]]
 
 
 class Engine:
@@ -41,7 +43,7 @@ class Engine:
     J is the Jacobian of the losses with regard to the trainable parameters of the modules. One ordinary backward of the
     sum of the losses brings, at each trainable layer, its input and output gradient; since instances are independent in
     the model, they give each instance's row of J (`rules.py`). What no closed form covers is differentiated module by
-    module, or objective by objective (`fallback.py`); a self-check proves the rows on the first step (`check.py`). The
+    module (`methods.py`), or objective by objective; a self-check proves the rows on the first step (`check.py`). The
     approach follows Quinton & Rey, arXiv 2406.16232, Section 6.
 
         engine = Engine(model)
@@ -58,6 +60,8 @@ class Engine:
             else the factors that they are made of, fit in half of the free memory; a number: in that many bytes.
         rules: Closed forms by exact layer type.
         check: Whether rows are proved against autograd on the first step and when the model's use changes.
+        blocks: Blocks of parameters that have a Gramian and weights of their own (`blocks.py`): "layer", "module",
+            "parameter", a function from a parameter's name to its block's, or a mapping; None: all are one.
 
     Raises:
         ValueError: No module, or an argument out of its range.
@@ -70,6 +74,7 @@ class Engine:
         keep_rows: bool | int | Literal["auto"] = "auto",
         rules: Mapping[type[nn.Module], Rule] = RULES,
         check: bool = True,
+        blocks: Blocks | None = None,
     ):
         if not modules or not all(isinstance(module, nn.Module) for module in modules):
             raise ValueError(f"Engine takes one or more torch.nn.Module, got {modules!r}.")
@@ -83,32 +88,32 @@ class Engine:
             )
         if not isinstance(keep_rows, bool | int) and keep_rows != "auto":
             raise ValueError(f'keep_rows is {keep_rows!r}; allowed are "auto", True, False and a number of bytes.')
+        check_blocks(blocks)
+        if blocks is not None and keep_rows is False:
+            raise ValueError(
+                "blocks are updated from kept rows, each with weights of its own, which one backward of the losses "
+                'can\'t do: give keep_rows="auto" or True.'
+            )
         self.batch_dim = batch_dim
         self.keep_rows = keep_rows
-        self.sentinel = torch.zeros((), requires_grad=True)
-        engine: weakref.ref[Engine] = weakref.ref(self)
-        self._coverage = Coverage(modules, lambda module: ModuleTap(engine, module))
+        self.blocks = blocks
+        self._switch = switch = Switch()
+        self._coverage = Coverage(modules, lambda module: ModuleTap(switch, module))
         weakref.finalize(self, self._coverage.remove)  # The model's hooks must not keep the engine, nor outlive it.
         plan = Plan(rules)
-        self._passes = Passes(plan, self._coverage, Checker() if check else None, self.sentinel)
-        self._tiers: dict[nn.Parameter, int] = {}
+        self._passes = Passes(plan, self._coverage, Checker() if check else None, switch)
+        self._tiers: dict[nn.Parameter, Tier] = {}
         self._step: _Step | None = None
-        self.is_paused = False
         self._coverage.scan()
 
     @contextmanager
     def paused(self) -> Generator[None]:
         """Leaves forwards and backwards untapped meanwhile: for steps that need no rows, at the price of none."""
-        self.is_paused = self._coverage.inputs.is_paused = True
+        self._switch.is_paused = self._coverage.inputs.is_paused = True
         try:
             yield
         finally:
-            self.is_paused = self._coverage.inputs.is_paused = False
-
-    @property
-    def recording(self) -> Recording | LeakRecording | None:
-        """The backward under way, which taps report to."""
-        return self._passes.recording
+            self._switch.is_paused = self._coverage.inputs.is_paused = False
 
     @property
     def sharded(self) -> bool:
@@ -135,26 +140,30 @@ class Engine:
 
         Returns:
             Losses of shape s give a Gramian of shape s + reversed(s), wherever their instances are: [m] gives [m, m],
-            [m, K] gives [m, K, K, m]. float32, or float64 for float64 parameters.
+            [m, K] gives [m, K, K, m]. With `blocks`, one for each: [B, m, m]. float32, or float64 for float64
+            parameters.
 
         Raises:
             ValueError: Losses that depend on no trainable parameter, that are not finite, or whose length is not the
                 batch's; segments out of range; a model that mixes instances.
         """
         self._step = None
-        mode = self._mode(losses)
-        if mode == "gramian":
+        keep = self._keep(losses)
+        if keep is Keep.GRAMIAN:
             jacobian, gramian = None, self._gramian_only(losses, segments)
         else:
-            rows = mode == "rows"
+            rows = keep is Keep.ROWS
             jacobian = self.compute_jacobian(losses, segments, rows, retain_graph or not rows)
-            gramian = jacobian.gramian()
-        # Rows by tiers 2 and 3 are dense, which the factors' size did not tell beforehand.
-        if mode == "factors" and jacobian is not None and jacobian.nbytes > self._budget(losses.device):
-            jacobian = None
-        versions = {p: p._version for p in self._coverage.names}
-        self._step = _Step(losses.shape, losses if jacobian is None else jacobian, versions)
-        return self._generalized(gramian, losses)
+            gramian = jacobian.gramian() if self.blocks is None else jacobian.gramians()
+            # Rows by tiers 2 and 3 are dense, which the factors' size did not tell beforehand.
+            if keep is Keep.FACTORS and self.blocks is None and jacobian.nbytes > self._budget(losses.device):
+                jacobian = None
+        versions = [(p, p._version) for p in self._coverage.names]
+        shape = losses.shape if self.blocks is None else torch.Size((len(gramian), *losses.shape))
+        self._step = _Step(shape, losses if jacobian is None else jacobian, versions)
+        if self.blocks is None:
+            return self._generalized(gramian, losses)
+        return torch.stack([self._generalized(part, losses) for part in gramian])
 
     def compute_jacobian(
         self, losses: Tensor, segments: Tensor | None = None, materialise: bool = True, retain_graph: bool = True
@@ -171,13 +180,25 @@ class Engine:
         Raises:
             ValueError: As for `compute_gramian`.
         """
-        parts = []
+        parts, keep = [], Keep.ROWS if materialise else Keep.FACTORS
         for vector, batch in self._vectors(losses, segments):
-            outcome = self._passes.run(vector, batch, materialise, False, retain_graph or losses.dim() > 1)
+            if batch is None:
+                outcome = self._passes.one_by_one(vector)
+            else:
+                outcome = self._passes.run(vector, batch, keep, retain_graph or losses.dim() > 1)
             self._tiers = outcome.tiers
-            parts.append(Jacobian({p: outcome.rows.get(p) for p in self._coverage.names}, len(vector)))
-        self._passes.finish(losses.sum())
+            rows = {p: outcome.rows.get(p) for p in self._coverage.names}
+            parts.append(Jacobian(rows, len(vector), self.block_names()))
+        if self.sharded:
+            self._passes.finish(losses.sum())
         return Jacobian.cat(parts)
+
+    def block_names(self) -> dict[nn.Parameter, str] | None:
+        """The block of each trainable parameter; None without `blocks`. For a `Jacobian` of a step without rows."""
+        if self.blocks is None:
+            return None
+        names = self._coverage.names
+        return dict(zip(names, blocks_of(self.blocks, names.values()), strict=True))
 
     def gradients(self, scalar: Tensor) -> dict[nn.Parameter, Tensor]:
         """The plain gradient of a scalar, by parameter; `.grad` and the graph are left as they were found.
@@ -196,14 +217,15 @@ class Engine:
             scalar: Any that depends on the model as losses would.
         """
         self._coverage.read()
-        self._passes.finish(scalar)
+        if self.sharded:
+            self._passes.finish(scalar)
         self._coverage.finish_step()
 
     def accumulate_grad(self, weights: Tensor) -> None:
         """p.grad += J^T w for each trainable parameter; may be called several times.
 
         Args:
-            weights: Shaped like the losses of the last `compute_gramian`.
+            weights: Shaped like the losses of the last `compute_gramian`; with `blocks`, [B, ...], those of each block.
 
         Raises:
             ValueError: No Gramian was computed, parameters have changed since, or weights of another shape.
@@ -214,9 +236,9 @@ class Engine:
         if weights.shape != step.shape:
             raise ValueError(
                 f"weights have shape {list(weights.shape)}; the losses of the last Gramian have "
-                f"{list(step.shape)}, and each takes one weight."
+                f"{list(step.shape)}, and each takes one weight{'' if self.blocks is None else ' in each block'}."
             )
-        changed = [self._coverage.names.get(p, "?") for p, version in step.versions.items() if p._version != version]
+        changed = [self._coverage.names.get(p, "?") for p, version in step.versions if p._version != version]
         if changed:
             raise ValueError(
                 f"{len(changed)} parameter(s) have changed since compute_gramian (first: {changed[0]}): call "
@@ -225,7 +247,8 @@ class Engine:
         if isinstance(step.kept, Tensor):
             torch.autograd.backward(step.kept, weights.to(step.kept), retain_graph=True)
             return
-        for parameter, gradient in step.kept.weighted_sum(self._instances_last(weights).flatten()).items():
+        ordered = self._instances_last(weights, int(self.blocks is not None))
+        for parameter, gradient in step.kept.weighted_sum(ordered.flatten(int(self.blocks is not None))).items():
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def tiers(self) -> dict[str, int]:
@@ -233,7 +256,7 @@ class Engine:
 
         1: closed form; 2: module by module; 3: objective by objective; 0: no objective depended on it.
         """
-        return {name: self._tiers.get(p, 0) for p, name in self._coverage.names.items()}
+        return {name: self._tiers.get(p, Tier.UNUSED) for p, name in self._coverage.names.items()}
 
     def detach(self) -> None:
         """Removes the engine's hooks: the model is left as it was."""
@@ -256,36 +279,41 @@ class Engine:
 
     def _gramian_only(self, losses: Tensor, segments: Tensor | None) -> Tensor:
         ((vector, batch),) = self._vectors(losses, segments)
-        outcome = self._passes.run(vector, batch, materialise=False, gramian_only=True, retain_graph=True)
-        self._passes.finish(losses.sum())
+        assert batch is not None
+        outcome = self._passes.run(vector, batch, Keep.GRAMIAN, retain=True)
+        if self.sharded:
+            self._passes.finish(losses.sum())
         self._tiers = outcome.tiers
         rest = Jacobian({p: outcome.rows.get(p) for p in self._coverage.names}, len(vector)).gramian()
         return rest if outcome.gramian is None else (rest + outcome.gramian.to(rest))
 
-    def _mode(self, losses: Tensor) -> str:
-        """What is kept, from bytes: "rows", "factors", or only the "gramian"; several backwards always keep rows."""
+    def _keep(self, losses: Tensor) -> Keep:
+        """What is kept, from bytes; several backwards always keep rows."""
         if self.keep_rows is True or self.batch_dim is None or losses.dim() != 1:
-            return "rows"
+            return Keep.ROWS
         if self.keep_rows is False:
-            return "gramian"
+            return Keep.GRAMIAN
         budget = self._budget(losses.device)
         parameters = self._coverage.names
         size = max((p.element_size() for p in parameters), default=4)
         if len(losses) * sum(p.nbytes for p in parameters) <= budget:
-            return "rows"
+            return Keep.ROWS
         elements = [tap.elements for tap in self._coverage.taps]
         # Reentrant checkpointing shows no forwards: nothing is known of the factors' size.
-        return "factors" if all(elements) and sum(elements) * size <= budget else "gramian"
+        fits = self.blocks is not None or (all(elements) and sum(elements) * size <= budget)
+        return Keep.FACTORS if fits else Keep.GRAMIAN
 
     def _budget(self, device: torch.device) -> int:
         """Bytes that what is kept may take."""
-        if isinstance(self.keep_rows, str):
+        if self.keep_rows == "auto":
             return int(_free_memory(device) * FREE_MEMORY_SHARE)
         return int(self.keep_rows)
 
-    def _instances_last(self, tensor: Tensor) -> Tensor:
-        """A tensor shaped like the losses in the order of rows."""
-        return tensor if self.batch_dim is None else tensor.movedim(self.batch_dim, -1)
+    def _instances_last(self, tensor: Tensor, before: int = 0) -> Tensor:
+        """A tensor shaped like the losses, after some dimensions `before`, in the order of rows."""
+        if self.batch_dim is None:
+            return tensor
+        return tensor.movedim(self.batch_dim + before if self.batch_dim >= 0 else self.batch_dim, -1)
 
     def _generalized(self, gramian: Tensor, losses: Tensor) -> Tensor:
         """[R, R] in the order of rows -> shape(losses) + reversed(shape(losses))."""

@@ -1,6 +1,7 @@
 """Gradients of a scalar that leave `.grad` as it was found, and what can be read from a graph before them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +60,8 @@ class Differentiator:
             self._lockstep.announce()
             return self._full_pass(scalar, inputs)
         if self._touched is None:
-            return _plain_gradients(scalar, inputs, retain_graph)
+            with _named_if_freed():
+                return list(torch.autograd.grad(scalar, inputs, retain_graph=retain_graph, allow_unused=True))
         saved = {p: p.grad for p in self._touched}
         try:
             for p in saved:
@@ -83,9 +85,10 @@ class Differentiator:
         return found[:-1]
 
 
-def _plain_gradients(scalar: Tensor, inputs: Sequence[Tensor], retain_graph: bool) -> list[Tensor | None]:
+@contextmanager
+def _named_if_freed() -> Generator[None]:
     try:
-        return list(torch.autograd.grad(scalar, inputs, retain_graph=retain_graph, allow_unused=True))
+        yield
     except RuntimeError as error:
         if "backward through the graph a second time" not in str(error):
             raise

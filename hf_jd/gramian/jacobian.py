@@ -5,24 +5,28 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_jd.gramian.rows import DenseRows, Rows, combine, inner
+from hf_jd.gramian.rows import DenseRows, Rows
+from hf_jd.gramian.stacks import Stack
 
-BUCKET = 4 * 1024 * 1024  # elements of one bucket of small rows: few large kernels instead of one a parameter
-SMALL, SMALL_ON_CPU = 1024 * 1024, 16 * 1024  # elements of rows that go into buckets
+Held = Rows | Stack | None
 
 
 class Jacobian:
     """The rows of R objectives with regard to the trainable parameters of a model.
 
     Args:
-        rows: The rows of each parameter; `None` where no objective depends on it (a row of zeros).
+        rows: The rows of each parameter, or the stack that they are in; `None` where no objective depends on it (a row
+            of zeros).
         objectives: R.
+        blocks: The name of each parameter's block; None: all are one.
     """
 
-    def __init__(self, rows: Mapping[nn.Parameter, Rows | None], objectives: int):
+    def __init__(
+        self, rows: Mapping[nn.Parameter, Held], objectives: int, blocks: Mapping[nn.Parameter, str] | None = None
+    ):
         self._rows = dict(rows)
         self._objectives = objectives
-        self._buckets: list[tuple[list[nn.Parameter], Tensor]] | None = None
+        self._blocks = blocks
 
     def __len__(self) -> int:
         """R, the number of objectives."""
@@ -41,33 +45,55 @@ class Jacobian:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the rows take."""
-        return sum(rows.nbytes for rows in self._rows.values() if rows is not None)
+        return sum(rows.nbytes for rows in [*self._stacks(), *self._single().values()])
 
     def gramian(self) -> Tensor:
         """G = J J^T [R, R], symmetric; float32, or float64 where a parameter is; inner products summed in float64."""
-        used = self.used
-        device = used[0].device if used else torch.device("cpu")
+        device = next((p.device for p, rows in self._rows.items() if rows is not None), torch.device("cpu"))
         total = torch.zeros(len(self), len(self), dtype=torch.float64, device=device)
         with torch.autocast(device.type, enabled=False):
-            for _, bucket in self._packed():
-                total += inner(bucket, bucket).to(device)
-            for rows in self._unpacked().values():
+            for rows in [*self._stacks(), *self._single().values()]:
                 total += rows.gramian().to(device)
-        dtype = torch.float64 if any(p.dtype == torch.float64 for p in self._rows) else torch.float32
-        return ((total + total.T) / 2).to(dtype)
+        return self._symmetric(total)
+
+    @property
+    def blocks(self) -> list[str]:
+        """The names of the B blocks, in the model's order; one without a name where no blocks were asked for."""
+        return [""] if self._blocks is None else list(dict.fromkeys(self._blocks[p] for p in self._rows))
+
+    def gramians(self) -> Tensor:
+        """The Gramian of each block, [B, R, R]; their sum is `gramian()`."""
+        if self._blocks is None:
+            return self.gramian()[None]
+        places = self._places()
+        device = next((p.device for p, rows in self._rows.items() if rows is not None), torch.device("cpu"))
+        total = torch.zeros(len(self.blocks), len(self), len(self), dtype=torch.float64, device=device)
+        with torch.autocast(device.type, enabled=False):
+            for stack in self._stacks():
+                where = torch.tensor([places[p] for p in stack.members], device=device)
+                total.index_add_(0, where, stack.gramians().to(device))
+            for parameter, rows in self._single().items():
+                total[places[parameter]] += rows.gramian().to(device)
+        return self._symmetric(total)
 
     def weighted_sum(self, weights: Tensor) -> dict[nn.Parameter, Tensor]:
-        """J^T w for weights [R], by parameter and in its dtype; without those that no objective depends on."""
-        sums = {}
-        for parameters, bucket in self._packed():
-            with torch.autocast(bucket.device.type, enabled=False):
-                total = combine(weights.to(bucket.device), bucket)
-            parts = total.split([p.numel() for p in parameters])
-            sums.update({p: self._dense(p).shaped(part) for p, part in zip(parameters, parts, strict=True)})
-        for parameter, rows in self._unpacked().items():
+        """J^T w for weights [R], by parameter and in its dtype; without those that no objective depends on.
+
+        Args:
+            weights: [R]; or [B, R], those of each block, in the order of `blocks`.
+        """
+        sums: dict[nn.Parameter, Tensor] = {}
+        places = self._places() if weights.dim() == 2 else {}
+        for stack in self._stacks():
+            device = stack.rows.device
+            own = weights[[places[p] for p in stack.members]] if places else weights
+            with torch.autocast(device.type, enabled=False):
+                sums.update(zip(stack.members, stack.weighted_sums(own.to(device)), strict=True))
+        for parameter, rows in self._single().items():
+            own = weights[places[parameter]] if places else weights
             with torch.autocast(parameter.device.type, enabled=False):
-                sums[parameter] = rows.weighted_sum(weights.to(parameter.device))
-        return {p: sums[p].to(p.dtype) for p in self._rows if p in sums}
+                sums[parameter] = rows.weighted_sum(own.to(parameter.device))
+        return {p: sums[p].to(p.dtype) for p, rows in self._rows.items() if rows is not None}
 
     def dense(self) -> Tensor:
         """J [R, n], parameters flattened in order, zeros for those that no objective depends on."""
@@ -75,14 +101,14 @@ class Jacobian:
 
     def rows(self, parameter: nn.Parameter) -> Tensor:
         """The rows of one parameter [R, parameter.numel()]."""
-        rows = self._rows[parameter]
+        rows = self._apart(parameter)
         if rows is not None:
             return rows.dense()
         return torch.zeros(len(self), parameter.numel(), dtype=parameter.dtype, device=parameter.device)
 
     def columns(self, parameter: nn.Parameter, start: int, stop: int) -> Tensor:
         """Some columns of the rows of one parameter that is used: [R, stop - start]."""
-        rows = self._rows[parameter]
+        rows = self._apart(parameter)
         assert rows is not None
         return rows.columns(start, stop)
 
@@ -96,72 +122,56 @@ class Jacobian:
 
     def __add__(self, other: "Jacobian") -> "Jacobian":
         """The same objectives over two batches: their contributions add."""
-        return self._merge(other, lambda a, b: a + b, len(self), pad=False)
+        return self._merge(other, lambda a, b: a + b, len(self))
 
     @staticmethod
     def cat(parts: Sequence["Jacobian"]) -> "Jacobian":
         """The objectives of several batches, one below the other."""
         total = parts[0]
         for part in parts[1:]:
-            total = total._merge(part, lambda a, b: a.below(b), len(total) + len(part), pad=True)
+            total = total._merge(part, lambda a, b: a.below(b), len(total) + len(part))
         return total
 
     def _map(self, function: Callable[[Rows], Rows], objectives: int) -> "Jacobian":
-        return Jacobian({p: None if rows is None else function(rows) for p, rows in self._rows.items()}, objectives)
+        found: dict[nn.Parameter, Held] = dict.fromkeys(self._rows)
+        for stack in self._stacks():
+            found.update(dict.fromkeys(stack.members, stack.map(function)))
+        found.update({p: function(rows) for p, rows in self._single().items()})
+        return Jacobian(found, objectives, self._blocks)
 
-    def _merge(
-        self, other: "Jacobian", function: Callable[[Rows, Rows], Rows], objectives: int, pad: bool
-    ) -> "Jacobian":
-        merged: dict[nn.Parameter, Rows | None] = {}
-        for p, rows in self._rows.items():
-            theirs = other._rows[p]
-            if rows is None or theirs is None:
-                merged[p] = theirs if rows is None else rows
-                if pad and merged[p] is not None:
+    def _merge(self, other: "Jacobian", function: Callable[[Rows, Rows], Rows], objectives: int) -> "Jacobian":
+        """Joins the rows of each parameter; where more objectives come of it, zeros stand for rows that are missing."""
+        merged: dict[nn.Parameter, Held] = dict.fromkeys(self._rows)
+        for stack in self._stacks():
+            theirs = other._rows[stack.members[0]]
+            if isinstance(theirs, Stack) and stack.matches(theirs):
+                joined = stack.map(lambda rows, theirs=theirs: function(rows, theirs.rows))
+                merged.update(dict.fromkeys(stack.members, joined))
+        for p in (p for p, rows in merged.items() if rows is None):
+            ours, theirs = self._apart(p), other._apart(p)
+            if ours is not None and theirs is not None:
+                merged[p] = function(ours, theirs)
+            elif ours is not None or theirs is not None:
+                merged[p] = ours if theirs is None else theirs
+                if objectives > len(self):
                     merged[p] = DenseRows(torch.cat([self.rows(p), other.rows(p)]), p.shape)
-            else:
-                merged[p] = function(rows, theirs)
-        return Jacobian(merged, objectives)
+        return Jacobian(merged, objectives, other._blocks if self._blocks is None else self._blocks)
 
-    def _unpacked(self) -> dict[nn.Parameter, Rows]:
-        packed = {p for parameters, _ in self._packed() for p in parameters}
-        return {p: rows for p, rows in self._rows.items() if rows is not None and p not in packed}
+    def _symmetric(self, total: Tensor) -> Tensor:
+        dtype = torch.float64 if any(p.dtype == torch.float64 for p in self._rows) else torch.float32
+        return ((total + total.mT) / 2).to(dtype)
 
-    def _packed(self) -> list[tuple[list[nn.Parameter], Tensor]]:
-        """Small dense rows side by side in buckets; the parameters' rows become views of them."""
-        if self._buckets is None:
-            small = {p: r for p, r in self._rows.items() if isinstance(r, DenseRows) and r.rows.numel() <= _worth(r)}
-            kinds: dict[tuple, list[nn.Parameter]] = {}
-            for p, rows in small.items():
-                kinds.setdefault((rows.device, rows.rows.dtype), []).append(p)
-            self._buckets = [self._pack(part) for kind in kinds.values() for part in _split(kind, BUCKET // len(self))]
-        return self._buckets
+    def _places(self) -> dict[nn.Parameter, int]:
+        """The place of each parameter's block among `blocks`."""
+        place = {name: i for i, name in enumerate(self.blocks)}
+        return {p: 0 if self._blocks is None else place[self._blocks[p]] for p in self._rows}
 
-    def _pack(self, parameters: list[nn.Parameter]) -> tuple[list[nn.Parameter], Tensor]:
-        bucket = torch.cat([self._dense(p).rows for p in parameters], dim=1)
-        for p, view in zip(parameters, bucket.split([p.numel() for p in parameters], dim=1), strict=True):
-            self._rows[p] = self._dense(p).like(view)
-        return parameters, bucket
+    def _stacks(self) -> list[Stack]:
+        return list({id(rows): rows for rows in self._rows.values() if type(rows) is Stack}.values())
 
-    def _dense(self, parameter: nn.Parameter) -> DenseRows:
+    def _single(self) -> dict[nn.Parameter, Rows]:
+        return {p: rows for p, rows in self._rows.items() if rows is not None and not isinstance(rows, Stack)}
+
+    def _apart(self, parameter: nn.Parameter) -> Rows | None:
         rows = self._rows[parameter]
-        assert isinstance(rows, DenseRows)
-        return rows
-
-
-def _worth(rows: Rows) -> int:
-    """Elements up to which copying rows side by side costs less than kernels of their own."""
-    return SMALL_ON_CPU if rows.device.type == "cpu" else SMALL
-
-
-def _split(parameters: Sequence[nn.Parameter], columns: int) -> list[list[nn.Parameter]]:
-    """Consecutive parameters in parts of at most `columns` columns, or of one parameter."""
-    parts: list[list[nn.Parameter]] = []
-    room = 0
-    for parameter in parameters:
-        if not parts or parameter.numel() > room:
-            parts.append([])
-            room = columns
-        parts[-1].append(parameter)
-        room -= parameter.numel()
-    return parts
+        return rows.apart(parameter) if isinstance(rows, Stack) else rows

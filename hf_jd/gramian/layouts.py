@@ -2,7 +2,7 @@
 
 A module need not see the batch first: OPT flattens it to [B*T, d], preference trainers stack [2B, T, d], XLNet puts
 time first. `candidates` lists, from shapes alone, every way in which a tensor can hold B instances; the self-check
-decides between them, and `arrange` brings the tensor to [N, ...] with a `Segments` that says whose each row is.
+decides between them, and `Layout.arrange` brings the tensor to [N, ...] with a `Segments` that says whose each row is.
 """
 
 import itertools
@@ -44,7 +44,8 @@ class Segments:
     objectives: int
     ids: Tensor | None = None
     block: int = 1
-    _repeated: dict[tuple[str, int], "Segments"] = field(default_factory=dict, init=False, repr=False)
+    _repeated: dict[tuple["Layout", int], "Segments"] = field(default_factory=dict, init=False, repr=False)
+    _layers: dict[int, "Segments"] = field(default_factory=dict, init=False, repr=False)
     _last: tuple[tuple, Tensor, Tensor] | None = field(default=None, init=False, repr=False)
     _neighbours: list[tuple[int, int, int]] | None = field(default=None, init=False, repr=False)
 
@@ -171,19 +172,32 @@ class Segments:
         spread = torch.cat([weights, weights.new_zeros(1)])[ids]
         return spread.view([*ids.shape, *[1] * tensor.dim()][: tensor.dim()])
 
-    def repeated(self, layout: str, factor: int, device: torch.device) -> "Segments":
-        """The segments of `factor` times as many leading rows ("major" or "minor"), built once a step."""
+    def repeated(self, layout: "Layout", factor: int, device: torch.device) -> "Segments":
+        """The segments of `factor` times as many leading rows (`MAJOR` or `MINOR`), built once per step."""
         if (layout, factor) not in self._repeated:
             self._repeated[layout, factor] = self._repeat(layout, factor, device)
         return self._repeated[layout, factor]
 
-    def _repeat(self, layout: str, factor: int, device: torch.device) -> "Segments":
-        if self.ids is None and layout == "major":
+    def in_layers(self, layers: int) -> "Segments":
+        """The segments of L layers' tensors, one below the other: objective i of layer l is l * R + i; -1 stays -1.
+
+        Built once per step.
+        """
+        if layers not in self._layers:
+            ids = None
+            if self.ids is not None:
+                first = torch.arange(layers, device=self.ids.device).view(-1, *[1] * self.ids.dim()) * self.objectives
+                ids = torch.where(self.ids < 0, -1, self.ids + first).flatten(0, 1)
+            self._layers[layers] = Segments(self.objectives * layers, ids, self.block)
+        return self._layers[layers]
+
+    def _repeat(self, layout: "Layout", factor: int, device: torch.device) -> "Segments":
+        if self.ids is None and layout is MAJOR:
             return Segments(self.objectives, block=self.block * factor)
         ids = self.ids
         if ids is None:
             ids = torch.arange(self.objectives, device=device).repeat_interleave(self.block)
-        if layout == "minor":
+        if layout is MINOR:
             return Segments(self.objectives, ids.repeat(factor, *[1] * (ids.dim() - 1)))
         if not self.by_token:
             return Segments(self.objectives, ids.repeat_interleave(factor))
@@ -197,39 +211,64 @@ class Segments:
         return total.index_add_(0, ids + 1, values)[1:]
 
 
-def candidates(lead: Sequence[int], instances: int) -> list[str]:
-    """The layouts in which a tensor of leading shape `lead` can hold B instances, the most common first.
+@dataclass
+class Batch:
+    """The instances of a step and whose they are.
 
-    "axis0", "axis1", ...: that axis is the batch; "major": [B*k, ...], an instance's rows together; "minor":
-    [k*B, ...], blocks of B. The list is empty where no dimension fits: an input without a batch dimension.
-    """
-    found = [f"axis{i}" for i, size in enumerate(lead) if size == instances]
-    if lead and lead[0] > instances and lead[0] % instances == 0:
-        found += ["major"] if instances == 1 else ["major", "minor"]
-    return found
-
-
-def arrange(layout: str, base: Segments, instances: int, *tensors: Tensor) -> tuple[list[Tensor], Segments]:
-    """Brings tensors to [N, ...], batch first, and the base segments of the batch to their leading rows.
-
-    Args:
-        layout: One of `candidates`.
-        base: Segments of the batch: identity, [B] or [B, T].
+    Attributes:
         instances: B.
-        tensors: Tensors that share the leading dimensions that `layout` names.
-
-    Raises:
-        UnmappedError: Token segments that do not fit the tensor's second dimension.
+        segments: Of the B instances, or of their tokens.
     """
-    if layout == "axis0" and not base.by_token:
-        return list(tensors), base
-    if layout.startswith("axis"):
-        axis = int(layout[4:])
-        moved = [t.movedim(axis, 0) if axis else t for t in tensors]
+
+    instances: int
+    segments: Segments
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How a tensor holds the B instances of a batch; one of `AXES`, `MAJOR` and `MINOR`.
+
+    Attributes:
+        axis: The dimension of the instances.
+        is_repeated: Whether it is a multiple of B, each instance several times.
+    """
+
+    axis: int = 0
+    is_repeated: bool = False
+
+    def arrange(self, batch: Batch, *tensors: Tensor) -> tuple[list[Tensor], Segments]:
+        """Brings tensors to [N, ...], batch first, and the segments of the batch to their leading rows.
+
+        Args:
+            batch: The instances; their segments are the identity, [B] or [B, T].
+            tensors: Tensors that share the leading dimensions which the layout names.
+
+        Raises:
+            UnmappedError: Token segments that do not fit the tensors' second dimension.
+        """
+        base = batch.segments
+        if self.is_repeated:
+            return list(tensors), base.repeated(self, tensors[0].shape[0] // batch.instances, tensors[0].device)
+        moved = [t.movedim(self.axis, 0) for t in tensors] if self.axis else list(tensors)
         if base.ids is not None and base.by_token and moved[0].shape[1:2] != base.ids.shape[1:]:
             raise UnmappedError
         return moved, base
-    return list(tensors), base.repeated(layout, tensors[0].shape[0] // instances, tensors[0].device)
+
+
+AXES = [Layout(axis) for axis in range(64)]
+MAJOR = Layout(is_repeated=True)  # [B*k, ...]: the rows of an instance are neighbours
+MINOR = Layout(is_repeated=True)  # [k*B, ...]: k blocks of B instances
+
+
+def candidates(lead: Sequence[int], instances: int) -> list[Layout]:
+    """The layouts in which a tensor of leading shape `lead` can hold B instances, the most common first.
+
+    The list is empty where no dimension fits: an input without a batch dimension.
+    """
+    found = [axis for axis, size in zip(AXES, lead, strict=False) if size == instances]
+    if lead and lead[0] > instances and lead[0] % instances == 0:
+        found += [MAJOR] if instances == 1 else [MAJOR, MINOR]
+    return found
 
 
 def shared_features(tensor: Tensor, features: int = 1) -> Tensor:

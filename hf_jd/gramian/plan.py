@@ -1,30 +1,29 @@
 """What an engine has learnt about its modules: by which method and in which layout each one's rows come.
 
 Decisions are tried in order (closed rule in each layout that shapes allow, then the vjp of the module in each layout,
-then one differentiation an objective) and kept once the self-check has proved them.
+then one differentiation per objective) and kept once the self-check has proved them.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import nn
 
-from hf_jd.gramian.layouts import candidates
+from hf_jd.gramian.layouts import AXES, Layout, candidates
+from hf_jd.gramian.methods import LINEAR_MAPS, ClosedForm, Method
 from hf_jd.gramian.routed import experts, is_experts
-from hf_jd.gramian.rules import Rule, recognise
+from hf_jd.gramian.rules import RULES, Rule, recognise
 from hf_jd.gramian.sharding import layer_type
-from hf_jd.gramian.taps import ModuleTap
-
-LINEAR, VECTORISED, LOOPED = "linear", "vmap", "loop"
+from hf_jd.gramian.taps import ModuleTap, TapEvent
 
 
 @dataclass(eq=False)
-class Site:
-    """One way in which a module is met, and the decision for it.
+class ModuleUse:
+    """One way in which a module is used, and the decision for it.
 
     Attributes:
         module: The module.
-        method: A closed rule, or the module's vjp: through its linear maps, by "vmap", or in a "loop".
+        method: How its rows are formed.
         layout: How its tensors hold the batch; None: not yet decided, or no layout fits.
         rejected: Layouts that were tried in vain with this method.
         proved: (parameter, layout, training) that a self-check has proved.
@@ -32,35 +31,40 @@ class Site:
     """
 
     module: nn.Module
-    method: Rule | str
-    layout: str | None = None
-    rejected: set[str] = field(default_factory=set)
-    proved: set[tuple[nn.Parameter, str | None, bool]] = field(default_factory=set)
-    vacuous: dict[tuple[nn.Parameter, str | None, bool], int] = field(default_factory=dict)
+    method: Method
+    layout: Layout | None = None
+    rejected: set[Layout] = field(default_factory=set)
+    proved: set[tuple[nn.Parameter, Layout | None, bool]] = field(default_factory=set)
+    vacuous: dict[tuple[nn.Parameter, Layout | None, bool], int] = field(default_factory=dict)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether a rule forms the rows, and the module is not called again."""
+        return isinstance(self.method, ClosedForm)
 
     def fall_back(self) -> None:
-        """From a closed form to the module's linear maps, to vmap, to the loop."""
-        ladder = {LINEAR: VECTORISED, VECTORISED: LOOPED}
-        self.method = ladder[self.method] if isinstance(self.method, str) else LINEAR
+        """Takes the next method. Raises AssertionError where there is none."""
+        assert self.method.next is not None
+        self.method = self.method.next
         self.rejected.clear()
 
-    def layout_for(self, lead: Sequence[int], instances: int) -> str | None:
+    def layout_for(self, lead: Sequence[int], instances: int) -> Layout | None:
         """The layout to read a call's tensors in, as things stand; None where shapes allow none that was not rejected.
 
         Args:
             lead: Dimensions of the output gradient but for the last.
             instances: B.
         """
-        if self.layout == "axis0" and lead[0] == instances:
+        if self.layout is AXES[0] and lead[0] == instances:
             return self.layout
         possible = [c for c in candidates(lead, instances) if c not in self.rejected]
         return self.layout if self.layout in possible else next(iter(possible), None)
 
-    def choose_layout(self, lead: Sequence[int], instances: int) -> str | None:
+    def choose_layout(self, lead: Sequence[int], instances: int) -> Layout | None:
         """Decides for `layout_for`; where all layouts that shapes allow were rejected, for the next method's first."""
         self.layout = self.layout_for(lead, instances)
         # The vjp of a table would hold rows of its full size.
-        if self.layout is None and self.method != LOOPED and not isinstance(self.module, nn.Embedding):
+        if self.layout is None and self.method.next is not None and not isinstance(self.module, nn.Embedding):
             found = candidates(lead, instances)
             if found:
                 self.fall_back()
@@ -76,61 +80,64 @@ class Plan:
 
     Attributes:
         individual: Parameters that only tier 3 gets right.
+        several: Parameters whose rows were added up from several uses.
+        stacked: By `kind_of` layers, whether their rows are formed together.
     """
 
     def __init__(self, rules: Mapping[type[nn.Module], Rule]):
         self.rules = rules
         self.individual: set[nn.Parameter] = set()
-        self._sites: dict[tuple[nn.Module, tuple[bool, ...], int, bool], Site] = {}
+        self.several: set[nn.Parameter] = set()
+        self.stacked: dict[tuple, bool] = {}
+        self._uses: dict[tuple[nn.Module, tuple[bool, ...], int, bool], ModuleUse] = {}
 
-    def site(
-        self, tap: ModuleTap, modes: tuple[bool, ...], rank: int, conclusive: bool, inputs: Sequence[Tensor]
-    ) -> Site:
-        """The site of a module's output gradient of that rank; its decision is made when it is met first.
+    def use(self, event: TapEvent, rank: int, conclusive: bool) -> ModuleUse:
+        """The use of a module that an event shows; its decision is made when it is met first.
 
         Args:
-            tap: The module's tap.
-            modes: Of the module's call: in another mode it may compute something else.
+            event: Of the module's tap. In another mode it may compute something else.
             rank: Dimensions of the output gradient.
             conclusive: Whether instances belong to different objectives: else no check can tell layouts apart, so what
                 it approves is kept for such steps only.
-            inputs: The tensors that the module was called with.
         """
-        key = (tap.module, modes, rank, conclusive)
-        if key not in self._sites:
-            self._sites[key] = Site(tap.module, self._rule(tap, inputs) or LINEAR)
-        return self._sites[key]
+        key = (event.tap.module, event.call.modes, rank, conclusive)
+        found = self._uses.get(key)
+        if found is None:
+            found = self._uses[key] = ModuleUse(event.tap.module, self._method(event))
+        return found
 
-    def known_site(self, tap: ModuleTap, modes: tuple[bool, ...], rank: int, conclusive: bool) -> Site | None:
-        """The site, if it was met before."""
-        return self._sites.get((tap.module, modes, rank, conclusive))
+    def known_use(self, tap: ModuleTap, modes: tuple[bool, ...], rank: int, conclusive: bool) -> ModuleUse | None:
+        """The use, if it was met before."""
+        return self._uses.get((tap.module, modes, rank, conclusive))
 
-    def reject(self, wrong: Mapping[nn.Parameter, Sequence[Site]]) -> None:
+    def reject(self, wrong: Mapping[nn.Parameter, Sequence[ModuleUse]]) -> None:
         """Takes back one decision behind each parameter's wrong rows; where none is left, it goes to tier 3.
 
         Args:
-            wrong: The parameters and the sites where they were met. Parameters that share a site share its decision.
+            wrong: The parameters and the uses in which they were met. Parameters that share one share its decision.
         """
-        taken_back: set[Site] = set()
-        for parameter, sites in wrong.items():
-            if not taken_back.isdisjoint(sites):
+        taken_back: set[ModuleUse] = set()
+        for parameter, uses in wrong.items():
+            if not taken_back.isdisjoint(uses):
                 continue
-            site = next((site for site in sites if site.layout is not None), None)
-            if site is None:
+            use = next((use for use in uses if use.layout is not None), None)
+            if use is None:
                 self.individual.add(parameter)
                 continue
-            assert site.layout is not None
-            site.rejected.add(site.layout)
-            site.layout = None
-            taken_back.add(site)
+            assert use.layout is not None
+            use.rejected.add(use.layout)
+            use.layout = None
+            taken_back.add(use)
 
-    def _rule(self, tap: ModuleTap, inputs: Sequence[Tensor]) -> Rule | None:
-        module = tap.module
+    def _method(self, event: TapEvent) -> Method:
+        module, inputs = event.tap.module, event.inputs or ()
         kind = layer_type(module)
         if kind in self.rules:
-            return self.rules[kind]
+            rule = self.rules[kind]
+            return ClosedForm(rule, is_trusted=rule is not RULES.get(kind))
         if is_experts(module, inputs):
-            return experts
-        if len(inputs) != 1 or any("." in name for name in tap.targets):
-            return None
-        return recognise(module, inputs[0])
+            return ClosedForm(experts)
+        if len(inputs) != 1 or any("." in name for name in event.tap.targets):
+            return LINEAR_MAPS
+        rule = recognise(module, inputs[0])
+        return LINEAR_MAPS if rule is None else ClosedForm(rule)

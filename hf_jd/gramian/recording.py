@@ -2,32 +2,30 @@
 
 import math
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from enum import Enum
 
 import torch
 from torch import Tensor, nn
 
-from hf_jd.gramian.fallback import linear_rows, module_rows, single_precision_gradients
-from hf_jd.gramian.layouts import DrawsError, Segments, UnmappedError, UnsupportedError, arrange
-from hf_jd.gramian.plan import LINEAR, LOOPED, Plan, Site
-from hf_jd.gramian.rows import Rows, accumulation_dtype
+from hf_jd.gramian.again import single_precision_gradients
+from hf_jd.gramian.layouts import AXES, Batch, DrawsError, Layout, UnmappedError
+from hf_jd.gramian.methods import FINAL, VECTORISED, ClosedForm, Tier
+from hf_jd.gramian.plan import ModuleUse, Plan
+from hf_jd.gramian.rows import DenseRows, OuterRows, Rows, accumulation_dtype
 from hf_jd.gramian.sharding import is_partitioned
-from hf_jd.gramian.taps import Call, ModuleTap
+from hf_jd.gramian.stacks import Stack, Stacker, kind_of
+from hf_jd.gramian.taps import Call, ModuleTap, TapEvent
 
 ROUNDED = 0.03  # of the rows' norms, how far a rule may be from autograd in float32 on the same half-precision tensors
 
 
-@dataclass
-class Batch:
-    """The instances of a step and whose they are.
+class Keep(Enum):
+    """What is kept of the rows of a backward."""
 
-    Attributes:
-        instances: B.
-        segments: Of the B instances, or of their tokens.
-    """
-
-    instances: int
-    segments: Segments
+    ROWS = "rows"
+    FACTORS = "factors"  # where they are smaller than rows
+    GRAMIAN = "gramian"
 
 
 @dataclass
@@ -36,31 +34,29 @@ class Meeting:
 
     Attributes:
         targets: The parameters whose rows it brings, by name.
-        site: The module, and how its rows are formed.
+        use: The module, and how its rows are formed.
         layout: How its tensors held the batch; None where no layout fits.
     """
 
     targets: Mapping[str, nn.Parameter]
-    site: Site
-    layout: str | None
+    use: ModuleUse
+    layout: Layout | None
 
 
+@dataclass
 class Recording:
     """The rows that one backward brings.
 
-    Args:
+    Attributes:
         plan: The engine's decisions.
         batch: The instances of the step.
-        materialise: Whether rows are formed even where their factors are smaller.
-        gramian_only: Rows become inner products at once and are dropped, but for `shared` parameters.
+        keep: With `GRAMIAN`, rows become inner products at once and are dropped, but for `shared` parameters.
         shared: Parameters with several uses in the step, whose rows must add up first.
         asleep: Parameters whose gradient was zero when they were last looked at.
         probe: Vectors [P, R] of the self-check: sum_i r_i row_i is kept of each parameter and vector, in the place of
             its rows, beside which the self-check's own backward would not find room.
         doubted: Parameters whose closed forms are compared with autograd in float32, layer by layer.
-
-    Attributes:
-        rows: By parameter, the sum over its uses.
+        rows: By parameter, the sum over its uses, or the stack that it is in.
         gramian: The inner products of the rows that were dropped.
         meetings: What was met, in the order of the backward.
         unmapped: Parameters met where no layout fits: tier 3 in this step.
@@ -73,34 +69,32 @@ class Recording:
         refuted: Those of `doubted` that were not proved so.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        batch: Batch,
-        materialise: bool,
-        gramian_only: bool,
-        shared: set[nn.Parameter],
-        asleep: Set[nn.Parameter],
-        probe: Tensor | None = None,
-        doubted: Set[nn.Parameter] = frozenset(),
-    ):
-        self.batch, self.materialise, self.gramian_only = batch, materialise, gramian_only
-        self.shared, self.asleep, self.probe, self.doubted = shared, asleep, probe, doubted
-        self.awake: set[nn.Parameter] = set()
-        self.rows: dict[nn.Parameter, Rows] = {}
-        self.gramian: Tensor | None = None
-        self.meetings: list[Meeting] = []
-        self.unmapped: set[nn.Parameter] = set()
-        self.postponed: set[nn.Parameter] = set()
-        self.reached: set[nn.Parameter] = set()
-        self.tiers: dict[nn.Parameter, int] = {}
-        self.probed: dict[nn.Parameter, list[Tensor]] = {}
-        self.precisions: dict[nn.Parameter, set[torch.dtype]] = {}
-        self.refuted: set[nn.Parameter] = set()
-        self._plan = plan
-        self._dropped: set[nn.Parameter] = set()
-        self._embedded: list[Tensor] = []
-        self._unbatched: list[tuple[Site, Mapping[str, nn.Parameter], Tensor, Tensor]] = []
+    plan: Plan
+    batch: Batch
+    keep: Keep
+    shared: set[nn.Parameter] = field(default_factory=set)
+    asleep: Set[nn.Parameter] = frozenset()
+    probe: Tensor | None = None
+    doubted: Set[nn.Parameter] = frozenset()
+    rows: dict[nn.Parameter, Rows | Stack] = field(default_factory=dict, init=False)
+    gramian: Tensor | None = field(default=None, init=False)
+    meetings: list[Meeting] = field(default_factory=list, init=False)
+    unmapped: set[nn.Parameter] = field(default_factory=set, init=False)
+    postponed: set[nn.Parameter] = field(default_factory=set, init=False)
+    reached: set[nn.Parameter] = field(default_factory=set, init=False)
+    tiers: dict[nn.Parameter, Tier] = field(default_factory=dict, init=False)
+    awake: set[nn.Parameter] = field(default_factory=set, init=False)
+    probed: dict[nn.Parameter, list[Tensor]] = field(default_factory=dict, init=False)
+    precisions: dict[nn.Parameter, set[torch.dtype]] = field(default_factory=dict, init=False)
+    refuted: set[nn.Parameter] = field(default_factory=set, init=False)
+    _dropped: set[nn.Parameter] = field(default_factory=set, init=False)
+    _embedded: list[Tensor] = field(default_factory=list, init=False)
+    _unbatched: list[tuple[ModuleUse, TapEvent]] = field(default_factory=list, init=False)
+    _stacker: Stacker = field(init=False)
+    _waiting: set[nn.Parameter] = field(default_factory=set, init=False)
+
+    def __post_init__(self) -> None:
+        self._stacker = Stacker(self.batch)
 
     @property
     def met(self) -> dict[nn.Parameter, list[Meeting]]:
@@ -111,151 +105,152 @@ class Recording:
                 found.setdefault(parameter, []).append(meeting)
         return found
 
-    def record(
-        self,
-        tap: ModuleTap,
-        targets: Mapping[str, nn.Parameter],
-        call: Call,
-        inputs: Sequence[Tensor] | None,
-        grad_outputs: Sequence[Tensor | None],
-    ) -> None:
-        """Takes what a tap met in the backward. Raises nothing for what it cannot map: that is left to tier 3.
-
-        Inputs are None where the model has changed them in place since.
-        """
-        first = next((g for g in grad_outputs if g is not None), None)
-        individual = self._plan.individual
-        if any(p in individual or not p.requires_grad for p in targets.values()):
-            targets = {name: p for name, p in targets.items() if p not in individual and p.requires_grad}
+    def record(self, event: TapEvent) -> None:
+        """Takes what a tap met in the backward. Raises nothing for what it cannot map: that is left to tier 3."""
+        event = self._without_individual(event)
+        first, targets = event.first, event.targets
         if first is None or not targets:
             return
-        site = self._plan.site(tap, call.modes, first.dim(), self.batch.segments.distinguish, inputs or ())
-        layout = site.choose_layout(first.shape[:-1] or first.shape, self.batch.instances)
-        self.meetings.append(Meeting(targets, site, layout))
+        use = self.plan.use(event, first.dim(), self.batch.segments.distinguish)
+        layout = use.choose_layout(first.shape[:-1] or first.shape, self.batch.instances)
+        self.meetings.append(Meeting(targets, use, layout))
         if self.probe is not None:
-            dtypes = _precisions(site.module, call, [*(inputs or ()), first])
+            dtypes = _precisions(use.module, event.call, [*(event.inputs or ()), first])
             for parameter in targets.values():
                 self.precisions.setdefault(parameter, set()).update(dtypes)
-        if layout is None and not isinstance(site.method, str) and inputs is not None and len(inputs) == 1:
-            self._unbatched.append((site, targets, inputs[0], first))
+        if layout is None and use.is_closed and event.inputs is not None and len(event.inputs) == 1:
+            self._unbatched.append((use, event))
             return
-        if isinstance(site.module, nn.Embedding):
+        if isinstance(use.module, nn.Embedding):
             self._embedded.append(first)
+        kind = self._kind(use, layout, event)
+        if kind is not None and self.plan.stacked.get(kind):
+            self._wait(kind, event)
+            return
         ModuleTap.look_away = True
         try:
-            found = {} if layout is None else self._rows(site, layout, targets, call, inputs, grad_outputs)
+            found = {} if layout is None else self._form(use, layout, event)
         except DrawsError:
-            tap.note_states(first.device)
+            event.tap.note_states(first.device)
             self.postponed.update(targets.values())
             found = {}
         finally:
             ModuleTap.look_away = False
+        if kind is not None:
+            dense = [rows for rows in found.values() if type(rows) is DenseRows or not _stays_outer(rows, self.keep)]
+            self.plan.stacked[kind] = use.is_closed and found.keys() == targets.keys() and len(dense) == len(found)
         self._take(targets, found)
 
     def finish(self) -> None:
-        """Forms the rows of inputs without a batch dimension, once all gradients are known.
+        """Forms the rows of inputs without a batch dimension, once all gradients are known, and those that wait.
 
         Position embeddings are added to word embeddings, so the gradient that reaches them is that of the word
         embeddings summed over the batch: where such a twin was met, it has the rows that the sum has lost.
         """
-        for site, targets, x, g in self._unbatched:
+        for use, event in self._unbatched:
+            assert event.first is not None
+            assert event.inputs is not None
+            x, g, targets = event.inputs[0], event.first, event.targets
             twin = next((t for t in self._embedded if _is_sum_of(g, t, self.batch.instances)), None)
             found: dict[str, Rows] = {}
-            if twin is not None and not isinstance(site.method, str):
+            if twin is not None and isinstance(use.method, ClosedForm):
                 one = x if x.shape[0] == 1 else x[None]
                 with torch.no_grad():
-                    found = dict(
-                        site.method(site.module, one.expand(len(twin), *one.shape[1:]), twin, self.batch.segments)
-                    )
-            self.tiers.update(dict.fromkeys((targets[name] for name in found if name in targets), 1))
+                    x = one.expand(len(twin), *one.shape[1:])
+                    found = dict(use.method.rule(use.module, x, twin, self.batch.segments))
+            self.tiers.update(dict.fromkeys((targets[name] for name in found if name in targets), Tier.CLOSED))
             self.refuted |= self.doubted & set(targets.values())  # A twin's gradient is no input of the layer.
             self._take(targets, found)
-        if self.gramian_only:
+        self._release()
+        for parameter in self.unmapped & self._waiting:
+            self._unstack(parameter)
+        if self.keep is Keep.GRAMIAN:
             self.shared |= self.unmapped & self._dropped  # Their part is in the Gramian, and all their rows will come.
 
+    def _kind(self, use: ModuleUse, layout: Layout | None, event: TapEvent) -> tuple | None:
+        """What layers must have in common with this one to form their rows together; None where it stands alone."""
+        if layout is not AXES[0] or self.keep is Keep.GRAMIAN or not isinstance(use.method, ClosedForm):
+            return None
+        kind, ids = kind_of(use.method.rule, event), self.batch.segments.ids
+        if kind is None:
+            return None
+        for parameter in event.targets.values():
+            if not self._may_wait(parameter):
+                return None
+        if ids is not None and ids.dim() == 2 and kind[1][1:2] != ids.shape[1:]:
+            return None
+        return (*kind, ids is None, self.keep)  # Whether rows stay factors depends on these.
+
+    def _wait(self, kind: tuple, event: TapEvent) -> None:
+        for parameter in event.targets.values():
+            self.tiers[parameter] = Tier.CLOSED
+            self._waiting.add(parameter)
+        self._stacker.wait(kind, event)
+        if self._stacker.is_full:
+            self._release()
+
+    def _without_individual(self, event: TapEvent) -> TapEvent:
+        individual = self.plan.individual
+        for parameter in event.targets.values():
+            if not parameter.requires_grad or (individual and parameter in individual):
+                wanted = {n: p for n, p in event.targets.items() if p.requires_grad and p not in individual}
+                return event._replace(targets=wanted)
+        return event
+
     def _take(self, targets: Mapping[str, nn.Parameter], found: dict[str, Rows]) -> None:
-        self.unmapped.update(parameter for name, parameter in targets.items() if name not in found)
+        self.unmapped.update(targets[name] for name in targets.keys() - found.keys())
         for name in list(found):
             rows = found.pop(name)  # Factors are let go before those of the next parameter become rows.
             if name in targets:
                 self._add(targets[name], rows)
 
-    def _rows(
-        self,
-        site: Site,
-        layout: str,
-        targets: Mapping[str, nn.Parameter],
-        call: Call,
-        inputs: Sequence[Tensor] | None,
-        grad_outputs: Sequence[Tensor | None],
-    ) -> dict[str, Rows]:
-        """The rows of the targets at one site, by its method or the next that works."""
+    def _form(self, use: ModuleUse, layout: Layout, event: TapEvent) -> dict[str, Rows]:
+        """The rows of the targets at one use, by its method or the next that works."""
         while True:
-            if isinstance(site.method, str) and is_partitioned(targets.values()):
+            method = use.method
+            if not isinstance(method, ClosedForm) and is_partitioned(event.targets.values()):
                 return {}  # Calling a module would gather its parameters, on this process alone.
-            try:
-                return self._try_method(site, layout, targets, call, inputs or (), grad_outputs)
-            except (torch.OutOfMemoryError, UnsupportedError, DrawsError):
-                raise
-            except UnmappedError:
+            if event.inputs is None and not method.mistakes:
                 return {}
-            except Exception:
-                # The method does not fit this call: the shapes of a closed form, what vmap cannot trace, a module that
-                # cannot be called again. The next one may, and the self-check has the last word.
-                if site.method == LOOPED or inputs is None:
+            try:
+                return self._form_by_method(use, layout, event)
+            except FINAL as error:
+                if type(error) is UnmappedError:
                     return {}
-                site.fall_back()
+                raise
+            except method.mistakes:
+                # The shapes of a closed form, what vmap can't trace, a module that can't be called again: the next
+                # method may fit, and the self-check has the last word.
+                if method.next is None or event.inputs is None:
+                    return {}
+                use.fall_back()
 
-    def _try_method(
-        self,
-        site: Site,
-        layout: str,
-        targets: Mapping[str, nn.Parameter],
-        call: Call,
-        inputs: Sequence[Tensor],
-        grad_outputs: Sequence[Tensor | None],
-    ) -> dict[str, Rows]:
+    def _form_by_method(self, use: ModuleUse, layout: Layout, event: TapEvent) -> dict[str, Rows]:
         found: dict[str, Rows] = {}
-        first = next(g for g in grad_outputs if g is not None)
-        if not isinstance(site.method, str):
-            (g, *xs), segments = arrange(layout, self.batch.segments, self.batch.instances, first, *inputs)
-            found = dict(site.method(site.module, xs[0] if len(xs) == 1 else xs, g, segments))
-            for name, rows in found.items():
-                if name in targets and not rows.fits(targets[name], segments.objectives):
-                    raise RuntimeError(f"the rule's rows of {name} have another shape than the parameter")
-            if not self.doubted.isdisjoint(targets.values()):
-                self._prove_rule(site.module, targets, call, xs, g, segments, found)
-        for name, parameter in targets.items():
-            self.tiers[parameter] = 1 if name in found else 2
+        if isinstance(use.method, ClosedForm):
+            found = dict(use.method.rows(event, layout, self.batch))
+            if self.doubted and not self.doubted.isdisjoint(event.targets.values()):
+                self._prove_rule(event, layout, found)
+        for name, parameter in event.targets.items():
+            self.tiers[parameter] = Tier.CLOSED if name in found else Tier.MODULE
+        if event.targets.keys() <= found.keys():
+            return found
         # In a backward, a sharded parameter's module holds the whole one.
-        rest = {name: site.module.get_parameter(name) for name in targets if name not in found}
-        if rest and not is_partitioned(rest.values()):
-            _, segments = arrange(layout, self.batch.segments, self.batch.instances, first)
-            axis = int(layout[4:]) if layout.startswith("axis") else 0
-            again = (site.module, rest, call, inputs, grad_outputs, segments, axis)
-            if site.method == LINEAR:
-                found |= linear_rows(*again)
-            else:
-                found |= module_rows(*again, vectorised=site.method != LOOPED)
-        return found
+        rest = {name: use.module.get_parameter(name) for name in event.targets if name not in found}
+        if is_partitioned(rest.values()):
+            return found
+        method = VECTORISED if isinstance(use.method, ClosedForm) else use.method
+        return found | method.rows(event._replace(targets=rest), layout, self.batch)
 
-    def _prove_rule(
-        self,
-        module: nn.Module,
-        targets: Mapping[str, nn.Parameter],
-        call: Call,
-        inputs: Sequence[Tensor],
-        grad_output: Tensor,
-        segments: Segments,
-        found: Mapping[str, Rows],
-    ) -> None:
+    def _prove_rule(self, event: TapEvent, layout: Layout, found: Mapping[str, Rows]) -> None:
         """Compares a rule's rows with autograd through a copy of the layer in float32, from the same tensors."""
         assert self.probe is not None
-        r = self.probe[0].to(accumulation_dtype(grad_output))
-        doubted = {name: p for name, p in targets.items() if name in found and p in self.doubted}
-        weighted = segments.spread(r, grad_output) * grad_output
+        assert event.first is not None
+        (g, *xs), segments = layout.arrange(self.batch, event.first, *(event.inputs or ()))
+        r = self.probe[0].to(accumulation_dtype(g))
+        doubted = {name: p for name, p in event.targets.items() if name in found and p in self.doubted}
         try:
-            gradients = single_precision_gradients(module, doubted, call, inputs, weighted)
+            gradients = single_precision_gradients(event, list(doubted), xs, segments.spread(r, g) * g)
         except Exception:
             self.refuted.update(doubted.values())  # A layer that can't be called so, for whatever reason: no proof.
             return
@@ -267,22 +262,64 @@ class Recording:
                 self.refuted.add(parameter)
 
     def _add(self, parameter: nn.Parameter, rows: Rows) -> None:
-        rows = rows.settled(parameter.dtype, self.materialise)
+        materialise = self.keep is Keep.ROWS
+        rows = rows.compact(parameter.dtype, materialise)
+        if self.keep is not Keep.GRAMIAN and self._may_wait(parameter) and self._stacker.take(parameter, rows):
+            self._waiting.add(parameter)
+            return
         if parameter in self.asleep and bool(rows.gramian().any()):
             self.awake.add(parameter)
         if self.probe is not None:
-            parts = [rows.weighted_sum(r) for r in self.probe]
-            before = self.probed.get(parameter)
-            self.probed[parameter] = parts if before is None else [a + b for a, b in zip(before, parts, strict=True)]
-            return
-        if not self.gramian_only or parameter in self.shared:
-            self.rows[parameter] = self.rows[parameter] + rows if parameter in self.rows else rows
-            return
-        if parameter in self._dropped:
-            self.shared.add(parameter)
-        self._dropped.add(parameter)
-        part = rows.gramian()
-        self.gramian = part if self.gramian is None else self.gramian + part
+            self._weigh(parameter, [rows.weighted_sum(r) for r in self.probe])
+        elif self.keep is not Keep.GRAMIAN or parameter in self.shared:
+            before = self._unstack(parameter)
+            self.rows[parameter] = rows if before is None else before + rows
+        else:
+            if parameter in self._dropped:
+                self.shared.add(parameter)
+            self._dropped.add(parameter)
+            part = rows.gramian()
+            self.gramian = part if self.gramian is None else self.gramian + part
+
+    def _may_wait(self, parameter: nn.Parameter) -> bool:
+        """Whether rows may join those of other parameters; not where uses add up, or a proof looks at each."""
+        if (self.asleep or self.doubted or self.plan.several) and self._is_special(parameter):
+            return False
+        if parameter in self._waiting or (self.rows and parameter in self.rows):
+            self.plan.several.add(parameter)
+            return False
+        return True
+
+    def _is_special(self, parameter: nn.Parameter) -> bool:
+        return parameter in self.asleep or parameter in self.doubted or parameter in self.plan.several
+
+    def _release(self) -> None:
+        for stack in self._stacker.release():
+            if self.probe is None:
+                self.rows.update(dict.fromkeys(stack.members, stack))
+                continue
+            sums = [stack.weighted_sums(r) for r in self.probe]
+            for parameter, *parts in zip(stack.members, *sums, strict=True):
+                self._weigh(parameter, parts)
+
+    def _weigh(self, parameter: nn.Parameter, parts: list[Tensor]) -> None:
+        before = self.probed.get(parameter)
+        self.probed[parameter] = parts if before is None else [a + b for a, b in zip(before, parts, strict=True)]
+
+    def _unstack(self, parameter: nn.Parameter) -> Rows | None:
+        """The rows so far of a parameter that are to be added to, or left out: its stack is taken apart."""
+        if parameter in self._waiting:
+            self._release()
+        rows = self.rows.get(parameter)
+        if isinstance(rows, Stack):
+            self.rows.update({p: rows.apart(p) for p in rows.members})
+            rows = self.rows[parameter]
+            assert not isinstance(rows, Stack)
+        return rows
+
+
+def _stays_outer(rows: Rows, keep: Keep) -> bool:
+    return type(rows) is not OuterRows or rows.stay_factors(materialise=keep is Keep.ROWS)
 
 
 def _precisions(module: nn.Module, call: Call, tensors: Sequence[Tensor]) -> set[torch.dtype]:

@@ -78,7 +78,7 @@ class RoutedRows(Rows):
         """The same from rows that are there, with what it costs to write and read them."""
         return self.objectives * (self.objectives + READ) * self.shape[1] * self.shape[2]
 
-    def settled(self, dtype: torch.dtype, materialise: bool) -> Rows:
+    def compact(self, dtype: torch.dtype, materialise: bool) -> Rows:
         """Rows, where they may be formed and their Gramian costs less than that of the factors."""
         if materialise and sum(map(self._ghost_cost, self.lengths)) > len(self.lengths) * self._rows_cost():
             return DenseRows(self.dense().to(dtype), self.shape)

@@ -101,7 +101,7 @@ class Rows(ABC):
     def nbytes(self) -> int:
         """Bytes held."""
 
-    def settled(self, dtype: torch.dtype, materialise: bool) -> "Rows":
+    def compact(self, dtype: torch.dtype, materialise: bool) -> "Rows":
         """The representation that is kept; where factors are one, the one place where memory decides.
 
         Args:
@@ -327,19 +327,26 @@ class OuterRows(Rows):
             return OuterRows(g, torch.cat([self.input, other.input]), self.shape)
         return DenseRows(torch.cat([self.dense(), other.dense()]), self.shape)
 
-    def settled(self, dtype: torch.dtype, materialise: bool) -> Rows:
+    def compact(self, dtype: torch.dtype, materialise: bool) -> Rows:
         """The factors as they are, or dense rows of the parameter's dtype.
 
-        Factors are kept where they are smaller than rows and rows need not be formed, or where the ghost form makes
-        them cheaper too: R S (p + d) < 2 p d.
+        Memory decides here, and nowhere else.
         """
-        (r, s, p), d = self.grad_output.shape, self.input.shape[-1]
-        if r * s * (p + d) < 2 * p * d or (not materialise and s * (p + d) < p * d):
+        if self.stay_factors(materialise):
             return self
         if narrow(self.shape):
             rows = torch.bmm(self.input.transpose(1, 2), self.grad_output)
             return DenseRows(rows.flatten(1).to(dtype), self.shape, transposed=True)
         return DenseRows(self.dense().to(dtype), self.shape)
+
+    def stay_factors(self, materialise: bool) -> bool:
+        """Whether factors are kept.
+
+        They are where they are smaller than rows and rows need not be formed, or where the ghost form makes them
+        cheaper too: R S (p + d) < 2 p d.
+        """
+        (r, s, p), d = self.grad_output.shape, self.input.shape[-1]
+        return r * s * (p + d) < 2 * p * d or (not materialise and s * (p + d) < p * d)
 
     @property
     def nbytes(self) -> int:

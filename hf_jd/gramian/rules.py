@@ -26,11 +26,14 @@ Rule = Callable[[Any, Any, Tensor, Segments], dict[str, Rows]]
 
 def outer(grad_output: Tensor, input: Tensor, segments: Segments, shape: torch.Size) -> Rows:
     """Rows sum_t g_t x_t^T of a weight of `shape`; as factors where the objectives are equal blocks of leading rows."""
-    input = input.to(grad_output.dtype)
+    if input.dtype != grad_output.dtype:
+        input = input.to(grad_output.dtype)
     if segments.ids is not None and narrow(shape):
         return DenseRows(segments.outer(input, grad_output).flatten(1), shape, transposed=True)
     if segments.ids is not None:
         return DenseRows(segments.outer(grad_output, input).flatten(1), shape)
+    if segments.block == 1:
+        return OuterRows(grad_output, input, shape)
     blocks = (segments.objectives, -1)
     return OuterRows(
         grad_output.reshape(*blocks, grad_output.shape[-1]), input.reshape(*blocks, input.shape[-1]), shape
@@ -135,7 +138,7 @@ def convolution(module: Any, input: Tensor, grad_output: Tensor, segments: Segme
     """nn.Conv1d/2d/3d: each objective's weight gradient, all instances as groups of one convolution."""
     rows = {}
     if module.weight.requires_grad:
-        if isinstance(module.padding, str) or module.padding_mode != "zeros":
+        if module.padding in ("same", "valid") or module.padding_mode != "zeros":
             mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
             input, padding = F.pad(input, module._reversed_padding_repeated_twice, mode=mode), (0,)
         else:

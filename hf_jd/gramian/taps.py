@@ -6,11 +6,11 @@ tap depends on the engine's `sentinel`, a 0-d tensor that requires grad: a backw
 and prunes every weight gradient that rules replace.
 """
 
-import weakref
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import lru_cache
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 
 from hf_jd.gramian.random_streams import RandomState, random_state, set_random_state
 
-if TYPE_CHECKING:
-    from hf_jd.gramian.engine import Engine
+MOST_FORWARDS = 8  # forwards that a tap remembers, so that a thousand of them without a Gramian take no memory
+NO_AUTOCAST = ("cpu", torch.bfloat16, False)
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Call:
     spec: pytree.TreeSpec | None = None  # None: one positional tensor
     leaves: list[Any] = field(default_factory=list)
     outputs: list[int] = field(default_factory=lambda: [0])
-    autocast: tuple[str, torch.dtype, bool] = ("cpu", torch.bfloat16, False)
+    autocast: tuple[str, torch.dtype, bool] = NO_AUTOCAST
     random_state: RandomState | None = None
 
     def arguments(self, tensors: list[Tensor]) -> tuple[tuple, dict[str, Any]]:
@@ -74,54 +74,136 @@ class Call:
         return tuple(leaves[i] for i in self.outputs)
 
 
-PLAIN_CALLS = {mode: Call((mode,)) for mode in (True, False)}  # of a layer: one positional tensor, no autocast
+@lru_cache
+def leaf_call(training: bool, autocast: tuple[str, torch.dtype, bool] | None) -> Call:
+    """The call of a module without modules below it, with one positional tensor; the same object for the same call."""
+    return Call((training,)) if autocast is None else Call((training,), autocast=autocast)
+
+
+class TapEvent(NamedTuple):
+    """What a tap meets in a backward.
+
+    Attributes:
+        tap: The tap.
+        targets: The parameters whose rows its module brings, by name.
+        call: How the module was called.
+        inputs: The tensors it was called with; None where the model has changed them in place since.
+        grad_outputs: Gradients of its outputs.
+    """
+
+    tap: "ModuleTap"
+    targets: Mapping[str, nn.Parameter]
+    call: Call
+    inputs: Sequence[Tensor] | None
+    grad_outputs: Sequence[Tensor | None]
+
+    @property
+    def first(self) -> Tensor | None:
+        """The first gradient of an output."""
+        for g in self.grad_outputs:
+            if g is not None:
+                return g
+        return None
+
+
+class Recorder(Protocol):
+    """What takes the events of one backward."""
+
+    def record(self, event: TapEvent) -> None:
+        """Takes one event."""
+
+
+@dataclass(eq=False)
+class Switch:
+    """What the taps of one engine share.
+
+    Attributes:
+        sentinel: A 0-d tensor that requires grad, which every tap depends on.
+        recorder: Takes the events of the backward under way; None: no one does.
+        is_paused: Whether forwards are left untapped.
+    """
+
+    sentinel: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
+    recorder: Recorder | None = None
+    is_paused: bool = False
+
+
+class Forward(NamedTuple):
+    """A forward with gradient that a tap has met.
+
+    Attributes:
+        call: How the module was called.
+        shape: Of its first output.
+        place: Number of the tap's node, among all that autograd has made.
+    """
+
+    call: Call
+    shape: torch.Size
+    place: int
 
 
 class Tap(torch.autograd.Function):
-    """The identity on a module's outputs; in a backward it reports (inputs, output gradients) to the engine.
+    """The identity on a module's outputs; in a backward it reports a `TapEvent`.
 
     Outputs are returned detached, not as views and not marked dirty: models that go on in place work as without it.
     """
 
     @staticmethod
-    def forward(ctx: Any, sentinel: Tensor, tap: "ModuleTap", call: Call, n_outputs: int, *tensors: Tensor) -> Any:
-        ctx.tap, ctx.targets, ctx.call, ctx.n_inputs = tap, tap.trainable(), call, len(tensors) - n_outputs
-        ctx.shapes = [output.shape for output in tensors[:n_outputs]]
+    def forward(ctx: Any, sentinel: Tensor, place: tuple, *outputs: Tensor) -> Any:
+        ctx.tap, ctx.targets, ctx.call, inputs = place
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors[n_outputs:])
-        outputs = tuple(output.detach() for output in tensors[:n_outputs])
-        return outputs[0] if n_outputs == 1 else outputs
+        ctx.save_for_backward(*inputs)
+        first = outputs[0].shape
+        ctx.tap.note(Forward(ctx.call, first, ctx._sequence_nr()))
+        if len(outputs) == 1:
+            ctx.shapes = (first,)
+            return outputs[0].detach()
+        ctx.shapes = [output.shape for output in outputs]
+        return tuple(output.detach() for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
-        engine = ctx.tap.engine()
-        if engine is not None and engine.recording is not None:
-            with ctx.call.modes_of(ctx.tap.module):
-                engine.recording.record(ctx.tap, ctx.targets, ctx.call, _saved(ctx), grad_outputs)
-        return None, None, None, None, *grad_outputs, *[None] * ctx.n_inputs
+        tap, call = ctx.tap, ctx.call
+        recorder = tap.switch.recorder
+        if recorder is not None:
+            event = TapEvent(tap, ctx.targets, call, _saved(ctx), grad_outputs)
+            if len(call.modes) == 1 and tap.module.training == call.modes[0]:
+                recorder.record(event)
+            else:
+                with call.modes_of(tap.module):
+                    recorder.record(event)
+        return None, None, *grad_outputs
+
+
+def _apply(*args: Any) -> Any:
+    """`Tap.apply`, without its care for transforms of torch.func where none is active: a third of its time."""
+    plain: Any = super(torch.autograd.Function, Tap)
+    return Tap.apply(*args) if torch._C._are_functorch_transforms_active() else plain.apply(*args)
 
 
 class ModuleTap:
     """The forward hook of one module.
 
     Args:
-        engine: Whose tap it is.
+        switch: Of its engine.
         module: The module that it is registered on.
 
     Attributes:
         targets: The parameters whose rows this module brings while they are trainable, by their name below the module.
         calls: Forwards with gradient since the last Gramian.
+        forwards: The first of them.
         elements: Numbers of inputs and outputs of those forwards, what factors would hold.
         look_away: Of all engines' taps: whether a module is being called again to form rows.
     """
 
     look_away: ClassVar[bool] = False
 
-    def __init__(self, engine: "weakref.ref[Engine]", module: nn.Module):
-        self.engine = engine
+    def __init__(self, switch: Switch, module: nn.Module):
+        self.switch = switch
         self.module = module
         self.targets: Mapping[str, nn.Parameter] = {}
         self.calls = 0
+        self.forwards: list[Forward] = []
         self.elements = 0
         self._met_forward = False
         self._states: StateTap | None = None
@@ -144,9 +226,21 @@ class ModuleTap:
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         """The targets that are trainable now."""
-        if all(p.requires_grad for p in self.targets.values()):
-            return self.targets
-        return {name: p for name, p in self.targets.items() if p.requires_grad}
+        for parameter in self.targets.values():
+            if not parameter.requires_grad:
+                return {name: p for name, p in self.targets.items() if p.requires_grad}
+        return self.targets
+
+    def note(self, forward: Forward) -> None:
+        """Notes a forward with gradient."""
+        self.calls += 1
+        if self.calls <= MOST_FORWARDS:
+            self.forwards.append(forward)
+
+    def forget(self) -> None:
+        """Begins to count forwards anew."""
+        self.calls = self.elements = 0
+        self.forwards = []
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Taps the outputs of a forward with gradient."""
@@ -161,25 +255,29 @@ class ModuleTap:
             self._met_forward = True
         elif not self._met_forward:
             return None  # A recomputation has to save what its forward saved, and this tap came later.
-        engine = self.engine()
-        if engine is None or engine.is_paused or ModuleTap.look_away or not torch.is_grad_enabled():
+        switch = self.switch
+        if switch.is_paused or ModuleTap.look_away or not torch.is_grad_enabled():
             return None
         # A recomputation finds the same parameters trainable as its forward did: autograd itself needs that.
-        if not any(p.requires_grad for p in self.targets.values()):
+        targets = self.trainable()
+        if not targets:
             return None
-        self.calls += 1
         if isinstance(output, Tensor) and not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
             if not output.requires_grad:
                 return None
             self.elements += output.numel() + args[0].numel()
-            if self._states or self.module._modules or torch.is_autocast_enabled(output.device.type):
-                call = Call(self._modes(), autocast=_autocast(output), random_state=self._state())
+            kind = output.device.type
+            autocast = _autocast(kind) if torch.is_autocast_enabled(kind) else None
+            if self._states is None and not self.module._modules:
+                call = leaf_call(self.module.training, autocast)
             else:
-                call = PLAIN_CALLS[self.module.training]
-            return Tap.apply(engine.sentinel, self, call, 1, output, args[0].detach())
-        return self._tap_structure(engine, args, kwargs, output)
+                call = Call(self._modes(), autocast=autocast or NO_AUTOCAST, random_state=self._state())
+            return _apply(switch.sentinel, (self, targets, call, (args[0].detach(),)), output)
+        return self._tap_structure(targets, args, kwargs, output)
 
-    def _tap_structure(self, engine: "Engine", args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+    def _tap_structure(
+        self, targets: Mapping[str, nn.Parameter], args: tuple, kwargs: dict[str, Any], output: Any
+    ) -> Any:
         outputs, output_spec = pytree.tree_flatten(output)
         tapped = [i for i, leaf in enumerate(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not tapped:
@@ -187,8 +285,8 @@ class ModuleTap:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
         skeleton = [Tensor if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        call = Call(self._modes(), spec, skeleton, tapped, _autocast(outputs[tapped[0]]), self._state())
-        wrapped = Tap.apply(engine.sentinel, self, call, len(tapped), *[outputs[i] for i in tapped], *tensors)
+        call = Call(self._modes(), spec, skeleton, tapped, _autocast(outputs[tapped[0]].device.type), self._state())
+        wrapped = _apply(self.switch.sentinel, (self, targets, call, tensors), *[outputs[i] for i in tapped])
         for i, leaf in zip(tapped, wrapped if len(tapped) > 1 else [wrapped], strict=True):
             outputs[i] = leaf
             self.elements += leaf.numel()
@@ -268,6 +366,5 @@ def _saved(ctx: Any) -> tuple[Tensor, ...] | None:
         return None  # The model changed an input that autograd itself had no need of.
 
 
-def _autocast(tensor: Tensor) -> tuple[str, torch.dtype, bool]:
-    kind = tensor.device.type
+def _autocast(kind: str) -> tuple[str, torch.dtype, bool]:
     return kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)

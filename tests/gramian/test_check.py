@@ -43,21 +43,26 @@ def test_wrong_rule_is_caught_and_another_tier_is_right(spoil):
     assert max(tiers.values()) > 1
 
 
-def test_rule_that_raises_passes_to_the_next_tier():
+def test_errors_of_a_users_rule_are_the_users_to_see():
     def broken(module, input, grad_output, segments):
         raise RuntimeError("no such layer")
 
-    model = mlp()
-    tiers = assert_engine_right(model, lambda step: model(batch(B, 4)).square().sum(1), rules={nn.Linear: broken})
-    assert set(tiers.values()) == {2}
-
-
-def test_rule_of_wrong_shape_passes_to_the_next_tier():
     def narrow(module, input, grad_output, segments):
         return {"weight": DenseRows(torch.zeros(B, 3, dtype=torch.float64), torch.Size([3]))}
 
     model = mlp()
-    assert_engine_right(model, lambda step: model(batch(B, 4)).square().sum(1), rules={nn.Linear: narrow})
+    for rule, says in ((broken, "no such layer"), (narrow, r"rule of Linear gives weight 3 rows of shape \[3\]")):
+        engine = Engine(model, rules={nn.Linear: rule})
+        with pytest.raises((RuntimeError, ValueError), match=says):
+            engine.compute_gramian(model(batch(B, 4)).square().sum(1))
+        engine.detach()
+
+
+def test_what_a_rule_leaves_out_passes_to_the_next_tier():
+    model = mlp()
+    rules = {nn.Linear: lambda *seen: {}}
+    tiers = assert_engine_right(model, lambda step: model(batch(B, 4)).square().sum(1), rules=rules)
+    assert set(tiers.values()) == {2}
 
 
 def test_batch_norm_in_training_is_named():

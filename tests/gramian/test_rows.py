@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_jd.gramian import rows as representations
-from hf_jd.gramian.layouts import Segments
+from hf_jd.gramian.layouts import MAJOR, MINOR, Segments
 from hf_jd.gramian.routed import RoutedRows
 from hf_jd.gramian.rows import CHUNK, DenseRows, OuterRows, Rows, SparseRows, inner
 from tests.gramian.oracle import EXACT, relative
@@ -79,11 +79,11 @@ def test_sums_and_stacks(one, two):
 def test_factors_settle(shape: tuple[int, int], materialise: bool):
     """Narrow products are formed transposed; with many tokens rows are smaller than factors."""
     factors = OuterRows(normal(2, 90, shape[0]), normal(2, 90, shape[1], seed=1), torch.Size(shape))
-    settled = factors.settled(torch.float64, materialise)
+    compact = factors.compact(torch.float64, materialise)
     if materialise:
-        assert isinstance(settled, DenseRows)
-        assert settled.transposed == (shape in ((70, 3), (5, 4)))
-    assert is_matrix(settled, factors.dense())
+        assert isinstance(compact, DenseRows)
+        assert compact.transposed == (shape in ((70, 3), (5, 4)))
+    assert is_matrix(compact, factors.dense())
 
 
 @pytest.mark.parametrize("count", [31, 33, 70])
@@ -111,16 +111,16 @@ def test_routed_rows(tokens: int):
     """Few tokens: ghost form; many: rows, an expert at a time; owners in any order."""
     rows, matrix = routed(tokens)
     assert is_matrix(rows, matrix)
-    settled = rows.settled(torch.float64, materialise=True)
-    assert isinstance(settled, DenseRows) == (tokens > 5)
-    assert is_matrix(settled, matrix)
-    assert rows.settled(torch.float64, materialise=False) is rows
+    compact = rows.compact(torch.float64, materialise=True)
+    assert isinstance(compact, DenseRows) == (tokens > 5)
+    assert is_matrix(compact, matrix)
+    assert rows.compact(torch.float64, materialise=False) is rows
     index = torch.tensor([2, 0])
     assert is_matrix(rows.select(index), matrix[index])
     other, theirs = routed(tokens + 1, seed=7)
     assert is_matrix(rows + other, matrix + theirs)
     assert is_matrix(rows.below(other), torch.cat([matrix, theirs]))
-    assert is_matrix(settled.below(other), torch.cat([matrix, theirs]))
+    assert is_matrix(compact.below(other), torch.cat([matrix, theirs]))
 
 
 @pytest.mark.parametrize("kind", [*KINDS, lambda: routed(60)[0]], ids=lambda kind: kind.__name__)
@@ -159,8 +159,8 @@ def test_blocks_of_instances_repeated():
     """[k * B] leading rows, whose objectives are blocks of instances."""
     blocks = Segments(2, block=3)
     expected = torch.tensor([0, 0, 0, 1, 1, 1])
-    assert torch.equal(blocks.repeated("minor", 2, torch.device("cpu")).token_ids((12, 1))[:, 0], expected.repeat(2))
-    major = blocks.repeated("major", 2, torch.device("cpu")).token_ids((12, 1))[:, 0]
+    assert torch.equal(blocks.repeated(MINOR, 2, torch.device("cpu")).token_ids((12, 1))[:, 0], expected.repeat(2))
+    major = blocks.repeated(MAJOR, 2, torch.device("cpu")).token_ids((12, 1))[:, 0]
     assert torch.equal(major, expected.repeat_interleave(2))
 
 
