@@ -119,7 +119,6 @@ def parse(argv: Sequence[str]) -> EstimateArguments:
         usage="%(prog)s --model CONFIG [--flag value ...]",
         description="Calculate what an update costs: bytes of rows, bytes sent, operations, time. Nothing is measured.",
         allow_abbrev=False,
-        prepare=lambda flags: None,
     )
     (arguments,) = parser.parse(argv, {})
     return arguments

@@ -61,6 +61,8 @@ def main(argv: Sequence[str]) -> int:
         if not any(folder.glob(f"runs/*/{FINISHED}")):
             shutil.rmtree(folder)
         raise
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("Stopped. The same command goes on with --resume.") from None
     _report(plan, flags, runs, folder)
     return 0
 

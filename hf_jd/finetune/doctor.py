@@ -16,6 +16,8 @@ from hf_jd.finetune.run import build_trainer, parse
 from hf_jd.gramian import RowCheck, check_rows
 from hf_jd.trainer import JDTrainer
 
+DESCRIPTION = "Check, before training, that every parameter's rows are right, and what they cost: on one batch."
+
 
 def main(argv: Sequence[str]) -> int:
     """Runs `hf-jd doctor` with the flags of `hf-jd finetune`; nothing is trained or written.
@@ -38,7 +40,7 @@ def diagnose(flags: Sequence[str], settings: Mapping[str, Any]) -> list[RowCheck
         flags: Of `hf-jd finetune`, which override the settings.
         settings: By the flags' names.
     """
-    model, data, run, training = parse(flags, settings)
+    model, data, run, training = parse(flags, settings, "doctor", DESCRIPTION)
     trainer = build_trainer(model_path(model), model, data, run, training, load_examples(data))
     assert isinstance(trainer, JDTrainer)
     assert trainer.model is not None

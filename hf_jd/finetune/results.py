@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,19 @@ class Results:
             state = json.loads((folder / STATE).read_text("utf-8"))
         except OSError as error:
             raise ValueError(f"{folder} holds no finished run: it has no {STATE}.") from error
-        results = cls(steps=state["global_step"])
-        for entry in state["log_history"]:
-            results._add_evaluations(entry)
-            results._add_step(entry)
+        results = cls.of_log(state["log_history"], state["global_step"])
         times = folder / STEP_TIMES
         if times.exists():
             results.step_times = json.loads(times.read_text("utf-8"))
+        return results
+
+    @classmethod
+    def of_log(cls, log: Iterable[dict[str, Any]], steps: int) -> Results:
+        """Read what Trainer logged in so many steps."""
+        results = cls(steps=steps)
+        for entry in log:
+            results._add_evaluations(entry)
+            results._add_step(entry)
         return results
 
     def _add_step(self, entry: dict[str, Any]) -> None:
