@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 from transformers import TrainingArguments
@@ -36,3 +37,19 @@ def check_reporting(training: TrainingArguments) -> None:
                 f"--report_to is `{name}`, which isn't installed: `pip install {name}`, or choose one of "
                 f"{', '.join([*available, 'none'])}."
             )
+
+
+def spread_over(training: TrainingArguments, examples: int) -> None:
+    """Make numbers of steps of shares of the training: Trainer compares numbers where a run is resumed.
+
+    Args:
+        training: Its logging_steps, eval_steps and save_steps are changed where they are below 1.
+        examples: The number of examples to train on.
+    """
+    batches = math.ceil(examples / (training.train_batch_size * training.world_size))
+    epoch = math.ceil(batches / training.gradient_accumulation_steps)
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(epoch * training.num_train_epochs)
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        share = getattr(training, name)
+        if share is not None and 0 < share < 1:
+            setattr(training, name, math.ceil(share * steps))

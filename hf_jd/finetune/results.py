@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hf_jd.report.history import mean
+
 STATE = "trainer_state.json"
 STEP_TIMES = "step_times.json"
 """The file of a run's seconds for each step."""
@@ -40,11 +42,10 @@ class Results:
     Attributes:
         evaluations: Those of each task, by step.
         weights: Of each task, its share of the weights' sum, as pairs of step and share.
-        against: Of each task, 1 where the step went against it and else 0, in pairs likewise. Steps in which a task has
-            no example are in neither.
+        against: Of each task, the share of the steps since the last log that went against it, in pairs likewise. Steps
+            in which a task has no example, or that weren't measured, are in neither.
         steps: How many steps were made.
         step_times: Seconds for each step, where they were measured.
-        logs: How many times weights and conflicts were logged.
     """
 
     evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
@@ -52,7 +53,6 @@ class Results:
     against: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     steps: int = 0
     step_times: list[float] = field(default_factory=list)
-    logs: int = 0
 
     @classmethod
     def read(cls, folder: Path) -> Results:
@@ -81,9 +81,8 @@ class Results:
         return results
 
     def _add_step(self, entry: dict[str, Any]) -> None:
-        """Takes in a log of training; where it is of several steps, these are taken for one."""
+        """Take in a log of training."""
         measured = {name: value for name, value in entry.items() if name.startswith(("jd/weight/", "jd/against/"))}
-        self.logs += bool(measured)
         for name, value in measured.items():
             kind, task = name.removeprefix("jd/").split("/", 1)
             series = self.weights if kind == "weight" else self.against
@@ -111,13 +110,13 @@ class Results:
         return statistics.median(self.step_times) if self.step_times else None
 
     def mean_weight(self, task: str) -> float | None:
-        """A task's share of the weights over all steps, so that the tasks' shares add up to 1."""
-        return self._over_steps(self.weights, task)
+        """Return a task's share of the weights, averaged over the logs of steps in which it had examples."""
+        return mean([value for _, value in self.weights[task]]) if task in self.weights else None
+
+    def share_against(self, task: str) -> float | None:
+        """Return the share of the measured steps that went against a task, averaged likewise."""
+        return mean([value for _, value in self.against[task]]) if task in self.against else None
 
     def steps_against(self, task: str) -> float | None:
-        """How many of the steps went against a task."""
-        share = self._over_steps(self.against, task)
-        return None if share is None else share * self.steps
-
-    def _over_steps(self, series: dict[str, list[tuple[int, float]]], task: str) -> float | None:
-        return sum(value for _, value in series[task]) / self.logs if task in series else None
+        """Return how many of the measured steps went against a task, of a run that logged every step."""
+        return sum(value for _, value in self.against[task]) if task in self.against else None

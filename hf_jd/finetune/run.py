@@ -19,12 +19,13 @@ from hf_jd import JDTrainer, JDTrainingArguments
 from hf_jd.arguments import JDArguments
 from hf_jd.finetune.arguments import DataArguments, ModelArguments, RunArguments
 from hf_jd.finetune.card import write_card
+from hf_jd.finetune.console import use_console
 from hf_jd.finetune.data import EXAMPLE_TASK_COLUMN, Rows, load_examples
 from hf_jd.finetune.facts import FactsWriter, facts_of
 from hf_jd.finetune.measures import StepTimer, TokenLoss, answers, token_metrics
 from hf_jd.finetune.model import load_model, load_tokenizer, model_path
 from hf_jd.finetune.parser import Parser, read_settings, split_settings
-from hf_jd.finetune.preflight import check_launch, check_reporting
+from hf_jd.finetune.preflight import check_launch, check_reporting, spread_over
 from hf_jd.finetune.results import Results
 from hf_jd.finetune.table import evaluation_table
 from hf_jd.finetune.tokens import tokenize
@@ -178,7 +179,8 @@ def build_trainer(
     if validation is None and (training.eval_strategy != IntervalStrategy.NO or not training.do_train):
         logger.warning("There is nothing to evaluate on: --validation_file shows each task's loss before and after.")
         training.eval_strategy, training.eval_on_start = IntervalStrategy.NO, False
-    return (StockTrainer if run.stock else JacobianTrainer)(
+    spread_over(training, len(tokenized["train"]))
+    trainer = (StockTrainer if run.stock else JacobianTrainer)(
         model=load_model(path, model),
         args=training,
         train_dataset=tokenized["train"],
@@ -189,6 +191,8 @@ def build_trainer(
         preprocess_logits_for_metrics=answers,  # ty: ignore[invalid-argument-type]  # Trainer takes tuples, too
         callbacks=[StepTimer(Path(training.output_dir or ""))] if run.time_steps else None,
     )
+    use_console(trainer)
+    return trainer
 
 
 class StockTrainer(TokenLoss, Trainer):

@@ -33,16 +33,16 @@ def evaluation_table(results: Results) -> str:
         shown = [first, last] if before else [last]
         cells = [f"{e.loss:.3f}" for e in shown] + [f"{e.accuracy:.1%}" for e in shown]
         rows.append([task, *cells, *_training_cells(results, task)])
-    times = ["before", "after"] if before else ["after"]
-    header = ["task", *(f"loss {when}" for when in times), *(f"accuracy {when}" for when in times)]
-    return markdown([*header, *(["weight", f"steps against it, of {results.steps}"] if results.weights else [])], rows)
+    times = [" before", " after"] if before else [" after" if results.steps else ""]
+    header = ["task", *(f"loss{when}" for when in times), *(f"accuracy{when}" for when in times)]
+    return markdown([*header, *(["share of the weights", "steps against it"] if results.weights else [])], rows)
 
 
 def _training_cells(results: Results, task: str) -> list[str]:
     if not results.weights:
         return []
-    weight, against = results.mean_weight(task), results.steps_against(task)
-    return [_NONE if weight is None else f"{weight:.1%}", _NONE if against is None else f"{against:.0f}"]
+    weight, against = results.mean_weight(task), results.share_against(task)
+    return [_NONE if weight is None else f"{weight:.1%}", _NONE if against is None else f"{against:.0%}"]
 
 
 def comparison_table(
