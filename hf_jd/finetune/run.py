@@ -149,15 +149,15 @@ def finetune(model: ModelArguments, data: DataArguments, run: RunArguments, trai
         _evaluate_at_the_end(trainer)
         trainer.save_model()
         trainer.save_state()
-    results = Results.read(folder)
     if trainer.is_world_process_zero():
+        results = Results.read(folder)
         write_card(folder, path, model, data, run, training, results)
         if results.evaluations:
             print(f"\n{evaluation_table(results)}")
         print(f"\nSaved in {folder}.")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # A process that ends in a group of gloo's may abort.
-    return results
+    return Results.read(folder)
 
 
 def build_trainer(
