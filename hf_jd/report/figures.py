@@ -69,7 +69,7 @@ def losses(history: History, theme: Theme) -> Figure | None:
     if not history.losses:
         return _single(history, theme, "loss", "training loss")
     if len(history.losses) <= LINES:
-        return _lines(history, theme, history.losses, "loss, a token", dots=history.evaluations)
+        return _lines(history, theme, history.losses, "loss per token", dots=history.evaluations)
     return _rows(theme, _relative(history.losses), "loss, against its first value", good="low")
 
 
@@ -132,6 +132,7 @@ def pairs(history: History, theme: Theme) -> Figure | None:
     """Over the steps, the share of conflicting pairs of objectives, and the cosines of the pairs that conflict most."""
     chosen = sorted(history.pairs, key=lambda pair: mean([v for _, v in history.pairs[pair]]))[:PAIRS]
     share = history.totals.get("jd/conflicts", [])
+    share = share if len(share) > 1 else []  # One log is no curve: its number stands above, on the page.
     if not chosen:
         return _single(history, theme, "jd/conflicts", "share of conflicting pairs")
     height = 1.0 + max(1.3, 0.22 * len(chosen))
@@ -190,10 +191,12 @@ def _lines(
     level: float | None = None,
     logarithmic: bool = False,
 ) -> Figure:
-    figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
-    axes = figure.subplots()
     names, ends = sorted(series), []
     colours = dict(zip(history.groups, theme.series, strict=False))
+    if len({step for points in series.values() for step, _ in points}) < 2:
+        return _bars(series, label, colours, level)
+    figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
+    axes = figure.subplots()
     edges = _edges(series.values())
     for name in names:
         points = [(x, y) for x, y in zip(_middles(edges), binned(series[name], edges), strict=True) if math.isfinite(y)]
@@ -226,6 +229,21 @@ def _lines(
     axes.set_xlabel("step")
     _frame(axes)
     _end_labels(axes, ends, colours)
+    return figure
+
+
+def _bars(series: Mapping[str, Series], label: str, colours: Mapping[str, str], level: float | None) -> Figure:
+    """Draw the values of a run that has one log: there is no curve to draw."""
+    values = {name: value for name in sorted(series, reverse=True) for _, value in series[name] if math.isfinite(value)}
+    figure = Figure(figsize=(WIDTH, 1.0 + 0.32 * max(1, len(values))), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh([shown(name) for name in values], list(values.values()), color=[colours[name] for name in values])
+    axes.bar_label(bars, [f"{value:.3g}" for value in values.values()], padding=4)
+    axes.margins(x=0.12)
+    if level is not None:
+        axes.axvline(level, color=axes.xaxis.label.get_color(), linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.set_xlabel(label)
+    axes.spines[["top", "right", "left"]].set_visible(False)
     return figure
 
 
@@ -281,8 +299,8 @@ def _map(
 
 def _single(history: History, theme: Theme, key: str, label: str) -> Figure | None:
     """One curve, of all objectives together."""
-    series = history.totals.get(key)
-    if not series:
+    series = history.totals.get(key, [])
+    if len(series) < 2:
         return None
     figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
     axes = figure.subplots()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 LOG_FILE = "jd_log.jsonl"
+FACTS_FILE = "jd_run.json"
 STATE_FILE = "trainer_state.json"
 
 LINES = 8
@@ -25,7 +26,8 @@ class History:
     Attributes:
         folder: Of the run.
         source: The file that was read.
-        losses: Training loss a token of each group.
+        facts: What the run was started with, by the flags' names; empty where that isn't known.
+        losses: Training loss per token of each group.
         evaluations: Loss on each evaluation set.
         weights: Share of the weights' sum of each group.
         norms: Norm of each group's row.
@@ -39,6 +41,7 @@ class History:
 
     folder: Path
     source: Path
+    facts: dict[str, Any] = field(default_factory=dict)
     losses: dict[str, Series] = field(default_factory=dict)
     evaluations: dict[str, Series] = field(default_factory=dict)
     weights: dict[str, Series] = field(default_factory=dict)
@@ -94,10 +97,18 @@ def read_history(folder: Path) -> History:
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file." if folder.exists() else f"There is no folder {folder}.")
     source, entries = _logs(folder)
-    history = History(folder, source)
+    history = History(folder, source, _facts(folder))
     for entry in entries:
         history.add(entry)
     return history
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads((folder / FACTS_FILE).read_text("utf-8"))
+    except (OSError, ValueError):  # A run of one's own script has none.
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def _logs(folder: Path) -> tuple[Path, list[dict[str, Any]]]:
