@@ -50,8 +50,8 @@ def verdict(history: History) -> str:
     if blind:
         return f"{clean}, although {_pairs(conflicts)}: the mean does well enough here."
     return (
-        f"{clean}, although {_pairs(conflicts)}: that is as it should be. A run with --jd_weighting mean tells what the "
-        "weighting was worth."
+        f"{clean}, although {_pairs(conflicts)}: that is as it should be. A run with --jd_weighting mean tells what "
+        "the weighting was worth."
     )
 
 
