@@ -10,7 +10,7 @@ import pytest
 from hf_jd.finetune.plan import Plan
 from tests.docs.blocks import ROOT
 
-SHOWN = {"demo": ("README.md", "compare.yaml"), "unlearn": ("docs/unlearning.md", "unlearn.yaml")}
+SHOWN = {"demo": ("docs/demo.md", "compare.yaml"), "unlearn": ("docs/unlearning.md", "unlearn.yaml")}
 
 
 @pytest.mark.parametrize("name", SHOWN)
