@@ -28,7 +28,7 @@ def draw(runs: Mapping[str, Sequence[Results]], twins: Mapping[str, Sequence[Res
         path: The PNG.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        print("There is no picture: install matplotlib with `pip install 'hf-jd[plot]'`.")
+        print("There is no picture: matplotlib isn't installed (`pip install matplotlib`).")
         return
     from matplotlib.figure import Figure
 

@@ -108,7 +108,7 @@ def draw_tradeoff(plan: Plan, runs: Mapping[str, Sequence[Results]], path: Path)
         path: The PNG.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        print("There is no picture: install matplotlib with `pip install 'hf-jd[plot]'`.")
+        print("There is no picture: matplotlib isn't installed (`pip install matplotlib`).")
         return
     from matplotlib.figure import Figure
 

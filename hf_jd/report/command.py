@@ -46,7 +46,7 @@ def report(run: Path, folder: Path | None = None) -> Path:
     """
     history = read_history(run)
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("hf-jd report draws with matplotlib, which isn't there: pip install 'hf-jd[plot]'.")
+        raise ValueError("hf-jd report draws with matplotlib, which isn't installed: `pip install matplotlib`.")
     images = draw(history)
     files = {f"{name}.png": themes[LIGHT.name] for name, themes in images.items()}
     files["index.html"] = page(history, images).encode()

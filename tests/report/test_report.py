@@ -147,7 +147,7 @@ def test_no_matplotlib(tmp_path, capsys, monkeypatch):
     write_run(tmp_path, ["a", "b"], steps=2)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["report", str(tmp_path)]) == 2
-    assert "pip install 'hf-jd[plot]'" in capsys.readouterr().err
+    assert "pip install matplotlib" in capsys.readouterr().err
 
 
 def test_a_report_needs_no_torch(tmp_path):
