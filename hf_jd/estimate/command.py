@@ -81,7 +81,7 @@ class EstimateArguments:
             raise ValueError(f"--parallelism {self.parallelism} needs --processes 2 or more.")
 
     def case(self) -> Case:
-        """The update that the flags describe."""
+        """Return the update that the flags describe."""
         return Case(
             batch=self.batch,
             tokens=self.tokens,
@@ -97,7 +97,7 @@ class EstimateArguments:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `hf-jd estimate`.
+    """Run `hf-jd estimate`.
 
     Returns:
         The exit code.
@@ -107,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parse(argv: Sequence[str]) -> EstimateArguments:
-    """Parses flags.
+    """Parse flags.
 
     Raises:
         ValueError: A flag is unknown, or has a value that isn't allowed.
@@ -125,7 +125,7 @@ def parse(argv: Sequence[str]) -> EstimateArguments:
 
 
 def report(arguments: EstimateArguments) -> str:
-    """What the command prints.
+    """Format what the command prints.
 
     Raises:
         ValueError: There is no such model.

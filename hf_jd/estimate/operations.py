@@ -46,7 +46,7 @@ def plain_flops(shape: Shape, case: Case) -> float:
 
 
 def row_flops(shape: Shape, case: Case) -> float:
-    """The rows' own, in place of the weights' gradients: 2 N p d where they are dense, nothing for factors.
+    """Return the rows' own, in place of the weights' gradients: 2 N p d where they are dense, nothing for factors.
 
     An expert's two maps are computed once more, forward or backward; adapters fused with experts take one backward pass
     an objective. For other processes, all rows are made dense.

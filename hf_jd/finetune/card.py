@@ -65,7 +65,7 @@ def write_card(
     training: JDTrainingArguments,
     results: Results,
 ) -> None:
-    """Writes README.md into a run's folder."""
+    """Write README.md into a run's folder."""
     is_folder = Path(base).exists()
     name = Path(base).name if is_folder else base
     metadata = ModelCardData(

@@ -36,7 +36,7 @@ _SAME = 0.05
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `hf-jd compare` with these arguments.
+    """Run `hf-jd compare` with these arguments.
 
     Returns:
         The exit code.
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _report(plan: Plan, flags: list[str], runs: list[Run], folder: Path) -> None:
-    """Prints and saves what the runs measured."""
+    """Print and save what the runs measured."""
     found: dict[str, list[Results]] = {name: [] for name in plan.all()}
     twins: dict[str, list[Results]] = {}
     for run in runs:
@@ -166,7 +166,7 @@ def _run_all(runs: list[Run], flags: list[str], example: dict[str, str], process
 
 
 def _write_example(name: str, folder: Path) -> dict[str, str]:
-    """Writes an embedded example's data once for all runs, which saves each of them some seconds."""
+    """Write an embedded example's data once for all runs, which saves each of them some seconds."""
     folder.mkdir(exist_ok=True)
     files = {}
     for split, examples in example_data(name).items():
@@ -177,7 +177,7 @@ def _write_example(name: str, folder: Path) -> dict[str, str]:
 
 
 def _notes(runs: dict[str, list[Results]], twins: dict[str, list[Results]]) -> list[str]:
-    """What a reader of the table has to know of the twins."""
+    """Say what a reader of the table has to know about the twins."""
     notes = []
     for name, seeds in twins.items():
         apart = max(

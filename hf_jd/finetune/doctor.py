@@ -20,7 +20,7 @@ DESCRIPTION = "Check, before training, that every parameter's rows are right, an
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `hf-jd doctor` with the flags of `hf-jd finetune`; nothing is trained or written.
+    """Run `hf-jd doctor` with the flags of `hf-jd finetune`; nothing is trained or written.
 
     Returns:
         The exit code: 1 if a parameter's rows are wrong.
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def diagnose(flags: Sequence[str], settings: Mapping[str, Any]) -> list[RowCheck]:
-    """Checks the rows of one training batch.
+    """Check the rows of one training batch.
 
     Args:
         flags: Of `hf-jd finetune`, which override the settings.
@@ -56,7 +56,7 @@ def diagnose(flags: Sequence[str], settings: Mapping[str, Any]) -> list[RowCheck
 
 
 def report(findings: Sequence[RowCheck]) -> str:
-    """The findings as text: parameters in closed form are counted, all others named."""
+    """Format the findings: parameters in closed form are counted, all others named."""
     tiers = Counter(finding.tier for finding in findings)
     lines = [str(finding) for finding in findings if finding.tier != 1 or not finding.right]
     wrong = sum(not finding.right for finding in findings)

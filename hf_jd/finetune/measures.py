@@ -78,21 +78,21 @@ class StepTimer(TrainerCallback):
         self._start = 0.0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Starts the clock."""
+        """Start the clock."""
         self._start = _now()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stops it."""
+        """Stop it."""
         self._seconds.append(_now() - self._start)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Writes what it measured."""
+        """Write what it measured."""
         if state.is_world_process_zero:
             (self._folder / STEP_TIMES).write_text(json.dumps(self._seconds), "utf-8")
 
 
 def _now() -> float:
-    """The time, when all that was asked of the GPU is done."""
+    """Wait for the GPU, and return the time."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()

@@ -116,7 +116,7 @@ class Parser(HfArgumentParser):
         rest = [name for name in self._names() if name not in shown and name != "help"]
         sections = {**self._sections, **({"All others": rest} if everything and rest else {})}
         actions = {action.dest: action for action in reversed(self._actions)}
-        lines = [self.format_usage().strip(), "", self.description or ""]
+        lines = [self.format_usage().strip(), "", *wrap(self.description or "", _WIDTH)]
         for title, names in sections.items():
             lines += ["", f"{title}:"]
             lines += [line for name in names for line in _described(actions[name], everything)]
@@ -147,13 +147,13 @@ def _described(action: Action, everything: bool) -> list[str]:
 
 
 def split_settings(argv: Sequence[str]) -> tuple[list[str], Path | None]:
-    """Splits `[FILE] --flag value ...` into flags and the file, if there is one."""
+    """Split `[FILE] --flag value ...` into flags and the file, if there is one."""
     flags = list(argv)
     return (flags[1:], Path(flags[0])) if flags and flags[0].endswith(_SUFFIXES) else (flags, None)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Reads a YAML or JSON file of settings by name.
+    """Read a YAML or JSON file of settings by name.
 
     Raises:
         ValueError: It can't be read, or isn't such a file.

@@ -56,7 +56,7 @@ class Results:
 
     @classmethod
     def read(cls, folder: Path) -> Results:
-        """Reads a run's folder.
+        """Read a run's folder.
 
         Raises:
             ValueError: It holds no finished run.

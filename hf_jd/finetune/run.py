@@ -204,7 +204,7 @@ class JacobianTrainer(TokenLoss, JDTrainer):
 
 
 def _by_task(examples: Dataset, column: str | None) -> Any:
-    """One evaluation set for each task, whose losses are then its own; without a task column, the one set."""
+    """Split the evaluation set by task, so that each has a loss of its own; without a task column, keep it whole."""
     if column is None:
         return examples
     rows: dict[str, list[int]] = {}
@@ -215,7 +215,7 @@ def _by_task(examples: Dataset, column: str | None) -> Any:
 
 
 def _evaluate_at_the_end(trainer: Trainer) -> None:
-    """Evaluates, unless the last step did."""
+    """Evaluate, unless the last step did."""
     evaluated = any(
         name.endswith("_loss") and name.startswith("eval_") and entry["step"] == trainer.state.global_step
         for entry in trainer.state.log_history
@@ -247,7 +247,7 @@ def _how_to_resume(folder: Path) -> str:
 
 @contextmanager
 def _output_folder(run: RunArguments, training: TrainingArguments) -> Generator[Path]:
-    """The run's folder; where an error ends the run before anything was saved, it is as it was before.
+    """Yield the run's folder; an error before anything was saved leaves it as it was.
 
     Raises:
         ValueError: It holds another run, and this one is neither to resume nor to replace that.
@@ -283,7 +283,7 @@ def _remove_run(folder: Path) -> None:
 
 
 def _checkpoint(trainer: Trainer) -> str | None:
-    """The checkpoint to resume from: a folder, or the newest whole one of the run's own; None to start anew."""
+    """Return the checkpoint to resume from: a folder, or the run's newest whole one; None to start anew."""
     wanted = trainer.args.resume_from_checkpoint
     if not wanted:
         return None

@@ -13,7 +13,7 @@ _Cell = Callable[[Results, str], float | None]
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table, whose columns are as wide as their widest cell."""
+    """Format a markdown table whose columns are as wide as their widest cell."""
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -25,7 +25,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def evaluation_table(results: Results) -> str:
-    """One run's tasks: loss and accuracy before (where that was evaluated) and after."""
+    """Format one run's tasks: loss and accuracy before (if that was evaluated) and after."""
     before = any(found[0].step == 0 and len(found) > 1 for found in results.evaluations.values())
     rows = []
     for task in results.tasks:
@@ -79,13 +79,13 @@ def comparison_table(
         f"steps against the task, of {first.steps}": _block(watched, tasks, Results.steps_against, ".0f"),
         "share of the weights": _block(watched, tasks, Results.mean_weight, ".1%"),
     }
-    header = ["", *tasks, "time a step"]
+    header = ["", *tasks, "time per step"]
     rows = [row for title, lines in sections.items() if lines for row in ([f"**{title}**"], *lines)]
     return markdown(header, [[*row, *[_NONE] * (len(header) - len(row))] for row in rows])
 
 
 def _block(runs: Mapping[str, Sequence[Results]], tasks: Sequence[str], cell: _Cell, form: str) -> list[list[str]]:
-    """A row for each configuration that measured this, a cell for each task."""
+    """Build a row per configuration that measured this, with a cell per task."""
     rows = [
         [name, *(spread([cell(results, task) for results in seeds], form) for task in tasks)]
         for name, seeds in runs.items()
@@ -94,7 +94,7 @@ def _block(runs: Mapping[str, Sequence[Results]], tasks: Sequence[str], cell: _C
 
 
 def _time(seeds: Sequence[Results], stock: Sequence[Results]) -> str:
-    """The median step, as seconds and as a ratio to stock's."""
+    """Format the median step time, in seconds and as a ratio to stock's."""
     ours = [results.step_time for results in seeds if results.step_time is not None]
     theirs = [results.step_time for results in stock if results.step_time is not None]
     if not ours:
@@ -104,7 +104,7 @@ def _time(seeds: Sequence[Results], stock: Sequence[Results]) -> str:
 
 
 def spread(values: Sequence[float | None], form: str) -> str:
-    """The mean over seeds and, where there are several, the standard deviation."""
+    """Format the mean over seeds and, if there are several, the standard deviation."""
     known = [value for value in values if value is not None]
     if not known:
         return _NONE

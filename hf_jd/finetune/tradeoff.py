@@ -25,13 +25,13 @@ _SMALLEST = 1e-9
 
 
 def way(results: Results, tradeoff: Tradeoff) -> list[tuple[int, float, float]]:
-    """A run's step, loss to be raised and loss to be kept, at each evaluation."""
+    """Return the step, the loss to raise and the loss to keep, at each evaluation of a run."""
     forgotten, kept = results.evaluations[tradeoff.forget], results.evaluations[tradeoff.keep]
     return [(a.step, max(a.loss, _SMALLEST), max(b.loss, _SMALLEST)) for a, b in zip(forgotten, kept, strict=True)]
 
 
 def price(results: Results, tradeoff: Tradeoff) -> tuple[float, float] | None:
-    """The step at which nothing is left to be forgotten, and the loss that is to be kept, there.
+    """Return the step at which nothing is left to forget, and the loss to keep at that step.
 
     Between two evaluations, the logarithms of both losses are taken to be linear in the step.
 
@@ -47,7 +47,7 @@ def price(results: Results, tradeoff: Tradeoff) -> tuple[float, float] | None:
 
 
 def tradeoff_table(plan: Plan, runs: Mapping[str, Sequence[Results]]) -> str:
-    """What `hf-jd compare` shows of a plan with a trade-off: a part for each variant, a row for each configuration.
+    """Format a plan with a trade-off: a part per variant, a row per configuration.
 
     It has both losses and accuracies at the end, the price (see `price`), and how many steps went against each task.
 
@@ -173,5 +173,5 @@ def _label_axes(axis: Axes, variant: str, tradeoff: Tradeoff) -> None:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """The geometric mean, that of the logarithms."""
+    """Return the geometric mean: that of the logarithms."""
     return math.exp(statistics.fmean(map(math.log, values)))

@@ -14,7 +14,7 @@ from hf_jd.report.theme import LIGHT, THEMES
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `hf-jd report`.
+    """Run `hf-jd report`.
 
     Returns:
         The exit code.
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def report(run: Path, folder: Path | None = None) -> Path:
-    """Writes the pictures and the page.
+    """Write the pictures and the page.
 
     Args:
         run: The run's folder.
@@ -63,7 +63,7 @@ def report(run: Path, folder: Path | None = None) -> Path:
 
 
 def draw(history: History) -> dict[str, dict[str, bytes]]:
-    """The PNGs by the figure's name and the theme's, without those of which nothing was logged."""
+    """Draw all figures of which something was logged: PNGs by the names of figure and theme."""
     from hf_jd.report.figures import FIGURES, render
 
     found: dict[str, dict[str, bytes]] = {}

@@ -32,7 +32,7 @@ Draw = Callable[[History, Theme], Figure | None]
 
 
 def render(figure: Figure) -> bytes:
-    """The picture as PNG."""
+    """Encode the picture as PNG."""
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Letters that the font lacks are drawn as boxes.
@@ -65,7 +65,7 @@ def _styled(draw: Draw) -> Draw:
 
 @_styled
 def losses(history: History, theme: Theme) -> Figure | None:
-    """The training loss of each group, with evaluations as dots; of many groups, as a multiple of its first value."""
+    """Draw the training loss per group, with evaluations as dots; of many groups, as a multiple of its first value."""
     if not history.losses:
         return _single(history, theme, "loss", "training loss")
     if len(history.losses) <= LINES:
@@ -75,7 +75,7 @@ def losses(history: History, theme: Theme) -> Figure | None:
 
 @_styled
 def weights(history: History, theme: Theme) -> Figure | None:
-    """The share of the weights that each group gets; of many groups, as a multiple of an equal share."""
+    """Draw the share of the weights per group; of many groups, as a multiple of an equal share."""
     count = len(history.weights)
     if not count:
         return None
@@ -87,7 +87,7 @@ def weights(history: History, theme: Theme) -> Figure | None:
 
 @_styled
 def norms(history: History, theme: Theme) -> Figure | None:
-    """The norm of each group's row; of many groups, as a multiple of the groups' median."""
+    """Draw the norm of each group's row; of many groups, as a multiple of the median of all."""
     if not history.norms:
         return _single(history, theme, "jd/grad_norm", "mean norm of a row")
     if len(history.norms) <= LINES:
@@ -100,7 +100,7 @@ def norms(history: History, theme: Theme) -> Figure | None:
 
 @_styled
 def matrix(history: History, theme: Theme) -> Figure | None:
-    """The mean cosine of the rows of each pair of groups, over the whole run."""
+    """Draw the mean cosine of the rows of each pair of groups, over the whole run."""
     if not history.pairs:
         return None
     names = sorted({name for pair in history.pairs for name in pair})
@@ -175,7 +175,7 @@ FIGURES: Mapping[str, Draw] = {
 
 
 def shown(name: str, letters: int = NAME) -> str:
-    """A name as it is drawn: its beginning and its end, if it is long, and never read as a formula."""
+    """Shorten a long name to its beginning and its end, and escape what matplotlib would read as a formula."""
     end = letters // 3
     short = name if len(name) <= letters else f"{name[: letters - end - 1]}\N{HORIZONTAL ELLIPSIS}{name[-end:]}"
     return short.replace("$", r"\$")
@@ -248,7 +248,7 @@ def _bars(series: Mapping[str, Series], label: str, colours: Mapping[str, str], 
 
 
 def _end_labels(axes: Axes, ends: Sequence[tuple[float, str]], colours: Mapping[str, str]) -> None:
-    """The names and last values right of the lines' ends, moved apart, so that no legend has to be looked up."""
+    """Write names and last values right of the lines' ends, moved apart, instead of a legend."""
     axes.figure.canvas.draw()
     place = axes.transAxes.inverted()
     heights = {name: place.transform(axes.transData.transform((0, value)))[1] for value, name in ends}
@@ -265,7 +265,7 @@ def _end_labels(axes: Axes, ends: Sequence[tuple[float, str]], colours: Mapping[
 
 
 def _rows(theme: Theme, series: Mapping[str, Series], label: str, good: str = "high") -> Figure:
-    """A row for each group, in the order of its last value; the colours are those of the logarithm of base 2."""
+    """Draw a row per group, in the order of last values, coloured by the logarithm of base 2."""
     logs = {name: [(x, math.log2(y)) for x, y in points if 0 < y < math.inf] for name, points in series.items()}
     order = sorted(logs, key=lambda name: logs[name][-1][1] if logs[name] else -math.inf, reverse=True)
     figure = Figure(figsize=(WIDTH, 1.2 + 0.185 * len(logs)), layout="constrained")
@@ -282,7 +282,7 @@ def _rows(theme: Theme, series: Mapping[str, Series], label: str, good: str = "h
 def _map(
     axes: Axes, theme: Theme, rows: Sequence[tuple[str, Series]], norm: TwoSlopeNorm, reverse: bool = False
 ) -> Any:
-    """A row for each label and its series, over the steps."""
+    """Draw a row per label and series, over the steps."""
     edges = _edges([points for _, points in rows])
     table = [binned(points, edges) for _, points in rows]
     colours = _diverging(theme).reversed() if reverse else _diverging(theme)
@@ -341,7 +341,7 @@ def _relative(series: Mapping[str, Series]) -> dict[str, Series]:
 
 
 def _edges(series: Iterable[Series]) -> list[float]:
-    """The edges of bins over all steps, one a log where these are few enough."""
+    """Return the edges of bins over all steps: one bin per log if these are few enough."""
     steps = sorted({step for points in series for step, _ in points})
     if not steps:
         return [0.0, 1.0]

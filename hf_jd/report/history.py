@@ -59,7 +59,7 @@ class History:
         return sorted({*self.losses, *self.weights, *self.norms})
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Takes in one log."""
+        """Take in one log."""
         step = entry.get("step", 0)
         self.steps = max(self.steps, step)
         self.max_steps = entry.get("max_steps", self.max_steps)
@@ -89,7 +89,7 @@ class History:
 
 
 def read_history(folder: Path) -> History:
-    """Reads a run's folder: its `jd_log.jsonl`, or else the state that Trainer saved last.
+    """Read a run's folder: its `jd_log.jsonl`, or else the state that Trainer saved last.
 
     Raises:
         ValueError: There is no such folder, or nothing was logged in it.
@@ -136,7 +136,7 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def current_lines(text: str) -> list[dict[str, Any]]:
-    """The lines that belong to the run as it went last.
+    """Return the lines that belong to the latest attempt of the run.
 
     Above a line that begins a run anew, none does; above one that begins a resumed run, those of earlier steps do.
     Lines that a kill has cut off are left out.
@@ -156,13 +156,13 @@ def current_lines(text: str) -> list[dict[str, Any]]:
 
 
 def mean(values: list[float]) -> float:
-    """The mean of those that are finite, else NaN."""
+    """Average the finite values; NaN if there is none."""
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan
 
 
 def binned(series: Series, edges: list[float]) -> list[float]:
-    """The means of a series between neighbouring edges, NaN where it has nothing."""
+    """Average a series between neighbouring edges; NaN where it has no value."""
     bins: list[list[float]] = [[] for _ in edges[1:]]
     at = 0
     for step, value in sorted(series):

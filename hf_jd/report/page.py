@@ -75,7 +75,7 @@ TEXTS = {
 
 
 def page(history: History, images: Mapping[str, Mapping[str, bytes]]) -> str:
-    """The page.
+    """Build the page.
 
     Args:
         history: What the run logged.

@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
-from hf_jd.cli import main
+from hf_jd.cli import COMMANDS, main
+
+TWO_SCREENS = 96
 
 
 def test_help_imports_nothing_heavy():
@@ -29,8 +32,31 @@ def test_no_command(capsys):
     assert "usage" in capsys.readouterr().out
 
 
-def test_help_of_a_command_lists_every_flag(capsys):
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"hf-jd {version('hf-jd')}\n"
+
+
+def help_of(capsys, *words: str) -> str:
     with pytest.raises(SystemExit, match="0"):
-        main(["finetune", "--help"])
-    text = capsys.readouterr().out
-    assert all(flag in text for flag in ("--train_file", "--lora_r", "--jd_weighting", "--learning_rate"))
+        main([*words])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_is_its_own_and_fits_on_two_screens(command, capsys):
+    text = help_of(capsys, command, "--help")
+    assert text.startswith(f"usage: hf-jd {command} ")
+    lines = text.splitlines()
+    assert len(lines) <= TWO_SCREENS
+    assert max(map(len, lines)) <= 120
+
+
+def test_jacobian_descent_comes_first_and_the_rest_is_asked_for(capsys):
+    text = help_of(capsys, "finetune", "--help")
+    first = text.index("--jd_weighting ")
+    assert all(text.index(flag) > first for flag in ("--train_file ", "--lora_r ", "--learning_rate "))
+    assert "--adam_beta1 " not in text
+    everything = help_of(capsys, "finetune", "--help-all")
+    assert "--adam_beta1 " in everything
+    assert "or `lily`, stories about Lily" in " ".join(everything.split())
