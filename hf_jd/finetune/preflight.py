@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 import os
 
+from huggingface_hub import HfApi
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+
+from hf_jd.finetune.sentences import first_sentence
 
 
 def check_launch(training: TrainingArguments) -> None:
@@ -33,10 +36,25 @@ def check_reporting(training: TrainingArguments) -> None:
     available = get_available_reporting_integrations()
     for name in targets:
         if name not in available:
-            raise ValueError(
-                f"--report_to is `{name}`, which isn't installed: `pip install {name}`, or choose one of "
-                f"{', '.join([*available, 'none'])}."
-            )
+            others = f", or choose one of {', '.join(available)}" if available else ", or leave it out"
+            raise ValueError(f"--report_to is `{name}`, which isn't installed: `pip install {name}`{others}.")
+
+
+def check_hub(training: TrainingArguments) -> None:
+    """Refuse to push to a Hub that isn't there, or doesn't know the user.
+
+    Raises:
+        ValueError: So it is.
+    """
+    if not training.push_to_hub:
+        return
+    try:
+        HfApi().whoami(token=training.hub_token)
+    except Exception as error:  # The Hub's client raises what its HTTP library does, and that has changed.
+        raise ValueError(
+            f"--push_to_hub is given, and the Hub can't be pushed to: {first_sentence(error)} Log in with "
+            "`hf auth login`, or leave it out and upload later with `hf upload`."
+        ) from error
 
 
 def spread_over(training: TrainingArguments, examples: int) -> None:

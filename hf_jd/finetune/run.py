@@ -25,7 +25,7 @@ from hf_jd.finetune.facts import FactsWriter, facts_of
 from hf_jd.finetune.measures import StepTimer, TokenLoss, answers, token_metrics
 from hf_jd.finetune.model import load_model, load_tokenizer, model_path
 from hf_jd.finetune.parser import Parser, read_settings, split_settings
-from hf_jd.finetune.preflight import check_launch, check_reporting, spread_over
+from hf_jd.finetune.preflight import check_hub, check_launch, check_reporting, spread_over
 from hf_jd.finetune.results import Results
 from hf_jd.finetune.table import evaluation_table
 from hf_jd.finetune.tokens import tokenize
@@ -134,6 +134,7 @@ def finetune(model: ModelArguments, data: DataArguments, run: RunArguments, trai
     """
     check_launch(training)
     check_reporting(training)
+    check_hub(training)
     with _output_folder(run, training) as folder:
         path = model_path(model)
         trainer = build_trainer(path, model, data, run, training, load_examples(data))

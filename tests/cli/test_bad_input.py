@@ -48,6 +48,7 @@ def complaint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..
         (["--batch-size", "1"], ["`--batch-size`", "`--per_device_train_batch_size`"]),
         (["--full", "--use_dora"], ["--use_dora", "leave out --full"]),
         (["--report_to", "nothing_like_it"], ["`nothing_like_it`", "isn't installed"]),
+        (["--push_to_hub"], ["the Hub can't be pushed to", "`hf auth login`"]),
         (["--do_train", "false", "--train_file", __file__], ["unknown ending"]),
     ],
 )
