@@ -89,6 +89,22 @@ def test_full_finetuning_saves_the_model(finetune, tmp_path):
     assert "All parameters of" in (folder / "README.md").read_text("utf-8")
 
 
+def test_dora_and_whole_modules_beside_it(finetune, tmp_path):
+    flags = ["--use_dora", "--modules_to_save", "norm", "--lora_target_modules", "q_proj", "--revision", "main"]
+    tensors = load_file(finetune(tmp_path / "run", *flags) / "adapter_model.safetensors")
+    assert any("lora_magnitude_vector" in name for name in tensors)
+    assert "base_model.model.model.norm.weight" in tensors
+
+
+def test_an_adapter_is_trained_further(finetune, lora_run, tmp_path):
+    before = load_file(lora_run / "adapter_model.safetensors")
+    folder = finetune(tmp_path / "run", "--model_name_or_path", str(lora_run), "--learning_rate", "1e-6")
+    after = load_file(folder / "adapter_model.safetensors")
+    assert after.keys() == before.keys()
+    assert all((after[name] - before[name]).abs().max() < 1e-5 for name in before)
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+
+
 def test_flags_override_the_file(finetune, tmp_path):
     config = tmp_path / "recipe.yaml"
     config.write_text("jd_weighting: mgda\nlora_r: 2\nlora_target_modules: [q_proj, v_proj]\nlearning_rate: 3e-3\n")
