@@ -154,8 +154,8 @@ def without_documents(batch: Mapping[str, Any], documents: Tensor, keep: Tensor)
     Raises:
         ValueError: It holds rows of which it isn't known whose they are.
     """
-    kept = by_token(keep.long(), documents).flatten() == 1
-    lengths = torch.bincount(documents.flatten()[kept], minlength=len(keep))[keep]
+    chosen = by_token(keep.long(), documents).flatten() == 1
+    lengths = torch.bincount(documents.flatten()[chosen], minlength=len(keep))[keep]
     bounds = F.pad(lengths.cumsum(0), (1, 0))
     longest = int(lengths.max())
 
@@ -167,9 +167,9 @@ def without_documents(batch: Mapping[str, Any], documents: Tensor, keep: Tensor)
         if not isinstance(value, Tensor) or not value.ndim:
             return value
         if value.shape[:2] == documents.shape:
-            return value.flatten(0, 1)[kept.to(value.device)][None]
+            return value.flatten(0, 1)[chosen.to(value.device)][None]
         if value.shape[1:] == documents.shape:  # Positions in time, height and width.
-            return value.flatten(1)[:, kept.to(value.device)][:, None]
+            return value.flatten(1)[:, chosen.to(value.device)][:, None]
         if len(value) == len(keep):
             return value[keep.to(value.device)]
         raise unknown_rows(key, f"shape {list(value.shape)}", f"{len(keep)} packed documents")

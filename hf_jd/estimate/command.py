@@ -166,9 +166,9 @@ def _update(case: Case, hardware: Hardware) -> str:
 
 def _rows(shape: Shape, case: Case) -> str:
     held = f"{_size(row_bytes(shape, case))} a process"
-    kept = "as rows" if case.materialise else "as layers' inputs and gradients, where those are smaller"
+    how = "as rows" if case.materialise else "as layers' inputs and gradients, where those are smaller"
     fused = "; those of experts' adapters take a backward pass an objective" if shape.fused else ""
-    return f"{held}, {case.rows:,} of {case.objectives:,} objectives, {kept}{fused}"
+    return f"{held}, {case.rows:,} of {case.objectives:,} objectives, {how}{fused}"
 
 
 def _memory(shape: Shape, case: Case, hardware: Hardware, assumed: Assumptions) -> str:

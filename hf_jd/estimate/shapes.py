@@ -136,9 +136,9 @@ def read_config(config: str) -> PretrainedConfig:
 
 def build_on_meta(config: PretrainedConfig, lora: int | None) -> nn.Module:
     """Return the model without storage, by its own class, or as a language model; with adapters where asked for."""
-    own = getattr(transformers, (config.architectures or ["-"])[0], None)
+    cls = getattr(transformers, (config.architectures or ["-"])[0], None)
     generator = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    builders = [own._from_config] if own is not None else [generator.from_config, AutoModel.from_config]
+    builders = [cls._from_config] if cls is not None else [generator.from_config, AutoModel.from_config]
     for build in builders:
         try:
             with torch.device("meta"):

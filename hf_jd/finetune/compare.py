@@ -69,22 +69,22 @@ def main(argv: Sequence[str]) -> int:
 
 def _report(plan: Plan, flags: list[str], runs: list[Run], folder: Path) -> None:
     """Print and save what the runs measured."""
-    found: dict[str, list[Results]] = {name: [] for name in plan.all()}
+    measured: dict[str, list[Results]] = {name: [] for name in plan.all()}
     twins: dict[str, list[Results]] = {}
     for run in runs:
-        (twins if run.twin else found).setdefault(run.configuration, []).append(Results.read(run.folder))
+        (twins if run.twin else measured).setdefault(run.configuration, []).append(Results.read(run.folder))
     if plan.tradeoff is None:
-        table = comparison_table(found, twins, plan.stock())
-        draw(found, twins, folder / PICTURE)
+        table = comparison_table(measured, twins, plan.stock())
+        draw(measured, twins, folder / PICTURE)
     else:
-        table = tradeoff_table(plan, found)
-        draw_tradeoff(plan, found, folder / PICTURE)
+        table = tradeoff_table(plan, measured)
+        draw_tradeoff(plan, measured, folder / PICTURE)
     (folder / TABLE).write_text(table + "\n", "utf-8")
     everything = {"plan": asdict(plan), "flags": flags}
-    for kind, by_name in (("runs", found), ("twins", twins)):
+    for kind, by_name in (("runs", measured), ("twins", twins)):
         everything[kind] = {name: [asdict(results) for results in seeds] for name, seeds in by_name.items()}
     (folder / RESULTS).write_text(json.dumps(everything, indent=1) + "\n", "utf-8")
-    print("\n".join(["", table, "", *_notes(found, twins)]))
+    print("\n".join(["", table, "", *_notes(measured, twins)]))
     print(f"Saved in {folder}: {TABLE}, {RESULTS}, {PICTURE}, and the runs.")
 
 
@@ -128,14 +128,14 @@ def _is_finished(run: Run, flags: list[str]) -> bool:
         ValueError: It is, with other flags.
     """
     try:
-        found = json.loads((run.folder / FINISHED).read_text("utf-8"))
+        before = json.loads((run.folder / FINISHED).read_text("utf-8"))
     except (OSError, ValueError):  # Not there, or only half written.
         return False
     wanted = _flags_of(run, flags)
-    if found == wanted:
+    if before == wanted:
         return True
-    names = found["settings"].keys() | wanted["settings"].keys()
-    different = [name for name in sorted(names) if found["settings"].get(name) != wanted["settings"].get(name)]
+    names = before["settings"].keys() | wanted["settings"].keys()
+    different = [name for name in sorted(names) if before["settings"].get(name) != wanted["settings"].get(name)]
     raise ValueError(
         f"{run.folder} was run with other flags ({', '.join(different) or 'those of the command line'}): give the same "
         "ones, name another --output_dir, or run all anew with --overwrite."

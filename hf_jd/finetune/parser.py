@@ -129,7 +129,9 @@ class Parser(HfArgumentParser):
     def _nearest(self, name: str) -> str:
         name = name.lstrip("-").replace("-", "_")
         names = self._names()
-        near = [known for known in [_COMMON_NAMES.get(name)] if known in names] or get_close_matches(name, names, n=1)
+        near = [common for common in [_COMMON_NAMES.get(name)] if common in names] or get_close_matches(
+            name, names, n=1
+        )
         return f"; the nearest is `--{near[0]}`" if near else "; --help lists all of them"
 
 

@@ -155,8 +155,8 @@ def _tradeoff(settings: Any, path: Path) -> Tradeoff | None:
     if settings is None:
         return None
     try:
-        found = Tradeoff(**settings)
-        return Tradeoff(str(found.forget), str(found.keep), float(found.until))
+        tradeoff = Tradeoff(**settings)
+        return Tradeoff(str(tradeoff.forget), str(tradeoff.keep), float(tradeoff.until))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: `tradeoff` needs `forget` and `keep`, each a task, and `until`, the loss of the first from which "

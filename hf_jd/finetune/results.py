@@ -94,10 +94,10 @@ class Results:
                 continue
             stem = name.removesuffix("loss")
             task = stem.removeprefix("eval_").removesuffix("_") or ALL
-            found = self.evaluations.setdefault(task, [])
-            if not any(evaluation.step == entry["step"] for evaluation in found):
+            evaluations = self.evaluations.setdefault(task, [])
+            if not any(evaluation.step == entry["step"] for evaluation in evaluations):
                 measured = (entry.get(stem + part, float("nan")) for part in ("accuracy", "majority"))
-                found.append(Evaluation(entry["step"], loss, *measured))
+                evaluations.append(Evaluation(entry["step"], loss, *measured))
 
     @property
     def tasks(self) -> list[str]:

@@ -259,10 +259,10 @@ def _output_folder(run: RunArguments, training: TrainingArguments) -> Generator[
     if existed and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file.")
     if first and existed and not training.resume_from_checkpoint:
-        found = _parts_of_a_run(folder)
-        if found and not run.overwrite_output_dir:
+        parts = _parts_of_a_run(folder)
+        if parts and not run.overwrite_output_dir:
             raise ValueError(
-                f"--output_dir {folder} holds another run ({found[0].name}): name another folder, continue that run "
+                f"--output_dir {folder} holds another run ({parts[0].name}): name another folder, continue that run "
                 "with --resume_from_checkpoint last, or replace it with --overwrite_output_dir."
             )
     try:

@@ -26,7 +26,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def evaluation_table(results: Results) -> str:
     """Format one run's tasks: loss and accuracy before (if that was evaluated) and after."""
-    before = any(found[0].step == 0 and len(found) > 1 for found in results.evaluations.values())
+    before = any(evaluations[0].step == 0 and len(evaluations) > 1 for evaluations in results.evaluations.values())
     rows = []
     for task in results.tasks:
         first, last = results.evaluations[task][0], results.evaluations[task][-1]
@@ -63,16 +63,16 @@ def comparison_table(
     if not tasks:
         raise ValueError("Nothing was evaluated: the data has no examples to evaluate on.")
     start = [first.evaluations[task][0] for task in tasks]
-    known = all(evaluation.step == 0 for evaluation in start)
+    from_start = all(evaluation.step == 0 for evaluation in start)
     watched = {**runs, **twins}
     loss = _block(runs, tasks, lambda r, task: r.evaluations[task][-1].loss, ".2f")
     for row, seeds in zip(loss, runs.values(), strict=True):
         row.append(_time(seeds, runs.get(stock or "", ())))
     accuracy = _block(runs, tasks, lambda r, task: r.evaluations[task][-1].accuracy, ".1%")
     sections = {
-        "validation loss": [["before training", *(f"{e.loss:.2f}" for e in start)]] * known + loss,
+        "validation loss": [["before training", *(f"{e.loss:.2f}" for e in start)]] * from_start + loss,
         "accuracy": [
-            *[["before training", *(f"{e.accuracy:.1%}" for e in start)]] * known,
+            *[["before training", *(f"{e.accuracy:.1%}" for e in start)]] * from_start,
             ["always the most frequent token", *(f"{e.majority:.1%}" for e in start)],
             *accuracy,
         ],
@@ -105,10 +105,10 @@ def _time(seeds: Sequence[Results], stock: Sequence[Results]) -> str:
 
 def spread(values: Sequence[float | None], form: str) -> str:
     """Format the mean over seeds and, if there are several, the standard deviation."""
-    known = [value for value in values if value is not None]
-    if not known:
+    numbers = [value for value in values if value is not None]
+    if not numbers:
         return _NONE
-    mean = format(statistics.fmean(known), form)
-    if len(known) == 1 or not all(map(math.isfinite, known)):  # A run that diverged has no deviation.
+    mean = format(statistics.fmean(numbers), form)
+    if len(numbers) == 1 or not all(map(math.isfinite, numbers)):  # A run that diverged has no deviation.
         return mean
-    return f"{mean} ± {format(statistics.stdev(known), form)}"
+    return f"{mean} ± {format(statistics.stdev(numbers), form)}"

@@ -66,9 +66,9 @@ def draw(history: History) -> dict[str, dict[str, bytes]]:
     """Draw all figures of which something was logged: PNGs by the names of figure and theme."""
     from hf_jd.report.figures import FIGURES, render
 
-    found: dict[str, dict[str, bytes]] = {}
+    images: dict[str, dict[str, bytes]] = {}
     for name, figure in FIGURES.items():
         pictures = {theme.name: drawn for theme in THEMES if (drawn := figure(history, theme)) is not None}
         if pictures:
-            found[name] = {theme: render(drawn) for theme, drawn in pictures.items()}
-    return found
+            images[name] = {theme: render(drawn) for theme, drawn in pictures.items()}
+    return images

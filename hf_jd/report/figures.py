@@ -204,10 +204,10 @@ def _lines(
             continue
         xs, ys = zip(*points, strict=True)
         axes.plot(xs, ys, color=colours[name], linewidth=1.7, marker="o" if len(points) < 3 else None, markersize=4)
-        found = (dots or {}).get(name, [])
-        if found:
+        marks = (dots or {}).get(name, [])
+        if marks:
             axes.plot(
-                *zip(*found, strict=True),
+                *zip(*marks, strict=True),
                 "o",
                 color=colours[name],
                 markersize=4.5,
@@ -333,11 +333,11 @@ def _diverging(theme: Theme) -> Colormap:
 
 def _relative(series: Mapping[str, Series]) -> dict[str, Series]:
     """Each series as multiples of its first value above 0."""
-    found = {}
+    relative = {}
     for name, points in series.items():
         first = next((value for _, value in points if value > 0), math.nan)
-        found[name] = [(step, value / first) for step, value in points]
-    return found
+        relative[name] = [(step, value / first) for step, value in points]
+    return relative
 
 
 def _edges(series: Iterable[Series]) -> list[float]:

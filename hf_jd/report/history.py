@@ -150,7 +150,7 @@ def current_lines(text: str) -> list[dict[str, Any]]:
             continue
         begins = entry.pop("begins", None)
         if begins is not None:
-            entries = [known for known in entries if begins == "resumed" and known["step"] < step]
+            entries = [past for past in entries if begins == "resumed" and past["step"] < step]
         entries.append(entry)
     return entries
 

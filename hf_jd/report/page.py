@@ -128,17 +128,17 @@ def _status(history: History) -> str:
 
 
 def _tiles(history: History) -> str:
-    found = {"groups": f"{len(history.groups)}"} if history.groups else {}
+    numbers = {"groups": f"{len(history.groups)}"} if history.groups else {}
     if loss := history.totals.get("loss"):
-        found["loss, first to last"] = f"{number(loss[0][1])} &rarr; {number(loss[-1][1])}"
+        numbers["loss, first to last"] = f"{number(loss[0][1])} &rarr; {number(loss[-1][1])}"
     if conflicts := history.totals.get("jd/conflicts"):
-        found["pairs in conflict, mean"] = f"{mean([v for _, v in conflicts]):.0%}"
+        numbers["pairs in conflict, mean"] = f"{mean([v for _, v in conflicts]):.0%}"
     if history.against:
         shares = {name: mean([v for _, v in series]) for name, series in history.against.items()}
         worst = max(shares, key=lambda name: (shares[name], name))
         label = f"of steps went against {escape(_short(worst))}" if shares[worst] else "of steps went against any group"
-        found[label] = f"{shares[worst]:.0%}"
-    tiles = "".join(f"<div><b>{value}</b><span>{label}</span></div>" for label, value in found.items())
+        numbers[label] = f"{shares[worst]:.0%}"
+    tiles = "".join(f"<div><b>{value}</b><span>{label}</span></div>" for label, value in numbers.items())
     return f'<div class="tiles">{tiles}</div>'
 
 
