@@ -16,7 +16,7 @@ COMMANDS = {
     "finetune": ("hf_jd.finetune.run", "Fine-tune a causal language model with Jacobian descent."),
     "compare": ("hf_jd.finetune.compare", "Run the same fine-tuning by several methods, and compare them by task."),
     "estimate": ("hf_jd.estimate.command", "Calculate what a step costs on a model and hardware, before running it."),
-    "report": ("hf_jd.report.command", "Draw what a run logged, as pictures and one page; also while it runs."),
+    "report": ("hf_jd.report.write_report", "Draw what a run logged, as pictures and one page; also while it runs."),
     "doctor": (
         "hf_jd.finetune.doctor",
         "Check, before training, that all parameters' rows are right, and what they cost.",

@@ -8,11 +8,11 @@ from typing import Any
 
 from hf_jd.estimate.cases import PARALLELISMS, Case
 from hf_jd.estimate.hardware import HARDWARE, Hardware
-from hf_jd.estimate.held import memory, row_bytes
+from hf_jd.estimate.memory import memory, row_bytes
 from hf_jd.estimate.operations import gramian_flops, plain_flops, step_flops
-from hf_jd.estimate.sent import plain_bytes, step_bytes
 from hf_jd.estimate.shapes import Shape, read_shape
 from hf_jd.estimate.timing import Assumptions, Time, fits, plain_time, step_time
+from hf_jd.estimate.traffic import plain_bytes, step_bytes
 from hf_jd.finetune.parser import Parser
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

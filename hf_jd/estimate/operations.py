@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from hf_jd.estimate.cases import Case
-from hf_jd.estimate.held import kept_as, pairs_cost_more
+from hf_jd.estimate.memory import kept_as, pairs_cost_more
 from hf_jd.estimate.shapes import Matrix, Shape, Table
 
 _CHUNK = 65_536  # columns that the engine multiplies at once (`hf_jd.gramian.rows`)

@@ -8,8 +8,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_jd import JDTrainingArguments
-from hf_jd.finetune.arguments import DataArguments, ModelArguments, RunArguments
 from hf_jd.finetune.facts import source_of
+from hf_jd.finetune.flags import DataArguments, ModelArguments, RunArguments
 from hf_jd.finetune.results import Results
 from hf_jd.finetune.table import evaluation_table
 

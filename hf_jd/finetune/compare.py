@@ -17,10 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hf_jd.finetune.comparison import Plan, Run
 from hf_jd.finetune.example import example_data, example_path
 from hf_jd.finetune.parser import split_settings
 from hf_jd.finetune.picture import draw
-from hf_jd.finetune.plan import Plan, Run
 from hf_jd.finetune.processes import Job, run_jobs
 from hf_jd.finetune.results import Results
 from hf_jd.finetune.run import parse

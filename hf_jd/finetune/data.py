@@ -18,8 +18,8 @@ import pyarrow
 import pyarrow.parquet
 from datasets import load_dataset
 
-from hf_jd.finetune.arguments import DataArguments
 from hf_jd.finetune.example import example_data
+from hf_jd.finetune.flags import DataArguments
 from hf_jd.finetune.formats import HELP, form_of, to_example
 from hf_jd.finetune.sentences import first_sentence
 from hf_jd.groups import is_missing

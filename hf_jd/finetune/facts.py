@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from hf_jd import JDTrainingArguments
 from hf_jd.arguments import JDArguments
-from hf_jd.finetune.arguments import DataArguments, ModelArguments, RunArguments
+from hf_jd.finetune.flags import DataArguments, ModelArguments, RunArguments
 
 FACTS_FILE = "jd_run.json"
 

@@ -12,8 +12,8 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model, prepare_m
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from hf_jd.finetune.arguments import ModelArguments
 from hf_jd.finetune.example import MODEL, example_path
+from hf_jd.finetune.flags import ModelArguments
 from hf_jd.finetune.sentences import first_sentence
 
 ADAPTER_CONFIG = "adapter_config.json"

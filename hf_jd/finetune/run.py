@@ -17,11 +17,11 @@ from transformers import DataCollatorForSeq2Seq, IntervalStrategy, Trainer, Trai
 
 from hf_jd import JDTrainer, JDTrainingArguments
 from hf_jd.arguments import JDArguments
-from hf_jd.finetune.arguments import DataArguments, ModelArguments, RunArguments
 from hf_jd.finetune.card import write_card
 from hf_jd.finetune.console import use_console
 from hf_jd.finetune.data import EXAMPLE_TASK_COLUMN, Rows, load_examples
 from hf_jd.finetune.facts import FactsWriter, facts_of
+from hf_jd.finetune.flags import DataArguments, ModelArguments, RunArguments
 from hf_jd.finetune.measures import StepTimer, TokenLoss, answers, token_metrics
 from hf_jd.finetune.model import load_model, load_tokenizer, model_path
 from hf_jd.finetune.parser import Parser, read_settings, split_settings

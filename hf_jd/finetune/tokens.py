@@ -12,8 +12,8 @@ from jinja2 import TemplateError
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from hf_jd.finetune.arguments import DataArguments
 from hf_jd.finetune.data import Rows, columns_of
+from hf_jd.finetune.flags import DataArguments
 from hf_jd.finetune.formats import Example, form_of, to_example
 from hf_jd.finetune.sentences import first_sentence
 

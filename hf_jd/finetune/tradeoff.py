@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_jd.finetune.plan import Plan, Tradeoff
+from hf_jd.finetune.comparison import Plan, Tradeoff
 from hf_jd.finetune.results import Results
 from hf_jd.finetune.table import markdown, spread
 

@@ -14,7 +14,7 @@ import pytest
 
 from hf_jd.cli import main
 from hf_jd.finetune import compare
-from hf_jd.finetune.plan import Plan
+from hf_jd.finetune.comparison import Plan
 from hf_jd.finetune.processes import Job, run_jobs
 from hf_jd.finetune.results import Evaluation, Results
 from hf_jd.finetune.table import comparison_table, evaluation_table, markdown, spread

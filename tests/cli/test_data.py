@@ -9,8 +9,8 @@ import pytest
 from datasets import Dataset
 
 from hf_jd.finetune import example
-from hf_jd.finetune.arguments import DataArguments
 from hf_jd.finetune.data import load_examples, read_files
+from hf_jd.finetune.flags import DataArguments
 from tests.cli.conftest import ROWS
 
 

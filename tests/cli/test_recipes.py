@@ -13,8 +13,8 @@ from datasets import Dataset, DatasetDict
 from hf_jd.cli import main
 from hf_jd.finetune import data as finetune_data
 from hf_jd.finetune import example
+from hf_jd.finetune.comparison import Plan
 from hf_jd.finetune.parser import read_settings
-from hf_jd.finetune.plan import Plan
 from hf_jd.finetune.run import parse
 from tests.cli.conftest import ROWS
 

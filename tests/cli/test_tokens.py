@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from hf_jd.finetune.arguments import DataArguments, ModelArguments
 from hf_jd.finetune.example import MODEL, example_path
+from hf_jd.finetune.flags import DataArguments, ModelArguments
 from hf_jd.finetune.formats import Example, form_of, to_example
 from hf_jd.finetune.model import load_tokenizer
 from hf_jd.finetune.tokens import IGNORED, PLAIN_TEMPLATE, encode_example, tokenize

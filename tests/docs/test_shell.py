@@ -11,8 +11,8 @@ import pytest
 
 from hf_jd.cli import COMMANDS
 from hf_jd.finetune import compare
+from hf_jd.finetune.comparison import Plan
 from hf_jd.finetune.parser import read_settings, split_settings
-from hf_jd.finetune.plan import Plan
 from hf_jd.finetune.run import parse
 from tests.docs.blocks import ROOT, blocks, commands
 

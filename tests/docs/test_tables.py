@@ -7,7 +7,7 @@ import runpy
 
 import pytest
 
-from hf_jd.finetune.plan import Plan
+from hf_jd.finetune.comparison import Plan
 from tests.docs.blocks import ROOT
 
 SHOWN = {"demo": ("docs/demo.md", "compare.yaml"), "unlearn": ("docs/unlearning.md", "unlearn.yaml")}
