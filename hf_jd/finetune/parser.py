@@ -69,11 +69,17 @@ class Parser(HfArgumentParser):
         self._sections = sections or {"Flags": self._names()}
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse the flags, and prepare them; see argparse."""
+        """Parse the flags, and prepare them; see argparse.
+
+        Raises:
+            ValueError: A flag is unknown.
+        """
         if args and "--help-all" in args:
             print(self.format_help(everything=True))
             self.exit()
         flags, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # Said first: what is missing may be what was misspelt.
+            raise ValueError(f"Unknown flag `{unknown[0]}`{self._nearest(unknown[0].partition('=')[0])}.")
         self._prepare(vars(flags))
         return flags, unknown
 
@@ -101,14 +107,9 @@ class Parser(HfArgumentParser):
                 raise ValueError(f"Unknown flag `{name}` in the file{self._nearest(name)}.")
             self.set_defaults(**{action.dest: value})
         try:
-            parsed: tuple[Any, ...] = self.parse_args_into_dataclasses(
-                list(flags), return_remaining_strings=True, look_for_args_file=False
-            )
+            return self.parse_args_into_dataclasses(list(flags), look_for_args_file=False)
         except (ValueError, ImportError) as error:  # ImportError: bf16 and the like, where they can't be had.
             raise ValueError(str(error)) from error
-        if unknown := parsed[-1]:
-            raise ValueError(f"Unknown flag `{unknown[0]}`{self._nearest(unknown[0].partition('=')[0])}.")
-        return parsed[:-1]
 
     def format_help(self, everything: bool = False) -> str:
         """Format the help: a line per flag or, of everything, all that there is to say."""

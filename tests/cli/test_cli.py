@@ -27,6 +27,11 @@ def test_unknown_command(capsys):
     assert error == f"hf-jd: error: Unknown command `finetun`; the commands are {commands}.\n"
 
 
+def test_an_unknown_flag_is_said_before_what_is_missing(capsys):
+    assert main(["finetune", "--output_dri", "runs/mine"]) == 2
+    assert "Unknown flag `--output_dri`; the nearest is `--output_dir`" in capsys.readouterr().err
+
+
 def test_no_command(capsys):
     assert main([]) == 2
     assert "usage" in capsys.readouterr().out
