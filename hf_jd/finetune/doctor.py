@@ -48,9 +48,9 @@ def diagnose(flags: Sequence[str], settings: Mapping[str, Any]) -> list[RowCheck
     batch = next(iter(trainer.get_train_dataloader()))
 
     def losses() -> Tensor:
-        unreduced = trainer.unreduced_losses(network, batch)
-        ((name, losses),) = unreduced.losses.items()
-        return losses.masked_fill(~unreduced.counted[name], 0).flatten(1).sum(1)
+        found = trainer.unreduced_losses(network, batch)
+        ((name, losses),) = found.losses.items()
+        return losses.masked_fill(~found.counted[name], 0).flatten(1).sum(1)
 
     return check_rows(network, losses)
 
