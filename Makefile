@@ -9,7 +9,7 @@ REQUIREMENTS := pyproject.toml constraints.txt
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-oldest test-newest fuzz style quality docs bench clean
+.PHONY: help demo test test-all test-oldest test-newest fuzz style quality docs bench dist clean
 
 help:  ## Lists the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,10 @@ docs: $(VENV)/.docs  ## Builds the documentation into site/.
 
 bench: $(VENV)/.dev  ## Measures what the engine costs.
 	$(BIN)/python scripts/benchmark.py engine
+
+dist: $(VENV)/.dev  ## Builds wheel and sdist into dist/.
+	rm -rf dist
+	$(BIN)/python -m hatchling build
 
 clean:  ## Removes the environment and all that was built; runs/ stays.
 	rm -rf $(VENV) $(OLDEST) $(NEWEST) build dist site

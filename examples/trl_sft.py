@@ -2,7 +2,7 @@
 
 Why:  you have a script for TRL already. Two names change, SFTTrainer and SFTConfig; how TRL prepares data, its losses
       and its metrics stay.
-Run:  pip install 'hf-jd[trl]', then python examples/trl_sft.py; flags of SFTConfig and --jd_* override DEFAULTS
+Run:  pip install -e ".[trl]", then python examples/trl_sft.py; flags of SFTConfig and --jd_* override DEFAULTS
 See:  TRL's own logs with `jd/weight/<task>`, `jd/against/<task>` and the other metrics of hf_jd among them.
 """
 

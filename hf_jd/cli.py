@@ -9,19 +9,23 @@ import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.metadata import version
 from types import TracebackType
 
 COMMANDS = {
     "finetune": ("hf_jd.finetune.run", "Fine-tune a causal language model with Jacobian descent."),
     "compare": ("hf_jd.finetune.compare", "Run the same fine-tuning by several methods, and compare them by task."),
     "estimate": ("hf_jd.estimate.command", "Calculate what a step costs on a model and hardware, before running it."),
-    "report": ("hf_jd.report.command", "Draw what a run logged, as pictures and one page; also while it runs."),
-    "doctor": ("hf_jd.finetune.doctor", "Check, before training, which parameters' gradients are had at which price."),
+    "report": ("hf_jd.report.write_report", "Draw what a run logged, as pictures and one page; also while it runs."),
+    "doctor": (
+        "hf_jd.finetune.doctor",
+        "Check, before training, that all parameters' rows are right, and what they cost.",
+    ),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command.
+    """Run a command.
 
     Returns:
         The exit code: 2 for what the user can mend, which is told in one sentence on stderr.
@@ -30,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
         return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"hf-jd {version('hf-jd')}")
+        return 0
     name, *rest = arguments
     if name not in COMMANDS:
         near = get_close_matches(name, COMMANDS, n=len(COMMANDS), cutoff=0.0)
@@ -42,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"hf-jd {name}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as error:
+        print(f"\nhf-jd {name}: {error or 'Stopped.'}", file=sys.stderr)
+        return 130
 
 
 def _help() -> str:

@@ -115,7 +115,7 @@ class _WithoutColumn(dict):
 
 
 def _without(example: Any, column: str) -> Any:
-    """An example without its group column, where that can be taken out."""
+    """Copy an example without its group column, if that can be taken out."""
     if isinstance(example, dict):
         return _WithoutColumn(example, column)
     if isinstance(example, MutableMapping):

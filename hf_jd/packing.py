@@ -16,7 +16,7 @@ _TELLING = ("cu_seq_lens_q", "seq_idx", "position_ids")
 
 
 def packed_documents(batch: Any, packed: str = "auto") -> Tensor | None:
-    """The document of each token, counted over all rows, where a row holds more than one.
+    """Return the document of each token, counted over all rows, where a row holds more than one.
 
     Documents are told by what packing collators write: `cu_seq_lens_q`, `seq_idx`, or `position_ids` that begin again.
     Positions alone say so with "auto" only where each one goes on by 1 or is the first one again, and where no
@@ -75,7 +75,7 @@ def documents_of(batch: Any, packed: str) -> Tensor | None:
 
 
 def _check_told(batch: Any) -> None:
-    """Raises a ValueError for a batch that can't say where documents begin, where it is to be packed always."""
+    """Raise a ValueError if every batch is packed, and this one doesn't say where documents begin."""
     if not isinstance(batch, Mapping) or all(batch.get(key) is None for key in _TELLING):
         raise ValueError(
             "--jd_packed is `always`, and nothing in the batch tells where a document begins: use a collator that "
@@ -85,7 +85,7 @@ def _check_told(batch: Any) -> None:
 
 
 def _tokens(batch: Any) -> Tensor | None:
-    """What has the shape [B, T, ...] of the tokens."""
+    """Return what has the shape [B, T, ...] of the tokens."""
     if not isinstance(batch, Mapping):
         return None
     tokens = next((batch[key] for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None), None)
@@ -110,7 +110,7 @@ def _begin_again(positions: Tensor, real: Tensor | None, masked: bool) -> bool:
 
 
 def unpacked(tokens: Tensor, documents: Tensor) -> Tensor:
-    """What is known of each token [B, T], by document: [D, L], 0 behind its end."""
+    """Return what is known of each token [B, T], by document: [D, L], 0 behind its end."""
     where = documents.flatten()
     order = torch.argsort(where, stable=True)
     order = order[where[order] >= 0]
@@ -139,12 +139,12 @@ def by_document(losses: Mapping[str, Tensor], documents: Tensor) -> dict[str, Te
 
 
 def by_token(segments: Tensor, documents: Tensor) -> Tensor:
-    """The segment of each token [B, T], from those of the documents [D]; -1 for none."""
+    """Return the segment of each token [B, T], from those of the documents [D]; -1 for none."""
     return torch.where(documents >= 0, segments[documents.clamp(min=0)], -1)
 
 
 def without_documents(batch: Mapping[str, Any], documents: Tensor, keep: Tensor) -> dict[str, Any]:
-    """The batch with some of its documents only, in one row; `keep` [D] (bool).
+    """Return the batch with some of its documents only, in one row; `keep` [D] (bool).
 
     Args:
         batch: As collated.
@@ -154,8 +154,8 @@ def without_documents(batch: Mapping[str, Any], documents: Tensor, keep: Tensor)
     Raises:
         ValueError: It holds rows of which it isn't known whose they are.
     """
-    kept = by_token(keep.long(), documents).flatten() == 1
-    lengths = torch.bincount(documents.flatten()[kept], minlength=len(keep))[keep]
+    chosen = by_token(keep.long(), documents).flatten() == 1
+    lengths = torch.bincount(documents.flatten()[chosen], minlength=len(keep))[keep]
     bounds = F.pad(lengths.cumsum(0), (1, 0))
     longest = int(lengths.max())
 
@@ -167,9 +167,9 @@ def without_documents(batch: Mapping[str, Any], documents: Tensor, keep: Tensor)
         if not isinstance(value, Tensor) or not value.ndim:
             return value
         if value.shape[:2] == documents.shape:
-            return value.flatten(0, 1)[kept.to(value.device)][None]
+            return value.flatten(0, 1)[chosen.to(value.device)][None]
         if value.shape[1:] == documents.shape:  # Positions in time, height and width.
-            return value.flatten(1)[:, kept.to(value.device)][:, None]
+            return value.flatten(1)[:, chosen.to(value.device)][:, None]
         if len(value) == len(keep):
             return value[keep.to(value.device)]
         raise unknown_rows(key, f"shape {list(value.shape)}", f"{len(keep)} packed documents")
@@ -178,7 +178,7 @@ def without_documents(batch: Mapping[str, Any], documents: Tensor, keep: Tensor)
 
 
 def unknown_rows(key: str, what: str, instances: str) -> ValueError:
-    """What is said of rows that belong to no known instance, where one is to be left out."""
+    """Return what is said of rows that belong to no known instance, where one is to be left out."""
     return ValueError(
         f"An instance whose loss isn't finite can't be taken out of its batch: `{key}` has {what} for {instances}, so "
         "it isn't known which are its own. Leave that example out of the data, or have the collator give one row, or "

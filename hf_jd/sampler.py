@@ -110,14 +110,14 @@ def block_counts(counts: Tensor, length: int, size: int, generator: torch.Genera
 
 
 def _spread(n: int, generator: torch.Generator) -> Tensor:
-    """The integers below n in an order that fills every interval evenly from the first one on."""
+    """Return the integers below n in an order that fills every interval evenly from the first one on."""
     golden = (torch.arange(n, dtype=torch.float64) * ((5**0.5 - 1) / 2)) % 1
     start = int(torch.randint(max(n, 1), (), generator=generator))
     return (golden.argsort().argsort() + start) % max(n, 1)
 
 
 def _rounded(first: Tensor, second: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """Rounds first / total, second / total and their sum [K], each up or down, so that both keep their (integer) sums.
+    """Round first / total, second / total and their sum [K], each up or down, so that both keep their (integer) sums.
 
     There is always such a rounding (a transportation polytope with integer margins has integer vertices). By default
     one of a group's two fractions is rounded up; as many groups as needed round up both, or neither.

@@ -1,7 +1,7 @@
 """What: puts a comparison's table into a page, between the comments that name it, and its picture into docs/images.
 
 Why:  so that the numbers of the documents are those that a command printed.
-Run:  python scripts/update_page.py runs/demo README.md
+Run:  python scripts/update_page.py runs/demo docs/demo.md
       python scripts/update_page.py runs/unlearn docs/unlearning.md
 """
 

@@ -37,7 +37,7 @@ FORBIDDEN_ROOMS = {island: {"*"} - {island} for island in ISLANDS} | {
     "collator": {"trainer", "arguments", "finetune", "cli", "gramian", "weighting"},
 }
 # The formulas are plain numbers: only what reads a configuration knows models.
-FORMULAS = {"cases", "hardware", "held", "operations", "sent", "timing"}
+FORMULAS = {"cases", "hardware", "memory", "operations", "timing", "traffic"}
 # In tests and benchmarks only.
 REFERENCES = {"torchjd", "cvxpy", "pytest", "hypothesis"}
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from hf_jd.estimate.cases import PARALLELISMS, Case
 from hf_jd.estimate.hardware import HARDWARE, Hardware
-from hf_jd.estimate.held import memory, row_bytes
+from hf_jd.estimate.memory import memory, row_bytes
 from hf_jd.estimate.operations import gramian_flops, plain_flops, step_flops
-from hf_jd.estimate.sent import plain_bytes, step_bytes
 from hf_jd.estimate.shapes import Shape, read_shape
 from hf_jd.estimate.timing import Assumptions, Time, fits, plain_time, step_time
+from hf_jd.estimate.traffic import plain_bytes, step_bytes
 from hf_jd.finetune.parser import Parser
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -81,7 +81,7 @@ class EstimateArguments:
             raise ValueError(f"--parallelism {self.parallelism} needs --processes 2 or more.")
 
     def case(self) -> Case:
-        """The update that the flags describe."""
+        """Return the update that the flags describe."""
         return Case(
             batch=self.batch,
             tokens=self.tokens,
@@ -97,7 +97,7 @@ class EstimateArguments:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `hf-jd estimate`.
+    """Run `hf-jd estimate`.
 
     Returns:
         The exit code.
@@ -107,7 +107,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parse(argv: Sequence[str]) -> EstimateArguments:
-    """Parses flags.
+    """Parse flags.
 
     Raises:
         ValueError: A flag is unknown, or has a value that isn't allowed.
@@ -119,14 +119,13 @@ def parse(argv: Sequence[str]) -> EstimateArguments:
         usage="%(prog)s --model CONFIG [--flag value ...]",
         description="Calculate what an update costs: bytes of rows, bytes sent, operations, time. Nothing is measured.",
         allow_abbrev=False,
-        prepare=lambda flags: None,
     )
     (arguments,) = parser.parse(argv, {})
     return arguments
 
 
 def report(arguments: EstimateArguments) -> str:
-    """What the command prints.
+    """Format what the command prints.
 
     Raises:
         ValueError: There is no such model.
@@ -167,9 +166,9 @@ def _update(case: Case, hardware: Hardware) -> str:
 
 def _rows(shape: Shape, case: Case) -> str:
     held = f"{_size(row_bytes(shape, case))} a process"
-    kept = "as rows" if case.materialise else "as layers' inputs and gradients, where those are smaller"
+    how = "as rows" if case.materialise else "as layers' inputs and gradients, where those are smaller"
     fused = "; those of experts' adapters take a backward pass an objective" if shape.fused else ""
-    return f"{held}, {case.rows:,} of {case.objectives:,} objectives, {kept}{fused}"
+    return f"{held}, {case.rows:,} of {case.objectives:,} objectives, {how}{fused}"
 
 
 def _memory(shape: Shape, case: Case, hardware: Hardware, assumed: Assumptions) -> str:

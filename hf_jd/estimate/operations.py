@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from hf_jd.estimate.cases import Case
-from hf_jd.estimate.held import kept_as, pairs_cost_more
+from hf_jd.estimate.memory import kept_as, pairs_cost_more
 from hf_jd.estimate.shapes import Matrix, Shape, Table
 
 _CHUNK = 65_536  # columns that the engine multiplies at once (`hf_jd.gramian.rows`)
@@ -46,7 +46,7 @@ def plain_flops(shape: Shape, case: Case) -> float:
 
 
 def row_flops(shape: Shape, case: Case) -> float:
-    """The rows' own, in place of the weights' gradients: 2 N p d where they are dense, nothing for factors.
+    """Return the rows' own, in place of the weights' gradients: 2 N p d where they are dense, nothing for factors.
 
     An expert's two maps are computed once more, forward or backward; adapters fused with experts take one backward pass
     an objective. For other processes, all rows are made dense.
@@ -54,8 +54,8 @@ def row_flops(shape: Shape, case: Case) -> float:
     sent = {"factors", "routed"} if case.processes > 1 else set()
     total = case.rows * backward_flops(shape, case) / case.accumulation if shape.fused else 0.0
     for matrix in shape.trained:
-        kept = kept_as(matrix, case)
-        total += product_flops(matrix, case) * ((matrix.count > 1) + (kept == "dense" or kept in sent))
+        form = kept_as(matrix, case)
+        total += product_flops(matrix, case) * ((matrix.count > 1) + (form == "dense" or form in sent))
     return total
 
 
@@ -75,11 +75,11 @@ def gramian_flops(shape: Shape, case: Case) -> float:
         return 2 * squared(case.objectives) * shape.trainable / case.processes
     r, total = case.rows, 2.0 * squared(case.rows) * shape.vectors
     for matrix in shape.trained:
-        p, d, kept = matrix.outputs, matrix.inputs, kept_as(matrix, case)
+        p, d, form = matrix.outputs, matrix.inputs, kept_as(matrix, case)
         tokens = matrix.tokens(case.all_tokens)
-        if kept == "dense":
+        if form == "dense":
             total += 2 * squared(r) * matrix.elements
-        elif kept == "routed" and not _formed(matrix, case):
+        elif form == "routed" and not _formed(matrix, case):
             total += 2 * tokens**2 / matrix.count * (p + d + r) + 2 * r * r * tokens
         elif _formed(matrix, case):
             total += product_flops(matrix, case) + 2 * squared(r) * matrix.elements
@@ -136,5 +136,5 @@ def step_flops(shape: Shape, case: Case) -> float:
     )
     if not case.two_pass:
         return first + update_flops(shape, case)
-    kept = forward_flops(shape, case) if case.accumulation == 1 else 0
-    return first + plain_flops(shape, case) - kept
+    spared = forward_flops(shape, case) if case.accumulation == 1 else 0
+    return first + plain_flops(shape, case) - spared

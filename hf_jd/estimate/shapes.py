@@ -104,7 +104,7 @@ class Shape:
 
 
 def read_shape(config: str, lora: int | None) -> Shape:
-    """The sizes of the model that a configuration describes.
+    """Return the sizes of the model that a configuration describes.
 
     Args:
         config: A folder with a config.json, such a file, or the name of a model of the Hub.
@@ -117,7 +117,7 @@ def read_shape(config: str, lora: int | None) -> Shape:
 
 
 def read_config(config: str) -> PretrainedConfig:
-    """Reads a configuration; see `read_shape`."""
+    """Read a configuration; see `read_shape`."""
     path = Path(config)
     if path.is_dir() and not (path / "config.json").exists():
         raise ValueError(f"The folder {config} holds no config.json.")
@@ -135,10 +135,10 @@ def read_config(config: str) -> PretrainedConfig:
 
 
 def build_on_meta(config: PretrainedConfig, lora: int | None) -> nn.Module:
-    """The model without storage, by its own class, or as a language model; with adapters where asked for."""
-    own = getattr(transformers, (config.architectures or ["-"])[0], None)
+    """Return the model without storage, by its own class, or as a language model; with adapters where asked for."""
+    cls = getattr(transformers, (config.architectures or ["-"])[0], None)
     generator = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    builders = [own._from_config] if own is not None else [generator.from_config, AutoModel.from_config]
+    builders = [cls._from_config] if cls is not None else [generator.from_config, AutoModel.from_config]
     for build in builders:
         try:
             with torch.device("meta"):
@@ -160,7 +160,7 @@ def build_on_meta(config: PretrainedConfig, lora: int | None) -> nn.Module:
 
 
 def shape_of(model: nn.Module) -> Shape:
-    """The sizes of a model; its parameters may be on the meta device.
+    """Return the sizes of a model; its parameters may be on the meta device.
 
     Raises:
         ValueError: It is no transformer.

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from hf_jd.estimate.cases import PARALLELISMS, Case
 from hf_jd.estimate.hardware import Hardware
-from hf_jd.estimate.held import memory, row_bytes
+from hf_jd.estimate.memory import memory, row_bytes
 from hf_jd.estimate.operations import formed_flops, forward_flops, gramian_flops, plain_flops, step_flops, update_flops
-from hf_jd.estimate.sent import gathered_bytes, plain_bytes, step_bytes
 from hf_jd.estimate.shapes import Shape
+from hf_jd.estimate.traffic import gathered_bytes, plain_bytes, step_bytes
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from pathlib import Path
 from huggingface_hub import ModelCard, ModelCardData
 
 from hf_jd import JDTrainingArguments
-from hf_jd.finetune.arguments import DataArguments, ModelArguments, RunArguments
+from hf_jd.finetune.facts import source_of
+from hf_jd.finetune.flags import DataArguments, ModelArguments, RunArguments
 from hf_jd.finetune.results import Results
 from hf_jd.finetune.table import evaluation_table
 
@@ -64,7 +65,7 @@ def write_card(
     training: JDTrainingArguments,
     results: Results,
 ) -> None:
-    """Writes README.md into a run's folder."""
+    """Write README.md into a run's folder."""
     is_folder = Path(base).exists()
     name = Path(base).name if is_folder else base
     metadata = ModelCardData(
@@ -99,8 +100,7 @@ def _method(run: RunArguments, training: JDTrainingArguments) -> str:
 
 
 def _settings(data: DataArguments, training: JDTrainingArguments) -> list[str]:
-    source = data.dataset_name or (Path(data.train_file).name if data.train_file else "the embedded example of hf_jd")
-    lines = [f"- Data: {source}, at most {data.max_length} tokens an example"]
+    lines = [f"- Data: {source_of(data)}, at most {data.max_length} tokens per example"]
     for name in _SETTINGS:
         if name in ("max_steps", "num_train_epochs") and (name == "max_steps") != (training.max_steps > 0):
             continue

@@ -17,10 +17,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from hf_jd.finetune.comparison import Plan, Run
 from hf_jd.finetune.example import example_data, example_path
 from hf_jd.finetune.parser import split_settings
 from hf_jd.finetune.picture import draw
-from hf_jd.finetune.plan import Plan, Run
 from hf_jd.finetune.processes import Job, run_jobs
 from hf_jd.finetune.results import Results
 from hf_jd.finetune.run import parse
@@ -36,7 +36,7 @@ _SAME = 0.05
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `hf-jd compare` with these arguments.
+    """Run `hf-jd compare` with these arguments.
 
     Returns:
         The exit code.
@@ -61,28 +61,30 @@ def main(argv: Sequence[str]) -> int:
         if not any(folder.glob(f"runs/*/{FINISHED}")):
             shutil.rmtree(folder)
         raise
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("Stopped. The same command goes on with --resume.") from None
     _report(plan, flags, runs, folder)
     return 0
 
 
 def _report(plan: Plan, flags: list[str], runs: list[Run], folder: Path) -> None:
-    """Prints and saves what the runs measured."""
-    found: dict[str, list[Results]] = {name: [] for name in plan.all()}
+    """Print and save what the runs measured."""
+    measured: dict[str, list[Results]] = {name: [] for name in plan.all()}
     twins: dict[str, list[Results]] = {}
     for run in runs:
-        (twins if run.twin else found).setdefault(run.configuration, []).append(Results.read(run.folder))
+        (twins if run.twin else measured).setdefault(run.configuration, []).append(Results.read(run.folder))
     if plan.tradeoff is None:
-        table = comparison_table(found, twins, plan.stock())
-        draw(found, twins, folder / PICTURE)
+        table = comparison_table(measured, twins, plan.stock())
+        draw(measured, twins, folder / PICTURE)
     else:
-        table = tradeoff_table(plan, found)
-        draw_tradeoff(plan, found, folder / PICTURE)
+        table = tradeoff_table(plan, measured)
+        draw_tradeoff(plan, measured, folder / PICTURE)
     (folder / TABLE).write_text(table + "\n", "utf-8")
     everything = {"plan": asdict(plan), "flags": flags}
-    for kind, by_name in (("runs", found), ("twins", twins)):
+    for kind, by_name in (("runs", measured), ("twins", twins)):
         everything[kind] = {name: [asdict(results) for results in seeds] for name, seeds in by_name.items()}
     (folder / RESULTS).write_text(json.dumps(everything, indent=1) + "\n", "utf-8")
-    print("\n".join(["", table, "", *_notes(found, twins)]))
+    print("\n".join(["", table, "", *_notes(measured, twins)]))
     print(f"Saved in {folder}: {TABLE}, {RESULTS}, {PICTURE}, and the runs.")
 
 
@@ -126,14 +128,14 @@ def _is_finished(run: Run, flags: list[str]) -> bool:
         ValueError: It is, with other flags.
     """
     try:
-        found = json.loads((run.folder / FINISHED).read_text("utf-8"))
+        before = json.loads((run.folder / FINISHED).read_text("utf-8"))
     except (OSError, ValueError):  # Not there, or only half written.
         return False
     wanted = _flags_of(run, flags)
-    if found == wanted:
+    if before == wanted:
         return True
-    names = found["settings"].keys() | wanted["settings"].keys()
-    different = [name for name in sorted(names) if found["settings"].get(name) != wanted["settings"].get(name)]
+    names = before["settings"].keys() | wanted["settings"].keys()
+    different = [name for name in sorted(names) if before["settings"].get(name) != wanted["settings"].get(name)]
     raise ValueError(
         f"{run.folder} was run with other flags ({', '.join(different) or 'those of the command line'}): give the same "
         "ones, name another --output_dir, or run all anew with --overwrite."
@@ -164,7 +166,7 @@ def _run_all(runs: list[Run], flags: list[str], example: dict[str, str], process
 
 
 def _write_example(name: str, folder: Path) -> dict[str, str]:
-    """Writes an embedded example's data once for all runs, which saves each of them some seconds."""
+    """Write an embedded example's data once for all runs, which saves each of them some seconds."""
     folder.mkdir(exist_ok=True)
     files = {}
     for split, examples in example_data(name).items():
@@ -175,7 +177,7 @@ def _write_example(name: str, folder: Path) -> dict[str, str]:
 
 
 def _notes(runs: dict[str, list[Results]], twins: dict[str, list[Results]]) -> list[str]:
-    """What a reader of the table has to know of the twins."""
+    """Say what a reader of the table has to know about the twins."""
     notes = []
     for name, seeds in twins.items():
         apart = max(

@@ -1,138 +1,176 @@
-"""Files and data sets -> examples, checked, before anything expensive is loaded."""
+"""Files and data sets -> rows, checked, before anything expensive is loaded.
+
+Why not the readers of `datasets`: its JSON reader makes timestamps of texts that look like dates, refuses files whose
+columns differ, and can't say which line is malformed.
+"""
 
 from __future__ import annotations
 
 import csv
+import glob
+import gzip
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pyarrow
 import pyarrow.parquet
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import load_dataset
 
-from hf_jd.finetune.arguments import DataArguments
 from hf_jd.finetune.example import example_data
+from hf_jd.finetune.flags import DataArguments
+from hf_jd.finetune.formats import HELP, form_of, to_example
 from hf_jd.finetune.sentences import first_sentence
 from hf_jd.groups import is_missing
 
 EXAMPLE_TASK_COLUMN = "task"
 
+Rows = Sequence[Mapping[str, Any]]
+"""A list, or a `Dataset`."""
 
-def load_examples(data: DataArguments) -> DatasetDict:
-    """Loads the examples to train on (`train`) and, where there are any, to evaluate on (`validation`).
+_PREFERENCES = {"chosen", "rejected"}
+
+
+def load_examples(data: DataArguments) -> dict[str, Any]:
+    """Load the examples to train on (`train`) and, if there are any, to evaluate on (`validation`).
+
+    Returns:
+        Rows by split: lists, or `Dataset`s where these are loaded.
 
     Raises:
         ValueError: A file or a data set can't be read or is empty, or its task column or texts are missing.
     """
-    if data.train_file:
-        files = {"train": data.train_file, "validation": data.validation_file}
-        splits = DatasetDict({split: read_file(Path(path)) for split, path in files.items() if path})
-    elif data.dataset_name:
-        splits = _load_dataset(data.dataset_name, data)
-    else:
-        splits = example_data(data.example)
-    for split, examples in splits.items():
-        source = (data.validation_file if split == "validation" else data.train_file) or f"The split `{split}`"
-        if len(examples) == 0:
+    files = {"train": data.train_file, "validation": data.validation_file}
+    splits: dict[str, Any] = {split: read_files(paths) for split, paths in files.items() if paths}
+    if not splits:
+        loaded: Any = _load_dataset(data.dataset_name, data) if data.dataset_name else example_data(data.example)
+        splits = dict(loaded)
+    for split, rows in splits.items():
+        paths = data.validation_file if split == "validation" else data.train_file
+        source = ", ".join(paths) if paths else f"The split `{split}`"
+        if len(rows) == 0:
             raise ValueError(f"{source} has no examples.")
-        _check_texts(examples, source)
+        _check_texts(rows, source)
         if data.task_column:
-            _check_column(examples, data.task_column, source)
+            _check_column(rows, data.task_column, source)
     return splits
 
 
-def _load_dataset(name: str, data: DataArguments) -> DatasetDict:
+def _load_dataset(name: str, data: DataArguments) -> dict[str, Any]:
     try:
-        found = load_dataset(name, data.dataset_config)
+        splits = load_dataset(name, data.dataset_config)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"The data set `{name}` can't be loaded: {first_sentence(error)}") from error
     wanted = {"train": data.train_split, "validation": data.validation_split or "validation"}
     for split in wanted.values():
-        if split not in found and not (split == "validation" and data.validation_split is None):
-            raise ValueError(f"The data set `{name}` has no split `{split}`; it has {', '.join(map(str, found))}.")
-    return DatasetDict({split: found[own] for split, own in wanted.items() if own in found})
+        if split not in splits and not (split == "validation" and data.validation_split is None):
+            raise ValueError(f"The data set `{name}` has no split `{split}`; it has {', '.join(map(str, splits))}.")
+    return {split: splits[theirs] for split, theirs in wanted.items() if theirs in splits}
 
 
 # ---- Files ----
 
 
-def read_file(path: Path) -> Dataset:
-    """Reads a file of examples into memory.
+def read_files(paths: Sequence[str]) -> list[dict[str, Any]]:
+    """Read the examples of files, folders and globs, one after another, into memory.
 
     Raises:
-        ValueError: The file can't be read, is empty, or is malformed; the message has the line's number.
+        ValueError: There is no such file, or one can't be read, is empty, or is malformed; the message has the line.
     """
-    reader = READERS.get(path.suffix)
+    return [row for path in paths for file in _expand(path) for row in _read_file(file)]
+
+
+def _expand(path: str) -> list[Path]:
+    if Path(path).is_dir():
+        files = [file for file in sorted(Path(path).iterdir()) if _suffix(file) in READERS]
+        if not files:
+            raise ValueError(f"The folder {path} holds no file that ends in {', '.join(READERS)}.")
+        return files
+    if not Path(path).exists() and glob.has_magic(path):
+        files = [Path(file) for file in sorted(glob.glob(path, recursive=True))]
+        if not files:
+            raise ValueError(f"No file matches {path}.")
+        return files
+    return [Path(path)]
+
+
+def _suffix(path: Path) -> str:
+    """Return what a file's name ends in, but for `.gz`."""
+    return Path(path.name.removesuffix(".gz")).suffix
+
+
+def _read_file(path: Path) -> Sequence[dict[str, Any]]:
+    reader = READERS.get(_suffix(path))
     if reader is None:
-        raise ValueError(f"{path} has an unknown ending `{path.suffix}`; known are {', '.join(READERS)}.")
+        raise ValueError(
+            f"{path} has an unknown ending `{path.suffix}`; known are {', '.join(READERS)}, each also with .gz."
+        )
     try:
         if path.stat().st_size == 0:
             raise ValueError(f"{path} is empty.")
-        return reader(path)
-    except OSError as error:
-        raise ValueError(f"{path} can't be read: {error.strerror or error}.") from error
+        return list(reader(path))
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path} can't be read: {getattr(error, 'strerror', None) or error}.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8.") from error
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path} is malformed: {first_sentence(error)}") from error
 
 
-def _read_json(path: Path) -> Dataset:
-    text = path.read_text("utf-8-sig")
+def _open(path: Path) -> TextIO:
+    opener: Callable[..., TextIO] = gzip.open if path.suffix == ".gz" else open
+    return opener(path, "rt", encoding="utf-8-sig", newline="")
+
+
+def _read_json(path: Path) -> Iterator[dict[str, Any]]:
+    with _open(path) as file:
+        text = file.read()
     if not text.lstrip().startswith("["):
-        return _read_json_lines(path)
+        yield from _read_json_lines(path)
+        return
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: malformed JSON ({error.msg}).") from error
-    return _from_rows(enumerate(rows, 1), f"{path}, example")
+    for number, row in enumerate(rows, 1):
+        yield _object(row, f"{path}, example {number}")
 
 
-def _read_json_lines(path: Path) -> Dataset:
-    def rows() -> Iterator[tuple[int, Any]]:
-        for number, line in enumerate(path.read_text("utf-8-sig").split("\n"), 1):
+def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    yield number, json.loads(line)
+                    row = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{path}, line {number}: malformed JSON ({error.msg}).") from error
+                yield _object(row, f"{path}, line {number}")
 
-    return _from_rows(rows(), f"{path}, line")
+
+def _object(row: Any, place: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise ValueError(f"{place}: an example has to be an object with columns, not {json.dumps(row)}.")
+    return row
 
 
-def _read_csv(path: Path) -> Dataset:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
+    with _open(path) as file:
         reader = csv.DictReader(file, strict=True)
-        rows = []
         try:
             for row in reader:
                 if None in row or None in row.values():
                     raise ValueError(f"{path}, line {reader.line_num}: not as many columns as in the first line.")
-                rows.append((reader.line_num, row))
+                yield row
         except csv.Error as error:
             raise ValueError(f"{path}, line {reader.line_num}: malformed CSV ({error}).") from error
-        return _from_rows(iter(rows), f"{path}, line")
 
 
-def _read_parquet(path: Path) -> Dataset:
-    return Dataset(pyarrow.parquet.read_table(path))
+def _read_parquet(path: Path) -> list[dict[str, Any]]:
+    return pyarrow.parquet.read_table(path).to_pylist()
 
 
-def _from_rows(rows: Iterator[tuple[int, Any]], place: str) -> Dataset:
-    columns: dict[str, list] = {}
-    for before, (number, row) in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(f"{place} {number}: an example has to be an object with columns, not {json.dumps(row)}.")
-        for name in row:
-            columns.setdefault(name, [None] * before)
-        for name, values in columns.items():
-            values.append(row.get(name))
-    return Dataset.from_dict(columns)
-
-
-READERS: dict[str, Callable[[Path], Dataset]] = {
+READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]] | list[dict[str, Any]]]] = {
     ".jsonl": _read_json_lines,
     ".json": _read_json,
     ".csv": _read_csv,
@@ -143,35 +181,44 @@ READERS: dict[str, Callable[[Path], Dataset]] = {
 # ---- Checks ----
 
 
-def text_columns(examples: Dataset) -> tuple[str, ...]:
-    """The columns that hold the text: (`prompt`, `completion`), (`text`,), or none."""
-    names = examples.column_names
-    return next((pair for pair in (("prompt", "completion"), ("text",)) if set(pair) <= set(names)), ())
+def columns_of(rows: Rows) -> list[str]:
+    """Return all columns that any row has."""
+    return list(getattr(rows, "column_names", None) or dict.fromkeys(name for row in rows for name in row))
 
 
-def _check_texts(examples: Dataset, source: str) -> None:
-    columns = text_columns(examples)
-    if not columns:
-        raise ValueError(
-            f"{source} has nothing to learn from: it needs the columns `prompt` and `completion`, or `text`, and has "
-            f"{_listed(examples.column_names)}."
+def _check_texts(rows: Rows, source: str) -> None:
+    columns = columns_of(rows)
+    form = form_of(columns)
+    if not form:
+        advice = (
+            " Preferences are for TRL's DPOTrainer, in a script with JDTrainerMixin."
+            if _PREFERENCES.issubset(columns)
+            else ""
         )
-    for name in columns:
-        rows = [row for row, value in enumerate(examples[name], 1) if not isinstance(value, str)]
-        if rows:
-            raise ValueError(f"{source} has no text in the column `{name}` of {_numbered(rows)}.")
-
-
-def _check_column(examples: Dataset, column: str, source: str) -> None:
-    if column not in examples.column_names:
         raise ValueError(
-            f"{source} has no column `{column}`; its columns are {_listed(examples.column_names)}. Name the "
-            "one of the tasks with --task_column (or --jd_group_column)."
+            f"{source} has nothing to learn from: it needs the columns {HELP}, and has {_listed(columns)}.{advice}"
         )
-    rows = [row for row, value in enumerate(examples[column], 1) if is_missing(value)]
-    if rows:
+    complaints: dict[str, list[int]] = {}
+    for number, row in enumerate(rows, 1):
+        try:
+            to_example({name: row.get(name) for name in columns}, form)
+        except ValueError as error:
+            complaints.setdefault(str(error), []).append(number)
+    for complaint, numbers in complaints.items():
+        raise ValueError(f"{source} has {complaint} of {_numbered(numbers)}.")
+
+
+def _check_column(rows: Rows, column: str, source: str) -> None:
+    columns = columns_of(rows)
+    if column not in columns:
         raise ValueError(
-            f"{source} has no value in the column `{column}` of {_numbered(rows)}: fill it in, or leave them out."
+            f"{source} has no column `{column}`; its columns are {_listed(columns)}. Name the one of the tasks with "
+            "--task_column (or --jd_group_column)."
+        )
+    empty = [number for number, row in enumerate(rows, 1) if is_missing(row.get(column))]
+    if empty:
+        raise ValueError(
+            f"{source} has no value in the column `{column}` of {_numbered(empty)}: fill it in, or leave them out."
         )
 
 
@@ -180,7 +227,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _numbered(rows: list[int]) -> str:
-    """Row numbers, counted from 1, of which the first are listed."""
+    """Join row numbers, counted from 1, of which the first five are listed."""
     listed = ", ".join(map(str, rows[:5]))
     more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
     return f"row{'s' if len(rows) > 1 else ''} {listed}{more}"

@@ -18,9 +18,11 @@ from hf_jd.gramian import RowCheck, check_rows
 from hf_jd.trainer import JDTrainer
 from hf_jd.trainer.unreduced import by_name
 
+DESCRIPTION = "Check, before training, that every parameter's rows are right, and what they cost: on one batch."
+
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `hf-jd doctor` with the flags of `hf-jd finetune`; nothing is trained or written.
+    """Run `hf-jd doctor` with the flags of `hf-jd finetune`; nothing is trained or written.
 
     Returns:
         The exit code: 1 if a parameter's rows are wrong.
@@ -34,13 +36,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def diagnose(flags: Sequence[str], settings: Mapping[str, Any]) -> list[RowCheck]:
-    """Checks the rows of one training batch.
+    """Check the rows of one training batch.
 
     Args:
         flags: Of `hf-jd finetune`, which override the settings.
         settings: By the flags' names.
     """
-    model, data, run, training = parse(flags, settings)
+    model, data, run, training = parse(flags, settings, "doctor", DESCRIPTION)
     trainer = build_trainer(model_path(model), model, data, run, training, load_examples(data))
     assert isinstance(trainer, JDTrainer)
     assert trainer.model is not None
@@ -57,7 +59,7 @@ def diagnose(flags: Sequence[str], settings: Mapping[str, Any]) -> list[RowCheck
 
 
 def report(findings: Sequence[RowCheck]) -> str:
-    """The findings as text: parameters in closed form are counted, all others named."""
+    """Format the findings: parameters in closed form are counted, all others named."""
     tiers = Counter(finding.tier for finding in findings)
     lines = [str(finding) for finding in findings if finding.tier != 1 or not finding.right]
     wrong = sum(not finding.right for finding in findings)

@@ -44,7 +44,7 @@ _NOT_THE_LIBRARY = {"site-packages", "dist-packages", "ensurepip", "test", "test
 
 
 def example_path(name: str) -> Path:
-    """The path of a part of the embedded example.
+    """Return the path of a part of the embedded example.
 
     Raises:
         ValueError: It isn't there, as in an installation from a wheel.
@@ -59,7 +59,7 @@ def example_path(name: str) -> Path:
 
 
 def example_data(name: str) -> DatasetDict:
-    """An embedded example.
+    """Load an embedded example.
 
     Args:
         name: One of `EXAMPLES`.
@@ -71,7 +71,7 @@ def example_data(name: str) -> DatasetDict:
 
 
 def four_tasks(seed: int = 1) -> DatasetDict:
-    """The four tasks; see `example_data`.
+    """Build the four tasks; see `example_data`.
 
     Args:
         seed: Of the choice of examples, not of the training.
@@ -100,7 +100,7 @@ def four_tasks(seed: int = 1) -> DatasetDict:
 
 
 def stories_about_lily(seed: int = 1) -> DatasetDict:
-    """The stories in two tasks, by whether Lily is in them; see `example_data`.
+    """Split the stories into two tasks, by whether Lily is in them; see `example_data`.
 
     Args:
         seed: Of the choice of examples, not of the training.
@@ -123,7 +123,7 @@ EXAMPLES: dict[str, Callable[[], DatasetDict]] = {"tasks": four_tasks, "lily": s
 
 
 def example_texts() -> dict[str, list[tuple[str, str]]]:
-    """All there is of each task, as pairs of prompt and completion, always in the same order."""
+    """Return all there is of each task, as pairs of prompt and completion, always in the same order."""
     code, errors = [], {}
     for source, tree in _library():
         code += _functions(source, tree)
@@ -138,7 +138,7 @@ def example_texts() -> dict[str, list[tuple[str, str]]]:
 
 
 def _balanced(errors: list[tuple[str, str]], rng: random.Random) -> list[tuple[str, str]]:
-    """Leaves out a part of the most frequent kinds."""
+    """Leave out a part of the most frequent kinds."""
     chosen = []
     for kind in KINDS_OF_ERROR.values():
         of_kind = [error for error in errors if error[1] == f" {kind}"]
@@ -147,7 +147,7 @@ def _balanced(errors: list[tuple[str, str]], rng: random.Random) -> list[tuple[s
 
 
 def _library() -> Iterator[tuple[str, ast.Module]]:
-    """The standard library's files, as text and tree."""
+    """Yield the standard library's files, as text and tree."""
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         if _NOT_THE_LIBRARY.intersection(path.relative_to(root).parts):
@@ -162,7 +162,7 @@ def _library() -> Iterator[tuple[str, ast.Module]]:
 
 
 def _functions(source: str, tree: ast.Module) -> Iterator[str]:
-    """The beginnings of a file's functions, their first line at the left margin."""
+    """Yield the beginnings of a file's functions, their first line at the left margin."""
     if not source.isascii():
         return
     lines = source.split("\n")
@@ -186,7 +186,7 @@ def _reference() -> Iterator[str]:
 
 
 def _stories() -> Iterator[str]:
-    """The stories whose hero has no name: the others are nearly all alike in their beginnings."""
+    """Yield the stories whose hero has no name: the others are nearly all alike in their beginnings."""
     for story in _all_stories():
         if not re.search(r"named [A-Z]", story):
             yield story
@@ -197,7 +197,7 @@ def _all_stories() -> list[str]:
 
 
 def _messages(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """The messages of a file's errors, in lower case and with `...` for what is filled in, and their kinds."""
+    """Yield the messages of a file's errors, in lower case and with `...` for what is filled in, and their kinds."""
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args):
             continue
@@ -212,7 +212,7 @@ def _messages(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def _template(node: ast.expr) -> str | None:
-    """The text of an error's argument, whichever way it is formatted."""
+    """Return the text of an error's argument, whichever way it is formatted."""
     if isinstance(node, ast.BinOp):
         node = node.left
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "format":

@@ -1,4 +1,4 @@
-"""What a run measures beside Trainer's loss: accuracy by token, and how long a step takes."""
+"""What a run measures beside Trainer: loss and accuracy per token, and how long a step takes."""
 
 from __future__ import annotations
 
@@ -10,32 +10,59 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import EvalPrediction, TrainerCallback
+from torch.nn.functional import cross_entropy
+from transformers import EvalPrediction, Trainer, TrainerCallback
 
 from hf_jd.finetune.results import STEP_TIMES
 from hf_jd.finetune.tokens import IGNORED
 
 
-def predicted_tokens(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
-    """The most likely token at each place [B, T], so that evaluation keeps no logits."""
-    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+def answers(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Reduce logits to what is measured of them, so that evaluation keeps none.
+
+    Args:
+        logits: [B, T, V], perhaps with other outputs behind.
+        labels: [B, T].
+
+    Returns:
+        The most likely next token [B, T], and the loss [B, T] of each label; of the first of a row, which is never
+        predicted, it is 0.
+    """
+    scores = logits[0] if isinstance(logits, tuple) else logits
+    losses = torch.zeros(labels.shape, device=scores.device)
+    for row, (score, label) in enumerate(zip(scores, labels, strict=True)):  # Row by row: a float32 copy of one only.
+        losses[row, 1:] = cross_entropy(score[:-1].float(), label[1:], reduction="none", ignore_index=IGNORED)
+    return scores.argmax(-1), losses
 
 
 def token_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Accuracy over all tokens that are to be predicted.
+    """Average over all tokens that are predicted, whichever batch and process they were in.
 
     Returns:
-        `accuracy`, and `majority`: the accuracy of always answering the most frequent token.
+        `token_loss`, `accuracy`, and `majority`: the accuracy of always answering the most frequent token.
     """
     labels = np.asarray(prediction.label_ids)[:, 1:]
-    predicted = np.asarray(prediction.predictions)[:, :-1]
+    predicted, losses = map(np.asarray, prediction.predictions)
     counted = labels != IGNORED
     if not counted.any():
         return {}
     return {
-        "accuracy": float((predicted == labels)[counted].mean()),
+        "token_loss": float(losses[:, 1:][counted].mean(dtype=np.float64)),
+        "accuracy": float((predicted[:, :-1] == labels)[counted].mean()),
         "majority": float(np.bincount(labels[counted]).max() / counted.sum()),
     }
+
+
+class TokenLoss(Trainer):
+    """Reports the mean over tokens as the loss of an evaluation, where Trainer averages the means of batches."""
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Put `token_loss` in the place of `loss`; see Trainer."""
+        output = super().evaluation_loop(*args, **kwargs)
+        metrics = output.metrics or {}
+        for name in [name for name in metrics if name.endswith("_token_loss")]:
+            metrics[f"{name.removesuffix('_token_loss')}_loss"] = metrics.pop(name)
+        return output
 
 
 class StepTimer(TrainerCallback):
@@ -51,21 +78,21 @@ class StepTimer(TrainerCallback):
         self._start = 0.0
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        """Starts the clock."""
+        """Start the clock."""
         self._start = _now()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        """Stops it."""
+        """Stop it."""
         self._seconds.append(_now() - self._start)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Writes what it measured."""
+        """Write what it measured."""
         if state.is_world_process_zero:
             (self._folder / STEP_TIMES).write_text(json.dumps(self._seconds), "utf-8")
 
 
 def _now() -> float:
-    """The time, when all that was asked of the GPU is done."""
+    """Wait for the GPU, and return the time."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from pathlib import Path
+from typing import Any
 
-from peft import LoraConfig, get_peft_model
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from hf_jd.finetune.arguments import ModelArguments
 from hf_jd.finetune.example import MODEL, example_path
+from hf_jd.finetune.flags import ModelArguments
 from hf_jd.finetune.sentences import first_sentence
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def model_path(model: ModelArguments) -> str:
-    """The model's name or folder.
+    """Return the model's name or folder.
 
     Raises:
-        ValueError: It is a folder without a model.
+        ValueError: It is a folder without a model or an adapter.
     """
     name = model.model_name_or_path or str(example_path(MODEL))
-    if Path(name).is_dir() and not (Path(name) / "config.json").exists():
+    if Path(name).is_dir() and not any((Path(name) / file).exists() for file in ("config.json", ADAPTER_CONFIG)):
         raise ValueError(f"The folder {name} holds no model: it has no config.json.")
     if Path(name).is_file():
         raise ValueError(f"{name} is a file; --model_name_or_path takes the name of a model, or its folder.")
@@ -30,14 +35,14 @@ def model_path(model: ModelArguments) -> str:
     return name
 
 
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer; one that has no padding token pads with the end-of-sequence token.
+def load_tokenizer(path: str, model: ModelArguments) -> PreTrainedTokenizerBase:
+    """Load the tokenizer; one without a padding token pads with the end-of-sequence token.
 
     Raises:
         ValueError: There is none.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)  # ty: ignore[invalid-assignment]
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **_source(model))  # ty: ignore[invalid-assignment]
     except (OSError, ValueError) as error:
         raise ValueError(f"The tokenizer of `{path}` can't be loaded: {first_sentence(error)}") from error
     if tokenizer.pad_token is None:
@@ -47,28 +52,55 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(path: str, model: ModelArguments) -> nn.Module:
-    """Loads a causal language model, and adds a LoRA adapter unless all parameters are to be trained.
+    """Load a causal language model, and add a LoRA adapter unless all parameters are trained.
+
+    A folder with an adapter is loaded with its base model, and that adapter is trained on.
 
     Raises:
         ValueError: There is no such model, or none of its modules is to get an adapter.
     """
+    settings: dict[str, Any] = _source(model) | {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
+    if model.load_in_4bit:
+        settings["quantization_config"] = _four_bits(model)
+    adapted = (Path(path) / ADAPTER_CONFIG).exists()
+    if adapted and model.full:
+        raise ValueError(f"`{path}` is an adapter: leave out --full to train it, or merge it into its model first.")
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(path, dtype=model.dtype)
-    except (OSError, ValueError) as error:
+        if adapted:
+            return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **settings)
+        loaded = AutoModelForCausalLM.from_pretrained(path, **settings)
+    except (OSError, ValueError, ImportError) as error:  # ImportError: an attention that isn't installed.
         raise ValueError(f"The model `{path}` can't be loaded: {first_sentence(error)}") from error
-    if model.full:
-        return loaded
+    return loaded if model.full else _with_lora(loaded, path, model)
+
+
+def _with_lora(loaded: nn.Module, path: str, model: ModelArguments) -> nn.Module:
     targets = model.lora_target_modules
     config = LoraConfig(
         r=model.lora_r,
         lora_alpha=model.lora_alpha,
         lora_dropout=model.lora_dropout,
         target_modules=targets[0] if targets == ["all-linear"] else targets,
+        modules_to_save=model.lora_modules_to_save,
+        use_dora=model.use_dora,
         task_type="CAUSAL_LM",
     )
+    if model.load_in_4bit:
+        loaded = prepare_model_for_kbit_training(loaded, use_gradient_checkpointing=False)
     try:
         with warnings.catch_warnings():  # PEFT 0.21 reads a name that transformers 5 has replaced.
             warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
             return get_peft_model(loaded, config)
     except ValueError as error:
         raise ValueError(f"LoRA can't be added to `{path}`: {first_sentence(error)}") from error
+
+
+def _source(model: ModelArguments) -> dict[str, Any]:
+    return {"revision": model.model_revision, "trust_remote_code": model.trust_remote_code}
+
+
+def _four_bits(model: ModelArguments) -> BitsAndBytesConfig:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("--load_in_4bit needs bitsandbytes, which isn't installed: `pip install bitsandbytes`.")
+    compute = torch.bfloat16 if model.dtype == "auto" else getattr(torch, model.dtype)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from argparse import SUPPRESS, Action
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from textwrap import shorten, wrap
 from typing import Any, NoReturn
 
 import yaml
@@ -16,25 +18,73 @@ from hf_jd.finetune.sentences import first_sentence
 _SUFFIXES = (".yaml", ".yml", ".json")
 
 
+# What people type who come from other tools.
+_COMMON_NAMES = {
+    "lr": "learning_rate",
+    "batch_size": "per_device_train_batch_size",
+    "train_batch_size": "per_device_train_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "grad_accum": "gradient_accumulation_steps",
+    "accumulation": "gradient_accumulation_steps",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "evaluation_strategy": "eval_strategy",
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
+    "model": "model_name_or_path",
+    "torch_dtype": "dtype",
+    "rank": "lora_r",
+    "lora_rank": "lora_r",
+    "data": "train_file",
+    "dataset": "dataset_name",
+    "output": "output_dir",
+    "resume": "resume_from_checkpoint",
+    "overwrite": "overwrite_output_dir",
+    "cpu": "use_cpu",
+    "weighting": "jd_weighting",
+    "objectives": "jd_objectives",
+    "preferences": "jd_preferences",
+}
+_WIDTH, _INDENT = 110, 34
+
+
 class Parser(HfArgumentParser):
-    """Transformers' parser, which says in one sentence what is wrong.
+    """Transformers' parser, which says in one sentence what is wrong, and what there is on two screens.
 
     Args:
-        prepare: Changes the flags, by name, before dataclasses are made of them: where one stands for another.
+        prepare: Changes the flags, by name, before dataclasses are made of them.
+        sections: The flags that the help lists, by its headings. None: all, under one heading. Others are listed by
+            `--help-all` only.
     """
 
-    def __init__(self, *args: Any, prepare: Callable[[dict[str, Any]], None], **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        prepare: Callable[[dict[str, Any]], None] = lambda flags: None,
+        sections: Mapping[str, Sequence[str]] | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         self._prepare = prepare
+        self._sections = sections or {"Flags": self._names()}
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parses the flags, and prepares them; see argparse."""
-        found, unknown = super().parse_known_args(args, namespace)
-        self._prepare(vars(found))
-        return found, unknown
+        """Parse the flags, and prepare them; see argparse.
+
+        Raises:
+            ValueError: A flag is unknown.
+        """
+        if args and "--help-all" in args:
+            print(self.format_help(everything=True))
+            self.exit()
+        flags, unknown = super().parse_known_args(args, namespace)
+        if unknown:  # Said first: what is missing may be what was misspelt.
+            raise ValueError(f"Unknown flag `{unknown[0]}`{self._nearest(unknown[0].partition('=')[0])}.")
+        self._prepare(vars(flags))
+        return flags, unknown
 
     def error(self, message: str) -> NoReturn:
-        """Raises a ValueError instead of printing hundreds of flags and leaving.
+        """Raise a ValueError instead of printing hundreds of flags and leaving.
 
         Raises:
             ValueError: Always.
@@ -42,7 +92,7 @@ class Parser(HfArgumentParser):
         raise ValueError(f"{message[0].upper()}{message[1:].rstrip('.')}.")
 
     def parse(self, flags: Sequence[str], settings: Mapping[str, Any]) -> tuple[Any, ...]:
-        """Parses into the dataclasses.
+        """Parse into the dataclasses.
 
         Args:
             flags: `--flag value ...`.
@@ -51,36 +101,62 @@ class Parser(HfArgumentParser):
         Raises:
             ValueError: A flag is unknown or has a value that isn't allowed.
         """
-        for name in settings:
-            if name not in self._names():
+        for name, value in settings.items():
+            action = self._option_string_actions.get(f"--{name}")
+            if action is None or action.nargs == 0:  # `--no_x` is for the command line.
                 raise ValueError(f"Unknown flag `{name}` in the file{self._nearest(name)}.")
-        self.set_defaults(**settings)
+            self.set_defaults(**{action.dest: value})
         try:
-            parsed: tuple[Any, ...] = self.parse_args_into_dataclasses(
-                list(flags), return_remaining_strings=True, look_for_args_file=False
-            )
+            return self.parse_args_into_dataclasses(list(flags), look_for_args_file=False)
         except (ValueError, ImportError) as error:  # ImportError: bf16 and the like, where they can't be had.
             raise ValueError(str(error)) from error
-        if unknown := parsed[-1]:
-            raise ValueError(f"Unknown flag `{unknown[0]}`{self._nearest(unknown[0].partition('=')[0])}.")
-        return parsed[:-1]
+
+    def format_help(self, everything: bool = False) -> str:
+        """Format the help: a line per flag or, of everything, all that there is to say."""
+        shown = [name for names in self._sections.values() for name in names]
+        rest = [name for name in self._names() if name not in shown and name != "help"]
+        sections = {**self._sections, **({"All others": rest} if everything and rest else {})}
+        actions = {action.dest: action for action in reversed(self._actions)}
+        lines = [self.format_usage().strip(), "", *wrap(self.description or "", _WIDTH)]
+        for title, names in sections.items():
+            lines += ["", f"{title}:"]
+            lines += [line for name in names for line in _described(actions[name], everything)]
+        more = f", and those of {len(rest)} more flags" if rest else ""
+        return "\n".join([*lines, *([] if everything else ["", f"--help-all shows whole descriptions{more}."])]) + "\n"
 
     def _names(self) -> list[str]:
-        return [action.dest for action in self._actions]
+        return list(dict.fromkeys(action.dest for action in self._actions))
 
     def _nearest(self, name: str) -> str:
-        near = get_close_matches(name.lstrip("-").replace("-", "_"), self._names(), n=1)
+        name = name.lstrip("-").replace("-", "_")
+        names = self._names()
+        near = [common for common in [_COMMON_NAMES.get(name)] if common in names] or get_close_matches(
+            name, names, n=1
+        )
         return f"; the nearest is `--{near[0]}`" if near else "; --help lists all of them"
 
 
+def _described(action: Action, everything: bool) -> list[str]:
+    text = " ".join((action.help or "").replace("%%", "%").replace("(default: %(default)s)", "").split())
+    default = action.default if action.default not in (None, SUPPRESS, False, [], "") else None
+    default = " ".join(map(str, default)) if isinstance(default, list) else default
+    end = "" if default is None else f" [{default}]"
+    head = f"  --{action.dest} "
+    width = _WIDTH - _INDENT
+    if everything:
+        return [head, *wrap(text + end, _WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8)]
+    first = text.partition(". ")[0].rstrip(".")
+    return [f"{head:<{_INDENT}}{shorten(first, width - len(end), placeholder='...')}{end}"]
+
+
 def split_settings(argv: Sequence[str]) -> tuple[list[str], Path | None]:
-    """Splits `[FILE] --flag value ...` into flags and the file, if there is one."""
+    """Split `[FILE] --flag value ...` into flags and the file, if there is one."""
     flags = list(argv)
     return (flags[1:], Path(flags[0])) if flags and flags[0].endswith(_SUFFIXES) else (flags, None)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Reads a YAML or JSON file of settings by name.
+    """Read a YAML or JSON file of settings by name.
 
     Raises:
         ValueError: It can't be read, or isn't such a file.

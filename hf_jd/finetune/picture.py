@@ -28,7 +28,7 @@ def draw(runs: Mapping[str, Sequence[Results]], twins: Mapping[str, Sequence[Res
         path: The PNG.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        print("There is no picture: install matplotlib with `pip install 'hf-jd[plot]'`.")
+        print("There is no picture: matplotlib isn't installed (`pip install matplotlib`).")
         return
     from matplotlib.figure import Figure
 
@@ -71,8 +71,8 @@ def _draw_weights(axis: Axes, name: str, seeds: Sequence[Results], tasks: Sequen
     shares = []
     for task in tasks:
         # A task that is absent from a step has no weight in it.
-        found = [dict(results.weights.get(task, [])) for results in seeds]
-        by_step = [statistics.fmean(of_seed.get(step, 0.0) for of_seed in found) for step in steps]
+        series = [dict(results.weights.get(task, [])) for results in seeds]
+        by_step = [statistics.fmean(of_seed.get(step, 0.0) for of_seed in series) for step in steps]
         shares.append([statistics.fmean(by_step[max(0, i - _WINDOW + 1) : i + 1]) for i in range(len(by_step))])
     axis.stackplot(list(steps), shares, labels=list(tasks), alpha=0.8, colors=_COLORS)
     axis.set_title(name, fontsize="medium")

@@ -50,7 +50,7 @@ def _sigterm_as_exit() -> Generator[None]:
 def run_jobs(
     jobs: Sequence[Job], processes: int, environment: Mapping[str, str], finished: Callable[[Job], None]
 ) -> None:
-    """Runs all jobs, `processes` at a time, in their order, and prints when each is done.
+    """Run all jobs, `processes` at a time, in their order, and print when each is done.
 
     Whatever ends this before, an error, Ctrl-C or SIGTERM, ends the jobs that are running, too.
 

@@ -2,34 +2,61 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments, set_seed
+from datasets import Dataset
+from transformers import DataCollatorForSeq2Seq, IntervalStrategy, Trainer, TrainingArguments, set_seed
 
 from hf_jd import JDTrainer, JDTrainingArguments
-from hf_jd.finetune.arguments import DataArguments, ModelArguments, RunArguments
+from hf_jd.arguments import JDArguments
 from hf_jd.finetune.card import write_card
-from hf_jd.finetune.data import EXAMPLE_TASK_COLUMN, load_examples
-from hf_jd.finetune.measures import StepTimer, predicted_tokens, token_metrics
+from hf_jd.finetune.console import use_console
+from hf_jd.finetune.data import EXAMPLE_TASK_COLUMN, Rows, load_examples
+from hf_jd.finetune.facts import FactsWriter, facts_of
+from hf_jd.finetune.flags import DataArguments, ModelArguments, RunArguments
+from hf_jd.finetune.measures import StepTimer, TokenLoss, answers, token_metrics
 from hf_jd.finetune.model import load_model, load_tokenizer, model_path
 from hf_jd.finetune.parser import Parser, read_settings, split_settings
+from hf_jd.finetune.preflight import check_hub, check_launch, check_reporting, spread_over
 from hf_jd.finetune.results import Results
 from hf_jd.finetune.table import evaluation_table
 from hf_jd.finetune.tokens import tokenize
 from hf_jd.trainer.resuming import checkpoint_to_resume, needed_files, trainer_files
 
 _FILES_OF_A_RUN = ("trainer_state.json", "adapter_config.json", "adapter_model.safetensors", "model.safetensors")
+MAIN_FLAGS = (
+    "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "bf16",
+    "per_device_eval_batch_size", "eval_strategy", "eval_steps", "logging_steps", "report_to", "save_steps",
+    "resume_from_checkpoint", "do_train", "push_to_hub", "seed", "use_cpu",
+)  # fmt: skip
+"""Those of TrainingArguments that `--help` lists."""
+LORA_LEARNING_RATE, FULL_LEARNING_RATE = 2e-4, 2e-5
+DEFAULTS: dict[str, Any] = {
+    "do_train": True,
+    "learning_rate": None,  # by --full
+    "logging_steps": 0.02,  # of the training: a curve for short data, too
+    "eval_strategy": "steps",
+    "eval_steps": 0.2,
+    "eval_on_start": True,
+    "save_steps": 0.2,
+    "save_total_limit": 2,
+}
+"""Where fine-tuning on a few hundred examples wants another default than TrainingArguments has."""
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `hf-jd finetune` with these arguments.
+    """Run `hf-jd finetune` with these arguments.
 
     Returns:
         The exit code.
@@ -40,9 +67,18 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parse(
-    flags: Sequence[str], settings: Mapping[str, Any]
+    flags: Sequence[str],
+    settings: Mapping[str, Any],
+    command: str = "finetune",
+    description: str = "Fine-tune a causal language model with Jacobian descent.",
 ) -> tuple[ModelArguments, DataArguments, RunArguments, JDTrainingArguments]:
-    """Parses flags, which override settings by name.
+    """Parse flags, which override settings by name.
+
+    Args:
+        flags: `--flag value ...`.
+        settings: Values by the flags' names.
+        command: The command whose help `--help` shows.
+        description: Of that command.
 
     Raises:
         ValueError: Something in them isn't allowed.
@@ -50,18 +86,30 @@ def parse(
     groups: Any = [ModelArguments, DataArguments, RunArguments, JDTrainingArguments]
     parser = Parser(
         groups,
-        prog="hf-jd finetune",
+        prog=f"hf-jd {command}",
         usage="%(prog)s [FILE.yaml] [--flag value ...]",
-        description="Fine-tune a causal language model with Jacobian descent. The file holds flags as `name: value`.",
+        description=f"{description} The file holds flags as `name: value`.",
         allow_abbrev=False,
         prepare=_prepare,
+        sections={
+            "Jacobian descent": _names_of(JDArguments),
+            "Model": _names_of(ModelArguments),
+            "Data": _names_of(DataArguments),
+            "Run": _names_of(RunArguments),
+            "Training, as in transformers' TrainingArguments": MAIN_FLAGS,
+        },
     )
+    parser.set_defaults(**DEFAULTS)
     model, data, run, training = parser.parse(flags, settings)
     return model, data, run, training
 
 
+def _names_of(dataclass: Any) -> list[str]:
+    return [field.name for field in fields(dataclass)]
+
+
 def _prepare(flags: dict[str, Any]) -> None:
-    """Makes one of --task_column and --jd_group_column, which each stand for the other."""
+    """Fill in what depends on other flags: --task_column and --jd_group_column each stand for the other."""
     if flags["output_dir"] is None:
         raise ValueError("--output_dir is missing: where is the model to be saved?")
     task, group = flags["task_column"], flags["jd_group_column"]
@@ -71,24 +119,34 @@ def _prepare(flags: dict[str, Any]) -> None:
         )
     embedded = not flags["train_file"] and not flags["dataset_name"]
     flags["task_column"] = flags["jd_group_column"] = task or group or (EXAMPLE_TASK_COLUMN if embedded else None)
+    if flags["learning_rate"] is None:
+        flags["learning_rate"] = FULL_LEARNING_RATE if flags["full"] else LORA_LEARNING_RATE
 
 
 def finetune(model: ModelArguments, data: DataArguments, run: RunArguments, training: JDTrainingArguments) -> Results:
-    """Trains, evaluates and saves.
+    """Train, evaluate and save; without --do_train, only evaluate.
 
     Returns:
-        What was measured, read back from the run's own files.
+        What was measured.
 
     Raises:
         ValueError: Something is wrong with the data, the model or the folder; nothing is left behind then.
     """
+    check_launch(training)
+    check_reporting(training)
+    check_hub(training)
     with _output_folder(run, training) as folder:
         path = model_path(model)
-        examples = load_examples(data)
-        trainer = build_trainer(path, model, data, run, training, examples)
+        trainer = build_trainer(path, model, data, run, training, load_examples(data))
+        if not training.do_train:
+            return _evaluate_only(trainer)
+        trainer.add_callback(FactsWriter(folder, facts_of(path, model, data, run, training)))
         if not training.resume_from_checkpoint and trainer.is_world_process_zero():
             _remove_run(folder)
-        trainer.train(resume_from_checkpoint=_checkpoint(trainer))
+        try:
+            trainer.train(resume_from_checkpoint=_checkpoint(trainer))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_how_to_resume(folder)) from None
         _evaluate_at_the_end(trainer)
         trainer.save_model()
         trainer.save_state()
@@ -109,18 +167,21 @@ def build_trainer(
     data: DataArguments,
     run: RunArguments,
     training: JDTrainingArguments,
-    examples: DatasetDict,
+    examples: Mapping[str, Rows],
 ) -> Trainer:
-    """JDTrainer or, as a reference, transformers' own, on the same model and data."""
+    """Build JDTrainer or, as a reference, transformers' own, on the same model and data."""
     set_seed(training.seed)  # The adapter's initial values depend on it.
-    tokenizer = load_tokenizer(path)
-    tokenized = {split: tokenize(examples[split], tokenizer, data) for split in examples}
+    tokenizer = load_tokenizer(path, model)
+    tokenized = {split: tokenize(rows, tokenizer, data) for split, rows in examples.items()}
     if training.label_names is None:
         training.label_names = ["labels"]  # PEFT's models hide the signature that Trainer reads them from.
     training.dataloader_pin_memory &= torch.accelerator.is_available()  # Torch warns where it can't be done.
     validation = tokenized.get("validation")
-    timers: list[Any] = [StepTimer(Path(training.output_dir or ""))] if run.time_steps else []
-    return (Trainer if run.stock else JDTrainer)(
+    if validation is None and (training.eval_strategy != IntervalStrategy.NO or not training.do_train):
+        logger.warning("There is nothing to evaluate on: --validation_file shows each task's loss before and after.")
+        training.eval_strategy, training.eval_on_start = IntervalStrategy.NO, False
+    spread_over(training, len(tokenized["train"]))
+    trainer = (StockTrainer if run.stock else JacobianTrainer)(
         model=load_model(path, model),
         args=training,
         train_dataset=tokenized["train"],
@@ -128,13 +189,23 @@ def build_trainer(
         data_collator=DataCollatorForSeq2Seq(tokenizer, padding=True),
         processing_class=tokenizer,
         compute_metrics=token_metrics,
-        preprocess_logits_for_metrics=predicted_tokens,
-        callbacks=timers,
+        preprocess_logits_for_metrics=answers,  # ty: ignore[invalid-argument-type]  # Trainer takes tuples, too
+        callbacks=[StepTimer(Path(training.output_dir or ""))] if run.time_steps else None,
     )
+    use_console(trainer)
+    return trainer
+
+
+class StockTrainer(TokenLoss, Trainer):
+    """Transformers' own trainer."""
+
+
+class JacobianTrainer(TokenLoss, JDTrainer):
+    """Ours."""
 
 
 def _by_task(examples: Dataset, column: str | None) -> Any:
-    """One evaluation set for each task, whose losses are then its own; without a task column, the one set."""
+    """Split the evaluation set by task, so that each has a loss of its own; without a task column, keep it whole."""
     if column is None:
         return examples
     rows: dict[str, list[int]] = {}
@@ -145,7 +216,7 @@ def _by_task(examples: Dataset, column: str | None) -> Any:
 
 
 def _evaluate_at_the_end(trainer: Trainer) -> None:
-    """Evaluates, unless the last step did."""
+    """Evaluate, unless the last step did."""
     evaluated = any(
         name.endswith("_loss") and name.startswith("eval_") and entry["step"] == trainer.state.global_step
         for entry in trainer.state.log_history
@@ -155,12 +226,29 @@ def _evaluate_at_the_end(trainer: Trainer) -> None:
         trainer.evaluate()
 
 
+def _evaluate_only(trainer: Trainer) -> Results:
+    """Evaluate the model as it is, and save nothing."""
+    if trainer.eval_dataset is None:
+        raise ValueError("--do_train is false, and there is nothing to evaluate on: give --validation_file.")
+    trainer.evaluate()
+    results = Results.of_log(trainer.state.log_history, steps=0)
+    if trainer.is_world_process_zero():
+        print(f"\n{evaluation_table(results)}")
+    return results
+
+
 # ---- The folder of a run ----
+
+
+def _how_to_resume(folder: Path) -> str:
+    if not any(folder.glob("checkpoint-*")):
+        return "Stopped before the first checkpoint (--save_steps): the same command begins anew."
+    return "Stopped. The same command goes on from the newest checkpoint with --resume_from_checkpoint last."
 
 
 @contextmanager
 def _output_folder(run: RunArguments, training: TrainingArguments) -> Generator[Path]:
-    """The run's folder; where an error ends the run before anything was saved, it is as it was before.
+    """Yield the run's folder; an error before anything was saved leaves it as it was.
 
     Raises:
         ValueError: It holds another run, and this one is neither to resume nor to replace that.
@@ -171,10 +259,10 @@ def _output_folder(run: RunArguments, training: TrainingArguments) -> Generator[
     if existed and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file.")
     if first and existed and not training.resume_from_checkpoint:
-        found = _parts_of_a_run(folder)
-        if found and not run.overwrite_output_dir:
+        parts = _parts_of_a_run(folder)
+        if parts and not run.overwrite_output_dir:
             raise ValueError(
-                f"--output_dir {folder} holds another run ({found[0].name}): name another folder, continue that run "
+                f"--output_dir {folder} holds another run ({parts[0].name}): name another folder, continue that run "
                 "with --resume_from_checkpoint last, or replace it with --overwrite_output_dir."
             )
     try:
@@ -196,7 +284,7 @@ def _remove_run(folder: Path) -> None:
 
 
 def _checkpoint(trainer: Trainer) -> str | None:
-    """The checkpoint to resume from: a folder, or the newest whole one of the run's own; None to start anew."""
+    """Return the checkpoint to resume from: a folder, or the run's newest whole one; None to start anew."""
     wanted = trainer.args.resume_from_checkpoint
     if not wanted:
         return None

@@ -2,5 +2,5 @@
 
 
 def first_sentence(error: Exception) -> str:
-    """The first sentence of a message: what follows in other libraries is advice for their own callers."""
+    """Return the first sentence of a message: what follows in other libraries is advice for their own callers."""
     return " ".join(str(error).split()).partition(". ")[0].rstrip(".") + "."

@@ -13,7 +13,7 @@ _Cell = Callable[[Results, str], float | None]
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table, whose columns are as wide as their widest cell."""
+    """Format a markdown table whose columns are as wide as their widest cell."""
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
@@ -25,24 +25,24 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def evaluation_table(results: Results) -> str:
-    """One run's tasks: loss and accuracy before (where that was evaluated) and after."""
-    before = any(found[0].step == 0 and len(found) > 1 for found in results.evaluations.values())
+    """Format one run's tasks: loss and accuracy before (if that was evaluated) and after."""
+    before = any(evaluations[0].step == 0 and len(evaluations) > 1 for evaluations in results.evaluations.values())
     rows = []
     for task in results.tasks:
         first, last = results.evaluations[task][0], results.evaluations[task][-1]
         shown = [first, last] if before else [last]
         cells = [f"{e.loss:.3f}" for e in shown] + [f"{e.accuracy:.1%}" for e in shown]
         rows.append([task, *cells, *_training_cells(results, task)])
-    times = ["before", "after"] if before else ["after"]
-    header = ["task", *(f"loss {when}" for when in times), *(f"accuracy {when}" for when in times)]
-    return markdown([*header, *(["weight", f"steps against it, of {results.steps}"] if results.weights else [])], rows)
+    times = [" before", " after"] if before else [" after" if results.steps else ""]
+    header = ["task", *(f"loss{when}" for when in times), *(f"accuracy{when}" for when in times)]
+    return markdown([*header, *(["share of the weights", "steps against it"] if results.weights else [])], rows)
 
 
 def _training_cells(results: Results, task: str) -> list[str]:
     if not results.weights:
         return []
-    weight, against = results.mean_weight(task), results.steps_against(task)
-    return [_NONE if weight is None else f"{weight:.1%}", _NONE if against is None else f"{against:.0f}"]
+    weight, against = results.mean_weight(task), results.share_against(task)
+    return [_NONE if weight is None else f"{weight:.1%}", _NONE if against is None else f"{against:.0%}"]
 
 
 def comparison_table(
@@ -63,29 +63,29 @@ def comparison_table(
     if not tasks:
         raise ValueError("Nothing was evaluated: the data has no examples to evaluate on.")
     start = [first.evaluations[task][0] for task in tasks]
-    known = all(evaluation.step == 0 for evaluation in start)
+    from_start = all(evaluation.step == 0 for evaluation in start)
     watched = {**runs, **twins}
     loss = _block(runs, tasks, lambda r, task: r.evaluations[task][-1].loss, ".2f")
     for row, seeds in zip(loss, runs.values(), strict=True):
         row.append(_time(seeds, runs.get(stock or "", ())))
     accuracy = _block(runs, tasks, lambda r, task: r.evaluations[task][-1].accuracy, ".1%")
     sections = {
-        "validation loss": [["before training", *(f"{e.loss:.2f}" for e in start)]] * known + loss,
+        "validation loss": [["before training", *(f"{e.loss:.2f}" for e in start)]] * from_start + loss,
         "accuracy": [
-            *[["before training", *(f"{e.accuracy:.1%}" for e in start)]] * known,
+            *[["before training", *(f"{e.accuracy:.1%}" for e in start)]] * from_start,
             ["always the most frequent token", *(f"{e.majority:.1%}" for e in start)],
             *accuracy,
         ],
         f"steps against the task, of {first.steps}": _block(watched, tasks, Results.steps_against, ".0f"),
         "share of the weights": _block(watched, tasks, Results.mean_weight, ".1%"),
     }
-    header = ["", *tasks, "time a step"]
+    header = ["", *tasks, "time per step"]
     rows = [row for title, lines in sections.items() if lines for row in ([f"**{title}**"], *lines)]
     return markdown(header, [[*row, *[_NONE] * (len(header) - len(row))] for row in rows])
 
 
 def _block(runs: Mapping[str, Sequence[Results]], tasks: Sequence[str], cell: _Cell, form: str) -> list[list[str]]:
-    """A row for each configuration that measured this, a cell for each task."""
+    """Build a row per configuration that measured this, with a cell per task."""
     rows = [
         [name, *(spread([cell(results, task) for results in seeds], form) for task in tasks)]
         for name, seeds in runs.items()
@@ -94,7 +94,7 @@ def _block(runs: Mapping[str, Sequence[Results]], tasks: Sequence[str], cell: _C
 
 
 def _time(seeds: Sequence[Results], stock: Sequence[Results]) -> str:
-    """The median step, as seconds and as a ratio to stock's."""
+    """Format the median step time, in seconds and as a ratio to stock's."""
     ours = [results.step_time for results in seeds if results.step_time is not None]
     theirs = [results.step_time for results in stock if results.step_time is not None]
     if not ours:
@@ -104,11 +104,11 @@ def _time(seeds: Sequence[Results], stock: Sequence[Results]) -> str:
 
 
 def spread(values: Sequence[float | None], form: str) -> str:
-    """The mean over seeds and, where there are several, the standard deviation."""
-    known = [value for value in values if value is not None]
-    if not known:
+    """Format the mean over seeds and, if there are several, the standard deviation."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
         return _NONE
-    mean = format(statistics.fmean(known), form)
-    if len(known) == 1 or not all(map(math.isfinite, known)):  # A run that diverged has no deviation.
+    mean = format(statistics.fmean(numbers), form)
+    if len(numbers) == 1 or not all(map(math.isfinite, numbers)):  # A run that diverged has no deviation.
         return mean
-    return f"{mean} ± {format(statistics.stdev(known), form)}"
+    return f"{mean} ± {format(statistics.stdev(numbers), form)}"

@@ -3,71 +3,185 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 from datasets import Dataset
+from jinja2 import TemplateError
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from hf_jd.finetune.arguments import DataArguments
-from hf_jd.finetune.data import text_columns
+from hf_jd.finetune.data import Rows, columns_of
+from hf_jd.finetune.flags import DataArguments
+from hf_jd.finetune.formats import Example, form_of, to_example
+from hf_jd.finetune.sentences import first_sentence
 
 IGNORED = -100
 """The label of a token that isn't predicted, as everywhere in transformers."""
 
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{{ message['role'] | capitalize }}: {{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{{ '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+"""The chat template of a tokenizer that has none, saved with it: `User: ...`, `Assistant: ...`, a line each."""
+
 logger = logging.getLogger(__name__)
 
 
-def tokenize(examples: Dataset, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> Dataset:
-    """Makes `input_ids` and `labels`, and keeps the task column.
+def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> Dataset:
+    """Make `input_ids` and `labels`, and keep the task column.
 
     Raises:
-        ValueError: No example has a token to be predicted.
+        ValueError: No example has a token to predict, or the chat template refuses one.
     """
-    columns = text_columns(examples)
+    columns = columns_of(rows)
+    form = form_of(columns)
+    encoded: dict[str, list[Any]] = {name: [] for name in (data.task_column, "input_ids", "labels") if name}
+    lengths: list[int] = []
+    counts: Counter[str] = Counter(examples=len(rows))
+    for number, row in enumerate(tqdm(rows, desc="Tokenizing", delay=2, leave=False), 1):
+        example = to_example({name: row.get(name) for name in columns}, form)
+        try:
+            ids, labels = encode_example(example, tokenizer, data.add_eos, counts)
+        except TemplateError as error:
+            raise ValueError(f"Row {number} doesn't fit the chat template: {first_sentence(error)}") from error
+        lengths.append(len(ids))
+        ids, labels = _truncate(ids, labels, tokenizer, data.max_length)
+        if all(label == IGNORED for label in labels[1:]):  # The first token's label is never predicted.
+            continue
+        # A list of Python's integers takes nine times the memory.
+        arrays = {"input_ids": np.asarray(ids, np.int32), "labels": np.asarray(labels, np.int32)}
+        for name, values in encoded.items():
+            values.append(row[name] if name == data.task_column else arrays[name])
+    _report(counts, lengths, len(encoded["labels"]), data.max_length)
+    if form == ("prompt", "completion") and tokenizer.chat_template and not counts["answers"]:
+        logger.warning(
+            "The tokenizer has a chat template, and these examples are plain texts, which are learned without it: a "
+            "model that chats wants `messages`."
+        )
+    return Dataset.from_dict(encoded)
 
-    def encode(example: dict[str, str]) -> dict[str, list[int]]:
-        prompt, completion = (example[name] for name in columns) if len(columns) == 2 else ("", example["text"])
-        return encode_example(prompt, completion, tokenizer, data.max_length, data.add_eos)
 
-    others = [name for name in examples.column_names if name != data.task_column]
-    encoded = examples.map(encode, remove_columns=others, keep_in_memory=True, desc="Tokenizing")
-    # The first token's label is never predicted.
-    kept = [i for i, labels in enumerate(encoded["labels"]) if any(label != IGNORED for label in labels[1:])]
-    if not kept:
-        raise ValueError("No example has a token to be predicted: all completions (or texts) are empty.")
-    if len(kept) < len(encoded):
-        logger.warning("%d of %d examples are left out: their text is empty.", len(encoded) - len(kept), len(encoded))
-        encoded = encoded.select(kept, keep_in_memory=True)
-    return encoded
+def _report(counts: Counter[str], lengths: list[int], learned: int, max_length: int) -> None:
+    """Tell what isn't learned.
+
+    Raises:
+        ValueError: Nothing is.
+    """
+    if not learned:
+        raise ValueError("No example has a token to predict: all completions (or texts) are empty, or cut off.")
+    total = len(lengths)
+    if learned < total:
+        logger.warning("%d of %d examples are left out: they have no text to learn.", total - learned, total)
+    longer = sum(length > max_length for length in lengths)
+    if longer:
+        logger.warning(
+            "%d of %d examples are longer than --max_length %d (the longest has %d tokens): they lose the beginning of "
+            "their prompt, then the end of what is learned.",
+            longer,
+            total,
+            max_length,
+            max(lengths),
+        )
+    if counts["rewritten"]:
+        logger.warning(
+            "%d of %d answers of the assistant are not learned: the chat template writes them differently once more "
+            "messages follow.",
+            counts["rewritten"],
+            counts["answers"],
+        )
 
 
 def encode_example(
-    prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase, max_length: int, add_eos: bool
-) -> dict[str, list[int]]:
-    """Encodes one example; the loss is on the completion's tokens only.
+    example: Example, tokenizer: PreTrainedTokenizerBase, add_eos: bool, counts: Counter[str] | None = None
+) -> tuple[list[int], list[int]]:
+    """Encode one example; the loss is on the completion's tokens, or on the assistant's, only.
 
-    Prompt and completion are tokenized together, as a model meets them later, and a token that spans both is the
-    completion's.
+    Everything is tokenized together, as a model meets it later, and a token that spans the end of a prompt and the
+    beginning of an answer belongs to the answer.
 
     Args:
-        prompt: May be empty.
-        completion: What follows it, without anything between.
-        tokenizer: It adds what its model wants at the beginning.
-        max_length: A longer example loses the beginning of its prompt, then the end of its completion.
-        add_eos: Whether the end-of-sequence token is to be predicted, too.
+        example: Texts, or messages for the tokenizer's chat template.
+        tokenizer: Adds what its model wants at the beginning of a text.
+        add_eos: Whether a text's end-of-sequence token is predicted, too. A chat template ends answers itself.
+        counts: Counts the assistant's `answers`, and those that are `rewritten` and can't be learned.
+
+    Returns:
+        Ids and labels, of equal length.
     """
-    ids = list(tokenizer(prompt + completion).input_ids)
-    eos = tokenizer.eos_token_id
-    if ids and ids[-1] == eos:
+    chat = isinstance(example.completion, list)
+    if isinstance(example.completion, str) and isinstance(example.prompt, str):
+        whole = example.prompt + example.completion
+        spans = [(example.prompt, whole)]
+    else:
+        whole, spans = _render(example, tokenizer, Counter() if counts is None else counts)
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=not chat).input_ids)
+
+    ids, eos = encode(whole), tokenizer.eos_token_id
+    if not chat and ids and ids[-1] == eos:
         ids.pop()  # Some tokenizers add it themselves.
-    known = 0
-    for ours, alone in zip(ids, tokenizer(prompt).input_ids, strict=False):
-        if ours != alone:
-            break
-        known += 1
-    if add_eos and eos is not None:
+    labels = [IGNORED] * len(ids)
+    for before, until in spans:
+        start = _common(ids, encode(before))
+        end = len(ids) if until == whole else _common(ids, encode(until))
+        labels[start:end] = ids[start:end]
+    if not chat and add_eos and eos is not None:
         ids.append(eos)
+        labels.append(eos)
+    return ids, labels
+
+
+def _render(
+    example: Example, tokenizer: PreTrainedTokenizerBase, counts: Counter[str]
+) -> tuple[str, list[tuple[str, str]]]:
+    """Write messages as text, with what comes before each answer and what there is after it."""
+    messages: list[Any] = [*example.prompt, *example.completion]
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+        logger.warning("The tokenizer has no chat template: messages are written as `User: ...`, `Assistant: ...`.")
+
+    def render(some: list[Any], prompt: bool = False) -> str:
+        text = tokenizer.apply_chat_template(some, tools=example.tools, tokenize=False, add_generation_prompt=prompt)
+        assert isinstance(text, str)
+        return text
+
+    whole, spans = render(messages), []
+    for i in range(max(1, len(example.prompt)), len(messages)):  # A greeting at the very beginning answers nothing.
+        if messages[i]["role"] == "assistant":
+            counts["answers"] += 1
+            before, until = render(messages[:i], prompt=True), render(messages[: i + 1])
+            if until.startswith(before) and whole.startswith(until):
+                spans.append((before, until))
+            else:  # Templates of reasoning models drop the thoughts of all answers but the last.
+                counts["rewritten"] += 1
+    return whole, spans
+
+
+def _common(ids: Iterable[int], others: Iterable[int]) -> int:
+    """Return how many tokens two sequences begin with together."""
+    count = 0
+    for a, b in zip(ids, others, strict=False):
+        if a != b:
+            break
+        count += 1
+    return count
+
+
+def _truncate(
+    ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[int], list[int]]:
+    """Cut off the beginning of what isn't learned, but not the beginning-of-sequence token, then the end."""
+    prompt = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
     first = 1 if ids and ids[0] == tokenizer.bos_token_id else 0
-    too_many = max(0, min(len(ids) - max_length, known - first))
-    ids = [*ids[:first], *ids[first + too_many :]][:max_length]
-    known -= too_many
-    return {"input_ids": ids, "labels": [IGNORED] * known + ids[known:]}
+    cut = slice(first, first + max(0, min(len(ids) - max_length, prompt - first)))
+    del ids[cut], labels[cut]
+    return ids[:max_length], labels[:max_length]

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hf_jd.finetune.plan import Plan, Tradeoff
+from hf_jd.finetune.comparison import Plan, Tradeoff
 from hf_jd.finetune.results import Results
 from hf_jd.finetune.table import markdown, spread
 
@@ -25,13 +25,13 @@ _SMALLEST = 1e-9
 
 
 def way(results: Results, tradeoff: Tradeoff) -> list[tuple[int, float, float]]:
-    """A run's step, loss to be raised and loss to be kept, at each evaluation."""
-    forgotten, kept = results.evaluations[tradeoff.forget], results.evaluations[tradeoff.keep]
-    return [(a.step, max(a.loss, _SMALLEST), max(b.loss, _SMALLEST)) for a, b in zip(forgotten, kept, strict=True)]
+    """Return the step, the loss to raise and the loss to keep, at each evaluation of a run."""
+    forget, keep = results.evaluations[tradeoff.forget], results.evaluations[tradeoff.keep]
+    return [(a.step, max(a.loss, _SMALLEST), max(b.loss, _SMALLEST)) for a, b in zip(forget, keep, strict=True)]
 
 
 def price(results: Results, tradeoff: Tradeoff) -> tuple[float, float] | None:
-    """The step at which nothing is left to be forgotten, and the loss that is to be kept, there.
+    """Return the step at which nothing is left to forget, and the loss to keep at that step.
 
     Between two evaluations, the logarithms of both losses are taken to be linear in the step.
 
@@ -39,15 +39,15 @@ def price(results: Results, tradeoff: Tradeoff) -> tuple[float, float] | None:
         None if the run doesn't come so far.
     """
     points = way(results, tradeoff)
-    for (step, low, kept), (later, high, then) in zip(points, points[1:], strict=False):
+    for (step, low, loss), (later, high, then) in zip(points, points[1:], strict=False):
         if low < tradeoff.until <= high:
             share = math.log(tradeoff.until / low) / math.log(high / low)
-            return step + share * (later - step), kept * (then / kept) ** share
+            return step + share * (later - step), loss * (then / loss) ** share
     return None
 
 
 def tradeoff_table(plan: Plan, runs: Mapping[str, Sequence[Results]]) -> str:
-    """What `hf-jd compare` shows of a plan with a trade-off: a part for each variant, a row for each configuration.
+    """Format a plan with a trade-off: a part per variant, a row per configuration.
 
     It has both losses and accuracies at the end, the price (see `price`), and how many steps went against each task.
 
@@ -75,15 +75,15 @@ def tradeoff_table(plan: Plan, runs: Mapping[str, Sequence[Results]]) -> str:
 def _checked(plan: Plan, runs: Mapping[str, Sequence[Results]]) -> Tradeoff:
     assert plan.tradeoff is not None
     for task in (plan.tradeoff.forget, plan.tradeoff.keep):
-        found = next(iter(runs.values()))[0].tasks
-        if task not in found:
-            raise ValueError(f"The plan's tradeoff names the task `{task}`; evaluated were {', '.join(found)}.")
+        tasks = next(iter(runs.values()))[0].tasks
+        if task not in tasks:
+            raise ValueError(f"The plan's tradeoff names the task `{task}`; evaluated were {', '.join(tasks)}.")
     return plan.tradeoff
 
 
 def _row(name: str, seeds: Sequence[Results], tradeoff: Tradeoff) -> list[str]:
     ends = [[results.evaluations[task][-1] for results in seeds] for task in (tradeoff.forget, tradeoff.keep)]
-    prices = [found for results in seeds if (found := price(results, tradeoff))]
+    prices = [cost for results in seeds if (cost := price(results, tradeoff))]
     few = f" ({len(prices)} of {len(seeds)})" if 0 < len(prices) < len(seeds) else ""
     return [
         name,
@@ -92,7 +92,7 @@ def _row(name: str, seeds: Sequence[Results], tradeoff: Tradeoff) -> list[str]:
             for end in ends
             for text in (spread([e.loss for e in end], ".2f"), spread([e.accuracy for e in end], ".0%"))
         ),
-        spread([kept for _, kept in prices], ".2f") + few if prices else "never",
+        spread([loss for _, loss in prices], ".2f") + few if prices else "never",
         spread([step for step, _ in prices], ".0f"),
         spread([results.steps_against(tradeoff.forget) for results in seeds], ".0f"),
         spread([results.steps_against(tradeoff.keep) for results in seeds], ".0f"),
@@ -108,7 +108,7 @@ def draw_tradeoff(plan: Plan, runs: Mapping[str, Sequence[Results]], path: Path)
         path: The PNG.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        print("There is no picture: install matplotlib with `pip install 'hf-jd[plot]'`.")
+        print("There is no picture: matplotlib isn't installed (`pip install matplotlib`).")
         return
     from matplotlib.figure import Figure
 
@@ -124,8 +124,8 @@ def draw_tradeoff(plan: Plan, runs: Mapping[str, Sequence[Results]], path: Path)
                 _draw_way(axis, name, runs[full], tradeoff, str(0.7 * controls.index(name) / len(controls)), "--s")
             else:
                 _draw_way(axis, name, runs[full], tradeoff, _COLORS[others.index(name) % len(_COLORS)], "-o")
-        _, before, kept = way(next(iter(runs.values()))[0], tradeoff)[0]
-        axis.plot(kept, before, "*", color="black", markersize=14, label="before training")
+        _, before, loss = way(next(iter(runs.values()))[0], tradeoff)[0]
+        axis.plot(loss, before, "*", color="black", markersize=14, label="before training")
         _label_axes(axis, variant, tradeoff)
     axes[0].set_ylabel(f"loss of `{tradeoff.forget}`, to be raised")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
@@ -140,8 +140,8 @@ def _is_control(plan: Plan, name: str) -> bool:
 def _draw_way(axis: Axes, name: str, seeds: Sequence[Results], tradeoff: Tradeoff, color: str, style: str) -> None:
     """One configuration: the mean over seeds of the logarithms, and where each seed ends."""
     ways = [way(results, tradeoff) for results in seeds]
-    kept, forgotten = ([_mean([at[i] for at in points]) for points in zip(*ways, strict=True)] for i in (2, 1))
-    axis.plot(kept, forgotten, style, color=color, linewidth=1.6, markersize=5, markevery=[-1], label=name)
+    keep, forget = ([_mean([at[i] for at in points]) for points in zip(*ways, strict=True)] for i in (2, 1))
+    axis.plot(keep, forget, style, color=color, linewidth=1.6, markersize=5, markevery=[-1], label=name)
     if len(seeds) > 1:
         ends = [points[-1] for points in ways]
         axis.plot([end[2] for end in ends], [end[1] for end in ends], style[-1], color=color, markersize=3)
@@ -173,5 +173,5 @@ def _label_axes(axis: Axes, variant: str, tradeoff: Tradeoff) -> None:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """The geometric mean, that of the logarithms."""
+    """Return the geometric mean: that of the logarithms."""
     return math.exp(statistics.fmean(map(math.log, values)))

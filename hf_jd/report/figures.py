@@ -32,7 +32,7 @@ Draw = Callable[[History, Theme], Figure | None]
 
 
 def render(figure: Figure) -> bytes:
-    """The picture as PNG."""
+    """Encode the picture as PNG."""
     file = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Letters that the font lacks are drawn as boxes.
@@ -65,17 +65,17 @@ def _styled(draw: Draw) -> Draw:
 
 @_styled
 def losses(history: History, theme: Theme) -> Figure | None:
-    """The training loss of each group, with evaluations as dots; of many groups, as a multiple of its first value."""
+    """Draw the training loss per group, with evaluations as dots; of many groups, as a multiple of its first value."""
     if not history.losses:
         return _single(history, theme, "loss", "training loss")
     if len(history.losses) <= LINES:
-        return _lines(history, theme, history.losses, "loss, a token", dots=history.evaluations)
+        return _lines(history, theme, history.losses, "loss per token", dots=history.evaluations)
     return _rows(theme, _relative(history.losses), "loss, against its first value", good="low")
 
 
 @_styled
 def weights(history: History, theme: Theme) -> Figure | None:
-    """The share of the weights that each group gets; of many groups, as a multiple of an equal share."""
+    """Draw the share of the weights per group; of many groups, as a multiple of an equal share."""
     count = len(history.weights)
     if not count:
         return None
@@ -87,7 +87,7 @@ def weights(history: History, theme: Theme) -> Figure | None:
 
 @_styled
 def norms(history: History, theme: Theme) -> Figure | None:
-    """The norm of each group's row; of many groups, as a multiple of the groups' median."""
+    """Draw the norm of each group's row; of many groups, as a multiple of the median of all."""
     if not history.norms:
         return _single(history, theme, "jd/grad_norm", "mean norm of a row")
     if len(history.norms) <= LINES:
@@ -100,7 +100,7 @@ def norms(history: History, theme: Theme) -> Figure | None:
 
 @_styled
 def matrix(history: History, theme: Theme) -> Figure | None:
-    """The mean cosine of the rows of each pair of groups, over the whole run."""
+    """Draw the mean cosine of the rows of each pair of groups, over the whole run."""
     if not history.pairs:
         return None
     names = sorted({name for pair in history.pairs for name in pair})
@@ -132,6 +132,7 @@ def pairs(history: History, theme: Theme) -> Figure | None:
     """Over the steps, the share of conflicting pairs of objectives, and the cosines of the pairs that conflict most."""
     chosen = sorted(history.pairs, key=lambda pair: mean([v for _, v in history.pairs[pair]]))[:PAIRS]
     share = history.totals.get("jd/conflicts", [])
+    share = share if len(share) > 1 else []  # One log is no curve: its number stands above, on the page.
     if not chosen:
         return _single(history, theme, "jd/conflicts", "share of conflicting pairs")
     height = 1.0 + max(1.3, 0.22 * len(chosen))
@@ -174,7 +175,7 @@ FIGURES: Mapping[str, Draw] = {
 
 
 def shown(name: str, letters: int = NAME) -> str:
-    """A name as it is drawn: its beginning and its end, if it is long, and never read as a formula."""
+    """Shorten a long name to its beginning and its end, and escape what matplotlib would read as a formula."""
     end = letters // 3
     short = name if len(name) <= letters else f"{name[: letters - end - 1]}\N{HORIZONTAL ELLIPSIS}{name[-end:]}"
     return short.replace("$", r"\$")
@@ -190,10 +191,12 @@ def _lines(
     level: float | None = None,
     logarithmic: bool = False,
 ) -> Figure:
-    figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
-    axes = figure.subplots()
     names, ends = sorted(series), []
     colours = dict(zip(history.groups, theme.series, strict=False))
+    if len({step for points in series.values() for step, _ in points}) < 2:
+        return _bars(series, label, colours, level)
+    figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
+    axes = figure.subplots()
     edges = _edges(series.values())
     for name in names:
         points = [(x, y) for x, y in zip(_middles(edges), binned(series[name], edges), strict=True) if math.isfinite(y)]
@@ -201,10 +204,10 @@ def _lines(
             continue
         xs, ys = zip(*points, strict=True)
         axes.plot(xs, ys, color=colours[name], linewidth=1.7, marker="o" if len(points) < 3 else None, markersize=4)
-        found = (dots or {}).get(name, [])
-        if found:
+        marks = (dots or {}).get(name, [])
+        if marks:
             axes.plot(
-                *zip(*found, strict=True),
+                *zip(*marks, strict=True),
                 "o",
                 color=colours[name],
                 markersize=4.5,
@@ -229,8 +232,23 @@ def _lines(
     return figure
 
 
+def _bars(series: Mapping[str, Series], label: str, colours: Mapping[str, str], level: float | None) -> Figure:
+    """Draw the values of a run that has one log: there is no curve to draw."""
+    values = {name: value for name in sorted(series, reverse=True) for _, value in series[name] if math.isfinite(value)}
+    figure = Figure(figsize=(WIDTH, 1.0 + 0.32 * max(1, len(values))), layout="constrained")
+    axes = figure.subplots()
+    bars = axes.barh([shown(name) for name in values], list(values.values()), color=[colours[name] for name in values])
+    axes.bar_label(bars, [f"{value:.3g}" for value in values.values()], padding=4)
+    axes.margins(x=0.12)
+    if level is not None:
+        axes.axvline(level, color=axes.xaxis.label.get_color(), linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.set_xlabel(label)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    return figure
+
+
 def _end_labels(axes: Axes, ends: Sequence[tuple[float, str]], colours: Mapping[str, str]) -> None:
-    """The names and last values right of the lines' ends, moved apart, so that no legend has to be looked up."""
+    """Write names and last values right of the lines' ends, moved apart, instead of a legend."""
     axes.figure.canvas.draw()
     place = axes.transAxes.inverted()
     heights = {name: place.transform(axes.transData.transform((0, value)))[1] for value, name in ends}
@@ -247,7 +265,7 @@ def _end_labels(axes: Axes, ends: Sequence[tuple[float, str]], colours: Mapping[
 
 
 def _rows(theme: Theme, series: Mapping[str, Series], label: str, good: str = "high") -> Figure:
-    """A row for each group, in the order of its last value; the colours are those of the logarithm of base 2."""
+    """Draw a row per group, in the order of last values, coloured by the logarithm of base 2."""
     logs = {name: [(x, math.log2(y)) for x, y in points if 0 < y < math.inf] for name, points in series.items()}
     order = sorted(logs, key=lambda name: logs[name][-1][1] if logs[name] else -math.inf, reverse=True)
     figure = Figure(figsize=(WIDTH, 1.2 + 0.185 * len(logs)), layout="constrained")
@@ -264,7 +282,7 @@ def _rows(theme: Theme, series: Mapping[str, Series], label: str, good: str = "h
 def _map(
     axes: Axes, theme: Theme, rows: Sequence[tuple[str, Series]], norm: TwoSlopeNorm, reverse: bool = False
 ) -> Any:
-    """A row for each label and its series, over the steps."""
+    """Draw a row per label and series, over the steps."""
     edges = _edges([points for _, points in rows])
     table = [binned(points, edges) for _, points in rows]
     colours = _diverging(theme).reversed() if reverse else _diverging(theme)
@@ -281,8 +299,8 @@ def _map(
 
 def _single(history: History, theme: Theme, key: str, label: str) -> Figure | None:
     """One curve, of all objectives together."""
-    series = history.totals.get(key)
-    if not series:
+    series = history.totals.get(key, [])
+    if len(series) < 2:
         return None
     figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
     axes = figure.subplots()
@@ -315,15 +333,15 @@ def _diverging(theme: Theme) -> Colormap:
 
 def _relative(series: Mapping[str, Series]) -> dict[str, Series]:
     """Each series as multiples of its first value above 0."""
-    found = {}
+    relative = {}
     for name, points in series.items():
         first = next((value for _, value in points if value > 0), math.nan)
-        found[name] = [(step, value / first) for step, value in points]
-    return found
+        relative[name] = [(step, value / first) for step, value in points]
+    return relative
 
 
 def _edges(series: Iterable[Series]) -> list[float]:
-    """The edges of bins over all steps, one a log where these are few enough."""
+    """Return the edges of bins over all steps: one bin per log if these are few enough."""
     steps = sorted({step for points in series for step, _ in points})
     if not steps:
         return [0.0, 1.0]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 LOG_FILE = "jd_log.jsonl"
+FACTS_FILE = "jd_run.json"
 STATE_FILE = "trainer_state.json"
 
 LINES = 8
@@ -25,7 +26,8 @@ class History:
     Attributes:
         folder: Of the run.
         source: The file that was read.
-        losses: Training loss a token of each group.
+        facts: What the run was started with, by the flags' names; empty where that isn't known.
+        losses: Training loss per token of each group.
         evaluations: Loss on each evaluation set.
         weights: Share of the weights' sum of each group.
         norms: Norm of each group's row.
@@ -39,6 +41,7 @@ class History:
 
     folder: Path
     source: Path
+    facts: dict[str, Any] = field(default_factory=dict)
     losses: dict[str, Series] = field(default_factory=dict)
     evaluations: dict[str, Series] = field(default_factory=dict)
     weights: dict[str, Series] = field(default_factory=dict)
@@ -56,7 +59,7 @@ class History:
         return sorted({*self.losses, *self.weights, *self.norms})
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Takes in one log."""
+        """Take in one log."""
         step = entry.get("step", 0)
         self.steps = max(self.steps, step)
         self.max_steps = entry.get("max_steps", self.max_steps)
@@ -86,7 +89,7 @@ class History:
 
 
 def read_history(folder: Path) -> History:
-    """Reads a run's folder: its `jd_log.jsonl`, or else the state that Trainer saved last.
+    """Read a run's folder: its `jd_log.jsonl`, or else the state that Trainer saved last.
 
     Raises:
         ValueError: There is no such folder, or nothing was logged in it.
@@ -94,10 +97,18 @@ def read_history(folder: Path) -> History:
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file." if folder.exists() else f"There is no folder {folder}.")
     source, entries = _logs(folder)
-    history = History(folder, source)
+    history = History(folder, source, _facts(folder))
     for entry in entries:
         history.add(entry)
     return history
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads((folder / FACTS_FILE).read_text("utf-8"))
+    except (OSError, ValueError):  # A run of one's own script has none.
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def _logs(folder: Path) -> tuple[Path, list[dict[str, Any]]]:
@@ -125,7 +136,7 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def current_lines(text: str) -> list[dict[str, Any]]:
-    """The lines that belong to the run as it went last.
+    """Return the lines that belong to the latest attempt of the run.
 
     Above a line that begins a run anew, none does; above one that begins a resumed run, those of earlier steps do.
     Lines that a kill has cut off are left out.
@@ -139,19 +150,19 @@ def current_lines(text: str) -> list[dict[str, Any]]:
             continue
         begins = entry.pop("begins", None)
         if begins is not None:
-            entries = [known for known in entries if begins == "resumed" and known["step"] < step]
+            entries = [past for past in entries if begins == "resumed" and past["step"] < step]
         entries.append(entry)
     return entries
 
 
 def mean(values: list[float]) -> float:
-    """The mean of those that are finite, else NaN."""
+    """Average the finite values; NaN if there is none."""
     finite = [value for value in values if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan
 
 
 def binned(series: Series, edges: list[float]) -> list[float]:
-    """The means of a series between neighbouring edges, NaN where it has nothing."""
+    """Average a series between neighbouring edges; NaN where it has no value."""
     bins: list[list[float]] = [[] for _ in edges[1:]]
     at = 0
     for step, value in sorted(series):

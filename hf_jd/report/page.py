@@ -11,6 +11,7 @@ from html import escape
 
 from hf_jd.report.history import LINES, History, Series, mean
 from hf_jd.report.theme import DARK, LIGHT, Theme
+from hf_jd.report.verdict import setup, verdict, why_pairs
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Text:
 TEXTS = {
     "losses": Text(
         "Losses",
-        "The training loss of each group, a token. Dots are evaluations, where there are some.",
+        "The training loss of each group, per token. Dots are evaluations, where there are some.",
         "The training loss of each group, as a multiple of its first value: blue has fallen, red has risen. The "
         "highest are above.",
         "Does every group get better? A group that rises while the others fall is being sacrificed.",
@@ -74,15 +75,16 @@ TEXTS = {
 
 
 def page(history: History, images: Mapping[str, Mapping[str, bytes]]) -> str:
-    """The page.
+    """Build the page.
 
     Args:
         history: What the run logged.
         images: PNGs by the figure's name and the theme's; figures of which nothing was logged are left out.
     """
-    sections = "\n".join(_section(name, images[name], len(history.groups) > LINES) for name in TEXTS if name in images)
+    sections = "\n".join(_section(name, images[name], history) for name in TEXTS if name in images)
     missing = [TEXTS[name].title.lower() for name in TEXTS if name not in images]
     note = f'<p class="note">Not logged in this run: {", ".join(missing)}.</p>' if missing else ""
+    facts, judgement = (escape(text, quote=False) for text in (setup(history), verdict(history)))
     title = escape(history.folder.resolve().name)
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -102,7 +104,9 @@ def page(history: History, images: Mapping[str, Mapping[str, bytes]]) -> str:
 <p class="kind">hf_jd report</p>
 <h1>{title}</h1>
 <p class="status">{_status(history)}</p>
+{f'<p class="setup">{facts}</p>' if facts else ""}
 </header>
+{f'<p class="verdict">{judgement}</p>' if judgement else ""}
 {_tiles(history)}
 {sections}
 {note}
@@ -124,28 +128,30 @@ def _status(history: History) -> str:
 
 
 def _tiles(history: History) -> str:
-    found = {"groups": f"{len(history.groups)}"} if history.groups else {}
+    numbers = {"groups": f"{len(history.groups)}"} if history.groups else {}
     if loss := history.totals.get("loss"):
-        found["loss, first to last"] = f"{number(loss[0][1])} &rarr; {number(loss[-1][1])}"
+        numbers["loss, first to last"] = f"{number(loss[0][1])} &rarr; {number(loss[-1][1])}"
     if conflicts := history.totals.get("jd/conflicts"):
-        found["pairs in conflict, mean"] = f"{mean([v for _, v in conflicts]):.0%}"
+        numbers["pairs in conflict, mean"] = f"{mean([v for _, v in conflicts]):.0%}"
     if history.against:
         shares = {name: mean([v for _, v in series]) for name, series in history.against.items()}
         worst = max(shares, key=lambda name: (shares[name], name))
         label = f"of steps went against {escape(_short(worst))}" if shares[worst] else "of steps went against any group"
-        found[label] = f"{shares[worst]:.0%}"
-    tiles = "".join(f"<div><b>{value}</b><span>{label}</span></div>" for label, value in found.items())
+        numbers[label] = f"{shares[worst]:.0%}"
+    tiles = "".join(f"<div><b>{value}</b><span>{label}</span></div>" for label, value in numbers.items())
     return f'<div class="tiles">{tiles}</div>'
 
 
-def _section(name: str, images: Mapping[str, bytes], many: bool) -> str:
-    text = TEXTS[name]
+def _section(name: str, images: Mapping[str, bytes], history: History) -> str:
+    text, many = TEXTS[name], len(history.groups) > LINES
+    more = f" {why_pairs(history)}" if name == "conflicts_over_time" else ""
     light, dark = (_inline(images[theme.name]) for theme in (LIGHT, DARK))
     return f"""<section id="{name}">
 <h2>{text.title}</h2>
 <p>{text.many if many else text.few}</p>
-<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}"><img src="{light}" alt="{text.title}"></picture>
-<p class="look"><b>What to look for</b> {text.look}</p>
+<div class="wide"><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">
+<img src="{light}" alt="{text.title}"></picture></div>
+<p class="look"><b>What to look for</b> {text.look}{more}</p>
 </section>"""
 
 
@@ -227,6 +233,12 @@ p {{ margin: 0 0 14px; color: var(--muted); }}
 .tiles span {{ font-size: 14px; color: var(--muted); overflow-wrap: anywhere; }}
 section {{ padding: 22px 24px; margin: 0 0 18px; }}
 img {{ display: block; width: 100%; height: auto; }}
+.verdict {{ font-size: 18px; color: var(--ink); border-left: 4px solid var(--accent); padding-left: 14px; }}
+@media (max-width: 700px) {{
+  main {{ padding: 24px 10px 40px; }}
+  section {{ padding: 16px 12px; }}
+  .wide img {{ width: 860px; max-width: none; }}  /* Letters stay as large as the text: the picture scrolls. */
+}}
 .look {{ margin: 14px 0 0; padding-top: 12px; border-top: 1px solid var(--line); }}
 .look b {{ color: var(--ink); margin-right: 6px; }}
 .wide {{ overflow-x: auto; }}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -43,6 +44,12 @@ def complaint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..
         (["--validation_file", "x.jsonl"], ["--train_file"]),
         (["--task_column", "task", "--jd_group_column", "kind"], ["`task`", "`kind`"]),
         (["missing.yaml"], ["missing.yaml", "No such file"]),
+        (["--lr", "1e-3"], ["`--lr`", "`--learning_rate`"]),
+        (["--batch-size", "1"], ["`--batch-size`", "`--per_device_train_batch_size`"]),
+        (["--full", "--use_dora"], ["--use_dora", "leave out --full"]),
+        (["--report_to", "nothing_like_it"], ["`nothing_like_it`", "isn't installed"]),
+        (["--push_to_hub"], ["the Hub can't be pushed to", "`hf auth login`"]),
+        (["--do_train", "false", "--train_file", __file__], ["unknown ending"]),
     ],
 )
 def test_flags(complaint, flags, parts):
@@ -67,8 +74,13 @@ def test_no_output_folder(capsys):
         ("data.parquet", "PAR?", ["data.parquet is malformed"]),
         ("data.txt", "a", ["`.txt`", ".jsonl"]),
         ("data.jsonl", '{"question": "a", "labels": 1}\n', ["`prompt` and `completion`", "`question`, `labels`"]),
+        ("data.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n', ["nothing to learn", "DPOTrainer"]),
         ("data.jsonl", '{"text": "a"}\n{"text": null}\n{}\n', ["`text`", "rows 2, 3"]),
-        ("data.jsonl", '{"text": "a"}\n{"text": 3}\n', ["data.jsonl is malformed", "int"]),
+        ("data.jsonl", '{"text": "a"}\n{"text": 3}\n', ["no text in the column `text` of row 2"]),
+        ("data.jsonl", '{"messages": "a"}\n', ["no list of messages in the column `messages` of row 1"]),
+        ("data.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', ["no message with the role `assistant`"]),
+        ("data.jsonl", '{"messages": [{"content": "a"}]}\n', ["a message without `role`", "row 1"]),
+        ("data.jsonl.gz", '{"text": "a"}\n', ["data.jsonl.gz can't be read", "gzip"]),
         ("data.jsonl", '{"text": 1}\n{"text": 3}\n', ["`text`", "rows 1, 2"]),
         ("data.jsonl", '{"prompt": "a", "completion": ""}\n', ["No example has a token"]),
         ("data.jsonl", b'{"text": "\xff"}\n', ["UTF-8"]),
@@ -90,6 +102,22 @@ def test_malformed_settings(complaint, tmp_path):
     assert "a.yaml is malformed" in complaint(tmp_path / "a.yaml")
     (tmp_path / "a.yaml").write_text("lora_rank: 1\n")
     assert "`lora_rank`" in complaint(tmp_path / "a.yaml")
+
+
+def test_what_isnt_installed_is_said(complaint, monkeypatch, train_file):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install bitsandbytes" in complaint("--load_in_4bit", "--train_file", train_file)
+
+
+def test_processes_that_would_train_separately_are_refused(complaint, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    message = complaint()
+    assert "2 processes were started, but they aren't connected" in message
+    assert "--use_cpu" in message
+
+
+def test_nothing_to_evaluate_on(complaint, train_file):
+    assert "give --validation_file" in complaint("--train_file", train_file, "--do_train", "false")
 
 
 def test_missing_task_column(complaint, train_file):

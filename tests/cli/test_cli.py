@@ -2,10 +2,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
 from hf_jd.cli import main
+
+TWO_SCREENS = 96
 
 
 def test_help_imports_nothing_heavy():
@@ -24,13 +27,41 @@ def test_unknown_command(capsys):
     assert error == f"hf-jd: error: Unknown command `finetun`; the commands are {commands}.\n"
 
 
+def test_an_unknown_flag_is_said_before_what_is_missing(capsys):
+    assert main(["finetune", "--output_dri", "runs/mine"]) == 2
+    assert "Unknown flag `--output_dri`; the nearest is `--output_dir`" in capsys.readouterr().err
+
+
 def test_no_command(capsys):
     assert main([]) == 2
     assert "usage" in capsys.readouterr().out
 
 
-def test_help_of_a_command_lists_every_flag(capsys):
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"hf-jd {version('hf-jd')}\n"
+
+
+def help_of(capsys, *words: str) -> str:
     with pytest.raises(SystemExit, match="0"):
-        main(["finetune", "--help"])
-    text = capsys.readouterr().out
-    assert all(flag in text for flag in ("--train_file", "--lora_r", "--jd_weighting", "--learning_rate"))
+        main([*words])
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["finetune", "compare", "estimate", "report", "doctor"])
+def test_the_help_of_a_command_is_its_own_and_fits_on_two_screens(command, capsys):
+    text = help_of(capsys, command, "--help")
+    assert text.startswith(f"usage: hf-jd {command} ")
+    lines = text.splitlines()
+    assert len(lines) <= TWO_SCREENS
+    assert max(map(len, lines)) <= 120
+
+
+def test_jacobian_descent_comes_first_and_the_rest_is_asked_for(capsys):
+    text = help_of(capsys, "finetune", "--help")
+    first = text.index("--jd_weighting ")
+    assert all(text.index(flag) > first for flag in ("--train_file ", "--lora_r ", "--learning_rate "))
+    assert "--adam_beta1 " not in text
+    everything = help_of(capsys, "finetune", "--help-all")
+    assert "--adam_beta1 " in everything
+    assert "or `lily`, stories about Lily" in " ".join(everything.split())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 
 import pyarrow.parquet
@@ -8,12 +9,12 @@ import pytest
 from datasets import Dataset
 
 from hf_jd.finetune import example
-from hf_jd.finetune.arguments import DataArguments
-from hf_jd.finetune.data import load_examples, read_file
+from hf_jd.finetune.data import load_examples, read_files
+from hf_jd.finetune.flags import DataArguments
 from tests.cli.conftest import ROWS
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "lines.json", "rows.csv", "rows.parquet"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "lines.json", "rows.csv", "rows.parquet", "rows.jsonl.gz"])
 def test_every_kind_of_file_holds_the_same(tmp_path, name):
     path = tmp_path / name
     if name == "rows.parquet":
@@ -25,14 +26,31 @@ def test_every_kind_of_file_holds_the_same(tmp_path, name):
             writer.writerows(ROWS)
     elif name == "rows.json":
         path.write_text(json.dumps(ROWS, indent=1))
+    elif name.endswith(".gz"):
+        path.write_bytes(gzip.compress("\n".join(map(json.dumps, ROWS)).encode()))
     else:
         path.write_text("\n".join(map(json.dumps, ROWS)))
-    assert read_file(path).to_list() == ROWS
+    assert read_files([str(path)]) == ROWS
 
 
-def test_a_column_that_comes_late_is_empty_before(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "b", "task": "x"}\n')
-    assert read_file(tmp_path / "a.jsonl")["task"][:] == [None, "x"]
+def test_several_files_folders_and_globs_are_one_set(tmp_path):
+    for name in ("b.jsonl", "a.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": name}))
+    (tmp_path / "notes.md").write_text("not data")
+    both = [{"text": "a.jsonl"}, {"text": "b.jsonl"}]
+    assert read_files([str(tmp_path)]) == both
+    assert read_files([str(tmp_path / "*.jsonl")]) == both
+    assert read_files([str(tmp_path / "b.jsonl"), str(tmp_path / "a.jsonl")]) == both[::-1]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no file that ends in .jsonl"):
+        read_files([str(tmp_path / "empty")])
+    with pytest.raises(ValueError, match="No file matches"):
+        read_files([str(tmp_path / "*.csv")])
+
+
+def test_texts_that_look_like_dates_remain_texts(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "2020-01-01"}\n{"text": "2020-01-02"}\n')
+    assert read_files([str(tmp_path / "a.jsonl")])[0] == {"text": "2020-01-01"}
 
 
 def test_a_folder_is_a_data_set_too(tmp_path):

@@ -47,7 +47,29 @@ def test_evaluation_weights_and_conflicts_are_by_task(lora_run):
         assert [evaluation.step for evaluation in results.evaluations[task]] == [0, 2]
         assert 0 <= results.evaluations[task][-1].accuracy <= 1
         assert results.steps_against(task) in (0, 1, 2)
+        assert results.share_against(task) in (0, 0.5, 1)
     assert sum(results.mean_weight(task) or 0 for task in results.tasks) == pytest.approx(1)
+
+
+def test_the_loss_after_training_is_the_mean_over_tokens_whatever_the_batch(lora_run, train_file, tmp_path, capsys):
+    losses = []
+    for size in ("1", "3", "8"):
+        flags = [
+            "--train_file",
+            train_file,
+            "--validation_file",
+            train_file,
+            "--max_length",
+            "16",
+            "--do_train",
+            "false",
+        ]
+        flags += ["--per_device_eval_batch_size", size, "--output_dir", tmp_path / size, "--disable_tqdm", "true"]
+        assert main(["finetune", "--model_name_or_path", str(lora_run), *map(str, flags)]) == 0
+        losses.append(capsys.readouterr().out.splitlines()[-1])
+        assert not (tmp_path / size / "adapter_model.safetensors").exists()
+    assert losses[0] == losses[1] == losses[2]
+    assert losses[0].startswith("| all")
 
 
 def test_card_tells_the_weighting_and_the_results(lora_run):
@@ -65,6 +87,22 @@ def test_full_finetuning_saves_the_model(finetune, tmp_path):
     before = AutoModelForCausalLM.from_pretrained(example_path(MODEL))
     assert (trained.model.norm.weight - before.model.norm.weight).abs().max() > 0
     assert "All parameters of" in (folder / "README.md").read_text("utf-8")
+
+
+def test_dora_and_whole_modules_beside_it(finetune, tmp_path):
+    flags = ["--use_dora", "--modules_to_save", "norm", "--lora_target_modules", "q_proj", "--revision", "main"]
+    tensors = load_file(finetune(tmp_path / "run", *flags) / "adapter_model.safetensors")
+    assert any("lora_magnitude_vector" in name for name in tensors)
+    assert "base_model.model.model.norm.weight" in tensors
+
+
+def test_an_adapter_is_trained_further(finetune, lora_run, tmp_path):
+    before = load_file(lora_run / "adapter_model.safetensors")
+    folder = finetune(tmp_path / "run", "--model_name_or_path", str(lora_run), "--learning_rate", "1e-6")
+    after = load_file(folder / "adapter_model.safetensors")
+    assert after.keys() == before.keys()
+    assert all((after[name] - before[name]).abs().max() < 1e-5 for name in before)
+    assert any(not torch.equal(after[name], before[name]) for name in before)
 
 
 def test_flags_override_the_file(finetune, tmp_path):
@@ -142,6 +180,36 @@ def test_resumes_its_newest_whole_checkpoint(harm, flags, finetune, saved_run, r
     assert (
         f"Skipping checkpoint-{10 if newest == 'checkpoint-2' else 2}, which was not written to its end" in caplog.text
     )
+
+
+def test_a_run_that_goes_on_otherwise_says_so(finetune, saved_run, tmp_path, caplog):
+    folder = shutil.copytree(saved_run, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoint-2")
+    finetune(folder, *LAST, "--jd_weighting", "mgda")
+    assert "begun with --jd_weighting upgrad, and goes on with mgda" in caplog.text
+    assert caplog.text.count("goes on with") == 1
+
+
+def test_ctrl_c_tells_how_to_go_on(train_file, tmp_path, monkeypatch, capsys):
+    def stop(self, *args, **kwargs):
+        (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "train", stop)
+    assert main(["finetune", "--train_file", str(train_file), "--output_dir", str(tmp_path / "run")]) == 130
+    assert "--resume_from_checkpoint last" in capsys.readouterr().err
+
+
+def test_short_data_gives_a_curve_and_a_column_before(train_file, tmp_path, capsys):
+    flags = ["--train_file", train_file, "--validation_file", train_file, "--output_dir", tmp_path / "run"]
+    sizes = ["--max_length", "16", "--max_steps", "4", "--per_device_train_batch_size", "4", "--task_column", "task"]
+    assert main(["finetune", *map(str, flags), *sizes, "--disable_tqdm", "true"]) == 0
+    printed = capsys.readouterr().out
+    assert "| task  | loss before | loss after |" in printed
+    assert "step 1: loss " in printed
+    results = Results.read(tmp_path / "run")
+    assert [evaluation.step for evaluation in results.evaluations["sum"]] == [0, 1, 2, 3, 4]
+    assert [step for step, _ in results.weights["sum"]] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("flags", [[], ["--stock"]], ids=["ours", "stock"])

@@ -81,8 +81,8 @@ def test_each_file_opens_with_what_it_is_for_and_names_files_that_are_there(path
         assert (ROOT / name).exists(), name
 
 
-def test_the_readme_has_a_command_for_each_engine():
-    readme = (ROOT / "README.md").read_text("utf-8")
-    commands = re.findall(r"--config_file (configs/accelerate/\w+\.yaml) +scripts/finetune.py (\S+)", readme)
+def test_the_recipes_have_a_command_for_each_engine():
+    page = (ROOT / "docs" / "recipes.md").read_text("utf-8")
+    commands = re.findall(r"--config_file (configs/accelerate/\w+\.yaml) +scripts/finetune.py (\S+)", page)
     assert [Path(engine).stem for engine, _ in commands] == sorted(KINDS)
     assert all((ROOT / recipe).exists() for _, recipe in commands)

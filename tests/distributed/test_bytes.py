@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from hf_jd.estimate.cases import Case
-from hf_jd.estimate.sent import step_bytes
 from hf_jd.estimate.shapes import shape_of
+from hf_jd.estimate.traffic import step_bytes
 from tests.distributed.cases import GROUP, MODELS
 from tests.marks import slow
 

@@ -12,8 +12,8 @@ from accelerate.parallelism_config import ParallelismConfig
 
 from hf_jd import JDTrainer
 from hf_jd.estimate.cases import Case
-from hf_jd.estimate.sent import plain_bytes, step_bytes
 from hf_jd.estimate.shapes import shape_of
+from hf_jd.estimate.traffic import plain_bytes, step_bytes
 from hf_jd.trainer.backends import backend_of
 from tests.distributed.cases import GROUP, MODELS
 from tests.distributed.pool import SECONDS, Pool

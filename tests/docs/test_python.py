@@ -7,16 +7,25 @@ or none, and isn't listed, fails.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, Trainer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+)
 
+from hf_jd.finetune.tokens import PLAIN_TEMPLATE
 from tests.docs.blocks import Block, blocks
 from tests.models import tiny_llama
 
@@ -72,10 +81,28 @@ def trl() -> dict[str, Any]:
     }
 
 
+@cache
+def adapter_folder() -> str:
+    """An adapter as `hf-jd finetune` leaves it."""
+    folder = mkdtemp()
+    model = AutoModelForCausalLM.from_pretrained(STORIES)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    tokenizer.chat_template = PLAIN_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def adapter() -> dict[str, Any]:
+    return {"replace": {'"runs/mine"': repr(adapter_folder()), "max_new_tokens=20": "max_new_tokens=2"}}
+
+
 # By the page, and the beginning of a line of the block.
 CONTEXTS: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
     ("README.md", "trainer = JDTrainer(model"): training,
-    ("README.md", "engine = Engine(model)  # once"): regression,
+    ("from_torchjd.md", "engine = Engine(model)  # once"): regression,
+    ("tutorial.md", 'messages = [{"role": "user"'): adapter,
+    ("use_the_result.md", "model = AutoPeftModelForCausalLM"): adapter,
     ("index.md", "trainer = JDTrainer(model"): training,
     ("trainer.md", "trainer = JDTrainer(model"): training,
     ("trainer.md", "class Mine(JDTrainer)"): trainer_class,

@@ -11,15 +11,15 @@ import pytest
 
 from hf_jd.cli import COMMANDS
 from hf_jd.finetune import compare
+from hf_jd.finetune.comparison import Plan
 from hf_jd.finetune.parser import read_settings, split_settings
-from hf_jd.finetune.plan import Plan
 from hf_jd.finetune.run import parse
 from tests.docs.blocks import ROOT, blocks, commands
 
 COMMAND_LINES = [(str(block), words) for block in blocks("bash", "sh") for words in commands(block)]
 TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
 # Not ours, and known to everybody.
-OTHERS = {"git", "cd", "pip", "tensorboard", "tail", "cat", "mkdir", "export"}
+OTHERS = {"git", "cd", "pip", "hf", "tensorboard", "tail", "cat", "mkdir", "export"}
 
 
 @pytest.mark.parametrize("page, words", COMMAND_LINES, ids=lambda value: value if isinstance(value, str) else None)

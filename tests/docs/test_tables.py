@@ -7,10 +7,10 @@ import runpy
 
 import pytest
 
-from hf_jd.finetune.plan import Plan
+from hf_jd.finetune.comparison import Plan
 from tests.docs.blocks import ROOT
 
-SHOWN = {"demo": ("README.md", "compare.yaml"), "unlearn": ("docs/unlearning.md", "unlearn.yaml")}
+SHOWN = {"demo": ("docs/demo.md", "compare.yaml"), "unlearn": ("docs/unlearning.md", "unlearn.yaml")}
 
 
 @pytest.mark.parametrize("name", SHOWN)
@@ -40,3 +40,17 @@ def test_a_table_is_put_into_its_place(tmp_path, monkeypatch):
     (tmp_path / "mine").rename(tmp_path / "other")
     with pytest.raises(ValueError, match="no place"):
         update(tmp_path / "other", page)
+
+
+def test_troubleshooting_quotes_what_is_said():
+    """Each quoted message is in the code, but for what is filled in: numbers, names and `...`."""
+    code = "".join(path.read_text("utf-8") for path in (ROOT / "hf_jd").rglob("*.py"))
+    code = " ".join(re.sub(r'"\s+f?"', "", code).split()).replace("{", "\0").replace("}", "\0")
+    page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    quotes = [
+        quote for line in re.findall(r"^\*\*(.+?)\*\*", page, re.MULTILINE) for quote in re.findall("`(.+?)`", line)
+    ]
+    assert len(quotes) > 10
+    for quote in quotes:
+        for part in re.split(r"\bN\b|\bMODEL\b|\.\.\.", quote):
+            assert part.strip() in code, quote

@@ -8,9 +8,9 @@ from transformers import AutoConfig
 from hf_jd.cli import main
 from hf_jd.estimate.cases import PARALLELISMS, Case
 from hf_jd.estimate.hardware import HARDWARE
-from hf_jd.estimate.sent import plain_bytes, step_bytes
 from hf_jd.estimate.shapes import build_on_meta, shape_of
 from hf_jd.estimate.timing import Assumptions, plain_time, step_time
+from hf_jd.estimate.traffic import plain_bytes, step_bytes
 from tests.estimate.counted import CONFIGS
 from tests.releases import needs
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hf_jd.estimate.cases import Case
-from hf_jd.estimate.held import kept_as, row_bytes
+from hf_jd.estimate.memory import kept_as, row_bytes
 from hf_jd.estimate.operations import (
     backward_flops,
     forward_flops,

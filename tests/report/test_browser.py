@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from hf_jd.report.command import report
 from hf_jd.report.theme import DARK, LIGHT
+from hf_jd.report.write_report import report
 from tests.report.runs import FORTY, write_run
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")

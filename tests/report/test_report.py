@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -67,8 +68,48 @@ def test_numbers_of_the_table(tmp_path):
 def test_runs_of_all_sizes(groups, steps, tmp_path):
     write_run(tmp_path, [f"g{i}" for i in range(groups)], steps=steps)
     assert main(["report", str(tmp_path), "--output_dir", str(tmp_path / "elsewhere")]) == 0
-    assert (tmp_path / "elsewhere" / "losses.png").exists()
+    assert (tmp_path / "elsewhere" / "losses.png").exists() == (groups > 0 or steps > 1)
     assert not (tmp_path / "report").exists()
+
+
+def test_one_log_is_drawn_as_bars():
+    history = History(Path(), Path())
+    history.add(entry(1, ["a", "b"]))
+    (axes,) = figures.losses(history, LIGHT).axes
+    assert [patch.get_width() for patch in axes.patches] == [2.0, 1.0]
+    assert not axes.lines
+    assert len(figures.pairs(history, LIGHT).axes) == 2  # the map and its scale, without a curve of one point
+
+
+FACTS = {"model": "llm", "data": "d.jsonl", "lora_r": 8, "learning_rate": 2e-4, "jd_weighting": "upgrad"}
+FACTS |= {"jd_objectives": "instance"}
+
+
+@pytest.mark.parametrize(
+    "weighting, against, conflicts, parts",
+    [
+        ("mean", 0.25, 0.3, ["25% of the steps went against b", "UPGrad would have kept"]),
+        ("krum", 0.25, 0.3, ["25% of the steps went against b", "doesn't promise"]),
+        ("mean", 0.0, 0.3, ["No group was gone against", "the mean does well enough"]),
+        (
+            "upgrad",
+            0.0,
+            0.3,
+            ["No group was gone against, although 30% of the pairs", "that is as it should be"],
+        ),
+        ("upgrad", 0.0, 0.01, ["hardly any conflict: the mean of the losses would have done as well"]),
+    ],
+)
+def test_the_verdict(weighting, against, conflicts, parts, tmp_path):
+    cosines = {"pairs": {"names": ["a", "b"], "cosines": [0.1]}}
+    entries = [entry(step, ["a", "b"], **cosines) for step in (1, 2)]
+    write_log(tmp_path, [one | {"jd/conflicts": conflicts, "jd/against/b": against} for one in entries])
+    (tmp_path / "jd_run.json").write_text(json.dumps(FACTS | {"jd_weighting": weighting}))
+    main(["report", str(tmp_path)])
+    html = (tmp_path / "report" / "index.html").read_text("utf-8")
+    assert all(part in html for part in parts)
+    assert f"llm (LoRA, r = 8) on d.jsonl; {weighting}, an objective per example; learning rate 0.0002" in html
+    assert ("whose gradients are mostly noise" in html) == (conflicts > 0.1)
 
 
 def test_values_that_cannot_be_drawn(tmp_path):
@@ -106,7 +147,7 @@ def test_no_matplotlib(tmp_path, capsys, monkeypatch):
     write_run(tmp_path, ["a", "b"], steps=2)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["report", str(tmp_path)]) == 2
-    assert "pip install 'hf-jd[plot]'" in capsys.readouterr().err
+    assert "pip install matplotlib" in capsys.readouterr().err
 
 
 def test_a_report_needs_no_torch(tmp_path):

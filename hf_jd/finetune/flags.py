@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hf_jd.finetune.formats import HELP
+
 EXAMPLES = ("tasks", "lily")
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
 @dataclass
 class ModelArguments:
-    """Which model, and which of its parameters are trained."""
+    """Which model, and which of its parameters are trained; names as in TRL's `ModelConfig`."""
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "A model of the Hub, or a folder. Without it: the embedded example."}
     )
+    model_revision: str = field(
+        default="main",
+        metadata={"aliases": ["--revision"], "help": "The model's branch, tag or commit on the Hub."},
+    )
     dtype: str = field(
         default="float32", metadata={"help": f"What the weights are loaded as: {', '.join(f'`{d}`' for d in DTYPES)}."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "The attention to use, such as `sdpa` or `flash_attention_2`."}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model of the Hub."})
+    load_in_4bit: bool = field(
+        default=False, metadata={"help": "Load the weights in 4 bits with bitsandbytes (QLoRA); only with LoRA."}
     )
     full: bool = field(default=False, metadata={"help": "Train all parameters, instead of a LoRA adapter."})
     lora_r: int = field(default=8, metadata={"help": "The rank of the LoRA matrices."})
@@ -25,6 +38,13 @@ class ModelArguments:
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"],
         metadata={"help": "Names of the modules that get LoRA matrices; `all-linear`: all linear layers but the head."},
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"aliases": ["--modules_to_save"], "help": "Names of modules to train whole beside LoRA."},
+    )
+    use_dora: bool = field(
+        default=False, metadata={"help": "Use DoRA: LoRA for the direction, and a learned length for each weight."}
     )
 
     def __post_init__(self):
@@ -37,32 +57,37 @@ class ModelArguments:
             raise ValueError(f"--dtype is `{self.dtype}`; choose one of {', '.join(DTYPES)}.")
         if not self.full and self.lora_r < 1:
             raise ValueError(f"--lora_r is {self.lora_r}, so there is nothing to train: give at least 1, or --full.")
+        if self.full and (self.load_in_4bit or self.use_dora or self.lora_modules_to_save):
+            raise ValueError("--load_in_4bit, --use_dora and --lora_modules_to_save go with LoRA: leave out --full.")
 
 
 @dataclass
 class DataArguments:
-    """Which examples, and what of them is learnt."""
+    """Which examples, and what of them is learned."""
 
-    train_file: str | None = field(
+    train_file: list[str] | None = field(
         default=None,
         metadata={
-            "help": "A file of examples: .jsonl, .json, .csv or .parquet, with the columns `prompt` and `completion` "
-            "(only the completion is learnt), or `text`. Without it and --dataset_name: an embedded example."
+            "help": "Files, globs or folders of examples: .jsonl, .json, .csv or .parquet, each also with .gz. "
+            f"Columns: {HELP}; only completions, outputs and the assistant's messages are learned, or all of a text. "
+            "Without it and --dataset_name: an embedded example."
         },
     )
-    example: str = field(
-        default="tasks",
-        metadata={
-            "help": "The embedded example to train on, where no data is named: `tasks`, four tasks of which one is "
-            "rare, or `lily`, stories about Lily and about others."
-        },
+    validation_file: list[str] | None = field(
+        default=None, metadata={"help": "Examples to evaluate on, of the same form."}
     )
-    validation_file: str | None = field(default=None, metadata={"help": "Examples to evaluate on, of the same form."})
     dataset_name: str | None = field(default=None, metadata={"help": "A data set of the Hub, or a folder."})
     dataset_config: str | None = field(default=None, metadata={"help": "The data set's configuration."})
     train_split: str = field(default="train", metadata={"help": "The data set's split to train on."})
     validation_split: str | None = field(
         default=None, metadata={"help": "The data set's split to evaluate on. Without it: `validation`, if it has one."}
+    )
+    example: str = field(
+        default="tasks",
+        metadata={
+            "help": "The embedded example to train on without data: `tasks`, four tasks of which one is rare, or "
+            "`lily`, stories about Lily and about others."
+        },
     )
     task_column: str | None = field(
         default=None,
@@ -74,12 +99,13 @@ class DataArguments:
     max_length: int = field(
         default=512,
         metadata={
-            "help": "The most tokens of an example. A longer one loses the beginning of its prompt, then the end of "
-            "its completion."
+            "help": "The most tokens per example. A longer one loses the beginning of its prompt, then the end of what "
+            "is learned; how many do is logged."
         },
     )
     add_eos: bool = field(
-        default=True, metadata={"help": "End each example with the end-of-sequence token, so that the end is learnt."}
+        default=True,
+        metadata={"help": "Learn to end texts with the end-of-sequence token; chat templates end answers themselves."},
     )
 
     def __post_init__(self):
@@ -88,6 +114,7 @@ class DataArguments:
         Raises:
             ValueError: A flag has a value that isn't allowed, or two flags contradict each other.
         """
+        self.train_file, self.validation_file = _as_list(self.train_file), _as_list(self.validation_file)
         if self.example not in EXAMPLES:
             raise ValueError(f"--example is `{self.example}`; choose one of {', '.join(EXAMPLES)}.")
         if self.train_file and self.dataset_name:
@@ -113,3 +140,8 @@ class RunArguments:
         default=False,
         metadata={"help": "Measure how long a step takes, forward to optimizer; waits for the GPU after each."},
     )
+
+
+def _as_list(value: str | list[str] | None) -> list[str] | None:
+    """Return a list: a file of flags may hold one name instead."""
+    return [value] if isinstance(value, str) else value

@@ -14,7 +14,7 @@ from hf_jd.report.theme import LIGHT, THEMES
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs `hf-jd report`.
+    """Run `hf-jd report`.
 
     Returns:
         The exit code.
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def report(run: Path, folder: Path | None = None) -> Path:
-    """Writes the pictures and the page.
+    """Write the pictures and the page.
 
     Args:
         run: The run's folder.
@@ -46,7 +46,7 @@ def report(run: Path, folder: Path | None = None) -> Path:
     """
     history = read_history(run)
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("hf-jd report draws with matplotlib, which isn't there: pip install 'hf-jd[plot]'.")
+        raise ValueError("hf-jd report draws with matplotlib, which isn't installed: `pip install matplotlib`.")
     images = draw(history)
     files = {f"{name}.png": themes[LIGHT.name] for name, themes in images.items()}
     files["index.html"] = page(history, images).encode()
@@ -63,12 +63,12 @@ def report(run: Path, folder: Path | None = None) -> Path:
 
 
 def draw(history: History) -> dict[str, dict[str, bytes]]:
-    """The PNGs by the figure's name and the theme's, without those of which nothing was logged."""
+    """Draw all figures of which something was logged: PNGs by the names of figure and theme."""
     from hf_jd.report.figures import FIGURES, render
 
-    found: dict[str, dict[str, bytes]] = {}
+    images: dict[str, dict[str, bytes]] = {}
     for name, figure in FIGURES.items():
         pictures = {theme.name: drawn for theme in THEMES if (drawn := figure(history, theme)) is not None}
         if pictures:
-            found[name] = {theme: render(drawn) for theme, drawn in pictures.items()}
-    return found
+            images[name] = {theme: render(drawn) for theme, drawn in pictures.items()}
+    return images

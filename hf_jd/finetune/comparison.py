@@ -47,7 +47,7 @@ class Plan:
 
     @classmethod
     def read(cls, path: Path) -> Plan:
-        """Reads a plan.
+        """Read a plan.
 
         Raises:
             ValueError: The file can't be read, or has other parts than these.
@@ -74,7 +74,7 @@ class Plan:
         return {name: f"{name}, {variant}" if variant else name for name in self.of_variants[variant]}
 
     def all(self) -> dict[str, dict[str, Any]]:
-        """The own flags of each configuration with each variant, by name."""
+        """Merge the flags of each configuration with those of each variant, by name."""
         return {
             full: {**self.configurations[name], **flags}
             for variant, flags in self.variants.items()
@@ -82,7 +82,7 @@ class Plan:
         }
 
     def stock(self) -> str | None:
-        """The name of the first configuration that is transformers' own Trainer."""
+        """Return the name of the first configuration that runs transformers' Trainer."""
         return next((name for name, flags in self.all().items() if flags.get("stock")), None)
 
     def runs(self, folder: Path, seeds: int) -> list[Run]:
@@ -141,7 +141,7 @@ def _by_name(part: dict[Any, Any], path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _only(names: Any, configurations: dict[str, Any], path: Path) -> list[str]:
-    """The configurations that a variant lists; all, where it lists none."""
+    """Return the configurations that a variant lists; all if it lists none."""
     if names is None:
         return list(configurations)
     listed = [str(name) for name in names] if isinstance(names, list) else [f"{names}"]
@@ -155,8 +155,8 @@ def _tradeoff(settings: Any, path: Path) -> Tradeoff | None:
     if settings is None:
         return None
     try:
-        found = Tradeoff(**settings)
-        return Tradeoff(str(found.forget), str(found.keep), float(found.until))
+        tradeoff = Tradeoff(**settings)
+        return Tradeoff(str(tradeoff.forget), str(tradeoff.keep), float(tradeoff.until))
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{path}: `tradeoff` needs `forget` and `keep`, each a task, and `until`, the loss of the first from which "

@@ -38,12 +38,12 @@ def row_bytes(shape: Shape, case: Case) -> float:
     """
     total: float = case.rows * shape.vectors * case.trained_bytes
     for matrix in shape.trained:
-        p, d, kept = matrix.outputs, matrix.inputs, kept_as(matrix, case)
-        if kept == "dense":
+        p, d, form = matrix.outputs, matrix.inputs, kept_as(matrix, case)
+        if form == "dense":
             total += case.rows * matrix.elements * case.trained_bytes
         else:
             tokens = matrix.tokens(case.all_tokens)
-            total += tokens * (p + d) * case.number_bytes + (tokens * _ID_BYTES / 2 if kept == "routed" else 0)
+            total += tokens * (p + d) * case.number_bytes + (tokens * _ID_BYTES / 2 if form == "routed" else 0)
     for table in shape.tables:
         if table.head is None or kept_as(table.head, case) != "dense":  # A head's dense rows have its table's in them.
             total += looked_up(table, case) * (table.width * case.trained_bytes + _ID_BYTES)

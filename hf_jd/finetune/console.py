@@ -1,0 +1,59 @@
+"""What a person sees of a run: progress bars, and a line per log. All numbers are in the run's files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer
+
+
+class Console(PrinterCallback):
+    """Prints each log as a line."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Print it."""
+        text = line(state.global_step, logs or {})
+        if state.is_world_process_zero and text:
+            tqdm.write(text)
+
+
+class Bars(ProgressCallback):
+    """Progress bars without logs."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Leave that to `Console`."""
+
+
+def use_console(trainer: Trainer) -> None:
+    """Put `Console` in the place of Trainer's dump of all numbers."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(Bars)
+    trainer.add_callback(Console)
+
+
+def line(step: int, logs: Mapping[str, Any]) -> str:
+    """Sum up one log; "" where there is nothing to say.
+
+    Args:
+        step: After which it was logged.
+        logs: What Trainer logged.
+    """
+    if "train_runtime" in logs:
+        return f"step {step}: trained for {logs['train_runtime']:.0f} s"
+    parts = []
+    for name, value in logs.items():
+        if name == "loss":
+            parts.append(f"loss {value:.3f}")
+        elif name == "jd/conflicts":
+            parts.append(f"{value:.0%} of the pairs in conflict")
+        elif name.startswith("jd/against/") and value > 0:
+            parts.append(f"against {name.removeprefix('jd/against/')}: {value:.0%} of the steps")
+        elif name.startswith("eval_") and name.endswith("_loss"):
+            parts.append(f"{name[5:-5] or 'evaluation'}: loss {value:.3f}")
+        elif name.startswith("eval_") and name.endswith("_accuracy"):
+            parts.append(f"accuracy {value:.1%}")
+    return f"step {step}: {', '.join(parts)}" if parts else ""

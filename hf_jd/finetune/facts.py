@@ -1,0 +1,86 @@
+"""`jd_run.json`: what a run was started with, for its report, and for who resumes it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from hf_jd import JDTrainingArguments
+from hf_jd.arguments import JDArguments
+from hf_jd.finetune.flags import DataArguments, ModelArguments, RunArguments
+
+FACTS_FILE = "jd_run.json"
+
+_TRAINING = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "max_grad_norm",
+    "seed",
+)
+
+logger = logging.getLogger(__name__)
+
+
+def facts_of(
+    path: str, model: ModelArguments, data: DataArguments, run: RunArguments, training: JDTrainingArguments
+) -> dict[str, Any]:
+    """Collect what a run is started with, by the flags' names."""
+    trained = {name: getattr(training, name) for name in _TRAINING}
+    weighed = {field.name: getattr(training, field.name) for field in fields(JDArguments)}
+    trained["lr_scheduler_type"] = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
+    return {
+        "version": version("hf-jd"),
+        "model": Path(path).name if Path(path).exists() else path,
+        "data": source_of(data),
+        "stock": run.stock,
+        **asdict(model),
+        **trained,
+        **weighed,
+    }
+
+
+def source_of(data: DataArguments) -> str:
+    """Name the data, without the folders it lies in."""
+    if data.train_file:
+        return ", ".join(Path(path).name for path in data.train_file)
+    return data.dataset_name or f"the embedded example `{data.example}`"
+
+
+class FactsWriter(TrainerCallback):
+    """Writes the file when training begins, and tells how a run that is resumed differs from how it was begun.
+
+    Args:
+        folder: The run's.
+        facts: See `facts_of`.
+    """
+
+    def __init__(self, folder: Path, facts: dict[str, Any]):
+        self._file = folder / FACTS_FILE
+        self._facts = facts
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write the file."""
+        if not state.is_world_process_zero:
+            return
+        before = self._read() if state.global_step else {}
+        for name in before.keys() & self._facts.keys() - {"version"}:
+            if before[name] != self._facts[name]:
+                logger.warning(
+                    "The run was begun with --%s %s, and goes on with %s.", name, before[name], self._facts[name]
+                )
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._file.write_text(json.dumps(self._facts, indent=1) + "\n", "utf-8")
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            return json.loads(self._file.read_text("utf-8"))
+        except (OSError, ValueError):  # Begun by another release, or cut off.
+            return {}

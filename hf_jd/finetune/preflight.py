@@ -1,0 +1,73 @@
+"""What can't work, told before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+import os
+
+from huggingface_hub import HfApi
+from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+
+from hf_jd.finetune.sentences import first_sentence
+
+
+def check_launch(training: TrainingArguments) -> None:
+    """Refuse processes that would train separately, into one folder.
+
+    Raises:
+        ValueError: Several processes were started, and each is alone.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and training.world_size != started:
+        raise ValueError(
+            f"{started} processes were started, but they aren't connected, since there are no devices for them here: "
+            "each would train by itself into one folder. Add --use_cpu to train on CPUs, or start one process."
+        )
+
+
+def check_reporting(training: TrainingArguments) -> None:
+    """Refuse to report to what isn't installed.
+
+    Raises:
+        ValueError: --report_to names such a thing.
+    """
+    targets = training.report_to if isinstance(training.report_to, list) else [training.report_to]
+    available = get_available_reporting_integrations()
+    for name in targets:
+        if name not in available:
+            others = f", or choose one of {', '.join(available)}" if available else ", or leave it out"
+            raise ValueError(f"--report_to is `{name}`, which isn't installed: `pip install {name}`{others}.")
+
+
+def check_hub(training: TrainingArguments) -> None:
+    """Refuse to push to a Hub that isn't there, or doesn't know the user.
+
+    Raises:
+        ValueError: So it is.
+    """
+    if not training.push_to_hub:
+        return
+    try:
+        HfApi().whoami(token=training.hub_token)
+    except Exception as error:  # The Hub's client raises what its HTTP library does, and that has changed.
+        raise ValueError(
+            f"--push_to_hub is given, and the Hub can't be pushed to: {first_sentence(error)} Log in with "
+            "`hf auth login`, or leave it out and upload later with `hf upload`."
+        ) from error
+
+
+def spread_over(training: TrainingArguments, examples: int) -> None:
+    """Make numbers of steps of shares of the training: Trainer compares numbers where a run is resumed.
+
+    Args:
+        training: Its logging_steps, eval_steps and save_steps are changed where they are below 1.
+        examples: The number of examples to train on.
+    """
+    batches = math.ceil(examples / (training.train_batch_size * training.world_size))
+    epoch = math.ceil(batches / training.gradient_accumulation_steps)
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(epoch * training.num_train_epochs)
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        share = getattr(training, name)
+        if share is not None and 0 < share < 1:
+            setattr(training, name, math.ceil(share * steps))
