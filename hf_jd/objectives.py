@@ -156,6 +156,7 @@ class Kind:
         of_instances: Whether losses have to be those of instances, or of their tokens.
         several: Whether losses are told apart by name.
         of_batches: Whether a micro-batch is one objective, whatever its loss.
+        of_rewards: Whether they are the rewards of generated completions, by name.
     """
 
     split: Callable[[Sequence[Loss], Tensor, Tensor], Part]
@@ -163,6 +164,7 @@ class Kind:
     of_instances: bool
     several: bool
     of_batches: bool = False
+    of_rewards: bool = False
 
 
 OBJECTIVES = {
@@ -171,6 +173,7 @@ OBJECTIVES = {
     "loss": Kind(by_loss, shared=True, of_instances=False, several=True),
     "instance_loss": Kind(by_instance, shared=False, of_instances=True, several=True),
     "batch": Kind(by_loss, shared=False, of_instances=False, several=False, of_batches=True),
+    "reward": Kind(by_loss, shared=True, of_instances=False, several=False, of_rewards=True),
 }
 
 

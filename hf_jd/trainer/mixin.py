@@ -177,13 +177,17 @@ class JDTrainerMixin(EvaluationMixin):
         self._jd_seen += 1
         alone = self.jd_args.jd_scope == "micro_batch" or self.jd_apart
         if self._jd_update is None:
-            self._jd_update = SplitUpdate(self, model, [inputs] if alone else self._jd_batches or [inputs], alone)
+            self._jd_update = self.make_update(model, [inputs] if alone else self._jd_batches or [inputs], alone)
         step = super().training_step
         value = self._jd_update.take(inputs, lambda batch: step(model, batch, num_items_in_batch))
         if self._jd_update.alone or self._jd_seen >= len(self._jd_batches):
             update, self._jd_update = self._jd_update, None
             update.finish()
         return value
+
+    def make_update(self, model: nn.Module, batches: list[Any], alone: bool) -> SplitUpdate:
+        """Makes the next update whose losses are split; see SplitUpdate."""
+        return SplitUpdate(self, model, batches, alone)
 
     def jd_instances(self, output: Tensor, instances: int) -> Tensor:
         """Says whose row each leading row of an output is: the method to override where a loss pairs rows otherwise.

@@ -144,6 +144,11 @@ def check_liger(trainer: JDTrainerMixin) -> None:
 def check_own_loss(trainer: JDTrainerMixin) -> None:
     """Raises a ValueError for what needs the losses' values, where only a scalar of the trainer's own is known."""
     jd, name = trainer.jd_args, type(trainer).__name__
+    if jd.kind.of_rewards and not hasattr(trainer, "advantages_by_reward"):
+        raise ValueError(
+            f"--jd_objectives reward weighs the reward functions of JDGRPOTrainer and JDRLOOTrainer, and {name} is "
+            "neither: use one of these, or choose other objectives."
+        )
     if jd.kind.several and trainer.has_own_loss:
         raise ValueError(
             f"--jd_objectives {jd.jd_objectives} weighs several losses by name, and {name}.compute_loss returns "

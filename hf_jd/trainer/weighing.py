@@ -74,7 +74,7 @@ def _names(trainer: JDTrainerMixin, joined: Objectives) -> list[str]:
     losses, seen, names = trainer.jd_loss_names, Counter[int](), []
     kind = trainer.jd_args.jd_objectives
     for group, name in zip(joined.groups.tolist(), joined.names.tolist(), strict=True):
-        if kind == "loss" or name == joined.whole:
+        if kind in ("loss", "reward") or name == joined.whole:
             names.append(losses[name])
         elif kind == "group":
             names.append(trainer.group_name(group) if group >= 0 else losses[name])
