@@ -8,12 +8,33 @@ if TYPE_CHECKING:
     from hf_jd.gramian import Engine, Jacobian
     from hf_jd.trainer import JDSeq2SeqTrainer, JDState, JDTrainer, JDTrainerMixin
     from hf_jd.trainer.sft import JDSFTConfig, JDSFTTrainer
+    from hf_jd.trainer.trl import (
+        JDDPOConfig,
+        JDDPOTrainer,
+        JDGRPOConfig,
+        JDGRPOTrainer,
+        JDKTOConfig,
+        JDKTOTrainer,
+        JDRewardConfig,
+        JDRewardTrainer,
+        JDRLOOConfig,
+        JDRLOOTrainer,
+    )
     from hf_jd.weighting import WEIGHTINGS, build_weighting
 
 _ROOMS = {
-    "WEIGHTINGS": "weighting",
     "Engine": "gramian",
     "JDArguments": "arguments",
+    "JDDPOConfig": "trainer.trl",
+    "JDDPOTrainer": "trainer.trl",
+    "JDGRPOConfig": "trainer.trl",
+    "JDGRPOTrainer": "trainer.trl",
+    "JDKTOConfig": "trainer.trl",
+    "JDKTOTrainer": "trainer.trl",
+    "JDRLOOConfig": "trainer.trl",
+    "JDRLOOTrainer": "trainer.trl",
+    "JDRewardConfig": "trainer.trl",
+    "JDRewardTrainer": "trainer.trl",
     "JDSFTConfig": "trainer.sft",
     "JDSFTTrainer": "trainer.sft",
     "JDSeq2SeqTrainer": "trainer",
@@ -23,13 +44,23 @@ _ROOMS = {
     "JDTrainerMixin": "trainer",
     "JDTrainingArguments": "arguments",
     "Jacobian": "gramian",
+    "WEIGHTINGS": "weighting",
     "build_weighting": "weighting",
 }
 
 __all__ = [
-    "WEIGHTINGS",
     "Engine",
     "JDArguments",
+    "JDDPOConfig",
+    "JDDPOTrainer",
+    "JDGRPOConfig",
+    "JDGRPOTrainer",
+    "JDKTOConfig",
+    "JDKTOTrainer",
+    "JDRLOOConfig",
+    "JDRLOOTrainer",
+    "JDRewardConfig",
+    "JDRewardTrainer",
     "JDSFTConfig",
     "JDSFTTrainer",
     "JDSeq2SeqTrainer",
@@ -39,6 +70,7 @@ __all__ = [
     "JDTrainerMixin",
     "JDTrainingArguments",
     "Jacobian",
+    "WEIGHTINGS",
     "build_weighting",
 ]
 

@@ -96,7 +96,7 @@ class RewardRecorder(SplitRecorder):
         # Trainer has divided the loss by accumulation, and scaled it, since TRL computed it.
         factor = torch.autograd.grad(loss, policy.loss, retain_graph=True)[0]
         shares = _shares(policy, factor, getattr(trainer.args, "jd_kl", "mean") == "objective")
-        if trainer.jd_args.jd_check and not trainer.jd_proved:
+        if trainer.jd_args.jd_check and not trainer.jd_proved and bool(shares.finite.all()):
             policy.prove()
             trainer.jd_proved = True
         return policy, shares

@@ -64,6 +64,11 @@ class GeneratingMixin(JDTrainerMixin):
         self._jd_policy: PolicyLoss | None = None
         self.jd_groups_of_batch: Tensor | None = None
         self.jd_proved = False
+        if self.jd_args.jd_sampler != "trainer":
+            raise ValueError(
+                f"--jd_sampler {self.jd_args.jd_sampler} orders single examples, and {type(self).__name__} repeats each "
+                "prompt for its generations: leave it at trainer."
+            )
         if self.jd_args.kind.of_rewards:
             _check_rewards(self)
 
@@ -79,6 +84,11 @@ class GeneratingMixin(JDTrainerMixin):
     def make_update(self, model: nn.Module, batches: list[Any], alone: bool) -> SplitUpdate:
         """Makes the next update; see JDTrainerMixin."""
         return GenerationUpdate(self, model, batches, alone)
+
+    def _get_train_sampler(  # ty: ignore[lost-keyword-for-regular-parameter]  # TRL's name of the argument
+        self, dataset: Any = None
+    ) -> Any:
+        return super()._get_train_sampler(dataset)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         self._jd_rewards = super()._calculate_rewards(*args, **kwargs)  # ty: ignore[unresolved-attribute]  # TRL's

@@ -59,6 +59,7 @@ class PolicyLoss:
         self.advantages: Tensor = inputs[ADVANTAGES_KEY]
         self.names: list[str] = trainer.reward_func_names
         self.outputs: list[Tensor] = []
+        self._leaves: list[Tensor] = []
         self.loss: Tensor | None = None
 
     def keep(self, found: Sequence[Any], loss: Tensor) -> None:
@@ -69,7 +70,7 @@ class PolicyLoss:
             loss: [] with a graph.
         """
         self.loss = loss
-        leaves = [None if t is None else t.detach().requires_grad_() for t in found]
+        leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in found]
         self._twin._get_per_token_logps_and_entropies = lambda *args, **kwargs: tuple(leaves)
         pairs = [(t, leaf) for t, leaf in zip(found, leaves, strict=True) if t is not None and t.requires_grad]
         self.outputs, self._leaves = [t for t, _ in pairs], [leaf for _, leaf in pairs]

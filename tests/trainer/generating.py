@@ -44,7 +44,7 @@ class Exact:
     """Has TRL read log-probabilities of logits in float64: its fused head computes in float32."""
 
     def _get_per_token_logps_and_entropies(
-        self, model: Any, ids: Tensor, mask: Tensor, keep: int, *args: Any, **kwargs: Any
+        self: Any, model: Any, ids: Tensor, mask: Tensor, keep: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor, None]:
         logits = model(input_ids=ids, attention_mask=mask).logits[:, -keep - 1 : -1]
         every = logits.log_softmax(-1)
@@ -56,7 +56,15 @@ class ExactGRPO(JDGRPOTrainer, Exact, GRPOTrainer):
     """`JDGRPOTrainer` in float64."""
 
 
-class ExactRLOO(JDRLOOTrainer, Exact, RLOOTrainer):
+class HalfExact:
+    """The same with entropies in float32, which RLOO stacks with numbers in that."""
+
+    def _get_per_token_logps_and_entropies(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, None]:
+        logps, entropies, none = Exact._get_per_token_logps_and_entropies(self, *args, **kwargs)
+        return logps, entropies.float(), none
+
+
+class ExactRLOO(JDRLOOTrainer, HalfExact, RLOOTrainer):
     """`JDRLOOTrainer` in float64."""
 
 
@@ -107,6 +115,9 @@ class Policy:
         )
         self.trainer.current_gradient_accumulation_steps = 1
         self.trainer.engine()
+        with torch.no_grad():  # The reference is TRL's copy of the adapters as they were.
+            for p in self.trainer.trainable():
+                p += 0.02 * torch.randn_like(p)
         self.trainer.model.train()
         self.batch = next(iter(self.trainer.get_train_dataloader()))
         scored = self.trainer._generate_and_score_completions
@@ -162,8 +173,7 @@ class Policy:
 
     def gradient(self, advantages: Tensor) -> Tensor:
         """The gradient of TRL's own loss with these advantages [B], by plain autograd."""
-        host: Any = next(cls for cls in type(self.trainer).__mro__ if cls.__module__.startswith("trl."))
-        loss = host._compute_loss(self.trainer, self.trainer.model, {**self.inputs, "advantages": advantages})
+        loss = self.trainer._compute_loss(self.trainer.model, {**self.inputs, "advantages": advantages})
         gradients = torch.autograd.grad(loss, self.trainer.trainable(), allow_unused=True)
         return self.flat(gradients)
 
