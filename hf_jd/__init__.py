@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from hf_jd.arguments import JDArguments, JDSeq2SeqTrainingArguments, JDTrainingArguments
     from hf_jd.gramian import Engine, Jacobian
     from hf_jd.trainer import JDSeq2SeqTrainer, JDState, JDTrainer, JDTrainerMixin
+    from hf_jd.trainer.embeddings import JDSentenceTransformerTrainer, JDSentenceTransformerTrainingArguments
     from hf_jd.trainer.sft import JDSFTConfig, JDSFTTrainer
     from hf_jd.trainer.trl import (
         JDDPOConfig,
@@ -37,6 +38,8 @@ _ROOMS = {
     "JDRewardTrainer": "trainer.trl",
     "JDSFTConfig": "trainer.sft",
     "JDSFTTrainer": "trainer.sft",
+    "JDSentenceTransformerTrainer": "trainer.embeddings",
+    "JDSentenceTransformerTrainingArguments": "trainer.embeddings",
     "JDSeq2SeqTrainer": "trainer",
     "JDSeq2SeqTrainingArguments": "arguments",
     "JDState": "trainer",
@@ -63,6 +66,8 @@ __all__ = [
     "JDRewardTrainer",
     "JDSFTConfig",
     "JDSFTTrainer",
+    "JDSentenceTransformerTrainer",
+    "JDSentenceTransformerTrainingArguments",
     "JDSeq2SeqTrainer",
     "JDSeq2SeqTrainingArguments",
     "JDState",

@@ -66,8 +66,8 @@ class GeneratingMixin(JDTrainerMixin):
         self.jd_proved = False
         if self.jd_args.jd_sampler != "trainer":
             raise ValueError(
-                f"--jd_sampler {self.jd_args.jd_sampler} orders single examples, and {type(self).__name__} repeats each "
-                "prompt for its generations: leave it at trainer."
+                f"--jd_sampler {self.jd_args.jd_sampler} orders single examples, and {type(self).__name__} repeats "
+                "each prompt for its generations: leave it at trainer."
             )
         if self.jd_args.kind.of_rewards:
             _check_rewards(self)

@@ -1,4 +1,4 @@
-"""`JDGRPOTrainer` and `JDRLOOTrainer` by reward and by group: where `mean` is TRL's own trainer, and where it is not."""
+"""`JDGRPOTrainer` and `JDRLOOTrainer` by reward and by group: where `mean` is TRL's own trainer, and where not."""
 
 from __future__ import annotations
 
