@@ -31,11 +31,13 @@ def is_last(losses: Tensor, batch: Batch, plan: Plan, coverage: Coverage, checke
         if node.tap not in own:
             continue
         for shape in node.shapes:
-            site = plan.known_site(node.tap, node.call.modes, len(shape), batch.segments.distinguish)
+            lead = shape[:-1] or shape
+            plain = lead[0] == batch.instances
+            site = plan.known_site(node.tap, node.call.modes, len(shape), plain, batch.segments.distinguish)
             # Methods that call a module again may give up at a call's shapes, and leave its parameters to tier 3.
             if site is None or isinstance(site.method, str):
                 return False
-            layout = site.layout_for(shape[:-1] or shape, batch.instances)
+            layout = site.layout_for(lead, batch.instances)
             if layout is None or (checker and any(is_due(site, p, layout) for p in node.targets.values())):
                 return False
         tapped |= set(node.targets.values())

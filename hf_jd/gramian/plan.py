@@ -81,10 +81,16 @@ class Plan:
     def __init__(self, rules: Mapping[type[nn.Module], Rule]):
         self.rules = rules
         self.individual: set[nn.Parameter] = set()
-        self._sites: dict[tuple[nn.Module, tuple[bool, ...], int, bool], Site] = {}
+        self._sites: dict[tuple[nn.Module, tuple[bool, ...], int, bool, bool], Site] = {}
 
     def site(
-        self, tap: ModuleTap, modes: tuple[bool, ...], rank: int, conclusive: bool, inputs: Sequence[Tensor]
+        self,
+        tap: ModuleTap,
+        modes: tuple[bool, ...],
+        rank: int,
+        plain: bool,
+        conclusive: bool,
+        inputs: Sequence[Tensor],
     ) -> Site:
         """The site of a module's output gradient of that rank; its decision is made when it is met first.
 
@@ -92,18 +98,21 @@ class Plan:
             tap: The module's tap.
             modes: Of the module's call: in another mode it may compute something else.
             rank: Dimensions of the output gradient.
+            plain: Whether it has one leading row per instance: another call of the module may have several.
             conclusive: Whether instances belong to different objectives: else no check can tell layouts apart, so what
                 it approves is kept for such steps only.
             inputs: The tensors that the module was called with.
         """
-        key = (tap.module, modes, rank, conclusive)
+        key = (tap.module, modes, rank, plain, conclusive)
         if key not in self._sites:
             self._sites[key] = Site(tap.module, self._rule(tap, inputs) or LINEAR)
         return self._sites[key]
 
-    def known_site(self, tap: ModuleTap, modes: tuple[bool, ...], rank: int, conclusive: bool) -> Site | None:
+    def known_site(
+        self, tap: ModuleTap, modes: tuple[bool, ...], rank: int, plain: bool, conclusive: bool
+    ) -> Site | None:
         """The site, if it was met before."""
-        return self._sites.get((tap.module, modes, rank, conclusive))
+        return self._sites.get((tap.module, modes, rank, plain, conclusive))
 
     def reject(self, wrong: Mapping[nn.Parameter, Sequence[Site]]) -> None:
         """Takes back one decision behind each parameter's wrong rows; where none is left, it goes to tier 3.
@@ -112,17 +121,23 @@ class Plan:
             wrong: The parameters and the sites where they were met. Parameters that share a site share its decision.
         """
         taken_back: set[Site] = set()
+        undecided: set[nn.Parameter] = set()
         for parameter, sites in wrong.items():
             if not taken_back.isdisjoint(sites):
                 continue
-            site = next((site for site in sites if site.layout is not None), None)
+            decided = [site for site in sites if site.layout is not None]
+            # Where calls are of unlike size, the order of several rows per instance is the likelier mistake.
+            guessed = [site for site in decided if site.layout in ("major", "minor")]
+            site = next(iter(guessed or decided), None)
             if site is None:
-                self.individual.add(parameter)
+                undecided.add(parameter)
                 continue
             assert site.layout is not None
             site.rejected.add(site.layout)
             site.layout = None
             taken_back.add(site)
+        # Rows of an input without a batch dimension are those of the word embeddings, whose layout may be wrong.
+        self.individual |= set() if taken_back else undecided
 
     def _rule(self, tap: ModuleTap, inputs: Sequence[Tensor]) -> Rule | None:
         module = tap.module

@@ -99,7 +99,7 @@ class Recording:
         self.refuted: set[nn.Parameter] = set()
         self._plan = plan
         self._dropped: set[nn.Parameter] = set()
-        self._embedded: list[Tensor] = []
+        self._embedded: list[tuple[Tensor, Segments]] = []
         self._unbatched: list[tuple[Site, Mapping[str, nn.Parameter], Tensor, Tensor]] = []
 
     @property
@@ -129,8 +129,10 @@ class Recording:
             targets = {name: p for name, p in targets.items() if p not in individual and p.requires_grad}
         if first is None or not targets:
             return
-        site = self._plan.site(tap, call.modes, first.dim(), self.batch.segments.distinguish, inputs or ())
-        layout = site.choose_layout(first.shape[:-1] or first.shape, self.batch.instances)
+        lead, conclusive = first.shape[:-1] or first.shape, self.batch.segments.distinguish
+        plain = lead[0] == self.batch.instances
+        site = self._plan.site(tap, call.modes, first.dim(), plain, conclusive, inputs or ())
+        layout = site.choose_layout(lead, self.batch.instances)
         self.meetings.append(Meeting(targets, site, layout))
         if self.probe is not None:
             dtypes = _precisions(site.module, call, [*(inputs or ()), first])
@@ -139,8 +141,8 @@ class Recording:
         if layout is None and not isinstance(site.method, str) and inputs is not None and len(inputs) == 1:
             self._unbatched.append((site, targets, inputs[0], first))
             return
-        if isinstance(site.module, nn.Embedding):
-            self._embedded.append(first)
+        if isinstance(site.module, nn.Embedding) and layout is not None:
+            self._embedded.append(self._batch_first(layout, first))
         ModuleTap.look_away = True
         try:
             found = {} if layout is None else self._rows(site, layout, targets, call, inputs, grad_outputs)
@@ -159,19 +161,21 @@ class Recording:
         embeddings summed over the batch: where such a twin was met, it has the rows that the sum has lost.
         """
         for site, targets, x, g in self._unbatched:
-            twin = next((t for t in self._embedded if _is_sum_of(g, t, self.batch.instances)), None)
+            twin, segments = next(((t, s) for t, s in self._embedded if _is_sum_of(g, t)), (None, None))
             found: dict[str, Rows] = {}
             if twin is not None and not isinstance(site.method, str):
                 one = x if x.shape[0] == 1 else x[None]
                 with torch.no_grad():
-                    found = dict(
-                        site.method(site.module, one.expand(len(twin), *one.shape[1:]), twin, self.batch.segments)
-                    )
+                    found = dict(site.method(site.module, one.expand(len(twin), *one.shape[1:]), twin, segments))
             self.tiers.update(dict.fromkeys((targets[name] for name in found if name in targets), 1))
             self.refuted |= self.doubted & set(targets.values())  # A twin's gradient is no input of the layer.
             self._take(targets, found)
         if self.gramian_only:
             self.shared |= self.unmapped & self._dropped  # Their part is in the Gramian, and all their rows will come.
+
+    def _batch_first(self, layout: str, gradient: Tensor) -> tuple[Tensor, Segments]:
+        (moved,), segments = arrange(layout, self.batch.segments, self.batch.instances, gradient)
+        return moved, segments
 
     def _take(self, targets: Mapping[str, nn.Parameter], found: dict[str, Rows]) -> None:
         self.unmapped.update(parameter for name, parameter in targets.items() if name not in found)
@@ -292,11 +296,11 @@ def _precisions(module: nn.Module, call: Call, tensors: Sequence[Tensor]) -> set
     return dtypes | {autocast} if enabled else dtypes
 
 
-def _is_sum_of(total: Tensor, parts: Tensor, instances: int) -> bool:
-    """Whether a gradient [1, T, d] or [T, d] is that of B instances [B, T, d], added up."""
-    if len(parts) != instances or parts.shape[1:] != total.shape[total.dim() - parts.dim() + 1 :]:
+def _is_sum_of(total: Tensor, parts: Tensor) -> bool:
+    """Whether a gradient [1, T, d] or [T, d] is that of the rows of [N, T, d], added up."""
+    if parts.shape[1:] != total.shape[total.dim() - parts.dim() + 1 :]:
         return False
-    if total.numel() * instances != parts.numel():
+    if total.numel() * len(parts) != parts.numel():
         return False
     added = parts.sum(0).view(total.shape)
     return bool((added - total).norm() <= 0.02 * total.norm())
