@@ -32,7 +32,7 @@ def is_last(losses: Tensor, batch: Batch, plan: Plan, coverage: Coverage, checke
             continue
         for shape in node.shapes:
             lead = shape[:-1] or shape
-            plain = lead[0] == batch.instances
+            plain = lead[:1] == (batch.instances,)
             site = plan.known_site(node.tap, node.call.modes, len(shape), plain, batch.segments.distinguish)
             # Methods that call a module again may give up at a call's shapes, and leave its parameters to tier 3.
             if site is None or isinstance(site.method, str):

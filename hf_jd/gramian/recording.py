@@ -130,7 +130,7 @@ class Recording:
         if first is None or not targets:
             return
         lead, conclusive = first.shape[:-1] or first.shape, self.batch.segments.distinguish
-        plain = lead[0] == self.batch.instances
+        plain = lead[:1] == (self.batch.instances,)
         site = self._plan.site(tap, call.modes, first.dim(), plain, conclusive, inputs or ())
         layout = site.choose_layout(lead, self.batch.instances)
         self.meetings.append(Meeting(targets, site, layout))
@@ -161,12 +161,12 @@ class Recording:
         embeddings summed over the batch: where such a twin was met, it has the rows that the sum has lost.
         """
         for site, targets, x, g in self._unbatched:
-            twin, segments = next(((t, s) for t, s in self._embedded if _is_sum_of(g, t)), (None, None))
+            twin = next((found for found in self._embedded if _is_sum_of(g, found[0])), None)
             found: dict[str, Rows] = {}
             if twin is not None and not isinstance(site.method, str):
                 one = x if x.shape[0] == 1 else x[None]
                 with torch.no_grad():
-                    found = dict(site.method(site.module, one.expand(len(twin), *one.shape[1:]), twin, segments))
+                    found = dict(site.method(site.module, one.expand(len(twin[0]), *one.shape[1:]), *twin))
             self.tiers.update(dict.fromkeys((targets[name] for name in found if name in targets), 1))
             self.refuted |= self.doubted & set(targets.values())  # A twin's gradient is no input of the layer.
             self._take(targets, found)

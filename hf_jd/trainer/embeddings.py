@@ -42,12 +42,11 @@ class JDSentenceTransformerTrainer(JDTrainerMixin, SentenceTransformerTrainer):
     Losses with negatives from the batch are split exactly, too: what a pair is a negative for is in its row.
     """
 
-    args: JDSentenceTransformerTrainingArguments
     training_args_class = JDSentenceTransformerTrainingArguments
 
     def follow_flags(self) -> None:
         """Makes what the flags decide; see JDTrainerMixin."""
-        if self.args.jd_group_column == DATASET_COLUMN and not isinstance(self.train_dataset, Mapping):
+        if self.jd_args.jd_group_column == DATASET_COLUMN and not isinstance(self.train_dataset, Mapping):
             raise ValueError(
                 "--jd_objectives group has one objective per dataset, and there is one dataset: give a dict of them, "
                 "or name the column of the groups with --jd_group_column."

@@ -91,11 +91,11 @@ class GeneratingMixin(JDTrainerMixin):
         return super()._get_train_sampler(dataset)
 
     def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
-        self._jd_rewards = super()._calculate_rewards(*args, **kwargs)  # ty: ignore[unresolved-attribute]  # TRL's
+        self._jd_rewards = super()._calculate_rewards(*args, **kwargs)  # ty: ignore[missing-attribute]  # TRL's
         return self._jd_rewards
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)  # ty: ignore[unresolved-attribute]  # TRL's
+        output = super()._generate_and_score_completions(inputs)  # ty: ignore[missing-attribute]  # TRL's
         assert self.model is not None
         if not self.model.training:
             return output
@@ -130,7 +130,7 @@ class GeneratingMixin(JDTrainerMixin):
         return loss
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)  # ty: ignore[unresolved-attribute]  # TRL's
+        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)  # ty: ignore[missing-attribute]  # TRL's
         if torch.is_grad_enabled():
             self._jd_found = found
         return found
