@@ -29,9 +29,9 @@ BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parqu
 def run(
     name: str,
     argv: Sequence[str],
-    trainer: type,
-    config: type,
-    script: type = ScriptArguments,
+    trainer: Any,
+    config: Any,
+    script: Any = ScriptArguments,
     more: Callable[[Any, Any], dict[str, Any]] | None = None,
     init: bool = True,
 ) -> int:
@@ -49,7 +49,8 @@ def run(
     Returns:
         The exit code.
     """
-    parser: Any = TrlParser((script, config, ModelConfig, DatasetMixtureConfig), prog=f"hf-jd {name}")
+    kinds: list[Any] = [script, config, ModelConfig, DatasetMixtureConfig]
+    parser: Any = TrlParser(kinds, prog=f"hf-jd {name}")
     asked, args, model, mixture = parser.parse_args_and_config(list(argv))
     if model.model_name_or_path is None:
         raise ValueError("No model is named: give its name or folder with --model_name_or_path.")
