@@ -52,22 +52,9 @@ def run(
     kinds: list[Any] = [script, config, ModelConfig, DatasetMixtureConfig]
     parser: Any = TrlParser(kinds, prog=f"hf-jd {name}")
     asked, args, model, mixture = parser.parse_args_and_config(list(argv))
-    if model.model_name_or_path is None:
-        raise ValueError("No model is named: give its name or folder with --model_name_or_path.")
-    if (model.load_in_4bit or model.load_in_8bit) and not is_bitsandbytes_available():
-        bits = 4 if model.load_in_4bit else 8
-        raise ValueError(
-            f"--load_in_{bits}bit needs bitsandbytes, which is not installed or can't run here: pip install "
-            "bitsandbytes on a machine whose device it supports, or leave the flag out."
-        )
+    _check(model)
     if init:
-        given = {
-            "revision": model.model_revision,
-            "trust_remote_code": args.trust_remote_code,
-            "attn_implementation": model.attn_implementation,
-            "dtype": model.dtype,
-        }
-        args.model_init_kwargs = {**given, **(args.model_init_kwargs or {})}
+        args.model_init_kwargs = _loading(model, args)
     data = load(asked, mixture)
     made = trainer(
         model=model.model_name_or_path,
@@ -85,6 +72,29 @@ def run(
     if args.push_to_hub:
         made.push_to_hub(dataset_name=asked.dataset_name)
     return 0
+
+
+def _check(model: Any) -> None:
+    """Raises a ValueError for a model that can't be loaded."""
+    if model.model_name_or_path is None:
+        raise ValueError("No model is named: give its name or folder with --model_name_or_path.")
+    if (model.load_in_4bit or model.load_in_8bit) and not is_bitsandbytes_available():
+        bits = 4 if model.load_in_4bit else 8
+        raise ValueError(
+            f"--load_in_{bits}bit needs bitsandbytes, which is not installed or can't run here: pip install "
+            "bitsandbytes on a machine whose device it supports, or leave the flag out."
+        )
+
+
+def _loading(model: Any, args: Any) -> dict[str, Any]:
+    """How the trainer loads the model, as TRL's scripts have it."""
+    given = {
+        "revision": model.model_revision,
+        "trust_remote_code": args.trust_remote_code,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    }
+    return {**given, **(args.model_init_kwargs or {})}
 
 
 def load(asked: Any, mixture: Any) -> Any:

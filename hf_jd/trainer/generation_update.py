@@ -13,7 +13,7 @@ from hf_jd.metrics import Metrics
 from hf_jd.objectives import Part
 from hf_jd.trainer.cotangents import Cotangent, surrogates
 from hf_jd.trainer.recording import Extra, Recorded
-from hf_jd.trainer.rewards import Direction, PolicyLoss, combined, directions, scalar
+from hf_jd.trainer.rewards import Direction, PolicyLoss, directions, scalar
 from hf_jd.trainer.split_update import SplitUpdate
 from hf_jd.trainer.splitting import SplitRecorder, Whose
 
@@ -123,7 +123,7 @@ class RewardRecorder(SplitRecorder):
         parts = [surrogates(Cotangent(output, gradient), ids, m) for output, gradient in pairs if output.dim()]
         losses = torch.stack([part.to(parts[0]) for part in parts]).sum(0)
         instances = trainer.engine().compute_jacobian(losses, ids, materialise=False, retain_graph=not last)
-        return combined(instances, membership[:, some])
+        return instances.combined(membership[:, some])
 
     def _gradient_row(self, policy: PolicyLoss, gradients: list[Tensor]) -> Jacobian:
         """The row of one objective, by a plain backward pass."""

@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_jd.gramian import Jacobian
-from hf_jd.gramian.rows import DenseRows
 from hf_jd.trainer.cotangents import Cotangent, split, surrogates
 
 if TYPE_CHECKING:
@@ -202,10 +200,3 @@ def scalar(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
         ids = torch.zeros(output.shape[:1], dtype=torch.int64, device=output.device)
         parts.append(surrogates(Cotangent(output, gradient), ids, 1).sum())
     return torch.stack([part.to(parts[0]) for part in parts]).sum()
-
-
-def combined(jacobian: Jacobian, membership: Tensor) -> Jacobian:
-    """The rows A J [K, n] of objectives that are sums of instances', for A [K, B] and J [B, n]."""
-    sums = [jacobian.weighted_sum(weights) for weights in membership]
-    rows = {p: DenseRows(torch.stack([s[p].flatten() for s in sums]), p.shape) for p in jacobian.used}
-    return Jacobian({p: rows.get(p) for p in jacobian.parameters}, len(membership))
