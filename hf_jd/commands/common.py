@@ -33,7 +33,6 @@ def run(
     config: Any,
     script: Any = ScriptArguments,
     more: Callable[[Any, Any], dict[str, Any]] | None = None,
-    init: bool = True,
 ) -> int:
     """Runs a command.
 
@@ -44,7 +43,6 @@ def run(
         config: The class of its arguments.
         script: TRL's class of the arguments of its script.
         more: More arguments of the trainer, from the script's and the model's.
-        init: Whether TRL's script tells the trainer how to load the model.
 
     Returns:
         The exit code.
@@ -53,8 +51,7 @@ def run(
     parser: Any = TrlParser(kinds, prog=f"hf-jd {name}")
     asked, args, model, mixture = parser.parse_args_and_config(list(argv))
     _check(model)
-    if init:
-        args.model_init_kwargs = _loading(model, args)
+    args.model_init_kwargs = _loading(model, args)
     data = load(asked, mixture)
     made = trainer(
         model=model.model_name_or_path,

@@ -10,4 +10,4 @@ from hf_jd.trainer.trl import JDRewardConfig, JDRewardTrainer
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns its exit code."""
-    return run("reward", argv, JDRewardTrainer, JDRewardConfig, init=False)
+    return run("reward", argv, JDRewardTrainer, JDRewardConfig)

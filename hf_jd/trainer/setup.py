@@ -149,7 +149,7 @@ def check_own_loss(trainer: JDTrainerMixin) -> None:
             f"--jd_objectives reward weighs the reward functions of JDGRPOTrainer and JDRLOOTrainer, and {name} is "
             "neither: use one of these, or choose other objectives."
         )
-    if jd.kind.several and trainer.has_own_loss:
+    if jd.kind.several and trainer.has_own_loss and not trainer.splits_loss:
         raise ValueError(
             f"--jd_objectives {jd.jd_objectives} weighs several losses by name, and {name}.compute_loss returns "
             "one: return a dict of losses from `compute_losses`, or choose --jd_objectives instance."

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_jd.arguments import JDArguments
 from hf_jd.trainer.generations import GeneratingMixin, JDGenerationArguments
+from hf_jd.trainer.loss_types import LossTypesMixin
 from hf_jd.trainer.mixin import JDTrainerMixin
 
 try:
@@ -40,8 +41,11 @@ class JDDPOConfig(JDArguments, DPOConfig):
     """`DPOConfig` with the flags of Jacobian descent."""
 
 
-class JDDPOTrainer(JDTrainerMixin, DPOTrainer):
-    """`DPOTrainer` with Jacobian descent; a pair is an instance."""
+class JDDPOTrainer(LossTypesMixin, DPOTrainer):
+    """`DPOTrainer` with Jacobian descent; a pair is an instance.
+
+    With `--jd_objectives loss`, each of several `--loss_type`s is an objective, as in MPO (arXiv 2411.10442).
+    """
 
 
 @dataclass
