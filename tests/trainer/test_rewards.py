@@ -250,3 +250,26 @@ def test_what_cannot_be_weighed_is_told_in_a_sentence(functions, flags, match, t
 def test_several_sums_that_hide_the_divergence_are_refused(tmp_path):
     with pytest.raises(ValueError, match="can't tell the divergence from the rewards"):
         Policy(tmp_path, rewards(2), ExactRLOO, JDRLOOConfig, beta=0.1, normalize_advantages=True)
+
+
+def flat_reward(completions, **columns):
+    """Worth the same whatever is said: no advantage."""
+    return [1.0] * len(completions)
+
+
+@pytest.mark.parametrize("scope", ["global", "micro_batch"])
+def test_a_reward_without_advantages_is_no_objective(scope, tmp_path):
+    policy = Policy(tmp_path, [*rewards(2), flat_reward], moved=0.5, beta=0.1, jd_scope=scope)
+    rows, rest = policy.brute(policy.inputs["jd_advantages"])
+    assert not rows[2].any()
+    mine, others = policy.rows()
+    assert policy.trainer.jd_state.names == ["r0", "r1"]
+    assert relative(mine, rows[:2]) < EXACT
+    assert relative(others, rest) < EXACT
+
+
+def test_without_any_advantage_the_rest_is_descended(tmp_path):
+    named = [flat_reward, rewards(1, missing=[(0, i) for i in range(8)])[0]]
+    policy = Policy(tmp_path, named, moved=0.5, beta=0.1)
+    rest = policy.gradient(torch.zeros(8))
+    assert relative(policy.step(None), rest) < EXACT
