@@ -7,15 +7,39 @@ if TYPE_CHECKING:
     from hf_jd.arguments import JDArguments, JDSeq2SeqTrainingArguments, JDTrainingArguments
     from hf_jd.gramian import Engine, Jacobian
     from hf_jd.trainer import JDSeq2SeqTrainer, JDState, JDTrainer, JDTrainerMixin
+    from hf_jd.trainer.embeddings import JDSentenceTransformerTrainer, JDSentenceTransformerTrainingArguments
     from hf_jd.trainer.sft import JDSFTConfig, JDSFTTrainer
+    from hf_jd.trainer.trl import (
+        JDDPOConfig,
+        JDDPOTrainer,
+        JDGRPOConfig,
+        JDGRPOTrainer,
+        JDKTOConfig,
+        JDKTOTrainer,
+        JDRewardConfig,
+        JDRewardTrainer,
+        JDRLOOConfig,
+        JDRLOOTrainer,
+    )
     from hf_jd.weighting import WEIGHTINGS, build_weighting
 
 _ROOMS = {
-    "WEIGHTINGS": "weighting",
     "Engine": "gramian",
     "JDArguments": "arguments",
+    "JDDPOConfig": "trainer.trl",
+    "JDDPOTrainer": "trainer.trl",
+    "JDGRPOConfig": "trainer.trl",
+    "JDGRPOTrainer": "trainer.trl",
+    "JDKTOConfig": "trainer.trl",
+    "JDKTOTrainer": "trainer.trl",
+    "JDRLOOConfig": "trainer.trl",
+    "JDRLOOTrainer": "trainer.trl",
+    "JDRewardConfig": "trainer.trl",
+    "JDRewardTrainer": "trainer.trl",
     "JDSFTConfig": "trainer.sft",
     "JDSFTTrainer": "trainer.sft",
+    "JDSentenceTransformerTrainer": "trainer.embeddings",
+    "JDSentenceTransformerTrainingArguments": "trainer.embeddings",
     "JDSeq2SeqTrainer": "trainer",
     "JDSeq2SeqTrainingArguments": "arguments",
     "JDState": "trainer",
@@ -23,15 +47,27 @@ _ROOMS = {
     "JDTrainerMixin": "trainer",
     "JDTrainingArguments": "arguments",
     "Jacobian": "gramian",
+    "WEIGHTINGS": "weighting",
     "build_weighting": "weighting",
 }
 
 __all__ = [
-    "WEIGHTINGS",
     "Engine",
     "JDArguments",
+    "JDDPOConfig",
+    "JDDPOTrainer",
+    "JDGRPOConfig",
+    "JDGRPOTrainer",
+    "JDKTOConfig",
+    "JDKTOTrainer",
+    "JDRLOOConfig",
+    "JDRLOOTrainer",
+    "JDRewardConfig",
+    "JDRewardTrainer",
     "JDSFTConfig",
     "JDSFTTrainer",
+    "JDSentenceTransformerTrainer",
+    "JDSentenceTransformerTrainingArguments",
     "JDSeq2SeqTrainer",
     "JDSeq2SeqTrainingArguments",
     "JDState",
@@ -39,6 +75,7 @@ __all__ = [
     "JDTrainerMixin",
     "JDTrainingArguments",
     "Jacobian",
+    "WEIGHTINGS",
     "build_weighting",
 ]
 

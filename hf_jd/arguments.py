@@ -82,8 +82,8 @@ class JDArguments:
         metadata={
             "help": "What an objective is: `instance` (the loss of one example), `group` (the loss of all the examples "
             "that share a value of `--jd_group_column`), `loss` (one of the losses that `compute_losses` or the model "
-            "returns by name), `instance_loss` (each of these of each example) or `batch` (the loss of one batch of "
-            "one process, as it is)."
+            "returns by name), `instance_loss` (each of these of each example), `batch` (the loss of one batch of one "
+            "process, as it is) or `reward` (TRL's policy loss with the advantages of one reward function)."
         },
     )
     jd_group_column: str | None = field(

@@ -15,6 +15,11 @@ from types import TracebackType
 COMMANDS = {
     "finetune": ("hf_jd.finetune.run", "Fine-tune a causal language model with Jacobian descent."),
     "compare": ("hf_jd.finetune.compare", "Run the same fine-tuning by several methods, and compare them by task."),
+    "sft": ("hf_jd.commands.sft", "Run TRL's SFT script with Jacobian descent."),
+    "dpo": ("hf_jd.commands.dpo", "Run TRL's DPO script with Jacobian descent."),
+    "reward": ("hf_jd.commands.reward", "Run TRL's script of reward models with Jacobian descent."),
+    "kto": ("hf_jd.commands.kto", "Run TRL's KTO script with Jacobian descent."),
+    "grpo": ("hf_jd.commands.grpo", "Run TRL's GRPO script with Jacobian descent, also by reward."),
     "estimate": ("hf_jd.estimate.command", "Calculate what a step costs on a model and hardware, before running it."),
     "report": ("hf_jd.report.write_report", "Draw what a run logged, as pictures and one page; also while it runs."),
     "doctor": (

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset
 
+DATASET_COLUMN = "dataset_name"
+"""The column in which sentence-transformers tells several datasets apart, given as a dict of them."""
+
 
 def is_missing(value: Any) -> bool:
     """Whether a dataset's value is no value: None, NaN, pandas' NA and NaT, or an empty string."""
@@ -50,7 +53,7 @@ def group_names(dataset: Any, column: str, known: list[str] | None = None) -> li
     """The names of all groups of a training set, sorted, so that every process gives them the same ids.
 
     Args:
-        dataset: A Dataset, a list of examples, or a stream.
+        dataset: A Dataset, a list of examples, a stream, or several of them by name.
         column: The name of the group column.
         known: The names, if the user has listed them; then no example is read.
 
@@ -60,6 +63,11 @@ def group_names(dataset: Any, column: str, known: list[str] | None = None) -> li
     Raises:
         ValueError: The column doesn't exist, or an example has no value in it.
     """
+    if isinstance(dataset, Mapping):
+        if column == DATASET_COLUMN:
+            return sorted(dataset)
+        each = [group_names(part, column, known) for part in dataset.values()]
+        return None if any(names is None for names in each) else sorted({n for names in each for n in names or []})
     columns = getattr(dataset, "column_names", None)
     if columns is not None and column not in columns and not _has_transform(dataset):
         raise _missing_column(column, columns)

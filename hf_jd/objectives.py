@@ -19,12 +19,14 @@ class Kind:
         of_instances: Whether each instance's part of a loss has to be known.
         several: Whether losses are told apart by name.
         of_batches: Whether a micro-batch is one objective, whatever its loss.
+        of_rewards: Whether they are the rewards of generated completions, by name.
     """
 
     shared: bool
     of_instances: bool
     several: bool
     of_batches: bool = False
+    of_rewards: bool = False
 
 
 OBJECTIVES = {
@@ -33,6 +35,7 @@ OBJECTIVES = {
     "loss": Kind(shared=True, of_instances=False, several=True),
     "instance_loss": Kind(shared=False, of_instances=True, several=True),
     "batch": Kind(shared=False, of_instances=False, several=False, of_batches=True),
+    "reward": Kind(shared=True, of_instances=False, several=False, of_rewards=True),
 }
 
 

@@ -120,6 +120,11 @@ class Jacobian:
         """Each row multiplied by its factor; factors [R]."""
         return self._map(lambda rows: rows.scaled(factors.to(rows.device)), len(self))
 
+    def combined(self, matrix: Tensor) -> "Jacobian":
+        """The rows A J of K objectives that are weighted sums of these; A [K, R]."""
+        with torch.autocast(matrix.device.type, enabled=False):
+            return self._map(lambda rows: rows.combined(matrix.to(rows.device)), len(matrix))
+
     def __add__(self, other: "Jacobian") -> "Jacobian":
         """The same objectives over two batches: their contributions add."""
         return self._merge(other, lambda a, b: a + b, len(self))

@@ -39,11 +39,11 @@ def narrow(shape: torch.Size) -> bool:
 
 
 def combine(weights: Tensor, rows: Tensor) -> Tensor:
-    """w^T rows for weights [R] and rows [R, n]: [n], in the rows' dtype; half-precision rows in float32, by chunks."""
+    """w^T rows for weights [R] or [K, R] and rows [R, n], in the rows' dtype; half precision in float32, by chunks."""
     if accumulation_dtype(rows) == rows.dtype:
         return weights.to(rows.dtype) @ rows
     parts = [weights.float() @ part.float() for part in rows.split(CHUNK, dim=1)]
-    return torch.cat([part.to(rows.dtype) for part in parts])
+    return torch.cat([part.to(rows.dtype) for part in parts], dim=-1)
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
@@ -79,6 +79,10 @@ class Rows(ABC):
     @abstractmethod
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """sum_i w_i row_i for weights [R], shaped like the parameter, in the rows' dtype."""
+
+    def combined(self, matrix: Tensor) -> "Rows":
+        """The rows of K objectives that are sums of these ones; matrix [K, R]."""
+        return DenseRows(torch.stack([self.weighted_sum(weights).flatten() for weights in matrix]), self.shape)
 
     @abstractmethod
     def select(self, index: Tensor) -> "Rows":
@@ -157,6 +161,9 @@ class DenseRows(Rows):
 
     def select(self, index: Tensor) -> Rows:
         return self.like(self.rows[index])
+
+    def combined(self, matrix: Tensor) -> Rows:
+        return self.like(combine(matrix, self.rows))
 
     def scaled(self, factors: Tensor) -> Rows:
         return self.like(self.rows * factors.to(self.rows.dtype)[:, None])

@@ -170,7 +170,7 @@ class JDTrainerMixin(EvaluationMixin):
         self._jd_seen += 1
         alone = self.jd_args.jd_scope == "micro_batch" or self.jd_apart
         if self._jd_update is None:
-            self._jd_update = Update(self, model, [inputs] if alone else self._jd_batches or [inputs], alone)
+            self._jd_update = self.make_update(model, [inputs] if alone else self._jd_batches or [inputs], alone)
         step = super().training_step
         update = self._jd_update
         with self.unreduced_first():
@@ -191,6 +191,15 @@ class JDTrainerMixin(EvaluationMixin):
         self.jd_inputs = copy(prepared) if isinstance(prepared, MutableMapping) else prepared
         self.jd_streams = random_state(self.args.device)
         return prepared
+
+    def make_update(self, model: nn.Module, batches: list[Any], alone: bool) -> Update:
+        """Makes the next update; see `Update`."""
+        return Update(self, model, batches, alone)
+
+    @property
+    def tells_losses_apart(self) -> bool:
+        """Whether the trainer itself tells the losses apart that its `compute_loss` adds up."""
+        return False
 
     def jd_instances(self, output: Tensor, instances: int) -> Tensor:
         """Says whose row each leading row of an output is: the method to override where a loss pairs rows otherwise.

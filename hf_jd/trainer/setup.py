@@ -132,7 +132,12 @@ def check_liger(trainer: JDTrainerMixin) -> None:
 def _check_losses(trainer: JDTrainerMixin) -> None:
     """Raises a ValueError for what the loss of the trainer can't be asked for."""
     jd, name, whose = trainer.jd_args, type(trainer).__name__, overridden(trainer)
-    if jd.kind.several and whose == "compute_loss":
+    if jd.kind.of_rewards and not hasattr(trainer, "advantages_by_reward"):
+        raise ValueError(
+            f"--jd_objectives reward weighs the reward functions of JDGRPOTrainer and JDRLOOTrainer, and {name} is "
+            "neither: use one of these, or choose other objectives."
+        )
+    if jd.kind.several and whose == "compute_loss" and not trainer.tells_losses_apart:
         raise ValueError(
             f"--jd_objectives {jd.jd_objectives} weighs several losses by name, and {name}.compute_loss returns "
             "one: return a dict of losses from `compute_losses`, or choose --jd_objectives instance."
@@ -145,10 +150,11 @@ def _check_losses(trainer: JDTrainerMixin) -> None:
             f"{flag} needs the value of each objective, and {what} one for the whole batch: leave it out, or "
             "override `compute_losses` and return unreduced losses."
         )
-    if jd.kind.of_batches and jd.jd_extra_losses != "mean":
+    whole = jd.kind.of_batches or jd.kind.of_rewards or trainer.tells_losses_apart
+    if whole and (jd.jd_extra_losses != "mean" or jd.jd_backward == "two_pass"):
         raise ValueError(
-            f"--jd_extra_losses {jd.jd_extra_losses} needs a loss whose instances are told apart, and --jd_objectives "
-            f"{jd.jd_objectives} takes one for the whole batch: leave it out."
+            f"--jd_objectives {jd.jd_objectives} of {name} takes gradients as they come: leave --jd_extra_losses at "
+            "mean, and --jd_backward at one_pass."
         )
     if jd.kind.of_batches and trainer.jd_backend.owns_backward:
         raise ValueError(

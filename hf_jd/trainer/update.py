@@ -50,7 +50,7 @@ class Update:
         self.two_passes = self.jd.jd_backward == "two_pass"
         # A second pass can walk the graph of one micro-batch again; those of several would not fit in memory.
         keep_graph = self.two_passes and len(batches) == 1 and not self.backend.owns_backward
-        self.recorder = Recorder(trainer, self.backend, model, self.present, self._rows_fit(), keep_graph)
+        self.recorder = self._make_recorder(keep_graph)
         self.store = RowStore(self.kind.shared)
         self.seconds = 0.0
         # What Trainer logs of the update, if its step doesn't know.
@@ -58,6 +58,9 @@ class Update:
         # Of an update that isn't measured.
         self.passed: list[Passed] = []
         self.gradients: list[dict[nn.Parameter, Tensor]] = []
+
+    def _make_recorder(self, keep_graph: bool) -> Recorder:
+        return Recorder(self.trainer, self.backend, self.model, self.present, self._rows_fit(), keep_graph)
 
     def take(self, batch: Any, step: Step) -> Tensor:
         """Runs Trainer's own step on a micro-batch, and keeps its rows, or its gradient where the weights are known.

@@ -112,7 +112,7 @@ def _names(table: ObjectiveTable, whole: int | None, settings: StepSettings) -> 
     """The objectives' names: those of groups or losses, or the positions of instances in the update."""
     losses, seen, names = settings.losses, Counter[int](), []
     for group, name in zip(table.groups.tolist(), table.names.tolist(), strict=True):
-        if settings.objectives == "loss" or name == whole:
+        if settings.objectives in ("loss", "reward") or name == whole:
             names.append(losses[name])
         elif settings.objectives == "group":
             names.append(settings.group_name(group) if group >= 0 else losses[name])

@@ -23,7 +23,7 @@ def test_help_imports_nothing_heavy():
 def test_unknown_command(capsys):
     assert main(["finetun"]) == 2
     error = capsys.readouterr().err
-    commands = "finetune, report, estimate, doctor, compare"
+    commands = "finetune, sft, report, estimate, kto, reward, doctor, compare, grpo, dpo"
     assert error == f"hf-jd: error: Unknown command `finetun`; the commands are {commands}.\n"
 
 

@@ -6,11 +6,15 @@ or none, and isn't listed, fails.
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
 import pytest
 import torch
@@ -22,6 +26,7 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
     Trainer,
 )
 
@@ -97,6 +102,36 @@ def adapter() -> dict[str, Any]:
     return {"replace": {'"runs/mine"': repr(adapter_folder()), "max_new_tokens=20": "max_new_tokens=2"}}
 
 
+def generating() -> dict[str, Any]:
+    pytest.importorskip("trl")
+    data = Dataset.from_list([{"prompt": "Once upon a time"}, {"prompt": "One day"}])
+    short = 'out", use_cpu=True, bf16=False, max_steps=1, per_device_train_batch_size=8, num_generations=4'
+    return {
+        "prompts": data,
+        "lora": LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+        "replace": {"my-model": STORIES, 'out"': short, "length=32": "length=4"},
+    }
+
+
+def preferring() -> dict[str, Any]:
+    pytest.importorskip("trl")
+    pair = {"prompt": "Once upon a time", "chosen": ", there was a girl.", "rejected": " the cat."}
+    return {
+        "pairs": Dataset.from_list([{**pair, "kind": kind} for kind in "abab"]),
+        "lora": LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+        "replace": {"my-model": STORIES, 'out"': 'out", use_cpu=True, bf16=False, max_steps=1'},
+    }
+
+
+def encoding() -> dict[str, Any]:
+    pytest.importorskip("sentence_transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    tokenizer, path = AutoTokenizer.from_pretrained(STORIES), tempfile.mkdtemp()
+    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return {"replace": {"my-encoder": path, '"out"': '"out", use_cpu=True, report_to="none", max_steps=2'}}
+
+
 # By the page, and the beginning of a line of the block.
 CONTEXTS: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
     ("README.md", "trainer = JDTrainer(model"): training,
@@ -109,6 +144,9 @@ CONTEXTS: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
     ("trainer.md", 'trainer = JDSFTTrainer("my-model"'): trl,
     ("your_trainer.md", "import torch.nn.functional as F"): classifying,
     ("your_trainer.md", "class JDPairs(JDTrainerMixin, Trainer)"): trainer_classes,
+    ("trl.md", 'trainer = JDDPOTrainer("my-model"'): preferring,
+    ("rewards.md", 'trainer = JDGRPOTrainer("my-model"'): generating,
+    ("embeddings.md", "model = SentenceTransformer("): encoding,
     ("weightings.md", "weights = UPGradWeighting()(gramian)"): gramian,
 }
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
-from hf_jd.cli import COMMANDS
+from hf_jd.cli import COMMANDS, main
 from hf_jd.finetune import compare
 from hf_jd.finetune.comparison import Plan
 from hf_jd.finetune.parser import read_settings, split_settings
@@ -47,6 +49,9 @@ def check(words: list[str]) -> None:
 
 def check_ours(command: str, *flags: str) -> None:
     assert command in COMMANDS
+    if COMMANDS[command][0].startswith("hf_jd.commands."):
+        check_by_trl(command, flags)
+        return
     rest, file = split_settings(flags)
     if file is not None and not str(file).isupper() and "/" in str(file):
         assert (ROOT / file).exists()
@@ -60,6 +65,17 @@ def check_ours(command: str, *flags: str) -> None:
         parse(rest, {"output_dir": "out"} | settings)
     else:
         check_by_its_parser(command, rest)
+
+
+class ParsedError(Exception):
+    """The flags are understood, and training would begin."""
+
+
+def check_by_trl(command: str, flags: Sequence[str]) -> None:
+    """The flags of a command that TRL's parser reads."""
+    pytest.importorskip("trl")
+    with patch("hf_jd.commands.common.load", side_effect=ParsedError), pytest.raises(ParsedError):
+        main([command, *flags, "--use_cpu", "--bf16", "false"])
 
 
 def check_by_its_parser(command: str, flags: list[str]) -> None:

@@ -106,3 +106,19 @@ def test_jacobian_of_unused_parameters(jacobians):
 def test_jacobian_bytes(jacobians):
     found, dense, _ = jacobians
     assert 0 < found[2].nbytes < dense[2].nbytes
+
+
+@pytest.mark.parametrize("materialise", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_sums_of_rows_are_those_of_the_dense_ones(dtype, materialise):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 64), nn.Linear(64, 48), nn.Linear(48, 9)).to(dtype)
+    engine = Engine(model)
+    losses = model(torch.randint(9, (5, 2))).square().mean((1, 2))
+    jacobian = engine.compute_jacobian(losses, materialise=materialise)
+    matrix = torch.randn(3, 5, dtype=torch.float64)
+    found = jacobian.combined(matrix)
+    assert len(found) == 3
+    expected = matrix @ jacobian.dense().double()
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-2
+    assert (found.dense().double() - expected).norm() < tolerance * expected.norm()

@@ -1,0 +1,13 @@
+"""`hf-jd dpo`: TRL's script of that name, with JDDPOTrainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hf_jd.commands.common import run
+from hf_jd.trainer.trl import JDDPOConfig, JDDPOTrainer
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
+    return run("dpo", argv, JDDPOTrainer, JDDPOConfig)

@@ -1,0 +1,13 @@
+"""`hf-jd sft`: TRL's script of that name, with JDSFTTrainer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hf_jd.commands.common import run
+from hf_jd.trainer.sft import JDSFTConfig, JDSFTTrainer
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns its exit code."""
+    return run("sft", argv, JDSFTTrainer, JDSFTConfig)

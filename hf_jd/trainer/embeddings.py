@@ -1,0 +1,64 @@
+"""`JDSentenceTransformerTrainer`: Jacobian descent inside sentence-transformers, with `hf-jd[sentence-transformers]`.
+
+Sentence-transformers fills each batch from one of several datasets. Each dataset is a group here, without a column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hf_jd.arguments import JDArguments
+from hf_jd.groups import DATASET_COLUMN
+from hf_jd.trainer.mixin import JDTrainerMixin
+
+try:
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+except ImportError as error:
+    raise ImportError(
+        f"JDSentenceTransformerTrainer needs sentence-transformers ({error}): pip install "
+        "'hf-jd[sentence-transformers]'."
+    ) from error
+
+
+@dataclass
+class JDSentenceTransformerTrainingArguments(JDArguments, SentenceTransformerTrainingArguments):
+    """`SentenceTransformerTrainingArguments` with the flags of Jacobian descent.
+
+    `--jd_objectives group` without `--jd_group_column` has one objective per dataset.
+    """
+
+    def validate(self) -> None:
+        """Validate the flags as they are now; see JDArguments."""
+        if self.jd_objectives == "group" and self.jd_group_column is None:
+            self.jd_group_column = DATASET_COLUMN
+        super().validate()
+
+
+class JDSentenceTransformerTrainer(JDTrainerMixin, SentenceTransformerTrainer):
+    """`SentenceTransformerTrainer` with Jacobian descent; its `args` are `JDSentenceTransformerTrainingArguments`.
+
+    Losses with negatives from the batch are split exactly, too: what a pair is a negative for is in its row.
+    """
+
+    training_args_class = JDSentenceTransformerTrainingArguments
+
+    def follow_flags(self) -> None:
+        """Makes what the flags decide; see JDTrainerMixin."""
+        if self.jd_args.jd_group_column == DATASET_COLUMN and not isinstance(self.train_dataset, Mapping):
+            raise ValueError(
+                "--jd_objectives group has one objective per dataset, and there is one dataset: give a dict of them, "
+                "or name the column of the groups with --jd_group_column."
+            )
+        super().follow_flags()
+
+    def should_dataset_name_column_be_added(self, dataset: Any, args: Any, loss: Any) -> bool:
+        """Whether examples hold the name of their dataset; see sentence-transformers."""
+        asked = args.jd_group_column == DATASET_COLUMN and isinstance(dataset, Mapping)
+        return asked or super().should_dataset_name_column_be_added(dataset, args, loss)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        # The collator and a dict of losses ask for it, too.
+        self.jd_model_takes_groups |= self.jd_args.jd_group_column == DATASET_COLUMN

@@ -1,0 +1,112 @@
+"""Objectives by name whose rows are gradients as they come: of rewards, and of a trainer's own list of losses."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_jd.gramian import Jacobian
+from hf_jd.gramian.random_streams import RandomState
+from hf_jd.gramian.rows import DenseRows
+from hf_jd.objectives import Membership, ObjectiveTable
+from hf_jd.trainer.backward import Passed, Recorded, Recorder
+from hf_jd.trainer.splitting import Whose
+from hf_jd.trainer.update import Update
+
+if TYPE_CHECKING:
+    pass
+
+
+class Named:
+    """A micro-batch's loss by name, with its graph: what takes the place of the instances' shares.
+
+    Args:
+        content: What the recorder makes rows of; None once the graph is let go.
+    """
+
+    normalised = True
+    rest = None
+
+    def __init__(self, content: Any):
+        self.content = content
+
+    def release(self) -> None:
+        """Lets the graph go."""
+        self.content = None
+
+
+class Rows(NamedTuple):
+    """The rows of a micro-batch's objectives.
+
+    Attributes:
+        jacobian: [K, n].
+        extra: The gradient of what no weighting sees; empty if there is nothing.
+    """
+
+    jacobian: Jacobian
+    extra: dict[nn.Parameter, Tensor]
+
+
+class NamedRecorder(Recorder):
+    """Records micro-batches by name; see `Recorder`."""
+
+    @abstractmethod
+    def split(self, loss: Tensor) -> tuple[Any, Tensor, Tensor]:
+        """Tells a loss apart by name.
+
+        Returns:
+            What `form` and `weighted` take; [K] how many things each objective is of; [] how many are left out because
+            they aren't finite.
+        """
+
+    @abstractmethod
+    def form(self, content: Any) -> Rows:
+        """The rows."""
+
+    @abstractmethod
+    def weighted(self, content: Any, weights: Tensor) -> Tensor:
+        """[] whose gradient is that of the loss, each objective times its weight [K]."""
+
+    def rows(self, passed: Passed) -> Recorded:
+        """The rows of a micro-batch's objectives."""
+        assert isinstance(passed.shares, Named)
+        jacobian, extra = self.form(passed.shares.content)
+        passed.shares.release()
+        self.has_rest |= bool(extra)
+        return Recorded(passed.table, jacobian, passed.broken, True, extra, None)
+
+    def gradient_row(self, loss: Tensor) -> Jacobian:
+        """The row of one objective, by a plain backward pass."""
+        gradients = self.trainer.engine().gradients(loss) if loss.requires_grad else {}
+        rows = {p: DenseRows(g.reshape(1, -1), p.shape) for p, g in gradients.items()}
+        return Jacobian({p: rows.get(p) for p in self.trainer.trainable()}, 1)
+
+    def _passed(self, batch: Any, whose: Whose, loss: Tensor, streams: RandomState | None = None) -> Passed:
+        content, counts, broken = self.split(loss * (self.scale / self.backend.divisor()))
+        self.trainer.jd_outputs.take()  # These are not read.
+        unknown = torch.full_like(counts, torch.nan, dtype=torch.float64)
+        names = torch.arange(len(counts), device=counts.device)
+        labels = torch.stack([torch.full_like(names, -1), names], dim=1)
+        table = ObjectiveTable.of(torch.stack([unknown, unknown, counts.double()], dim=1), labels)
+        members = Membership(names[:0], labels[:, 0], names)
+        shares: Any = Named(content)
+        return Passed(batch, whose, None, None, shares, members, table, broken)
+
+
+class NamedUpdate(Update):
+    """An update by name; see `Update`."""
+
+    recorder: NamedRecorder
+
+    def _weighted(self, passed: Passed, weights: Tensor, rest: bool) -> Tensor:
+        assert isinstance(passed.shares, Named)
+        return self.recorder.weighted(passed.shares.content, weights)
+
+    def _measure_again(self) -> None:
+        raise ValueError(
+            f"Update {self.trainer.state.global_step + 1}: the gradient isn't finite, and was not measured, so what to "
+            "leave out isn't known: lower the learning rate, or measure at every update."
+        )

@@ -1,0 +1,259 @@
+"""Trains the same policy on several rewards by several methods, inside TRL's GRPOTrainer, and compares the rewards.
+
+python scripts/compare_rewards.py examples/rewards.yaml --output_dir runs/rewards --seeds 0 1 --methods upgrad mgda
+
+What is measured: each reward's mean over fresh completions, less that of the policy before training, in standard
+deviations of the latter. Results are a line per run in `results.jsonl`; runs that are there are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import torch
+import yaml
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
+
+Reward = Callable[[list[str], list[str]], list[float]]
+"""Prompts and completions -> a number for each."""
+
+REFERENCE = -3.0
+"""The change of a reward, in standard deviations, at which a method's hypervolume is 0."""
+
+
+def short(prompts: list[str], completions: list[str]) -> list[float]:
+    """Minus the number of words per sentence."""
+    return [-len(text.split()) / max(1, sum(text.count(mark) for mark in ".!?")) for text in completions]
+
+
+def happy(prompts: list[str], completions: list[str]) -> list[float]:
+    """How often the word comes."""
+    return [float(text.lower().count("happy")) for text in completions]
+
+
+def dialogue(prompts: list[str], completions: list[str]) -> list[float]:
+    """Whether somebody speaks."""
+    return [100.0 * ('"' in text) for text in completions]
+
+
+def variety(prompts: list[str], completions: list[str]) -> list[float]:
+    """The share of words that are different."""
+    words = [text.lower().split() for text in completions]
+    return [len(set(found)) / max(1, len(found)) for found in words]
+
+
+def fluency(model: Any, tokenizer: Any) -> Reward:
+    """The mean log-probability of a completion's tokens under the model as it was."""
+
+    @torch.no_grad()
+    def score(prompts: list[str], completions: list[str]) -> list[float]:
+        found = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            start = tokenizer(prompt, return_tensors="pt").input_ids
+            rest = tokenizer(completion, return_tensors="pt", add_special_tokens=False).input_ids
+            if not rest.numel():
+                found.append(-10.0)
+                continue
+            ids = torch.cat([start, rest], 1)
+            logps = model(ids).logits[0, :-1].float().log_softmax(-1)
+            found.append(logps.gather(1, ids[0, 1:, None])[start.shape[1] - 1 :].mean().item())
+        return found
+
+    return score
+
+
+def named(name: str, reward: Reward) -> Callable[..., list[float]]:
+    """A reward as TRL calls it."""
+
+    def function(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return reward(prompts, completions)
+
+    function.__name__ = name
+    return function
+
+
+class Setting:
+    """What all runs share.
+
+    Args:
+        plan: The YAML file's.
+    """
+
+    def __init__(self, plan: dict[str, Any]):
+        self.plan = plan
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(plan["model"])
+        self.base = AutoModelForCausalLM.from_pretrained(plan["model"], dtype="float32").eval()
+        known: dict[str, Reward] = {"short": short, "happy": happy, "dialogue": dialogue, "variety": variety}
+        known["fluency"] = fluency(self.base, self.tokenizer)
+        unknown = sorted(set(plan["rewards"]) - set(known))
+        if unknown:
+            raise ValueError(f"There is no reward `{unknown[0]}`; those that there are: {', '.join(known)}.")
+        self.rewards = {name: named(name, known[name]) for name in plan["rewards"]}
+        self.before = self.measured(self.base)
+
+    @torch.no_grad()
+    def measured(self, model: Any) -> Tensor:
+        """[N, K] the rewards of fresh completions, the same draws for each model."""
+        set_seed(0)
+        scores = []
+        for prompt in self.plan["prompts"]:
+            ids = self.tokenizer(prompt, return_tensors="pt").input_ids.expand(self.plan["evaluated"], -1)
+            length = self.plan["trainer"]["max_completion_length"]
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=length,
+                do_sample=True,
+                top_k=0,
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
+            texts = self.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
+            prompts = [prompt] * len(texts)
+            scores.append(torch.tensor([f(prompts=prompts, completions=texts) for f in self.rewards.values()]).T)
+        return torch.cat(scores).double()
+
+    def changes(self, model: Any) -> list[float]:
+        """Each reward's change, in standard deviations of the policy before."""
+        after = self.measured(model)
+        return ((after.mean(0) - self.before.mean(0)) / self.before.std(0)).tolist()
+
+
+def run(setting: Setting, method: str, seed: int, rate: float, directory: Path) -> dict[str, Any]:
+    """Trains by one method; what became of the rewards."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    from hf_jd import JDGRPOConfig, JDGRPOTrainer
+
+    flags = setting.plan["methods"][method]
+    ours = any(flag.startswith("jd_") for flag in flags)
+    common: dict[str, Any] = {
+        "use_cpu": not torch.cuda.is_available(),
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **setting.plan["trainer"],
+        **({"jd_objectives": "reward"} if ours else {}),
+        **flags,
+        "seed": seed,
+        "learning_rate": rate,
+    }
+    set_seed(seed)
+    kinds: tuple[Any, Any] = (JDGRPOTrainer, JDGRPOConfig) if ours else (GRPOTrainer, GRPOConfig)
+    model: Any = AutoModelForCausalLM.from_pretrained(setting.plan["model"], dtype="float32")
+    model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    trainer = kinds[0](
+        model=model,
+        args=kinds[1](output_dir=str(directory / "out"), **common),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in setting.plan["prompts"]]),
+        processing_class=setting.tokenizer,
+        reward_funcs=list(setting.rewards.values()),
+    )
+    trainer.remove_callback(PrinterCallback)
+    start = time.perf_counter()
+    trainer.train()
+    way = [
+        [entry[f"rewards/{name}/mean"] for name in setting.rewards]
+        for entry in trainer.state.log_history
+        if "reward" in entry
+    ]
+    seconds = time.perf_counter() - start
+    changes = setting.changes(trainer.model.eval())
+    known = {"method": method, "seed": seed, "learning_rate": rate, "updates": common["max_steps"]}
+    return {**known, "rewards": list(setting.rewards), "changes": changes, "way": way, "seconds": seconds}
+
+
+def summary(changes: Sequence[float]) -> dict[str, float]:
+    """What is told of a run: the worst reward, how many are better, their sum, and the hypervolume."""
+    volume = 1.0
+    for change in changes:
+        volume *= max(0.0, (change - REFERENCE) / -REFERENCE)  # 1 for the policy before training
+    improved = sum(change > 0 for change in changes)
+    return {"worst": min(changes), "improved": improved, "sum": sum(changes), "hypervolume": volume}
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+    """The results in Markdown: a line per method and learning rate, means over seeds, and the worst seed."""
+    names = results[0]["rewards"]
+    columns = ["method", "learning rate", "seeds", *names, "worst", "worst of all", "improved", "hypervolume"]
+    lines = [columns, ["---"] * len(columns)]
+    for method, rate in dict.fromkeys((r["method"], r["learning_rate"]) for r in results):
+        mine = [r["changes"] for r in results if (r["method"], r["learning_rate"]) == (method, rate)]
+        each = torch.tensor(mine, dtype=torch.float64)
+        told = [summary(changes) for changes in mine]
+        means = {key: sum(t[key] for t in told) / len(told) for key in told[0]}
+        numbers = [*each.mean(0).tolist(), means["worst"], each.min().item(), means["improved"], means["hypervolume"]]
+        lines.append([method, f"{rate:g}", str(len(mine)), *(f"{number:.2f}" for number in numbers)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def draw(results: Sequence[dict[str, Any]], before: Tensor, path: Path) -> None:
+    """Draws each reward on its way, the mean over seeds and learning rates, a panel per reward."""
+    import matplotlib.pyplot as plt
+
+    names = results[0]["rewards"]
+    figure, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 3), layout="constrained", squeeze=False)
+    for method in dict.fromkeys(r["method"] for r in results):
+        ways = [torch.tensor(r["way"], dtype=torch.float64) for r in results if r["method"] == method]
+        shortest = min(map(len, ways))
+        way = (torch.stack([w[:shortest] for w in ways]).mean(0) - before.mean(0)) / before.std(0)
+        for k, name in enumerate(names):
+            axes[0, k].plot(way[:, k], label=method)
+            axes[0, k].set(title=name, xlabel="update")
+    axes[0, 0].set_ylabel("change / standard deviation")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+    figure.savefig(path)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs what is missing, and writes `results.jsonl`, `table.md` and `way.png`."""
+    parser = argparse.ArgumentParser(description="Compares methods on several rewards.")
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/rewards"))
+    parser.add_argument("--seeds", type=int, nargs="*")
+    parser.add_argument("--learning_rates", type=float, nargs="*")
+    parser.add_argument("--methods", nargs="*")
+    parser.add_argument("--max_steps", type=int)
+    asked = parser.parse_args(argv)
+    plan = yaml.safe_load(asked.plan.read_text("utf-8"))
+    plan["trainer"] |= {"max_steps": asked.max_steps} if asked.max_steps else {}
+    unknown = sorted(set(asked.methods or []) - set(plan["methods"]))
+    if unknown:
+        parser.error(f"there is no method `{unknown[0]}`; those of the plan are {', '.join(plan['methods'])}.")
+    asked.output_dir.mkdir(parents=True, exist_ok=True)
+    file, setting = asked.output_dir / "results.jsonl", Setting(plan)
+    results = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    updates = plan["trainer"]["max_steps"]
+    done = {(r["method"], r["seed"], r["learning_rate"], r["updates"]) for r in results}
+    for seed in asked.seeds or plan["seeds"]:
+        for rate in asked.learning_rates or plan["learning_rates"]:
+            for method in asked.methods or plan["methods"]:
+                if (method, seed, rate, updates) in done:
+                    continue
+                results.append(run(setting, method, seed, rate, asked.output_dir))
+                with file.open("a", encoding="utf-8") as lines:
+                    lines.write(json.dumps(results[-1]) + "\n")
+                print(f"{method}, seed {seed}, {rate:g}: {summary(results[-1]['changes'])}", flush=True)
+    results = [r for r in results if r["updates"] == updates]
+    (asked.output_dir / "table.md").write_text(table(results), "utf-8")
+    print(table(results))
+    draw(results, setting.before, asked.output_dir / "way.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,62 @@
+"""`scripts/compare_rewards.py`: what it tells of a run, and a small one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.marks import slow
+
+pytest.importorskip("trl", reason="TRL 1.16 asks for datasets 4.7")
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("compare_rewards", ROOT / "scripts" / "compare_rewards.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_is_told_of_a_run(script):
+    assert script.summary([0.0, 0.0]) == {"worst": 0.0, "improved": 0, "sum": 0.0, "hypervolume": 1.0}
+    assert script.summary([3.0, -1.5])["hypervolume"] == 1.0
+    assert script.summary([1.0, -4.0])["hypervolume"] == 0.0
+
+
+def test_the_rewards(script):
+    assert script.short([""], ["One two. Three four!"]) == [-2.0]
+    assert script.happy([""], ["Happy, happy"]) == [2.0]
+    assert script.dialogue(["", ""], ['"Hi"', "Hi"]) == [100.0, 0.0]
+    assert script.variety([""], ["a a b c"]) == [0.75]
+
+
+def test_an_unknown_method_is_told(script, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        script.main([str(ROOT / "examples" / "rewards.yaml"), "--methods", "upgrd"])
+    assert "there is no method `upgrd`" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing.* is deprecated:FutureWarning")
+@pytest.mark.parametrize("names", [slow(["upgrad", "sum, then normalise"])])
+def test_a_small_comparison(names, script, tmp_path):
+    plan = yaml.safe_load((ROOT / "examples" / "rewards.yaml").read_text("utf-8"))
+    plan |= {"model": str(ROOT / plan["model"]), "seeds": [0], "learning_rates": [1e-3], "evaluated": 2}
+    plan["trainer"] |= {"max_steps": 1, "max_completion_length": 4}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan), "utf-8")
+    words = [str(tmp_path / "plan.yaml"), "--output_dir", str(tmp_path / "out"), "--methods", *names]
+    assert script.main(words) == 0
+    results = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [r["method"] for r in results] == names
+    assert all(len(r["changes"]) == 5 and len(r["way"]) == 1 for r in results)
+    assert script.main(words) == 0  # Nothing is run again.
+    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "out" / "table.md").read_text().count("\n") == 4
+    assert (tmp_path / "out" / "way.png").exists()

@@ -1,0 +1,147 @@
+"""`hf-jd sft | dpo | reward | kto | grpo` on files of one's own, and what can't work, each in a sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+pytest.importorskip("trl", reason="TRL 1.16 asks for datasets 4.7")
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers.utils import is_bitsandbytes_available
+
+from hf_jd.cli import main
+
+STORIES = Path(__file__).parents[2] / "examples" / "stories15m"
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`gradient_checkpointing.* is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory"),
+]
+TEXT = "One day, Tom went to the park."
+PAIR = {"prompt": "Once upon a time", "chosen": ", there was a girl.", "rejected": " the cat sat.", "kind": "a"}
+CHAT = {"messages": [{"role": "user", "content": "Tell a story."}, {"role": "assistant", "content": TEXT}]}
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+)
+EXAMPLES = {
+    "sft": {**CHAT, "kind": "a"},
+    "dpo": PAIR,
+    "reward": PAIR,
+    "kto": {"prompt": "Once upon a time", "completion": ", there was a girl.", "label": True},
+    "grpo": {"prompt": "Once upon a time", "kind": "a"},
+}
+GROUPS = ["--jd_objectives", "group", "--jd_group_column", "kind"]
+FLAGS = {
+    "sft": GROUPS,
+    "dpo": [*GROUPS, "--jd_weighting", "mgda"],
+    "reward": [*GROUPS, "--lora_task_type", "SEQ_CLS"],
+    "kto": ["--jd_objectives", "group", "--jd_group_column", "label"],
+    "grpo": ["--jd_objectives", "reward", "--reward_funcs", "my_rewards.short", "my_rewards.happy"]
+    + ["--max_completion_length", "4", "--num_generations", "2"],
+}
+NAMES = {
+    "sft": {"a", "b"},
+    "dpo": {"a", "b"},
+    "reward": {"a", "b"},
+    "kto": {"False", "True"},
+    "grpo": {"short", "happy"},
+}
+REWARDS = """
+def short(completions, **columns):
+    return [-float(len(text)) for text in completions]
+
+def happy(completions, **columns):
+    return [float(i % 3) for i in range(len(completions))]
+"""
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """Tiny models by the command that trains them, each with a tokenizer that has a chat template."""
+    tokenizer = AutoTokenizer.from_pretrained(STORIES)
+    tokenizer.chat_template = TEMPLATE
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "dtype": "float32"}
+    config = LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=64, num_labels=1, **sizes, **special)
+    paths = {}
+    for name, cls in (("causal", LlamaForCausalLM), ("judge", LlamaForSequenceClassification)):
+        paths[name] = tmp_path_factory.mktemp(name)
+        cls(config).save_pretrained(paths[name])
+        tokenizer.save_pretrained(paths[name])
+    return paths
+
+
+def written(name, directory):
+    """A file of the command's examples, of two groups."""
+    rows = []
+    for i in range(4):
+        row = {**EXAMPLES[name]}
+        row |= {"label": bool(i % 2)} if name == "kto" else {"kind": "ab"[i % 2]}
+        rows.append(row)
+    path = directory / "data.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows), "utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def common(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rewards.py").write_text(REWARDS, "utf-8")
+    flags = {"max_steps": 1, "per_device_train_batch_size": 4, "logging_steps": 1, "report_to": "none"}
+    flags |= {"output_dir": "out", "lora_r": 2}
+    words = ["--use_cpu", "--bf16", "false", "--use_peft", "--disable_tqdm", "true"]
+    words += ["--lora_target_modules", "q_proj", "v_proj"]  # PEFT reads a single one as a pattern of whole names.
+    return [*words, *(word for key, value in flags.items() for word in (f"--{key}", str(value)))]
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_file_of_ones_own_is_trained_on(name, models, common, tmp_path):
+    model = models["judge" if name == "reward" else "causal"]
+    data = written(name, tmp_path)
+    assert main([name, "--model_name_or_path", str(model), "--dataset_name", data, *common, *FLAGS[name]]) == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    (log,) = [json.loads(line) for line in (tmp_path / "out" / "jd_log.jsonl").read_text().splitlines()][:1]
+    assert {key.rpartition("/")[2] for key in log if key.startswith("jd/weight/")} == NAMES[name]
+
+
+MISTAKES = {
+    "model": (["dpo", "--dataset_name", "d.jsonl"], "No model is named: give its name or folder"),
+    "data": (["dpo", "--model_name_or_path", "m"], "No data is named: give --dataset_name"),
+    "kind": (["dpo", "--model_name_or_path", "m", "--dataset_name", "my_rewards.py"], "is a file of kind `.py`"),
+    "reward": (["grpo", "--model_name_or_path", "m", "--dataset_name", "DATA"], "No reward is named"),
+    "import": (
+        ["grpo", "--model_name_or_path", "m", "--dataset_name", "DATA", "--reward_funcs", "nowhere.f"],
+        "No module named 'nowhere': give the import path",
+    ),
+    "function": (
+        ["grpo", "--model_name_or_path", "m", "--dataset_name", "DATA", "--reward_funcs", "my_rewards.long"],
+        "which is no function",
+    ),
+    "split": (
+        ["dpo", "--model_name_or_path", "m", "--dataset_name", "DATA", "--dataset_train_split", "test"],
+        "The data has no split `test`; its splits are train",
+    ),
+    "weighting": (["dpo", "--jd_weighting", "upgrade"], "--jd_weighting is `upgrade`|Unknown weighting|upgrad"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told_in_a_sentence(name, common, tmp_path, capsys):
+    words, expected = MISTAKES[name]
+    data = written("grpo" if words[0] == "grpo" else "dpo", tmp_path)
+    words += ["--num_generations", "2"] if words[0] == "grpo" else []
+    assert main([data if word == "DATA" else word for word in words] + common) == 2
+    error = capsys.readouterr().err
+    assert f"hf-jd {words[0]}: error: " in error
+    assert any(part in error for part in expected.split("|"))
+
+
+@pytest.mark.skipif(is_bitsandbytes_available(), reason="bitsandbytes is there")
+def test_four_bits_need_bitsandbytes(models, common, tmp_path, capsys):
+    words = ["sft", "--model_name_or_path", str(models["causal"]), "--dataset_name", written("sft", tmp_path)]
+    assert main([*words, *common, "--load_in_4bit"]) == 2
+    assert "--load_in_4bit needs bitsandbytes, which is not installed or can't run here" in capsys.readouterr().err

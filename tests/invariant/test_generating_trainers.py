@@ -1,0 +1,153 @@
+"""`JDGRPOTrainer` and `JDRLOOTrainer` by reward and by group: where `mean` is TRL's own trainer, and where not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.invariant.test_trl_trainers import (
+    GENERATED,
+    OFF_POLICY,
+    PROMPTS,
+    TOKENIZER,
+    by_length,
+    by_position,
+    lora,
+    measured,
+)
+from tests.trainer.runs import flat, relative
+
+pytest.importorskip("trl", reason="TRL 1.16 asks for datasets 4.7")
+from transformers import set_seed
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from hf_jd.trainer.trl import JDGRPOConfig, JDGRPOTrainer, JDRLOOConfig, JDRLOOTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing.* is deprecated:FutureWarning")
+# A controller of the entropy, which moves with each loss that TRL computes.
+ADAPTIVE = {**OFF_POLICY, "use_adaptive_entropy": True, "entropy_coef": 0.01, "entropy_target": 100.0}
+GROUP = {"jd_objectives": "group", "jd_group_column": "task"}
+REWARD = {"jd_objectives": "reward"}
+
+
+def trained(cls, config, directory, rewards, **flags):
+    """A run of 2 updates or more, with plain descent."""
+    common = {
+        "use_cpu": True,
+        "bf16": False,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 2,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    set_seed(0)
+    args = config(output_dir=str(directory), **{**common, **GENERATED, **flags})
+    trainer = cls(model=lora(), args=args, train_dataset=PROMPTS, processing_class=TOKENIZER, reward_funcs=rewards)
+    trainer.train()
+    return trainer
+
+
+def assert_same(ours, theirs):
+    assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
+    assert relative(flat(theirs.model), flat(lora())) > 1e-4
+    for our, their in zip(measured(ours), measured(theirs), strict=True):
+        assert {key: our[key] for key in their} == pytest.approx(their, rel=1e-4, abs=1e-6)
+
+
+CASES = {
+    "GRPO": (JDGRPOTrainer, JDGRPOConfig, GRPOTrainer, GRPOConfig, {}),
+    "GRPO-off-policy": (JDGRPOTrainer, JDGRPOConfig, GRPOTrainer, GRPOConfig, ADAPTIVE),
+    "RLOO": (JDRLOOTrainer, JDRLOOConfig, RLOOTrainer, RLOOConfig, {}),
+    "RLOO-off-policy": (JDRLOOTrainer, JDRLOOConfig, RLOOTrainer, RLOOConfig, OFF_POLICY),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_reward_is_trls_own_trainer(name, tmp_path):
+    cls, config, stock, stock_config, flags = CASES[name]
+    theirs = trained(stock, stock_config, tmp_path, [by_position], **flags)
+    ours = trained(cls, config, tmp_path, [by_position], **flags, **REWARD)
+    assert_same(ours, theirs)
+    assert ours.jd_state.names == ["by_position"]
+
+
+@pytest.mark.parametrize("name", ["GRPO-off-policy", "RLOO"])
+def test_the_mean_of_groups_of_prompts_is_trls_own_trainer(name, tmp_path):
+    cls, config, stock, stock_config, flags = CASES[name]
+    theirs = trained(stock, stock_config, tmp_path, [by_length, by_position], **flags)
+    ours = trained(cls, config, tmp_path, [by_length, by_position], **flags, **GROUP, jd_weighting="mean")
+    assert_same(ours, theirs)
+    assert ours.jd_state.names == ["a", "b"]
+
+
+class Summed(GRPOTrainer):
+    """Normalises each reward within its group, and sums: TRL's `normalize_then_sum` without its last normalisation."""
+
+    def _calculate_rewards(self, *args):
+        self.scored = super()._calculate_rewards(*args)
+        return self.scored
+
+    def _generate_and_score_completions(self, inputs):
+        output = super()._generate_and_score_completions(inputs)
+        groups = self.scored.view(-1, self.num_generations, 2)
+        normalised = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+        whole = normalised.view(-1, 2) @ self.reward_weights
+        # TRL's own is that, normalised over the batch.
+        expected = (whole - whole.mean()) / (whole.std() + 1e-4)
+        assert torch.allclose(output["advantages"], expected, atol=1e-5)
+        output["advantages"] = whole
+        return output
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_mean_of_rewards_is_their_normalised_sum(every, tmp_path):
+    flags = {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": [1.0, 0.5], "beta": 0.1}
+    rewards = [by_length, by_position]
+    theirs = trained(Summed, GRPOConfig, tmp_path, rewards, **flags)
+    watching = {} if every == 1 else {"jd_monitor_every": 2}  # Between, a plain step.
+    ours = trained(JDGRPOTrainer, JDGRPOConfig, tmp_path, rewards, **flags, **REWARD, jd_weighting="mean", **watching)
+    assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
+    assert relative(flat(theirs.model), flat(lora())) > 1e-4
+    logged = [entry for entry in ours.state.log_history if "jd/reward_passes" in entry]
+    assert [entry["jd/reward_passes"] for entry in logged] == [1.0] * (2 if every == 1 else 1)
+    assert {"jd/weight/by_length", "jd/grad_norm/by_position", "jd/cosine/by_length/by_position"} <= logged[0].keys()
+
+
+def test_last_weights_are_taken_between_updates_that_are_measured(tmp_path):
+    flags = {**OFF_POLICY, **REWARD, "jd_weighting": "mgda", "jd_every": 2}
+    trainer = trained(JDGRPOTrainer, JDGRPOConfig, tmp_path, [by_length, by_position], **flags)
+    assert set(trainer.jd_control.last) == {"by_length", "by_position"}
+    assert sum("jd/min_gw" in entry for entry in trainer.state.log_history) == 3
+    assert flat(trainer.model).isfinite().all()
+
+
+def test_rewards_are_the_same_over_micro_batches(tmp_path):
+    flags = {**REWARD, "jd_weighting": "upgrad", "loss_type": "dr_grpo", "gradient_checkpointing": False}
+    rewards = [by_length, by_position]
+    whole, parts = (
+        trained(
+            JDGRPOTrainer,
+            JDGRPOConfig,
+            tmp_path,
+            rewards,
+            **flags,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=8 // size,
+            steps_per_generation=8 // size,
+        )
+        for size in (8, 2)
+    )
+    assert relative(flat(parts.model), flat(whole.model)) < 1e-5
+
+
+def test_a_trainer_without_rewards_says_so(tmp_path):
+    from tests.invariant.test_trl_trainers import CASES as TRLS
+    from tests.invariant.test_trl_trainers import trained as trained_by_mixin
+
+    with pytest.raises(ValueError, match="weighs the reward functions of JDGRPOTrainer and JDRLOOTrainer, and JDDPO"):
+        trained_by_mixin(TRLS["DPO"], tmp_path, ours=True, **REWARD)

@@ -1,0 +1,166 @@
+"""`mean` is sentence-transformers' own trainer, for its losses; and the rows of two datasets are brute force's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoTokenizer, BertConfig, BertModel, set_seed
+
+from tests.invariant.test_trl_trainers import measured, words
+from tests.trainer.runs import flat, relative
+
+pytest.importorskip("sentence_transformers", reason="an extra")
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.sentence_transformer import losses, modules
+
+from hf_jd import JDSentenceTransformerTrainer, JDSentenceTransformerTrainingArguments
+
+TOKENIZER = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "examples" / "stories15m")
+
+
+@pytest.fixture(scope="session")
+def path(tmp_path_factory):
+    """A tiny BERT in float64, without dropout."""
+    directory = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(vocab_size=len(TOKENIZER), max_position_embeddings=64, **sizes, **dropout)
+    BertModel(config).save_pretrained(directory)
+    TOKENIZER.save_pretrained(directory)
+    return str(directory)
+
+
+def encoder(path):
+    transformer = modules.Transformer(path)
+    return SentenceTransformer(modules=[transformer, modules.Pooling(16, "mean")], device="cpu").double()
+
+
+def dataset(n, seed, *columns, scored=False):
+    rows = [{c: words(seed + 50 * k + i, 3 + (i + k) % 3) for k, c in enumerate(columns)} for i in range(n)]
+    return Dataset.from_list([{**row, **({"score": (i % 5) / 4} if scored else {})} for i, row in enumerate(rows)])
+
+
+PAIRS = dataset(11, 0, "anchor", "positive")
+TRIPLETS = dataset(11, 1000, "anchor", "positive", "negative")
+SCORED = dataset(11, 2000, "first", "second", scored=True)
+CASES = {
+    "cosine": (losses.CosineSimilarityLoss, SCORED),
+    "cosent": (losses.CoSENTLoss, SCORED),
+    "mnrl": (losses.MultipleNegativesRankingLoss, PAIRS),
+    "mnrl-negatives": (losses.MultipleNegativesRankingLoss, TRIPLETS),
+    "triplet": (losses.TripletLoss, TRIPLETS),
+    "matryoshka": (
+        lambda model: losses.MatryoshkaLoss(model, losses.MultipleNegativesRankingLoss(model), [16, 8]),
+        TRIPLETS,
+    ),
+    "two": (losses.MultipleNegativesRankingLoss, {"pairs": PAIRS, "triplets": TRIPLETS}),
+    "two-losses": (
+        {"pairs": losses.MultipleNegativesRankingLoss, "scored": losses.CoSENTLoss},
+        {"pairs": PAIRS, "scored": SCORED},
+    ),
+}
+CHOICES = [(name, kind) for name in CASES for kind in ("instance", "group") if kind == "instance" or "two" in name]
+
+
+def trainer_of(name, path, directory, ours, weighting=None, **flags):
+    loss, data = CASES[name]
+    common = {
+        "use_cpu": True,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 3,
+        "max_steps": 3,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "logging_steps": 1,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    set_seed(0)
+    model = encoder(path)
+    made = {k: make(model) for k, make in loss.items()} if isinstance(loss, dict) else loss(model)
+    cls, config = SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    if ours:
+        cls, config = JDSentenceTransformerTrainer, JDSentenceTransformerTrainingArguments
+    data = dict(data) if isinstance(data, dict) else data  # The trainer adds the names in place.
+    extra = {} if weighting is None else {"weighting": weighting}
+    return cls(model, config(str(directory), **{**common, **flags}), train_dataset=data, loss=made, **extra)
+
+
+@pytest.mark.parametrize(("name", "kind"), CHOICES)
+def test_mean_is_their_own_trainer(name, kind, path, tmp_path):
+    theirs = trainer_of(name, path, tmp_path, ours=False)
+    theirs.train()
+    ours = trainer_of(name, path, tmp_path, ours=True, jd_weighting="mean", jd_objectives=kind)
+    ours.train()
+    assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
+    assert relative(flat(theirs.model), flat(encoder(path))) > 1e-4
+    for our, their in zip(measured(ours), measured(theirs), strict=True):
+        assert {key: our[key] for key in their} == pytest.approx(their, rel=1e-4, abs=1e-6)
+    if kind == "group":
+        assert set(ours.jd_state.names) <= set(CASES[name][1])
+
+
+@pytest.mark.parametrize("name", ["two", "two-losses"])
+def test_rows_of_two_datasets_are_those_of_brute_force(name, path, tmp_path):
+    found = []
+    trainer = trainer_of(
+        name,
+        path,
+        tmp_path,
+        ours=True,
+        jd_objectives="group",
+        weighting=lambda g: found.append(g) or torch.ones(2).double() / 2,
+        max_steps=1,
+        gradient_accumulation_steps=6,
+    )
+    batches = []
+    stock = trainer.compute_loss
+    trainer.compute_loss = lambda model, inputs, *args, **kwargs: (
+        batches.append((inputs["dataset_name"], dict(inputs))) or stock(model, inputs, *args, **kwargs)
+    )
+    trainer.train()
+    assert sorted({name for name, _ in batches}) == trainer.jd_state.names
+    model = encoder(path)
+    loss, _ = CASES[name]
+    rows = []
+    for group in trainer.jd_state.names:
+        total = 0.0
+        for which, inputs in batches:
+            if which == group:
+                features, labels = trainer.collect_features(inputs)
+                made = loss[group](model) if isinstance(loss, dict) else loss(model)
+                total = total + made(features, labels) / len(batches)
+        gradients = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+        pairs = zip(gradients, model.parameters(), strict=True)
+        rows.append(torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in pairs]))
+    rows = torch.stack(rows)
+    assert relative(found[0], 4 * rows @ rows.T) < 1e-8
+
+
+@pytest.mark.parametrize("kind", ["instance", "group"])
+def test_cached_losses_are_refused_and_run_by_batch(kind, path, tmp_path, monkeypatch):
+    cached = (losses.CachedMultipleNegativesRankingLoss, {"pairs": PAIRS, "triplets": TRIPLETS})
+    monkeypatch.setitem(CASES, "cached", cached)
+    with pytest.raises(ValueError, match="Choose --jd_objectives batch|choose --jd_objectives batch"):
+        trainer_of("cached", path, tmp_path, ours=True, jd_objectives=kind).train()
+    theirs = trainer_of("cached", path, tmp_path, ours=False)
+    theirs.train()
+    ours = trainer_of("cached", path, tmp_path, ours=True, jd_objectives="batch", jd_weighting="mean")
+    ours.train()
+    assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
+    assert len(ours.jd_state.names) == 3
+
+
+def test_one_dataset_has_no_groups_without_a_column(path, tmp_path):
+    with pytest.raises(ValueError, match="there is one dataset: give a dict of them, or name the column"):
+        trainer_of("mnrl", path, tmp_path, ours=True, jd_objectives="group")
+
+
+def test_arguments_without_the_flags_are_told(path, tmp_path):
+    with pytest.raises(ValueError, match="JDSentenceTransformerTrainingArguments"):
+        JDSentenceTransformerTrainer(encoder(path), SentenceTransformerTrainingArguments(str(tmp_path)), PAIRS)
