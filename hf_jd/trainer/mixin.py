@@ -196,11 +196,6 @@ class JDTrainerMixin(EvaluationMixin):
         """Makes the next update; see `Update`."""
         return Update(self, model, batches, alone)
 
-    @property
-    def tells_losses_apart(self) -> bool:
-        """Whether the trainer itself tells the losses apart that its `compute_loss` adds up."""
-        return False
-
     def jd_instances(self, output: Tensor, instances: int) -> Tensor:
         """Says whose row each leading row of an output is: the method to override where a loss pairs rows otherwise.
 

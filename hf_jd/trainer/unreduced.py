@@ -126,6 +126,11 @@ class LossesMixin(Host):
         known = known_kind(self.accelerator.unwrap_model(self.model)) is not None
         return known and overridden(self) is None and self.jd_loss_func is None
 
+    @property
+    def tells_losses_apart(self) -> bool:
+        """Whether the trainer itself tells the losses apart that its `compute_loss` adds up."""
+        return False
+
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -137,7 +142,7 @@ class LossesMixin(Host):
             self._check_batch(inputs)
         if overridden(self) == "compute_losses":
             return self._reduced(self.compute_losses(model, inputs), num_items_in_batch)
-        if not self.jd_args.kind.several:
+        if not self.jd_args.kind.several or self.tells_losses_apart:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         named = self._named(outputs) if self.jd_loss_func is None else None

@@ -6,6 +6,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from torch import nn
 from transformers import (
     BertConfig,
     BertForNextSentencePrediction,
@@ -17,7 +18,8 @@ from transformers import (
 )
 
 from hf_jd import JDArguments, JDTrainer, JDTrainingArguments
-from tests.models import VOCABULARY
+from hf_jd.gramian import RULES
+from tests.models import VOCABULARY, tiny_gpt2
 from tests.trainer.runs import arguments, collate, examples, flat, lora, relative, run
 
 
@@ -146,3 +148,54 @@ def test_nothing_is_refused_that_trainer_alone_evaluates(tmp_path):
         for cls, args in ((Trainer, arguments(tmp_path, TrainingArguments)), (JDTrainer, arguments(tmp_path)))
     ]
     assert losses[0] == losses[1]
+
+
+class Scale(nn.Module):
+    """A layer that no built-in rule knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(16, dtype=torch.float64))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+def scaled_gpt2():
+    model = tiny_gpt2().requires_grad_(False)
+    model.transformer.ln_f = nn.Sequential(model.transformer.ln_f, Scale())
+    return model
+
+
+def test_a_rule_reaches_the_engine(tmp_path):
+    used = []
+
+    def rule(module, x, grad_output, segments):
+        used.append(type(module))
+        return RULES[nn.LayerNorm](module, x, grad_output, segments)
+
+    rules = {**RULES, nn.LayerNorm: rule}
+    model = tiny_gpt2()
+    trainer = JDTrainer(
+        model,
+        arguments(tmp_path, max_steps=1),
+        train_dataset=examples(),
+        data_collator=collate,
+        engine_options={"rules": rules},
+    )
+    trainer.train()
+    assert used
+
+
+def test_a_rule_that_raises_is_reported(tmp_path):
+    def rule(module, x, grad_output, segments):
+        raise RuntimeError("the rule's own error")
+
+    with pytest.raises(RuntimeError, match="the rule's own error"):
+        JDTrainer(
+            scaled_gpt2(),
+            arguments(tmp_path, max_steps=1),
+            train_dataset=examples(),
+            data_collator=collate,
+            engine_options={"rules": {**RULES, Scale: rule}},
+        ).train()
