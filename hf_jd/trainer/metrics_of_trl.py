@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator
 from contextlib import contextmanager
 from copy import copy
@@ -22,9 +23,9 @@ def unchanged_metrics(trainer: Any) -> Generator[None]:
 
 
 def _copied(value: Any) -> Any:
-    """Dictionaries and lists of any depth anew, of the same things."""
+    """Dictionaries, lists and deques of any depth anew, of the same things."""
     if isinstance(value, dict):
         found = copy(value)
         found.update({key: _copied(part) for key, part in value.items()})
         return found
-    return copy(value) if isinstance(value, list) else value
+    return copy(value) if isinstance(value, list | deque) else value

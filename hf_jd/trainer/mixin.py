@@ -135,7 +135,7 @@ class JDTrainerMixin(EvaluationMixin):
         if self._jd_engine is not None:
             self._jd_engine[1].detach()
         self.jd_outputs.remove()
-        self._jd_engine = self._jd_update = None
+        self._jd_engine = self._jd_update = self.jd_inputs = self.jd_streams = None
         self._jd_batches = []
 
     def follow_flags(self) -> None:
