@@ -123,12 +123,12 @@ class Foresight:
     def _is_last(self, graph: Graph, batch: Batch) -> bool:
         if self._plan.individual:
             return False
-        own, tapped, conclusive = set(self._coverage.taps), set(), batch.segments.distinguish
+        own, tapped = set(self._coverage.taps), set()
         for node in graph.taps:
             if node.tap not in own:
                 continue
             for shape in node.shapes:
-                use = self._plan.known_use(node.tap, node.call.modes, len(shape), conclusive)
+                use = self._plan.known_use(node.tap, node.call.modes, shape, batch)
                 # Methods that call a module again may give up at a call's shapes, and leave its parameters to tier 3.
                 if use is None or not use.is_closed:
                     return False
@@ -149,7 +149,7 @@ class Foresight:
                 continue
             settled = settled and len(node.shapes) == 1
             for shape in node.shapes:
-                use = self._plan.known_use(node.tap, node.call.modes, len(shape), batch.segments.distinguish)
+                use = self._plan.known_use(node.tap, node.call.modes, shape, batch)
                 assert use is not None
                 layout = use.layout_for(shape[:-1] or shape, batch.instances)
                 batch_first = batch_first and layout is AXES[0] and use.layout is AXES[0]

@@ -7,9 +7,10 @@ then one differentiation per objective) and kept once the self-check has proved 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
-from hf_jd.gramian.layouts import AXES, Layout, candidates
+from hf_jd.gramian.layouts import AXES, Batch, Layout, candidates
 from hf_jd.gramian.methods import LINEAR_MAPS, ClosedForm, Method
 from hf_jd.gramian.routed import experts, is_experts
 from hf_jd.gramian.rules import RULES, Rule, recognise
@@ -72,6 +73,10 @@ class ModuleUse:
         return self.layout
 
 
+# Module, modes, rank of the output gradient, whether it has one leading row per instance, whether objectives differ.
+_Key = tuple[nn.Module, tuple[bool, ...], int, bool, bool]
+
+
 class Plan:
     """The decisions of one engine.
 
@@ -89,26 +94,25 @@ class Plan:
         self.individual: set[nn.Parameter] = set()
         self.several: set[nn.Parameter] = set()
         self.stacked: dict[tuple, bool] = {}
-        self._uses: dict[tuple[nn.Module, tuple[bool, ...], int, bool], ModuleUse] = {}
+        self._uses: dict[_Key, ModuleUse] = {}
 
-    def use(self, event: TapEvent, rank: int, conclusive: bool) -> ModuleUse:
+    def use(self, event: TapEvent, shape: torch.Size, batch: Batch) -> ModuleUse:
         """The use of a module that an event shows; its decision is made when it is met first.
 
         Args:
-            event: Of the module's tap. In another mode it may compute something else.
-            rank: Dimensions of the output gradient.
-            conclusive: Whether instances belong to different objectives: else no check can tell layouts apart, so what
-                it approves is kept for such steps only.
+            event: Of the module's tap.
+            shape: Of the output gradient.
+            batch: The instances of the step.
         """
-        key = (event.tap.module, event.call.modes, rank, conclusive)
+        key = _key(event.tap, event.call.modes, shape, batch)
         found = self._uses.get(key)
         if found is None:
             found = self._uses[key] = ModuleUse(event.tap.module, self._method(event))
         return found
 
-    def known_use(self, tap: ModuleTap, modes: tuple[bool, ...], rank: int, conclusive: bool) -> ModuleUse | None:
+    def known_use(self, tap: ModuleTap, modes: tuple[bool, ...], shape: torch.Size, batch: Batch) -> ModuleUse | None:
         """The use, if it was met before."""
-        return self._uses.get((tap.module, modes, rank, conclusive))
+        return self._uses.get(_key(tap, modes, shape, batch))
 
     def reject(self, wrong: Mapping[nn.Parameter, Sequence[ModuleUse]]) -> None:
         """Takes back one decision behind each parameter's wrong rows; where none is left, it goes to tier 3.
@@ -117,17 +121,22 @@ class Plan:
             wrong: The parameters and the uses in which they were met. Parameters that share one share its decision.
         """
         taken_back: set[ModuleUse] = set()
+        undecided: set[nn.Parameter] = set()
         for parameter, uses in wrong.items():
             if not taken_back.isdisjoint(uses):
                 continue
-            use = next((use for use in uses if use.layout is not None), None)
-            if use is None:
-                self.individual.add(parameter)
+            decided = [(use, use.layout) for use in uses if use.layout is not None]
+            if not decided:
+                undecided.add(parameter)
                 continue
-            assert use.layout is not None
-            use.rejected.add(use.layout)
+            # The order of several rows per instance is a guess: doubt it before a dimension that has their number.
+            use, layout = next((pair for pair in decided if pair[1].is_repeated), decided[0])
+            use.rejected.add(layout)
             use.layout = None
             taken_back.add(use)
+        # Rows without a layout of their own come from those of word embeddings, which may have been in a wrong one.
+        if not taken_back:
+            self.individual |= undecided
 
     def _method(self, event: TapEvent) -> Method:
         module, inputs = event.tap.module, event.inputs or ()
@@ -141,3 +150,13 @@ class Plan:
             return LINEAR_MAPS
         rule = recognise(module, inputs[0])
         return LINEAR_MAPS if rule is None else ClosedForm(rule)
+
+
+def _key(tap: ModuleTap, modes: tuple[bool, ...], shape: torch.Size, batch: Batch) -> _Key:
+    """What calls of a module must have in common to share a decision.
+
+    In another mode a module may compute something else. An encoder that is called with B queries and with 2B passages
+    holds the batch in two ways. And where all instances belong to one objective, no check can tell layouts apart: what
+    it approves is kept for such steps only.
+    """
+    return tap.module, modes, len(shape), shape[:1] == (batch.instances,), batch.segments.distinguish

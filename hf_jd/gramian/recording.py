@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_jd.gramian.again import single_precision_gradients
-from hf_jd.gramian.layouts import AXES, Batch, DrawsError, Layout, UnmappedError
+from hf_jd.gramian.layouts import AXES, Batch, DrawsError, Layout, Segments, UnmappedError
 from hf_jd.gramian.methods import FINAL, VECTORISED, ClosedForm, Tier
 from hf_jd.gramian.plan import ModuleUse, Plan
 from hf_jd.gramian.rows import DenseRows, OuterRows, Rows, accumulation_dtype
@@ -88,7 +88,7 @@ class Recording:
     precisions: dict[nn.Parameter, set[torch.dtype]] = field(default_factory=dict, init=False)
     refuted: set[nn.Parameter] = field(default_factory=set, init=False)
     _dropped: set[nn.Parameter] = field(default_factory=set, init=False)
-    _embedded: list[Tensor] = field(default_factory=list, init=False)
+    _embedded: list[tuple[Tensor, Segments]] = field(default_factory=list, init=False)
     _unbatched: list[tuple[ModuleUse, TapEvent]] = field(default_factory=list, init=False)
     _stacker: Stacker = field(init=False)
     _waiting: set[nn.Parameter] = field(default_factory=set, init=False)
@@ -111,7 +111,7 @@ class Recording:
         first, targets = event.first, event.targets
         if first is None or not targets:
             return
-        use = self.plan.use(event, first.dim(), self.batch.segments.distinguish)
+        use = self.plan.use(event, first.shape, self.batch)
         layout = use.choose_layout(first.shape[:-1] or first.shape, self.batch.instances)
         self.meetings.append(Meeting(targets, use, layout))
         if self.probe is not None:
@@ -121,8 +121,6 @@ class Recording:
         if layout is None and use.is_closed and event.inputs is not None and len(event.inputs) == 1:
             self._unbatched.append((use, event))
             return
-        if isinstance(use.module, nn.Embedding):
-            self._embedded.append(first)
         kind = self._kind(use, layout, event)
         if kind is not None and self.plan.stacked.get(kind):
             self._wait(kind, event)
@@ -136,6 +134,9 @@ class Recording:
             found = {}
         finally:
             ModuleTap.look_away = False
+        if found and layout is not None and isinstance(use.module, nn.Embedding):
+            (batch_first,), segments = layout.arrange(self.batch, first)
+            self._embedded.append((batch_first, segments))
         if kind is not None:
             dense = [rows for rows in found.values() if type(rows) is DenseRows or not _stays_outer(rows, self.keep)]
             self.plan.stacked[kind] = use.is_closed and found.keys() == targets.keys() and len(dense) == len(found)
@@ -151,13 +152,13 @@ class Recording:
             assert event.first is not None
             assert event.inputs is not None
             x, g, targets = event.inputs[0], event.first, event.targets
-            twin = next((t for t in self._embedded if _is_sum_of(g, t, self.batch.instances)), None)
+            twin = next((pair for pair in self._embedded if _is_sum_of(g, pair[0])), None)
             found: dict[str, Rows] = {}
             if twin is not None and isinstance(use.method, ClosedForm):
                 one = x if x.shape[0] == 1 else x[None]
                 with torch.no_grad():
-                    x = one.expand(len(twin), *one.shape[1:])
-                    found = dict(use.method.rule(use.module, x, twin, self.batch.segments))
+                    x = one.expand(len(twin[0]), *one.shape[1:])
+                    found = dict(use.method.rule(use.module, x, *twin))
             self.tiers.update(dict.fromkeys((targets[name] for name in found if name in targets), Tier.CLOSED))
             self.refuted |= self.doubted & set(targets.values())  # A twin's gradient is no input of the layer.
             self._take(targets, found)
@@ -329,11 +330,11 @@ def _precisions(module: nn.Module, call: Call, tensors: Sequence[Tensor]) -> set
     return dtypes | {autocast} if enabled else dtypes
 
 
-def _is_sum_of(total: Tensor, parts: Tensor, instances: int) -> bool:
-    """Whether a gradient [1, T, d] or [T, d] is that of B instances [B, T, d], added up."""
-    if len(parts) != instances or parts.shape[1:] != total.shape[total.dim() - parts.dim() + 1 :]:
+def _is_sum_of(total: Tensor, parts: Tensor) -> bool:
+    """Whether a gradient [1, T, d] or [T, d] is the sum of N rows [N, T, d]."""
+    if parts.shape[1:] != total.shape[total.dim() - parts.dim() + 1 :]:
         return False
-    if total.numel() * instances != parts.numel():
+    if total.numel() * len(parts) != parts.numel():
         return False
     added = parts.sum(0).view(total.shape)
     return bool((added - total).norm() <= 0.02 * total.norm())
