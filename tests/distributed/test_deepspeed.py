@@ -64,7 +64,7 @@ def test_a_loss_of_ones_own(stage, kind, loss, own_pools, alone):
     # Split at the outputs; one has a penalty on parameters.
     configuration = {
         **OWN[kind],
-        "n": 24,
+        **LABELS,
         "model": "lora",
         "clip": 0.0,
         "own_loss": loss,

@@ -79,3 +79,8 @@ def test_one_loss_has_no_objectives_to_weigh(tmp_path):
     flags = {**LOSS, "loss_type": ["sigmoid"], "loss_weights": None}
     with pytest.raises(ValueError, match="--loss_type names `sigmoid` alone: name several"):
         trained(JDDPOTrainer, JDDPOConfig, tmp_path, **flags)
+
+
+def test_weightings_that_read_losses_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="the weighting `dwa` needs the value of each objective"):
+        trained(JDDPOTrainer, JDDPOConfig, tmp_path, jd_objectives="loss", jd_weighting="dwa")
