@@ -161,10 +161,11 @@ def test_a_penalty_from_the_first_step_is_added(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [{}, {"bf16": True}, {"label_smoothing_factor": 0.1}], ids=str)
-@pytest.mark.parametrize("name", [name for name, task in TABLE.items() if task.smoothed])
-def test_no_alarm_in_ordinary_runs(name, flags, tmp_path):
+@pytest.mark.parametrize("name", [name for name, task in TABLE.items() if task.smoothed and name != "seq2seq"])
+def test_values_are_known_in_ordinary_runs(name, flags, tmp_path):
     args = arguments(tmp_path, max_steps=8, **flags)
-    run(model_of(TABLE[name], True).float(), args, examples_of(TABLE[name], 8), data_collator=collate_any)
+    ours = run(model_of(TABLE[name], True).float(), args, examples_of(TABLE[name], 8), data_collator=collate_any)
+    assert ours.jd_state.losses.isfinite().all()
 
 
 def test_a_loss_that_is_not_finite_is_no_difference(tmp_path):
