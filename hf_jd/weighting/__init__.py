@@ -128,7 +128,7 @@ def build_weighting(name: str, **arguments: Any) -> Weighting:
 
     Args:
         name: A key of `WEIGHTINGS`.
-        **arguments: The method's own parameters; a `weighting` that it wraps may be given by its name.
+        **arguments: The method's own parameters.
 
     Raises:
         ValueError: The name or an argument is unknown, or a required argument is missing; the message lists what there
@@ -144,9 +144,10 @@ def build_weighting(name: str, **arguments: Any) -> Weighting:
     for argument, parameter in parameters.items():
         if parameter.default is parameter.empty and argument not in arguments:
             raise ValueError(f"The weighting {name!r} needs the argument {argument!r}.")
-    if isinstance(arguments.get("weighting"), str):
-        arguments["weighting"] = build_weighting(arguments["weighting"])
     return WEIGHTINGS[name](**arguments)
+
+
+CRMOGMWeighting.by_name = staticmethod(build_weighting)
 
 
 def _nearest_first(word: str, known: Iterable[str]) -> str:

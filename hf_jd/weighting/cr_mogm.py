@@ -22,7 +22,7 @@ class CRMOGMWeighting(Stateful):
     it is absent, it keeps its last.
 
     Attributes:
-        weighting: W: a weighting, or any callable G -> w; `build_weighting` takes a weighting's name, too.
+        weighting: W: a weighting, its name, or any callable G -> w.
         alpha: How much of the last weights stays, in [0, 1].
         initial_weights: w_0 of the first step's objectives, [m], non-negative; None for W's first weights.
 
@@ -33,13 +33,17 @@ class CRMOGMWeighting(Stateful):
 
     guarantee: ClassVar[str] = "those of an average of updates' weights"
     cost: ClassVar[str] = "the other's"
+    # The package sets it, which alone knows all names.
+    by_name: ClassVar[Callable[[str], Weighting]]
 
-    weighting: Callable[[Tensor], Tensor] = UPGradWeighting()
+    weighting: Callable[[Tensor], Tensor] | str = UPGradWeighting()
     alpha: float = 0.9
     initial_weights: Sequence[float] | Tensor | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.weighting, str):
+            object.__setattr__(self, "weighting", type(self).by_name(self.weighting))
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is in [0, 1]; it is {self.alpha}.")
         if self.initial_weights is not None:
@@ -58,10 +62,11 @@ class CRMOGMWeighting(Stateful):
 
     def weigh(self, statistic: Tensor, names: Names, /) -> Tensor:
         """Moves the remembered weights [m] towards the other weighting's."""
-        if isinstance(self.weighting, Weighting):
-            weights = self.weighting(statistic, names=names)
+        inner: Any = self.weighting
+        if isinstance(inner, Weighting):
+            weights = inner(statistic, names=names)
         else:
-            weights = self.weighting(statistic).detach()
+            weights = inner(statistic).detach()
         last = self.memory.read("weights", names, weights, initial=float("nan"))
         if self.initial_weights is not None and not self.memory.steps:
             if len(self.initial_weights) != len(weights):
