@@ -173,16 +173,16 @@ class JDTrainerMixin(EvaluationMixin):
             self._jd_update = self.make_update(model, [inputs] if alone else self._jd_batches or [inputs], alone)
         step = super().training_step
         update = self._jd_update
-        with self.unreduced_first():
+        with self.unreduced_first(), update.measuring_unless_raised():
             value = update.take(inputs, lambda called, batch: step(called, batch, num_items_in_batch))
-        if update.alone or self._jd_seen >= len(self._jd_batches):
+            if not update.alone and self._jd_seen < len(self._jd_batches):
+                self._jd_logged = self._jd_logged + value
+                return value
             self._jd_update = None
             update.finish()
-            if update.logged is not None:
-                value = update.logged.to(value) - self._jd_logged
-            self._jd_logged = torch.zeros_like(value)
-        else:
-            self._jd_logged = self._jd_logged + value
+        if update.logged is not None:
+            value = update.logged.to(value) - self._jd_logged
+        self._jd_logged = torch.zeros_like(value)
         return value
 
     def _prepare_inputs(self, inputs: Any) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,7 @@ class Update:
         keep_graph = self.two_passes and len(batches) == 1 and not self.backend.owns_backward
         self.recorder = self._make_recorder(keep_graph)
         self.store = RowStore(self.kind.shared)
+        self.measuring = ExitStack()
         self.seconds = 0.0
         # What Trainer logs of the update, if its step doesn't know.
         self.logged: Tensor | None = None
@@ -77,8 +79,9 @@ class Update:
                 return self.recorder.run(batch, step, self._descend_now)
         start = time.perf_counter()
         record = self.recorder.whole if self.kind.of_batches else self.recorder.record
-        with self.backend.measuring(self.model):
-            value, recorded = record(batch, step)
+        if not self.store.recorded:  # ZeRO 3 gathers once for the whole update.
+            self.measuring.enter_context(self.backend.measuring(self.model))
+        value, recorded = record(batch, step)
         self.store.add(recorded)
         self.seconds += time.perf_counter() - start
         first = len(self.store.recorded) == 1 < len(self.batches)
@@ -86,6 +89,15 @@ class Update:
             self.alone = True
             self.weigh_apart()
         return value
+
+    @contextmanager
+    def measuring_unless_raised(self) -> Generator[None]:
+        """Leaves the model as it was where an error ends the update."""
+        try:
+            yield
+        except BaseException:
+            self.measuring.close()
+            raise
 
     def finish(self) -> None:
         """Adds the update to `.grad`."""
@@ -99,9 +111,9 @@ class Update:
         start, recorded = time.perf_counter(), self.store.recorded
         table, jacobian = self.store.joined()
         rows = self._rows(jacobian)
-        with self.backend.measuring(self.model):
-            objectives = self._objectives(rows.exchange(table), recorded[0].normalised)
-            gramian = rows.gramian() / self.recorder.scale**2
+        objectives = self._objectives(rows.exchange(table), recorded[0].normalised)
+        gramian = rows.gramian() / self.recorder.scale**2
+        self.measuring.close()
         usable = objectives.usable(gramian)
         broken = self._count_broken(torch.stack([r.broken for r in recorded]).sum(), objectives, usable)
         result = weigh(gramian, objectives, usable, self._settings())

@@ -80,7 +80,8 @@ def test_mean_is_trainer(name, case, tmp_path):
     data = examples_of(task, 22)
     theirs = stock_run(task, adapted, data, tmp_path, **flags, **batches_of(accumulation))
     args = arguments(tmp_path, jd_weighting="mean", **flags, **batches_of(accumulation), **KINDS[kind])
-    ours = run(model_of(task, adapted), args, data, data_collator=collate)
+    model = model_of(task, adapted)
+    ours = run(model, args, data, data_collator=shifting(model))
     # Trainer's label smoother divides in float32 in another order.
     tolerance = 1e-6 if flags["label_smoothing_factor"] else task.tolerance
     assert relative(flat(ours.model), flat(theirs.model)) < tolerance
@@ -96,17 +97,22 @@ def batches_of(accumulation):
     return {"per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulation}
 
 
-def stock_run(task, adapted, data, directory, **flags):
-    model = model_of(task, adapted)
+def shifting(model):
+    """A collator; with label smoothing Trainer takes the labels away, and leaves it to the collator to shift them."""
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
 
     def with_decoder_inputs(batch):
-        # With label smoothing Trainer takes the labels away, and leaves it to the collator to have shifted them.
-        batch = collate([{key: value for key, value in example.items() if key != "task"} for example in batch])
+        batch = collate(batch)
         return batch if shift is None else {**batch, "decoder_input_ids": shift(labels=batch["labels"])}
 
+    return with_decoder_inputs
+
+
+def stock_run(task, adapted, data, directory, **flags):
+    model = model_of(task, adapted)
     args = arguments(directory, TrainingArguments, remove_unused_columns=False, **flags)
-    return run(model, args, data, data_collator=with_decoder_inputs)
+    data = [{key: value for key, value in example.items() if key != "task"} for example in data]
+    return run(model, args, data, data_collator=shifting(model))
 
 
 @needs("transformers", "5.19", "loss_is_scaled_for_ga")
