@@ -6,12 +6,14 @@ Gradients never depend on it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from hf_jd.distributed.processes import process_count
 from hf_jd.losses import bare
 from hf_jd.trainer.shares import Values, sums_of
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin
 
 logger = logging.get_logger(__name__)
+
+_ROUNDING = 1e-5  # of a loss in float32
 
 
 def needs_values(trainer: JDTrainerMixin) -> str | None:
@@ -75,7 +79,17 @@ def _scale(trainer: JDTrainerMixin, outputs: Any, loss: Tensor, sums: Tensor, co
     router = part_of_router(trainer, outputs) if has_rest else torch.zeros_like(total)
     if router is None or not sums.isfinite().all() or not loss.isfinite() or not total.abs() > 0:
         return 1 / (counts.sum().clamp(min=1) * trainer.current_gradient_accumulation_steps).double()
-    return loss.double() * (1 - router) / total
+    return 1 / _divisor(trainer, total / (loss.double() * (1 - router)), counts)
+
+
+def _divisor(trainer: JDTrainerMixin, found: Tensor, counts: Tensor) -> Tensor:
+    """[] what Trainer divides the sum of the losses by, without the rounding of a loss in float32."""
+    numbers = [1.0, float(counts.sum()), *([] if trainer.jd_items is None else [float(trainer.jd_items)])]
+    averaged = {1, getattr(trainer, "current_gradient_accumulation_steps", 1)}
+    processes = {1, process_count()}
+    likely = found.new_tensor([n * a * p for n, a, p in product(numbers, averaged, processes) if n])
+    error, which = (found / likely - 1).abs().min(0)
+    return torch.where(error < _ROUNDING, likely[which], found)
 
 
 def _compare(trainer: JDTrainerMixin, outputs: Mapping[str, Any], sums: Tensor, counts: Tensor) -> None:
