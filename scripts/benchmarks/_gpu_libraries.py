@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
-from dataclasses import make_dataclass
 from typing import Any
 
 import torch
@@ -15,11 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from benchmarks._gpu_parity import SIZES, batch, losses, trained
 from benchmarks._gpu_setting import NotHereError, Setting, require
-from hf_jd import JDTrainerMixin
-from hf_jd.arguments import JDArguments
 from hf_jd.finetune.example import example_path
 from hf_jd.gramian import Engine
-from hf_jd.objectives import OBJECTIVES
 
 
 def gloo(setting: Setting) -> dict[str, Any]:
@@ -96,32 +92,28 @@ def _rewards() -> list[Any]:
 
 
 def grpo(setting: Setting) -> dict[str, Any]:
-    """Two updates of TRL's GRPO with four rewards, on the embedded model: one objective each, where hf_jd has that."""
+    """Two updates of TRL's GRPO with four rewards, on the embedded model: one objective each."""
     require("trl")
     require("datasets")
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+
+    from hf_jd import JDGRPOConfig, JDGRPOTrainer
 
     try:
         path = example_path("stories15m")
     except ValueError as reason:
         raise NotHereError(str(reason).split(":")[0]) from None
 
-    objectives = "reward" if "reward" in OBJECTIVES else "instance"
-    configuration = make_dataclass("JDGRPOConfig", [], bases=(JDArguments, GRPOConfig))
-    trainer_class = type("JDGRPOTrainer", (JDTrainerMixin, GRPOTrainer), {})
     with tempfile.TemporaryDirectory() as folder:
         sizes = {"num_generations": 2, "max_completion_length": 8} if setting.tiny else {"max_completion_length": 64}
         flags: dict[str, Any] = {"output_dir": folder, "max_steps": 2, "logging_steps": 1, "report_to": "none"}
         flags |= {"save_strategy": "no", "disable_tqdm": True, "use_cpu": not setting.is_cuda, "bf16": setting.is_cuda}
-        config: Any = configuration(**flags, **sizes, jd_objectives=objectives, per_device_train_batch_size=8)
+        config = JDGRPOConfig(**flags, **sizes, jd_objectives="reward", per_device_train_batch_size=8)
         data = Dataset.from_list([{"prompt": f"Once upon a time {name}"} for name in ("Tom", "Sue", "a cat", "we")] * 4)
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path)
-        trainer: Any = trainer_class(model, _rewards(), config, train_dataset=data, processing_class=tokenizer)
+        trainer: Any = JDGRPOTrainer(model, _rewards(), config, train_dataset=data, processing_class=tokenizer)
         trainer.train()
     log = [line for line in trainer.state.log_history if "train_runtime" in line][-1]
     last = [line for line in trainer.state.log_history if "loss" in line][-1]
-    return {"objectives": objectives, "train_runtime": log["train_runtime"]} | {
-        k: v for k, v in last.items() if k.startswith("jd/")
-    }
+    return {"train_runtime": log["train_runtime"]} | {k: v for k, v in last.items() if k.startswith("jd/")}
