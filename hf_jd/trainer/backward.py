@@ -273,14 +273,14 @@ class Recorder:
             shares.rest = None
         trainer.keep_loss_names(names, bool(shares.some.any()))
         passed = Passed(batch, whose, trainer.jd_inputs, streams, shares, members, table, broken)
-        if shares.unreduced and first and not whose.empty:
+        if shares.unreduced and first:
             return self._without_broken(passed)
         return passed
 
     def _without_broken(self, passed: Passed) -> Passed:
         """Runs a batch once more without instances whose unreduced loss isn't finite: behind it, 0 may meet NaN."""
         kept: Tensor | None = passed.shares.finite.all(1)
-        some = bool(kept.any() and not kept.all())
+        some = bool(kept.any() and not kept.all()) and not passed.whose.empty
         # Where forwards gather parameters, all processes make as many.
         if not (anywhere(some, kept.device) if self.backend.shards else some):
             return passed
