@@ -140,6 +140,10 @@ class Recording:
         if kind is not None:
             dense = [rows for rows in found.values() if type(rows) is DenseRows or not _stays_outer(rows, self.keep)]
             self.plan.stacked[kind] = use.is_closed and found.keys() == targets.keys() and len(dense) == len(found)
+            if self.plan.stacked[kind]:
+                # From its first step on, a kind is rounded in the same way: a resumed run is an uninterrupted one.
+                self._wait(kind, event)
+                return
         self._take(targets, found)
 
     def finish(self) -> None:
