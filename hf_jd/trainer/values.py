@@ -82,14 +82,14 @@ def _scale(trainer: JDTrainerMixin, outputs: Any, loss: Tensor, sums: Tensor, co
     return 1 / _divisor(trainer, total / (loss.double() * (1 - router)), counts)
 
 
-def _divisor(trainer: JDTrainerMixin, found: Tensor, counts: Tensor) -> Tensor:
+def _divisor(trainer: JDTrainerMixin, quotient: Tensor, counts: Tensor) -> Tensor:
     """[] what Trainer divides the sum of the losses by, without the rounding of a loss in float32."""
     numbers = [1.0, float(counts.sum()), *([] if trainer.jd_items is None else [float(trainer.jd_items)])]
     averaged = {1, getattr(trainer, "current_gradient_accumulation_steps", 1)}
     processes = {1, process_count()}
-    likely = found.new_tensor([n * a * p for n, a, p in product(numbers, averaged, processes) if n])
-    error, which = (found / likely - 1).abs().min(0)
-    return torch.where(error < _ROUNDING, likely[which], found)
+    likely = quotient.new_tensor([n * a * p for n, a, p in product(numbers, averaged, processes) if n])
+    error, which = (quotient / likely - 1).abs().min(0)
+    return torch.where(error < _ROUNDING, likely[which], quotient)
 
 
 def _compare(trainer: JDTrainerMixin, outputs: Mapping[str, Any], sums: Tensor, counts: Tensor) -> None:
