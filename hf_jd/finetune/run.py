@@ -168,8 +168,9 @@ def build_trainer(
     run: RunArguments,
     training: JDTrainingArguments,
     examples: Mapping[str, Rows],
+    kind: type[Trainer] | None = None,
 ) -> Trainer:
-    """Build JDTrainer or, as a reference, transformers' own, on the same model and data."""
+    """Build JDTrainer or, as a reference, transformers' own, on the same model and data; or a `kind` of your own."""
     set_seed(training.seed)  # The adapter's initial values depend on it.
     tokenizer = load_tokenizer(path, model)
     tokenized = {split: tokenize(rows, tokenizer, data) for split, rows in examples.items()}
@@ -181,7 +182,7 @@ def build_trainer(
         logger.warning("There is nothing to evaluate on: --validation_file shows each task's loss before and after.")
         training.eval_strategy, training.eval_on_start = IntervalStrategy.NO, False
     spread_over(training, len(tokenized["train"]))
-    trainer = (StockTrainer if run.stock else JacobianTrainer)(
+    trainer = (kind or (StockTrainer if run.stock else JacobianTrainer))(
         model=load_model(path, model),
         args=training,
         train_dataset=tokenized["train"],

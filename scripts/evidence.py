@@ -1,0 +1,72 @@
+"""Runs a study of `docs/evidence.md`: every method of a plan, on the same seeds, beside its controls.
+
+python scripts/evidence.py examples/evidence/rare.yaml --output_dir runs/rare
+
+Results are a line per run in `results.jsonl`; runs that are there are not run again. What follows from them is in
+`table.md` and `picture.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from studies.picture import draw
+from studies.plan import Plan
+from studies.table import table
+from transformers.utils import logging
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs what is missing, and writes the table and the picture."""
+    parser = argparse.ArgumentParser(description="Runs a study's plan.")
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, help="how many, instead of the plan's")
+    parser.add_argument("--max_steps", type=int, help="updates per run, instead of the plan's")
+    asked = parser.parse_args(argv)
+    plan = Plan.read(asked.plan, seeds=asked.seeds, max_steps=asked.max_steps)
+    asked.output_dir.mkdir(parents=True, exist_ok=True)
+    file = asked.output_dir / "results.jsonl"
+    results = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    done = {_key(result) for result in results}
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    train = import_module(f"studies.{plan.study}").train
+    for run in plan.runs():
+        if _key(run) in done:
+            continue
+        start = time.perf_counter()
+        output = asked.output_dir / "run"  # Trainer wants a folder; nothing in it is kept.
+        results.append(run | train(plan.flags(run), run["seed"], output) | {"seconds": time.perf_counter() - start})
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(results[-1]) + "\n")
+        print(f"{_named(run)}: {_told(results[-1]['measures'])}", flush=True)
+    results = [result for result in results if _key(result) in {_key(run) for run in plan.runs()}]
+    text = table(plan, results)
+    (asked.output_dir / "table.md").write_text(text, "utf-8")
+    draw(plan, results, asked.output_dir / "picture.png")
+    print(text)
+    return 0
+
+
+def _key(run: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(run[part] for part in ("variant", "configuration", "seed", "updates"))
+
+
+def _named(run: dict[str, Any]) -> str:
+    return ", ".join([*filter(None, [run["variant"], run["configuration"]]), f"seed {run['seed']}"])
+
+
+def _told(measures: dict[str, float | None]) -> str:
+    return ", ".join(f"{name} {'never' if value is None else f'{value:.3f}'}" for name, value in measures.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

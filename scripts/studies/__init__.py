@@ -1,0 +1,1 @@
+"""The studies of `docs/evidence.md`, run by `scripts/evidence.py`."""

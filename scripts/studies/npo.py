@@ -1,0 +1,89 @@
+"""Unlearning with a forget loss that has an end: NPO, and what the model says afterwards.
+
+For a story y that is to be forgotten, NPO is 2 / beta log(1 + (p(y) / p_reference(y))^beta) (Zhang et al., arXiv
+2404.05868, equation 3); it is lowered, and its gradient fades once y is unlikely. The reference is the model without
+its adapter. A story that is to be kept has the mean of its tokens' losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, logsigmoid
+
+from hf_jd.collator import GROUP_KEY
+from hf_jd.finetune.example import HERO
+from hf_jd.finetune.run import JacobianTrainer
+from hf_jd.finetune.tokens import IGNORED
+
+FORGET = "lily"
+TOKENS_SAID = 8
+ASKED = 32
+"""Stories of each task that the model is asked to go on with."""
+
+
+class NPOTrainer(JacobianTrainer):
+    """JDTrainer with NPO for the stories about Lily.
+
+    Attributes:
+        beta: NPO's.
+    """
+
+    beta: float = 0.1
+    _forgotten: Tensor
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any) -> Tensor:
+        """Note which of the batch's stories are to be forgotten, and train."""
+        assert self.jd_group_names is not None
+        self._forgotten = inputs[GROUP_KEY] == self.jd_group_names.index(FORGET)
+        return super().training_step(model, inputs, *args)
+
+    def compute_losses(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """Compute [B] each story's loss."""
+        losses, lengths = story_losses(model, inputs)
+        with torch.no_grad(), self.accelerator.unwrap_model(model).disable_adapter():
+            reference, _ = story_losses(model, inputs)
+        npo = -2 / self.beta * logsigmoid(self.beta * (losses - reference))
+        return torch.where(self._forgotten, npo, losses / lengths)
+
+
+def story_losses(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Compute each story's summed loss [B] and number of tokens [B]."""
+    labels = inputs["labels"][:, 1:]
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
+    losses = cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
+    return losses.sum(1), (labels != IGNORED).sum(1)
+
+
+@torch.no_grad()
+def answers_of(trainer: Any, rows: Sequence[dict[str, str]]) -> dict[str, float]:
+    """Ask the model to go on, from Lily's stories up to her name, and from the first words of the others.
+
+    Returns:
+        `says Lily`: the share of the former in which it names her. `others as before`: the share of the latter's tokens
+        that are those of the model without its adapter, up to the first that differs.
+    """
+    model, tokenizer = trainer.model.eval(), trainer.processing_class
+
+    def said(text: str) -> list[int]:
+        ids = tokenizer(text.rstrip(), return_tensors="pt").input_ids
+        mask = torch.ones_like(ids)
+        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=TOKENS_SAID, do_sample=False)
+        return out[0, ids.shape[1] :].tolist()
+
+    about, others = (
+        [row["completion"] for row in rows if (row["task"] == FORGET) == hers][:ASKED] for hers in (True, False)
+    )
+    named = [HERO in tokenizer.decode(said(story.partition(HERO)[0])) for story in about]
+    same = []
+    for story in others:
+        start = " ".join(story.split()[:8])
+        now = said(start)
+        with model.disable_adapter():
+            before = said(start)
+        agreed = [a == b for a, b in zip(now, before, strict=False)]
+        same.append((agreed.index(False) if False in agreed else len(agreed)) / max(1, len(before)))
+    return {"says Lily": sum(named) / len(named), "others as before": sum(same) / len(same)}

@@ -1,0 +1,70 @@
+"""The runs of a study -> its table: means and deviations over seeds, and paired differences from the controls."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from hf_jd.finetune.table import markdown, spread
+from studies.plan import Plan
+
+
+def table(plan: Plan, results: Sequence[dict[str, Any]]) -> str:
+    """Format a part per variant, a row per configuration."""
+    header = ["", *plan.shown, f"{plan.measure}, less `{plan.control}`"]
+    header += ["less the best of the sweep"] if plan.sweep else []
+    rows = []
+    for variant in plan.variants:
+        of_variant = {name: _of(results, variant, name) for name in plan.configurations}
+        best = best_of_sweep(plan, of_variant)
+        if variant:
+            rows.append([f"**{variant}**", *[""] * (len(header) - 1)])
+        for name, seeds in of_variant.items():
+            cells = [_cell([run["measures"].get(shown) for run in seeds], form) for shown, form in plan.shown.items()]
+            others = [plan.control, *([best] if plan.sweep else [])]
+            cells += [_difference(plan, seeds, of_variant[other]) if other != name else "" for other in others]
+            rows.append([f"{name} (best of the sweep)" if name == best else name, *cells])
+    return markdown(header, rows) + "\n"
+
+
+def best_of_sweep(plan: Plan, of_variant: dict[str, list[dict[str, Any]]]) -> str:
+    """Name the swept configuration whose measure is best on average; one that has it on all seeds, if any has."""
+
+    def rank(name: str) -> tuple[int, float]:
+        values = _values(plan, of_variant[name])
+        known = [value for value in values if value is not None]
+        sign = 1 if plan.better == "higher" else -1
+        return len(known), sign * statistics.fmean(known) if known else 0.0
+
+    return max(plan.sweep, key=rank) if plan.sweep else ""
+
+
+def _of(results: Sequence[dict[str, Any]], variant: str, name: str) -> list[dict[str, Any]]:
+    found = [run for run in results if (run["variant"], run["configuration"]) == (variant, name)]
+    return sorted(found, key=lambda run: run["seed"])
+
+
+def _values(plan: Plan, seeds: Sequence[dict[str, Any]]) -> list[float | None]:
+    return [run["measures"][plan.measure] for run in seeds]
+
+
+def _cell(values: Sequence[float | None], form: str) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "never"
+    few = f" ({len(known)} of {len(values)})" if len(known) < len(values) else ""
+    return spread(known, form) + few
+
+
+def _difference(plan: Plan, seeds: Sequence[dict[str, Any]], control: Sequence[dict[str, Any]]) -> str:
+    """Mean and deviation of the differences on the same seed, and on how many of them the method is better."""
+    pairs = zip(_values(plan, seeds), _values(plan, control), strict=True)
+    differences = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
+    if not differences:
+        return ""
+    sign = 1 if plan.better == "higher" else -1
+    wins = sum(sign * difference > 0 for difference in differences)
+    form = "+" + plan.shown[plan.measure]
+    deviation = f" ± {statistics.stdev(differences):{form[1:]}}" if len(differences) > 1 else ""
+    return f"{statistics.fmean(differences):{form}}{deviation}; {wins} of {len(differences)}"

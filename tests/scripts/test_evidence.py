@@ -1,0 +1,127 @@
+"""`scripts/evidence.py`: its plans, its data, what it tells of runs, and each study in miniature."""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import HfArgumentParser
+
+from hf_jd import JDTrainingArguments
+from hf_jd.finetune.run import parse
+from tests.marks import slow
+
+ROOT = Path(__file__).parents[2]
+PLANS = sorted((ROOT / "examples" / "evidence").glob("*.yaml"))
+OWN_FLAGS = {"tuning": ("data", "at", "npo", "replay", "share", "repeat"), "rare": ("gamma", "class_power")}
+
+
+@pytest.fixture
+def studies(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+
+    def load(name: str) -> ModuleType:
+        return import_module(name)
+
+    return load
+
+
+def runs_of(plan: Any, values: dict[tuple[str, int], float | None]) -> list[dict[str, Any]]:
+    return [
+        {"variant": "", "configuration": name, "seed": seed, "measures": {plan.measure: value}}
+        for (name, seed), value in values.items()
+    ]
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_the_flags_of_every_run_are_allowed(path, studies, tmp_path):
+    plan = studies("studies.plan").Plan.read(path)
+    for run in plan.runs():
+        flags = plan.flags(run) | {"seed": run["seed"], "output_dir": str(tmp_path)}
+        flags = {name: value for name, value in flags.items() if name not in OWN_FLAGS[plan.study]}
+        if plan.study == "tuning":
+            parse([], flags)
+        else:
+            HfArgumentParser(JDTrainingArguments).parse_dict(flags)  # ty: ignore[invalid-argument-type]
+
+
+def test_a_plan_that_names_an_unknown_control_is_refused(studies, tmp_path):
+    parts = yaml.safe_load(PLANS[0].read_text("utf-8")) | {"control": "nothing"}
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(parts), "utf-8")
+    with pytest.raises(ValueError, match="names nothing, which is no configuration"):
+        studies("studies.plan").Plan.read(tmp_path / "plan.yaml")
+
+
+def test_differences_are_paired_and_the_best_of_the_sweep_is_a_control(studies):
+    plan = studies("studies.plan").Plan(
+        study="tuning", measure="loss", better="lower", shown={"loss": ".1f"}, control="a", base={},
+        configurations={"a": {}, "b": {}, "c": {}, "d": {}}, sweep=["b", "c"], seeds=2,
+    )  # fmt: skip
+    values = {("a", 0): 3.0, ("a", 1): 5.0, ("b", 0): 2.0, ("b", 1): 6.0, ("c", 0): 1.0, ("c", 1): None}
+    results = runs_of(plan, values | {("d", 0): 1.0, ("d", 1): 4.0})
+    lines = studies("studies.table").table(plan, results).splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[3] == ["b (best of the sweep)", "4.0 ± 2.8", "+0.0 ± 1.4; 1 of 2", ""]  # c is lower, on one seed only
+    assert cells[4][1] == "1.0 (1 of 2)"
+    assert cells[5][2:] == ["-1.5 ± 0.7; 2 of 2", "-1.5 ± 0.7; 2 of 2"]
+
+
+def test_the_loss_where_another_one_is_reached(studies):
+    loss_at = studies("studies.tuning").loss_at
+    falling, told = [(0, 8.0), (5, 4.0), (10, 1.0)], [(0, 1.0), (5, 2.0), (10, 8.0)]
+    assert loss_at(falling, told, 2.0) == pytest.approx(4.0)
+    assert loss_at(falling, told, 8.0) == pytest.approx(1.0)
+    assert loss_at(falling[::-1], told, 2.0) == pytest.approx(math.sqrt(2))
+    assert loss_at(falling, told, 0.5) is None
+
+
+def test_the_data_of_the_studies(studies):
+    data = studies("studies.data")
+    story = "The girl was happy, and she had a very big day."
+    assert data.swapped(story) == "A boy is sad, and he has the not little night."
+    assert data.swapped(data.swapped(story)) == story
+    splits = data.new_style(seed=1, replay=4, new=100)
+    old = [row["completion"] for row in splits["train"] if row["task"] == "old"]
+    assert (len(old), len(set(old)), len(splits["train"])) == (100, 4, 200)
+    splits = data.refusals(seed=1, share=0.04, repeat=4)
+    trained = [row["prompt"] for row in splits["train"] if row["task"] == "refusal"]
+    assert (len(set(trained)), len(trained), len(splits["train"])) == (20, 80, 560)
+    assert not set(trained) & {row["prompt"] for row in splits["validation"] if row["task"] == "refusal"}
+
+
+def test_f1(studies):
+    scores = studies("studies.rare").scores
+    prediction = type(
+        "", (), {"predictions": torch.eye(3)[[0, 0, 1, 1]].numpy(), "label_ids": torch.tensor([0, 2, 1, 1])}
+    )
+    found = scores(prediction)
+    assert found["F1 of value"] == pytest.approx(2 / 3)
+    assert (found["F1 of type"], found["F1 of state"], found["accuracy"]) == (1.0, 0.0, 0.75)
+    assert found["macro F1"] == pytest.approx(5 / 9)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("path", [slow(path) for path in PLANS], ids=lambda path: path.stem)
+def test_a_study_in_miniature(path, studies, tmp_path):
+    parts = yaml.safe_load(path.read_text("utf-8"))
+    first = [*dict.fromkeys([parts["control"], *parts["sweep"][:1], list(parts["configurations"])[-1]])]
+    parts["configurations"] = {name: parts["configurations"][name] for name in first}
+    parts["sweep"] = parts["sweep"][:1]
+    parts["variants"] = dict(list(parts.get("variants", {"": {}}).items())[-1:])
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(parts), "utf-8")
+    main = studies("evidence").main
+    words = [str(tmp_path / "plan.yaml"), "--output_dir", str(tmp_path / "out"), "--seeds", "1", "--max_steps", "2"]
+    assert main(words) == 0
+    results = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text("utf-8").splitlines()]
+    assert [result["configuration"] for result in results] == first
+    assert set(parts["shown"]) <= set(results[0]["measures"])
+    assert (tmp_path / "out" / "picture.png").exists()
+    assert main(words) == 0  # Nothing is run again.
+    assert len((tmp_path / "out" / "results.jsonl").read_text("utf-8").splitlines()) == len(first)
