@@ -147,7 +147,7 @@ def finetune(model: ModelArguments, data: DataArguments, run: RunArguments, trai
             trainer.train(resume_from_checkpoint=_checkpoint(trainer))
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_how_to_resume(folder)) from None
-        _evaluate_at_the_end(trainer)
+        evaluate_at_the_end(trainer)
         trainer.save_model()
         trainer.save_state()
     if trainer.is_world_process_zero():
@@ -216,7 +216,7 @@ def _by_task(examples: Dataset, column: str | None) -> Any:
     return {task: examples.select(rows[task]) for task in sorted(rows)}
 
 
-def _evaluate_at_the_end(trainer: Trainer) -> None:
+def evaluate_at_the_end(trainer: Trainer) -> None:
     """Evaluate, unless the last step did."""
     evaluated = any(
         name.endswith("_loss") and name.startswith("eval_") and entry["step"] == trainer.state.global_step

@@ -74,7 +74,7 @@ def refusals(seed: int, share: float, repeat: int = 1, different: int = 20) -> S
 
 def lily(seed: int) -> Splits:
     """The embedded stories about Lily and about others, the same for all seeds."""
-    return dict(example_data("lily"))
+    return {str(split): rows for split, rows in example_data("lily").items()}
 
 
 DATA: dict[str, Callable[..., Splits]] = {"new_style": new_style, "refusals": refusals, "lily": lily}

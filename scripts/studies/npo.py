@@ -35,11 +35,11 @@ class NPOTrainer(JacobianTrainer):
     beta: float = 0.1
     _forgotten: Tensor
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any) -> Tensor:
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Note which of the batch's stories are to be forgotten, and train."""
         assert self.jd_group_names is not None
         self._forgotten = inputs[GROUP_KEY] == self.jd_group_names.index(FORGET)
-        return super().training_step(model, inputs, *args)
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_losses(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         """Compute [B] each story's loss."""

@@ -46,9 +46,11 @@ class Plan:
         Raises:
             ValueError: A part is missing or unknown, or names a configuration that isn't there.
         """
-        parts = yaml.safe_load(path.read_text("utf-8"))
+        parts: dict[str, Any] = yaml.safe_load(path.read_text("utf-8"))
+        if seeds:
+            parts["seeds"] = seeds
         try:
-            plan = cls(**{**parts, **({"seeds": seeds} if seeds else {})})
+            plan = cls(**parts)
         except TypeError as error:
             raise ValueError(f"{path} is no plan of a study: {error}.") from error
         unknown = {plan.control, *plan.sweep} - set(plan.configurations)

@@ -12,7 +12,7 @@ from transformers import PrinterCallback, ProgressCallback
 
 from hf_jd.finetune.model import model_path
 from hf_jd.finetune.results import Results
-from hf_jd.finetune.run import build_trainer, parse
+from hf_jd.finetune.run import build_trainer, evaluate_at_the_end, parse
 from studies.data import DATA
 from studies.npo import NPOTrainer, answers_of
 
@@ -40,6 +40,7 @@ def train(flags: dict[str, Any], seed: int, output: Path) -> dict[str, Any]:
     if beta is not None:
         trainer.beta = beta
     trainer.train()
+    evaluate_at_the_end(trainer)
     found = Results.of_log(trainer.state.log_history, training.max_steps)
     way = {task: [(e.step, e.loss) for e in evaluations] for task, evaluations in found.evaluations.items()}
     measures: dict[str, float | None] = {f"loss of {task}": points[-1][1] for task, points in way.items()}
