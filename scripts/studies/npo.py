@@ -23,6 +23,8 @@ FORGET = "lily"
 TOKENS_SAID = 8
 ASKED = 32
 """Stories of each task that the model is asked to go on with."""
+WORDS = 8
+"""Those of an other story that it is given."""
 
 
 class NPOTrainer(JacobianTrainer):
@@ -59,14 +61,18 @@ def story_losses(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def answers_of(trainer: Any, rows: Sequence[dict[str, str]]) -> dict[str, float]:
+def answers_of(trainer: Any, rows: Sequence[dict[str, str]]) -> tuple[dict[str, float], dict[str, float]]:
     """Ask the model to go on, from Lily's stories up to her name, and from the first words of the others.
 
     Returns:
-        `says Lily`: the share of the former in which it names her. `others as before`: the share of the latter's tokens
-        that are those of the model without its adapter, up to the first that differs.
+        What is measured now, and of the model without its adapter. `says Lily`: the share of the former stories in
+        which it names her. `others as before`: the share of the latter's tokens that are those of the model without
+        its adapter, up to the first that differs.
     """
     model, tokenizer = trainer.model.eval(), trainer.processing_class
+    about, others = ([row["completion"] for row in rows if (row["task"] == FORGET) == hers] for hers in (True, False))
+    starts = [story.partition(HERO)[0] for story in about[:ASKED]]
+    starts += [" ".join(story.split()[:WORDS]) for story in others[:ASKED]]
 
     def said(text: str) -> list[int]:
         ids = tokenizer(text.rstrip(), return_tensors="pt").input_ids
@@ -74,16 +80,19 @@ def answers_of(trainer: Any, rows: Sequence[dict[str, str]]) -> dict[str, float]
         out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=TOKENS_SAID, do_sample=False)
         return out[0, ids.shape[1] :].tolist()
 
-    about, others = (
-        [row["completion"] for row in rows if (row["task"] == FORGET) == hers][:ASKED] for hers in (True, False)
+    now = [said(start) for start in starts]
+    with model.disable_adapter():
+        before = [said(start) for start in starts]
+    names = [sum(HERO in tokenizer.decode(answer) for answer in said[:ASKED]) / ASKED for said in (now, before)]
+    same = [_agreeing(*pair) for pair in zip(now[ASKED:], before[ASKED:], strict=True)]
+    agreement = sum(same) / len(same)
+    return (
+        {"says Lily": names[0], "others as before": agreement},
+        {"says Lily": names[1], "others as before": 1.0},
     )
-    named = [HERO in tokenizer.decode(said(story.partition(HERO)[0])) for story in about]
-    same = []
-    for story in others:
-        start = " ".join(story.split()[:8])
-        now = said(start)
-        with model.disable_adapter():
-            before = said(start)
-        agreed = [a == b for a, b in zip(now, before, strict=False)]
-        same.append((agreed.index(False) if False in agreed else len(agreed)) / max(1, len(before)))
-    return {"says Lily": sum(named) / len(named), "others as before": sum(same) / len(same)}
+
+
+def _agreeing(answer: list[int], other: list[int]) -> float:
+    """Return the share of the other's tokens before the first that differs."""
+    agreed = [a == b for a, b in zip(answer, other, strict=False)]
+    return (agreed.index(False) if False in agreed else len(agreed)) / len(other)

@@ -20,6 +20,8 @@ def table(plan: Plan, results: Sequence[dict[str, Any]]) -> str:
         best = best_of_sweep(plan, of_variant)
         if variant:
             rows.append([f"**{variant}**", *[""] * (len(header) - 1)])
+        if before := [run["before"] for run in of_variant[plan.control] if "before" in run]:
+            rows.append(["before training", *_before(plan, before), *[""] * (len(header) - 1 - len(plan.shown))])
         for name, seeds in of_variant.items():
             cells = [_cell([run["measures"].get(shown) for run in seeds], form) for shown, form in plan.shown.items()]
             others = [plan.control, *([best] if plan.sweep else [])]
@@ -43,6 +45,11 @@ def best_of_sweep(plan: Plan, of_variant: dict[str, list[dict[str, Any]]]) -> st
 def _of(results: Sequence[dict[str, Any]], variant: str, name: str) -> list[dict[str, Any]]:
     found = [run for run in results if (run["variant"], run["configuration"]) == (variant, name)]
     return sorted(found, key=lambda run: run["seed"])
+
+
+def _before(plan: Plan, runs: Sequence[dict[str, float]]) -> list[str]:
+    values = {name: [run[name] for run in runs if name in run] for name in plan.shown}
+    return [_cell(values[name], form) if values[name] else "" for name, form in plan.shown.items()]
 
 
 def _values(plan: Plan, seeds: Sequence[dict[str, Any]]) -> list[float | None]:

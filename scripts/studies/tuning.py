@@ -44,12 +44,14 @@ def train(flags: dict[str, Any], seed: int, output: Path) -> dict[str, Any]:
     found = Results.of_log(trainer.state.log_history, training.max_steps)
     way = {task: [(e.step, e.loss) for e in evaluations] for task, evaluations in found.evaluations.items()}
     measures: dict[str, float | None] = {f"loss of {task}": points[-1][1] for task, points in way.items()}
+    before: dict[str, float] = {f"loss of {task}": points[0][1] for task, points in way.items()}
     for task, loss in at.items():
         (other,) = set(way) - {task}
         measures[f"{other} where {task} is {loss:g}"] = loss_at(way[task], way[other], loss)
     if beta is not None:
-        measures |= answers_of(trainer, examples["validation"])
-    return {"measures": measures, "way": way}
+        now, then = answers_of(trainer, examples["validation"])
+        measures, before = measures | now, before | then
+    return {"measures": measures, "before": before, "way": way}
 
 
 def loss_at(reached: Curve, told: Curve, loss: float) -> float | None:
