@@ -19,7 +19,7 @@ from typing import Any
 
 from studies.picture import draw
 from studies.plan import Plan
-from studies.table import table
+from studies.table import add_losses_at, table
 from transformers.utils import logging
 
 
@@ -49,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
             lines.write(json.dumps(results[-1]) + "\n")
         print(f"{_named(run)}: {_told(results[-1]['measures'])}", flush=True)
     results = [result for result in results if _key(result) in {_key(run) for run in plan.runs()}]
+    add_losses_at(results, plan.at)
     text = table(plan, results)
     (asked.output_dir / "table.md").write_text(text, "utf-8")
     draw(plan, results, asked.output_dir / "picture.png")

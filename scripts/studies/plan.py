@@ -23,6 +23,7 @@ class Plan:
         configurations: Each method's flags, by its name.
         variants: Flags that each configuration is run with, by name.
         sweep: The configurations of which the best is a control, too: a weight or another number chosen by hand.
+        at: A loss by the name of a task: the other task's loss is told where that one's comes to it.
         axes: The two tasks of which the picture shows the losses on their way; without them it shows `measure`.
         seeds: The number of runs per configuration and variant.
     """
@@ -36,6 +37,7 @@ class Plan:
     configurations: dict[str, dict[str, Any]]
     variants: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
     sweep: list[str] = field(default_factory=list)
+    at: dict[str, float] = field(default_factory=dict)
     axes: list[str] = field(default_factory=list)
     seeds: int = 5
 

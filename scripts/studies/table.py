@@ -2,12 +2,40 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_jd.finetune.table import markdown, spread
 from studies.plan import Plan
+
+
+def add_losses_at(results: Sequence[dict[str, Any]], at: Mapping[str, float]) -> None:
+    """Add to each run's measures one task's loss at the moment at which the other's first comes to a value.
+
+    Args:
+        results: Runs with a `way`.
+        at: That value, by the task that comes to it.
+    """
+    for run in results:
+        for task, loss in at.items():
+            (other,) = set(run["way"]) - {task}
+            measured = loss_at(run["way"][task], run["way"][other], loss)
+            run["measures"][f"{other} where {task} is {loss:g}"] = measured
+
+
+def loss_at(reached: Sequence[Sequence[float]], told: Sequence[Sequence[float]], loss: float) -> float | None:
+    """Return one task's loss at the moment at which another one's first comes to `loss`.
+
+    Between two evaluations, the logarithms of both are taken to be linear in the step. None: it never does.
+    """
+    for i in range(1, len(reached)):
+        before, after = reached[i - 1][1], reached[i][1]
+        if before != after and min(before, after) <= loss <= max(before, after):
+            share = math.log(loss / before) / math.log(after / before)
+            return told[i - 1][1] * (told[i][1] / told[i - 1][1]) ** share
+    return None
 
 
 def table(plan: Plan, results: Sequence[dict[str, Any]]) -> str:

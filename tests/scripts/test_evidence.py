@@ -20,7 +20,7 @@ from tests.marks import slow
 
 ROOT = Path(__file__).parents[2]
 PLANS = sorted((ROOT / "examples" / "evidence").glob("*.yaml"))
-OWN_FLAGS = {"tuning": ("data", "at", "npo", "replay", "share", "repeat"), "rare": ("gamma", "class_power")}
+OWN_FLAGS = {"tuning": ("data", "npo", "replay", "share", "repeat"), "rare": ("gamma", "class_power")}
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_differences_are_paired_and_the_best_of_the_sweep_is_a_control(studies):
 
 
 def test_the_loss_where_another_one_is_reached(studies):
-    loss_at = studies("studies.tuning").loss_at
+    loss_at = studies("studies.table").loss_at
     falling, told = [(0, 8.0), (5, 4.0), (10, 1.0)], [(0, 1.0), (5, 2.0), (10, 8.0)]
     assert loss_at(falling, told, 2.0) == pytest.approx(4.0)
     assert loss_at(falling, told, 8.0) == pytest.approx(1.0)
