@@ -12,6 +12,9 @@ from studies.plan import Plan
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_MARKERS = "s^Dv<>"
+"""Of what is chosen by hand, and of the control."""
+
 
 def draw(plan: Plan, results: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw a panel per variant into a PNG; what is chosen by hand, and the control, are grey."""
@@ -20,7 +23,7 @@ def draw(plan: Plan, results: Sequence[dict[str, Any]], path: Path) -> None:
     names = list(plan.configurations)
     greys = [name for name in names if name in {plan.control, *plan.sweep}]
     hues = [name for name in names if name not in greys]
-    colors = {name: str(0.65 * i / max(1, len(greys))) for i, name in enumerate(greys)}
+    colors = {name: str(0.8 * i / max(1, len(greys))) for i, name in enumerate(greys)}
     colors |= {name: f"C{i % 10}" for i, name in enumerate(hues)}
     panel = (4.2, 4.4) if plan.axes else (3.2, 0.36 * len(names) + 1.2)
     count = len(plan.variants)
@@ -30,7 +33,14 @@ def draw(plan: Plan, results: Sequence[dict[str, Any]], path: Path) -> None:
         for row, name in enumerate(names):
             seeds = [run for run in results if (run["variant"], run["configuration"]) == (variant, name)]
             if plan.axes:
-                _way(axis, name, seeds, plan.axes, colors[name], "--" if name in greys else "-")
+                _way(
+                    axis,
+                    name,
+                    seeds,
+                    plan.axes,
+                    colors[name],
+                    f"--{_MARKERS[greys.index(name)]}" if name in greys else "-o",
+                )
             else:
                 values = [run["measures"][plan.measure] for run in seeds]
                 _dots(axis, row, [value for value in values if value is not None], colors[name])
@@ -57,4 +67,4 @@ def _way(axis: Axes, name: str, seeds: Sequence[dict[str, Any]], tasks: Sequence
     ways = [[[loss for _, loss in run["way"][task]] for task in tasks] for run in seeds]
     if ways:
         x, y = ([statistics.fmean(at) for at in zip(*(way[i] for way in ways), strict=True)] for i in (0, 1))
-        axis.plot(x, y, f"{style}o", color=color, markevery=[-1], markersize=5, linewidth=1.5, label=name)
+        axis.plot(x, y, style, color=color, markevery=[-1], markersize=5, linewidth=1.5, label=name)

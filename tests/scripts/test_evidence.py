@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from transformers import HfArgumentParser
+from transformers.utils import logging
 
 from hf_jd import JDTrainingArguments
 from hf_jd.finetune.run import parse
@@ -54,7 +55,7 @@ def test_the_flags_of_every_run_are_allowed(path, studies, tmp_path):
 
 def test_a_plan_that_names_an_unknown_control_is_refused(studies, tmp_path):
     parts = yaml.safe_load(PLANS[0].read_text("utf-8")) | {"control": "nothing"}
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(parts), "utf-8")
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(parts, sort_keys=False), "utf-8")
     with pytest.raises(ValueError, match="names nothing, which is no configuration"):
         studies("studies.plan").Plan.read(tmp_path / "plan.yaml")
 
@@ -109,14 +110,17 @@ def test_f1(studies):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", [slow(path) for path in PLANS], ids=lambda path: path.stem)
-def test_a_study_in_miniature(path, studies, tmp_path):
+def test_a_study_in_miniature(path, studies, tmp_path, request):
     parts = yaml.safe_load(path.read_text("utf-8"))
     first = [*dict.fromkeys([parts["control"], *parts["sweep"][:1], list(parts["configurations"])[-1]])]
     parts["configurations"] = {name: parts["configurations"][name] for name in first}
     parts["sweep"] = parts["sweep"][:1]
     parts["variants"] = dict(list(parts.get("variants", {"": {}}).items())[-1:])
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(parts), "utf-8")
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(parts, sort_keys=False), "utf-8")
     main = studies("evidence").main
+    verbosity = logging.get_verbosity()
+    request.addfinalizer(lambda: logging.set_verbosity(verbosity))
+    request.addfinalizer(logging.enable_progress_bar)
     words = [str(tmp_path / "plan.yaml"), "--output_dir", str(tmp_path / "out"), "--seeds", "1", "--max_steps", "2"]
     assert main(words) == 0
     results = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text("utf-8").splitlines()]
