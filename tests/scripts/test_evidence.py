@@ -21,6 +21,7 @@ from tests.marks import slow
 
 ROOT = Path(__file__).parents[2]
 PLANS = sorted((ROOT / "examples" / "evidence").glob("*.yaml"))
+PAGE = (ROOT / "docs" / "evidence.md").read_text("utf-8")
 OWN_FLAGS = {"tuning": ("data", "npo", "replay", "share", "repeat"), "rare": ("gamma", "class_power")}
 
 
@@ -51,6 +52,17 @@ def test_the_flags_of_every_run_are_allowed(path, studies, tmp_path):
             parse([], flags)
         else:
             HfArgumentParser(JDTrainingArguments).parse_dict(flags)  # ty: ignore[invalid-argument-type]
+
+
+@pytest.mark.parametrize("path", [path for path in PLANS if f"<!-- {path.stem}:" in PAGE], ids=lambda path: path.stem)
+def test_the_page_has_a_row_per_method_and_the_picture(path, studies):
+    table = PAGE.partition(f"<!-- {path.stem}:")[2].partition(f"<!-- /{path.stem}")[0]
+    rows = {
+        line.split("|")[1].strip().removesuffix(" (best of the sweep)") for line in table.splitlines() if "|" in line
+    }
+    plan = studies("studies.plan").Plan.read(path)
+    assert set(plan.configurations) <= rows
+    assert (ROOT / "docs" / "images" / f"{path.stem}.png").exists()
 
 
 def test_a_plan_that_names_an_unknown_control_is_refused(studies, tmp_path):
