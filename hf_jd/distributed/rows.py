@@ -1,15 +1,15 @@
 """The rows of all processes -> one Gramian, and one update.
 
-Bytes that each of W processes sends in an update, with n trainable elements of b bytes, and f = (W - 1) / W, the share
-of a tensor that leaves a process (2 f in an all-reduce, which is a reduce-scatter and an all-gather):
+The bytes that each of W processes sends per update, for n trainable elements of b bytes, with f = (W - 1) / W, the
+share of a tensor that leaves a process (2 f in an all-reduce, which is a reduce-scatter and an all-gather):
 
 | objectives | rows | Gramian | update | update of sharded parameters |
 |---|---|---|---|---|
 | instances, m_r on this process, M together | f b m_r n | 2 f 8 M^2 | 2 f b n | f b n |
 | K groups | f b K n | 2 f 8 K^2 | f b n | 0 |
 
-Plain data parallelism sends 2 f b n for its gradient, with shards f b n. The numbers of a step that are known of each
-objective (40 bytes) and of each parameter (8 bytes) are gathered besides.
+Plain data parallelism sends 2 f b n for its gradient, or f b n with shards. A step also gathers 40 bytes per objective
+and 8 bytes per parameter.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from hf_jd.gramian.rows import combine, inner
 from hf_jd.objectives import ObjectiveTable
 
 SUMMED_HERE = ("cpu",)
-"""Devices on which a reduce-scatter is an all-to-all and a sum: gloo's own takes longer than an all-reduce would."""
+"""Devices where an all-to-all and a sum replace reduce-scatter: gloo's takes longer than its all-reduce."""
 
 
-class OwnRows:
-    """Rows that this process weighs by itself; only the updates are added up.
+class LocalRows:
+    """Rows that this process weighs alone; only the updates are added up.
 
     Args:
-        jacobian: The rows [m_r, n] of this process, None where it has none.
+        jacobian: The rows [m_r, n] of this process; None if it has none.
         parameters: All trainable parameters, in the same order everywhere.
     """
 
@@ -46,21 +46,21 @@ class OwnRows:
         self._used: list[nn.Parameter] | None = None
 
     def exchange(self, table: ObjectiveTable) -> ObjectiveTable:
-        """What is known of the objectives of this process -> of all that are weighed together."""
+        """Turns the table of this process's objectives into that of all objectives that are weighed together."""
         return table
 
     def gramian(self) -> Tensor:
-        """[M, M], the same on all processes that weigh together."""
+        """Computes the Gramian [M, M], the same on all processes that weigh together."""
         if self.jacobian is None:
             return torch.zeros(0, 0, dtype=torch.float64, device=self.parameters[0].device)
         return self.jacobian.gramian()
 
     def weighted_sum(self, weights: Tensor, usable: Tensor) -> dict[nn.Parameter, Tensor]:
-        """The update sum_k w_k row_k over the usable objectives of all processes.
+        """Computes the update sum_k w_k row_k over the usable objectives of all processes.
 
         Args:
             weights: [M].
-            usable: [M] (bool); other rows may be NaN, and are not touched.
+            usable: [M] (bool); other rows may be NaN, and are not read.
         """
         weights, usable = weights[self.mine], usable[self.mine]
         gradients = {}
@@ -71,7 +71,7 @@ class OwnRows:
         return add_gradients(gradients, self.parameters, self._used)
 
     def _flags(self) -> Tensor:
-        """[P] which parameters some objective of this process depends on."""
+        """Returns [P], 1 for parameters that some objective of this process depends on."""
         return used_flags(self._own, self.parameters)
 
     def _set_used(self, flags: Tensor) -> None:
@@ -86,15 +86,15 @@ class OwnRows:
                 packed[:, where] = self.jacobian.columns(p, start, stop) if p in self._own else 0
 
 
-class GatheredRows(OwnRows):
-    """Objectives of which each process has its own, weighed all together.
+class GatheredRows(LocalRows):
+    """Rows of objectives that differ between processes, weighed together.
 
-    Each process gets all M rows of the columns that it owns, and adds its part to the Gramian; in the end it weighs its
-    own rows, and the updates are added up.
+    Each process receives all M rows of the columns that it owns, and computes their part of the Gramian. Then it weighs
+    its own rows, and the updates are added up.
     """
 
     def exchange(self, table: ObjectiveTable) -> ObjectiveTable:
-        """The processes' objectives, one below the other."""
+        """Concatenates the processes' tables."""
         if process_count() == 1:
             return table
         numbers = torch.cat([table.numbers, table.labels.double()], dim=1)
@@ -105,7 +105,7 @@ class GatheredRows(OwnRows):
         return ObjectiveTable.of(every[:, :-2], every[:, -2:])
 
     def gramian(self) -> Tensor:
-        """[M, M], of the rows of all processes."""
+        """Computes the Gramian [M, M] of the rows of all processes."""
         if process_count() == 1:
             return super().gramian()
         assert self._used is not None
@@ -117,27 +117,27 @@ class GatheredRows(OwnRows):
         return _symmetric(add_over_processes(gramian))
 
     def _exchange(self, bucket: Bucket) -> Sent:
-        """The rows [m_r, C] of this process are sent by columns; the rows [M, C / W] of all processes arrive."""
-        own, width = self._lengths[rank()], bucket.widths[rank()]
-        sizes = [own * w for w in bucket.widths]
+        """Sends the rows [m_r, C] of this process by columns, and receives the rows [M, C / W] of all processes."""
+        local, width = self._lengths[rank()], bucket.widths[rank()]
+        sizes = [local * w for w in bucket.widths]
         flat = torch.zeros(sum(sizes), dtype=bucket.dtype, device=bucket.device)
         for part, packed in zip(bucket.parts, flat.split(sizes), strict=True):
-            self._pack(part, packed.view(own, -1) if own else packed[None])
+            self._pack(part, packed.view(local, -1) if local else packed[None])
         rows = flat.new_empty(sum(self._lengths), width)
         received = [m * width for m in self._lengths]
         work = distributed.all_to_all_single(rows.view(-1), flat, received, sizes, async_op=True)
         return Sent(bucket, rows, work, flat)
 
 
-class AddedRows(OwnRows):
-    """Objectives that all processes share: their rows [K, n] are added up.
+class AddedRows(LocalRows):
+    """Rows of objectives that all processes share: the rows [K, n] are added up.
 
-    Each process gets the sums [K, n / W] of the columns that it owns, adds its part to the Gramian, and weighs them;
-    the update is gathered.
+    Each process receives the sums [K, n / W] of the columns that it owns, computes their part of the Gramian, and
+    weighs them; then the update is gathered.
     """
 
     def exchange(self, table: ObjectiveTable) -> ObjectiveTable:
-        """The sums over the processes, whose objectives are the same."""
+        """Adds up the tables of all processes, whose objectives are the same."""
         if process_count() == 1:
             return table
         numbers, self._objectives = table.numbers, len(table)
@@ -146,7 +146,7 @@ class AddedRows(OwnRows):
         return ObjectiveTable.of(sums[: numbers.numel()].view(numbers.shape), table.labels)
 
     def gramian(self) -> Tensor:
-        """[K, K], of the rows' sums."""
+        """Computes the Gramian [K, K] of the summed rows."""
         if process_count() == 1:
             return super().gramian()
         assert self._used is not None
@@ -157,11 +157,11 @@ class AddedRows(OwnRows):
             rows = self._summed(bucket, received)
             gramian += inner(rows, rows)
             self._sums.append((bucket, rows))
-        self.jacobian = None  # Each process keeps 1/W of the sums.
+        self.jacobian = None  # Free the rows: each process only needs its 1/W of the sums.
         return _symmetric(add_over_processes(gramian))
 
     def weighted_sum(self, weights: Tensor, usable: Tensor) -> dict[nn.Parameter, Tensor]:
-        """The update sum_k w_k row_k, of which each process weighs its columns; see `OwnRows.weighted_sum`."""
+        """Computes the update sum_k w_k row_k, each process its columns; see `LocalRows.weighted_sum`."""
         if process_count() == 1:
             return super().weighted_sum(weights, usable)
         if not usable.any():
@@ -173,7 +173,7 @@ class AddedRows(OwnRows):
         return update.by_parameter()
 
     def _exchange(self, bucket: Bucket) -> Sent:
-        """The rows [K, C] of this process are sent by columns; for what arrives see `_summed`."""
+        """Sends the rows [K, C] of this process by columns; `_summed` reads the result."""
         if bucket.device.type in SUMMED_HERE:
             return self._send_parts(bucket)
         flat = bucket.zeros(process_count(), self._objectives)
@@ -183,7 +183,7 @@ class AddedRows(OwnRows):
         return Sent(bucket, sums, reduce_scatter_single(sums.view(-1), flat.view(-1), async_op=True), flat)
 
     def _send_parts(self, bucket: Bucket) -> Sent:
-        """Each process is sent its part; the others' rows [W - 1, K, C / W] of the own part arrive."""
+        """Sends each process its part, and receives the others' rows [W - 1, K, C / W] of this process's part."""
         k, widths = self._objectives, bucket.widths
         sizes = [0 if q == rank() else k * width for q, width in enumerate(widths)]
         flat = torch.empty(sum(sizes), dtype=bucket.dtype, device=bucket.device)
@@ -196,7 +196,7 @@ class AddedRows(OwnRows):
         return Sent(bucket, rows, work, flat)
 
     def _summed(self, bucket: Bucket, received: Tensor) -> Tensor:
-        """[K, C / W] the sums over all processes: what arrived, or the others' rows that did plus the own ones."""
+        """Returns the sums [K, C / W] over all processes: as received, or the others' rows plus this process's."""
         if bucket.device.type not in SUMMED_HERE:
             return received
         sums = received[0] if len(received) == 1 else received.sum(0)
@@ -207,13 +207,13 @@ class AddedRows(OwnRows):
         return sums
 
     def _weigh(self, bucket: Bucket, sums: Tensor, weights: Tensor, usable: Tensor) -> Sent:
-        """The update's columns of this process, gathered from all where the parameters are whole."""
-        own = combine(weights, sums) if usable.all() else combine(weights[usable], sums[usable])
+        """Computes this process's columns of the update; gathers all columns if the parameters are whole."""
+        local = combine(weights, sums) if usable.all() else combine(weights[usable], sums[usable])
         if bucket.sharded:
-            return Sent(bucket, own, None, own)
-        own = functional.pad(own, (0, max(bucket.widths) - len(own)))  # All parts of a gather are as long.
-        columns = own.new_empty(process_count(), len(own))
-        return Sent(bucket, columns, all_gather_single(columns.view(-1), own, async_op=True), own)
+            return Sent(bucket, local, None, local)
+        local = functional.pad(local, (0, max(bucket.widths) - len(local)))  # A gather needs parts of equal length.
+        columns = local.new_empty(process_count(), len(local))
+        return Sent(bucket, columns, all_gather_single(columns.view(-1), local, async_op=True), local)
 
 
 def _symmetric(gramian: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The cross-entropy of each target, with label smoothing: what most kinds of losses come down to."""
+"""Cross-entropy with label smoothing, per target: the core of most losses."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,10 @@ IGNORED = -100
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The loss of each target, as transformers' heads and LabelSmoother compute it before they reduce it.
+    """Computes the loss of each target, like transformers' heads and LabelSmoother before they reduce it.
 
     With p the model's probabilities, y the target and e the smoothing, a loss is
-    (1 - e) * -log p(y) + e * mean_v -log p(v). It is computed in float32 at least.
+    (1 - e) * -log p(y) + e * mean_v -log p(v). It is computed in at least float32.
 
     Args:
         logits: [..., V].
@@ -22,12 +22,12 @@ def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0)
         The losses [...], 0 where nothing is predicted, and where they count [...] (bool).
 
     Raises:
-        ValueError: The logits and targets don't belong together.
+        ValueError: The shapes of logits and targets don't match.
     """
     if logits.shape[:-1] != targets.shape:
         raise ValueError(
             f"Logits of shape {list(logits.shape)} don't belong to labels of shape {list(targets.shape)}: return one "
-            "loss a token or an instance from your own `compute_losses`."
+            "loss per token or per instance from your own `compute_losses`."
         )
     targets = targets.to(logits.device)
     if label_smoothing:

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from hf_jd.batches import group_ids, row_count
 from hf_jd.distributed.gradients import add_gradients
 from hf_jd.distributed.processes import add_over_processes, anywhere, gather_uneven, process_count
-from hf_jd.distributed.rows import AddedRows, GatheredRows, OwnRows
+from hf_jd.distributed.rows import AddedRows, GatheredRows, LocalRows
 from hf_jd.gramian.random_streams import unchanged_streams
 from hf_jd.gramian.sharding import whole_bytes
 from hf_jd.metrics import Metrics
@@ -245,7 +245,7 @@ class Update:
                 recorded = self.recorder.rows(self.recorder.again(passed, self.recorder.model))
                 self.store.add(recorded._replace(broken=torch.maximum(recorded.broken, passed.broken)))
 
-    def _log_of_sums(self, objectives: Objectives, rows: OwnRows, usable: Tensor) -> None:
+    def _log_of_sums(self, objectives: Objectives, rows: LocalRows, usable: Tensor) -> None:
         """Has Trainer log the part of this process in losses that are divided at the end of the update only."""
         if objectives.normalised or self.jd.own_mean or self.recorder.has_rest:
             return
@@ -262,9 +262,9 @@ class Update:
             )
         self.trainer.jd_apart = True
 
-    def _rows(self, jacobian: Any) -> OwnRows:
+    def _rows(self, jacobian: Any) -> LocalRows:
         """This process's rows among those that are weighed together; None where it has none."""
-        kind = OwnRows if self.alone else AddedRows if self.kind.shared else GatheredRows
+        kind = LocalRows if self.alone else AddedRows if self.kind.shared else GatheredRows
         return kind(jacobian, self.trainable)
 
     def _objectives(self, table: ObjectiveTable, normalised: bool) -> Objectives:

@@ -109,10 +109,10 @@ def test_a_file_of_ones_own_is_trained_on(name, models, common, tmp_path):
 
 
 MISTAKES = {
-    "model": (["dpo", "--dataset_name", "d.jsonl"], "No model is named: give its name or folder"),
-    "data": (["dpo", "--model_name_or_path", "m"], "No data is named: give --dataset_name"),
-    "kind": (["dpo", "--model_name_or_path", "m", "--dataset_name", "my_rewards.py"], "is a file of kind `.py`"),
-    "reward": (["grpo", "--model_name_or_path", "m", "--dataset_name", "DATA"], "No reward is named"),
+    "model": (["dpo", "--dataset_name", "d.jsonl"], "No model is given: name it, or its folder"),
+    "data": (["dpo", "--model_name_or_path", "m"], "No data is given: set --dataset_name"),
+    "kind": (["dpo", "--model_name_or_path", "m", "--dataset_name", "my_rewards.py"], "ends in `.py`"),
+    "reward": (["grpo", "--model_name_or_path", "m", "--dataset_name", "DATA"], "No reward is given"),
     "import": (
         ["grpo", "--model_name_or_path", "m", "--dataset_name", "DATA", "--reward_funcs", "nowhere.f"],
         "No module named 'nowhere': give the import path",

@@ -22,7 +22,7 @@ from tests.marks import slow
 def test_what_differs_is_said_by_all(what, name, pools):
     for failed, answer in pools(2).answers_of("differ", what=what):
         assert failed
-        assert f"The processes were not given the same: {name} (here: " in answer
+        assert f"The processes differ in {name} (here: " in answer
 
 
 def test_weights_that_differ_are_found(pools):

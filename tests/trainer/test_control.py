@@ -253,7 +253,7 @@ def test_a_preference_for_an_unknown_group_lists_the_groups(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({**GROUP, "jd_preferences": ["code"]}, "`code`; each argument is given as `name=value`"),
+        ({**GROUP, "jd_preferences": ["code"]}, "`code`; write each argument as `name=value`"),
         ({**GROUP, "jd_preferences": ["code=much"]}, "`much` for `code`; give a number of 0 or more"),
         ({**GROUP, "jd_preferences": ["code=-1"]}, "`-1` for `code`"),
         ({**GROUP, "jd_preferences": ["code=1", "code=2"]}, "two values for `code`"),
@@ -268,12 +268,12 @@ def test_a_preference_for_an_unknown_group_lists_the_groups(tmp_path):
         ({"jd_normalize": "rows", "jd_weighting": "dwa", **GROUP}, "`dwa` reads losses only"),
         ({"jd_normalize": "loss", "jd_ascend": ["code"], **GROUP}, "those of --jd_ascend are negated"),
         ({"jd_every": 0}, "--jd_every is 0; give 1 or more"),
-        ({"jd_every": 2}, "keeps weights by name, and objectives `instance` have none"),
+        ({"jd_every": 2}, "reuses weights by name, and objectives `instance` have none"),
         ({"jd_every": 2, "jd_weighting": "mean", **GROUP}, "use --jd_monitor_every"),
         ({"jd_every": 2, "jd_scope": "micro_batch", **GROUP}, "leave --jd_scope at global"),
         ({"jd_warmup_steps": -1}, "--jd_warmup_steps is -1; give 0 or more"),
         ({"jd_warmup_steps": 3, "jd_weighting": "mean"}, "leave it at 0"),
-        ({"jd_monitor_every": 5}, "only watches, and the weighting `upgrad` changes the steps"),
+        ({"jd_monitor_every": 5}, "only watches, but the weighting `upgrad` changes the steps"),
         ({"jd_monitor_every": 5, "jd_weighting": "mean", "jd_normalize": "rows"}, "--jd_normalize changes the steps"),
         ({"jd_weighting": "cagrad", "jd_weighting_args": ["cc=1"]}, "Unknown argument 'cc'.*takes c"),
     ],

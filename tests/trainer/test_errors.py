@@ -26,9 +26,9 @@ from tests.trainer.runs import arguments, collate, examples, flat, lora, relativ
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"jd_weighting": "upgrat"}, "Unknown weighting 'upgrat'. The known ones are upgrad, .*mgda"),
+        ({"jd_weighting": "upgrat"}, "Unknown weighting 'upgrat'. Choose one of upgrad, .*mgda"),
         ({"jd_weighting_args": ["speed=3"]}, "Unknown argument 'speed'"),
-        ({"jd_weighting_args": ["speed"]}, "`speed`; each argument is given as `name=value`"),
+        ({"jd_weighting_args": ["speed"]}, "`speed`; write each argument as `name=value`"),
         ({"jd_objectives": "task"}, "--jd_objectives is `task`; choose one of .*`instance`"),
         ({"jd_objectives": "group"}, "--jd_objectives group needs --jd_group_column"),
         ({"jd_group_reduction": "sum"}, "--jd_group_reduction is `sum`"),

@@ -159,7 +159,7 @@ def test_torchjds_aggregator_trains_as_its_weighting(tmp_path):
 
 def test_preferences_are_refused_where_they_cannot_be_set(tmp_path):
     flags = {"jd_objectives": "group", "jd_group_column": "task", "jd_preferences": ["code=2"]}
-    with pytest.raises(ValueError, match="--jd_preferences is for weightings that take preferences"):
+    with pytest.raises(ValueError, match="--jd_preferences needs a weighting that takes preferences"):
         run(lora("gpt2"), arguments(tmp_path, **flags), weighting=torchjd.UPGradWeighting())
     assert run(lora("gpt2"), arguments(tmp_path, max_steps=1), weighting=GradVacWeighting()).jd_state is not None
 
