@@ -55,8 +55,8 @@ class JDArguments:
     jd_normalize: str = field(
         default="none",
         metadata={
-            "help": "What to divide each objective's row by before weighing: nothing (`none`), its norm (`rows`), or "
-            "its loss (`loss`, which gives the row of the loss's logarithm). The update combines the divided rows."
+            "help": "What to divide each objective's row by before weighing: nothing (`none`), its norm (`rows`), or its "
+            "loss (`loss`, which gives the row of the loss's logarithm). The update combines the divided rows."
         },
     )
     jd_every: int = field(
@@ -79,8 +79,8 @@ class JDArguments:
     jd_objectives: str = field(
         default="instance",
         metadata={
-            "help": "What an objective is: `instance` (the loss of one example), `group` (the loss of all examples with "
-            "the same value in `--jd_group_column`), `loss` (one of the losses that `compute_losses` or the model "
+            "help": "What an objective is: `instance` (the loss of one example), `group` (the loss of all examples "
+            "with the same value in `--jd_group_column`), `loss` (one of the losses that `compute_losses` or the model "
             "returns by name), `instance_loss` (each of these losses for each example), `batch` (the loss of one batch "
             "on one process, as it is) or `reward` (TRL's policy loss with the advantages of one reward function)."
         },
@@ -150,16 +150,14 @@ class JDArguments:
     jd_when_full: str = field(
         default="error",
         metadata={
-            "help": "What to do if neither the rows of all micro-batches of an update nor the rows' factors fit in what "
+            "help": "What to do if neither the rows of all micro-batches of an update nor their factors fit in what "
             "`--jd_keep_rows` allows: `error` stops; `micro_batch` weighs each micro-batch separately from then on, "
             "like `--jd_scope micro_batch`."
         },
     )
     jd_check: bool = field(
         default=True,
-        metadata={
-            "help": "Verify the Jacobian and the losses on the first step, with one extra backward pass."
-        },
+        metadata={"help": "Verify the Jacobian and the losses on the first step, with one extra backward pass."},
     )
     jd_check_processes: int = field(
         default=100,

@@ -49,9 +49,7 @@ def check_weighting(args: JDArguments, weighting: Any) -> None:
             "at none."
         )
     if args.jd_normalize == "loss" and args.jd_ascend:
-        raise ValueError(
-            "--jd_normalize loss needs positive losses, but --jd_ascend negates some: use rows or none."
-        )
+        raise ValueError("--jd_normalize loss needs positive losses, but --jd_ascend negates some: use rows or none.")
 
 
 def _check_preferences(args: JDArguments, weighting: Any, name: str) -> None:
@@ -92,7 +90,9 @@ def _check_rhythm(args: JDArguments, mean: bool, name: str) -> None:
         if args.jd_scope != "global":
             raise ValueError(f"{flag} needs updates that are weighed as a whole: leave --jd_scope at global.")
     if args.jd_warmup_steps and mean:
-        raise ValueError("--jd_warmup_steps starts with the mean, and --jd_weighting mean always uses it: leave it at 0.")
+        raise ValueError(
+            "--jd_warmup_steps starts with the mean, and --jd_weighting mean always uses it: leave it at 0."
+        )
     if args.jd_monitor_every is None:
         return
     if not mean:

@@ -28,7 +28,9 @@ def ctc(
         ValueError: Label smoothing is set, or the model doesn't say how many frames a recording has.
     """
     if label_smoothing:
-        raise ValueError(f"--label_smoothing_factor is {label_smoothing}, but a CTC loss has no labels to smooth: set it to 0.")
+        raise ValueError(
+            f"--label_smoothing_factor is {label_smoothing}, but a CTC loss has no labels to smooth: set it to 0."
+        )
     if not hasattr(model, "_get_feat_extract_output_lengths"):
         raise ValueError(
             f"{type(model).__name__} does not say how many frames a recording has: override `compute_losses` and "

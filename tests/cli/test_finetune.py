@@ -74,7 +74,7 @@ def test_the_loss_after_training_is_the_mean_over_tokens_whatever_the_batch(lora
 
 def test_card_tells_the_weighting_and_the_results(lora_run):
     card = (lora_run / "README.md").read_text("utf-8")
-    assert "the weighting `upgrad`, with one objective for each instance" in card
+    assert "the weighting `upgrad`, with one objective per instance" in card
     assert "| story |" in card
     assert "loss before" in card
     assert card.startswith("---\n")
@@ -186,7 +186,7 @@ def test_a_run_that_goes_on_otherwise_says_so(finetune, saved_run, tmp_path, cap
     folder = shutil.copytree(saved_run, tmp_path / "run")
     shutil.rmtree(folder / "checkpoint-2")
     finetune(folder, *LAST, "--jd_weighting", "mgda")
-    assert "begun with --jd_weighting upgrad, and goes on with mgda" in caplog.text
+    assert "began with --jd_weighting upgrad, and continues with mgda" in caplog.text
     assert caplog.text.count("goes on with") == 1
 
 
@@ -228,7 +228,7 @@ def test_a_named_checkpoint_that_is_cut_off_is_refused(saved_run, train_file, tm
     cut_off(folder / "checkpoint-2" / "adapter_model.safetensors")
     flags = ["--train_file", train_file, "--output_dir", folder, "--resume_from_checkpoint", folder / "checkpoint-2"]
     assert main(["finetune", *map(str, flags)]) == 2
-    assert "its adapter_model.safetensors is not whole. Take another one, or" in capsys.readouterr().err
+    assert "its adapter_model.safetensors is incomplete. Take another one, or" in capsys.readouterr().err
 
 
 def test_overwriting_removes_the_other_run(finetune, tmp_path):

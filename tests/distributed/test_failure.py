@@ -67,7 +67,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(shard
     ("sharded", "rank", "file", "missing"),
     [
         slow(False, 0, 2, "it has no trainer_state.json"),
-        (False, 0, 6, "its trainer_state.json is cut off"),
+        (False, 0, 6, "its trainer_state.json is truncated"),
         (False, 1, 1, "rng_state_1.pth"),
         slow(True, 1, 1, "rng_state_1.pth"),
     ],

@@ -235,7 +235,7 @@ def test_a_callable_weighs(tmp_path):
     trainer.train()
     assert len(seen) >= 3
     assert trainer.jd_state.weights.tolist() == [1.0] + [0.0] * (len(trainer.jd_state.names) - 1)
-    with pytest.raises(ValueError, match="for weightings that take preferences, and `first` does not.*`upgrad`"):
+    with pytest.raises(ValueError, match="needs a weighting that takes preferences, and `first` does not.*`upgrad`"):
         JDTrainer(
             lora("gpt2"),
             arguments(tmp_path, jd_preferences=["code=2"], **GROUP),
@@ -266,7 +266,7 @@ def test_a_preference_for_an_unknown_group_lists_the_groups(tmp_path):
         ),
         ({"jd_normalize": "row"}, "--jd_normalize is `row`; choose one of `rows`"),
         ({"jd_normalize": "rows", "jd_weighting": "dwa", **GROUP}, "`dwa` reads losses only"),
-        ({"jd_normalize": "loss", "jd_ascend": ["code"], **GROUP}, "those of --jd_ascend are negated"),
+        ({"jd_normalize": "loss", "jd_ascend": ["code"], **GROUP}, "--jd_ascend negates some"),
         ({"jd_every": 0}, "--jd_every is 0; give 1 or more"),
         ({"jd_every": 2}, "reuses weights by name, and objectives `instance` have none"),
         ({"jd_every": 2, "jd_weighting": "mean", **GROUP}, "use --jd_monitor_every"),
