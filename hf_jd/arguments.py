@@ -55,8 +55,8 @@ class JDArguments:
     jd_normalize: str = field(
         default="none",
         metadata={
-            "help": "What to divide each objective's row by before weighing: nothing (`none`), its norm (`rows`), or its "
-            "loss (`loss`, which gives the row of the loss's logarithm). The update combines the divided rows."
+            "help": "What to divide each objective's row by before weighing: nothing (`none`), its norm (`rows`), or "
+            "its loss (`loss`, which gives the row of the loss's logarithm). The update combines the divided rows."
         },
     )
     jd_every: int = field(

@@ -34,26 +34,26 @@ weights = UPGradWeighting()(gramian)  # [m], dtype and device of the Gramian
 weighting = build_weighting("cagrad", c=0.4)
 ```
 
-Any callable G → w is a weighting, so an own function, or one of TorchJD's weightings, will do as well. Below, gᵢ is row
+Any callable G → w is a weighting, such as your own function, or one of TorchJD's weightings. Below, gᵢ is row
 i of J, p the preference vector (1/m each by default), and an update d *conflicts* with row i if ⟨gᵢ, d⟩ < 0.
 
 ## Which one, when
 
-| You want | Take |
+| You want | Use |
 |---|---|
-| no objective sacrificed, and the stock step wherever there is no conflict | `upgrad` |
-| the same, but as near to the mean as can be, at a fraction of the cost for many objectives | `dualproj` |
+| no objective sacrificed, and the stock step without conflict | `upgrad` |
+| the same, but as near to the mean as possible, at a fraction of the cost for many objectives | `dualproj` |
 | a Pareto stationary point, however slowly: the shortest row decides | `mgda` |
-| a compromise that one number sets, between the mean and the worst objective | `cagrad`, `raco` |
-| objectives whose gradients differ in size by orders of magnitude to count the same | `nash_mtl`, `config`, `gapo` |
-| one objective before all others, which are still to make progress | `pcd` |
+| a compromise between the mean and the worst objective, set by one number | `cagrad`, `raco` |
+| equal say for objectives whose gradients differ by orders of magnitude | `nash_mtl`, `config`, `gapo` |
+| one objective before all others, with progress for these, too | `pcd` |
 | robustness to a few corrupt objectives | `krum` |
 | less noise in the weights, with any of these | `cr_mogm` around it |
 | a fair baseline | `mean` (the same losses, the same code), `random` |
 | a baseline that needs no Gramian, at the cost of the stock step | those below that read losses |
 
-Do not take `pcgrad`, `gradvac` or `aligned_mtl` for a guarantee: from three objectives on their updates may conflict
-with rows, as the second picture shows for `pcgrad`. `imtl_g` may even go against all of them.
+Don't rely on `pcgrad`, `gradvac` or `aligned_mtl` for a guarantee: with three or more objectives, their updates may
+conflict with rows, as the second picture shows for `pcgrad`. `imtl_g` may even go against all of them.
 """
 
 PICTURE_TEXT = """\
@@ -74,40 +74,40 @@ update that has crossed a side conflicts with that side's row. Lengths are not s
 DEPARTURES = """\
 ## Numerics
 
-All is solved in float64, whatever the Gramian's dtype; where rows are far from dependent, the batched solver computes
+Everything is solved in float64, whatever the Gramian's dtype; if rows are far from dependent, the batched solver computes
 corrections in float32, from residuals in float64. Rows are scaled to unit length before any decision, so every
 tolerance is a cosine: multiplying all losses by 1e-8, or one row by 1e6, changes no decision, and there are no
-`norm_eps` or `reg_eps` to set. Where rows are dependent, many weights give one update, and the ones of minimum norm
-(each measured in lengths of its row) are returned: the weights are a function of G, and follow a permutation of the
-objectives. An example that a batch holds twice shares its weight.
+`norm_eps` or `reg_eps` to set. If rows are dependent, many weights give the same update; the ones of minimum norm (each
+measured in lengths of its row) are returned, so the weights are a function of G, and follow a permutation of the
+objectives. Duplicate examples in a batch share their weight.
 
-A Gramian in float32 or bfloat16 has rounding errors, which its negative eigenvalues show. Where one is below -1e-10,
-in units of the rows' lengths, twice its size is added to the diagonal (`imtl_g` and `aligned_mtl` leave eigenvalues of
-that size out instead). What is solved then is a Gramian that G can't be told from. Its solution is unique, changes
-continuously with G, and makes no update of the errors: weights stay below the root of one over their size, where exact
-solutions may weigh rows by 1e9. A row's conflict with the update is then no larger than the errors. A matrix with
-eigenvalues that no rounding explains (below -m/64, in the same units) is refused.
+A Gramian in float32 or bfloat16 has rounding errors, which its negative eigenvalues show. If one is below -1e-10, in
+units of the rows' lengths, twice its size is added to the diagonal (`imtl_g` and `aligned_mtl` drop eigenvalues of that
+size instead). The result is as close to the true Gramian as G. Its solution is unique, changes continuously with G, and
+doesn't amplify the errors: weights stay below the root of one over their size, where exact solutions may weigh rows by
+1e9. A row's conflict with the update is then no larger than the errors. A matrix with eigenvalues too low for rounding
+errors (below -m/64, in the same units) is refused.
 
-Every projection is verified by its optimality conditions: to 1e-10, as a cosine with the projection. One that fails
-goes to another solver. Rows that are opposite but for 1e-7 of their length are nearly beyond what a float64 Gramian can
-tell apart; there the best solution is taken, up to 1e-6, and past that the solution with 2e-10 more on the diagonal,
-which meets those 1e-6. An error that shows the eigenvalues is left for what is no Gramian.
+Every projection is verified by its optimality conditions: to 1e-10, as a cosine with the projection. If it fails, another
+solver takes over. Rows that are opposite up to 1e-7 of their length are nearly beyond the resolution of a float64
+Gramian; there, the best solution is accepted up to 1e-6, and beyond that the solution with 2e-10 more on the diagonal,
+which meets those 1e-6. Matrices that aren't Gramians raise an error that shows the eigenvalues.
 
 Few problems are solved by quadprog, one by one on the CPU, many by a batched active-set method on the device of G. The
 choice is made from the table that `python scripts/benchmark.py weightings --solvers` measures. Where rows are
 dependent, or nearly so, active sets wander, and many problems are solved by operator splitting (Douglas and Rachford's,
-a product of matrices per step for all problems): it finds which objectives' weights are raised, a Cholesky factor of
-those rows then solves exactly, and the optimality conditions prove it. A dual cone of {0} mirrors the problems in the
-null space of G, where they are easier. Problems that none of this settles go to quadprog.
-There the projection of the rows' sum shows whether the dual cone is {0}; then it solves all. Of more than 64 dependent
-rows, Newton's method on the dual finds the weights of minimum norm. For m > 32 on another device than the CPU, G stays
-there, and the host reads only scalars, such as whether an iteration may end (a test counts them on the CPU) - unless
-rows are dependent. `mgda`, `cagrad`, `raco`, `gapo` and `pcd` copy G to the CPU once.
+one matrix product per step for all problems): it finds the objectives whose weights rise, a Cholesky factor of their rows
+then solves exactly, and the optimality conditions verify it. If the dual cone is {0}, the problems are mirrored in the
+null space of G, where they are easier. Problems that remain unsolved go to quadprog.
+There, the projection of the rows' sum shows whether the dual cone is {0}; if so, it solves all problems. For more than 64
+dependent rows, Newton's method on the dual finds the weights of minimum norm. For m > 32 on a device other than the CPU, G
+stays there, and the host reads only scalars, such as whether an iteration may end (a test counts them on the CPU) -
+unless rows are dependent. `mgda`, `cagrad`, `raco`, `gapo` and `pcd` copy G to the CPU once.
 
 ## What they cost
 
 UPGrad, in milliseconds, and how many times faster than TorchJD 0.18's, on one thread of a small shared machine. The
-last column's Gramians are those of LoRA fine-tuning of the embedded example, one objective an example: a third of the
+last column's Gramians are those of LoRA fine-tuning of the embedded example, one objective per example: a third of the
 pairs or more conflict, and large batches hold an example twice.
 
 | m | random rows | with a common direction | fine-tuning |

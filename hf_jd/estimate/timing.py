@@ -57,7 +57,7 @@ def row_traffic(shape: Shape, case: Case) -> float:
 
 
 def plain_time(shape: Shape, case: Case, hardware: Hardware, assumed: Assumptions) -> Time:
-    """Computes the time of a plain step. Its backward pass, or, with sharded weights, all of it, hides communication."""
+    """Computes the time of a plain step. Its backward pass hides communication; with sharded weights, all of it."""
     flops = plain_flops(shape, case)
     hidden = flops if PARALLELISMS[case.parallelism].weights else flops - forward_flops(shape, case)
     rate = _rate(case, hardware) * assumed.efficiency

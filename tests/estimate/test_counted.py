@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hf_jd.estimate.cases import Case
-from hf_jd.estimate.memory import storage, row_bytes
+from hf_jd.estimate.memory import row_bytes, storage
 from hf_jd.estimate.operations import (
     backward_flops,
     forward_flops,
