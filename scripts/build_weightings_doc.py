@@ -74,35 +74,35 @@ update that has crossed a side conflicts with that side's row. Lengths are not s
 DEPARTURES = """\
 ## Numerics
 
-Everything is solved in float64, whatever the Gramian's dtype; if rows are far from dependent, the batched solver computes
-corrections in float32, from residuals in float64. Rows are scaled to unit length before any decision, so every
-tolerance is a cosine: multiplying all losses by 1e-8, or one row by 1e6, changes no decision, and there are no
-`norm_eps` or `reg_eps` to set. If rows are dependent, many weights give the same update; the ones of minimum norm (each
-measured in lengths of its row) are returned, so the weights are a function of G, and follow a permutation of the
-objectives. Duplicate examples in a batch share their weight.
+Everything is solved in float64, whatever the Gramian's dtype; if rows are far from dependent, the batched solver
+computes corrections in float32, from residuals in float64. Rows are scaled to unit length before any decision, so
+every tolerance is a cosine: multiplying all losses by 1e-8, or one row by 1e6, changes no decision, and there are no
+`norm_eps` or `reg_eps` to set. If rows are dependent, many weights give the same update; the ones of minimum norm
+(each measured in lengths of its row) are returned, so the weights are a function of G, and follow a permutation of
+the objectives. Duplicate examples in a batch share their weight.
 
 A Gramian in float32 or bfloat16 has rounding errors, which its negative eigenvalues show. If one is below -1e-10, in
-units of the rows' lengths, twice its size is added to the diagonal (`imtl_g` and `aligned_mtl` drop eigenvalues of that
-size instead). The result is as close to the true Gramian as G. Its solution is unique, changes continuously with G, and
-doesn't amplify the errors: weights stay below the root of one over their size, where exact solutions may weigh rows by
-1e9. A row's conflict with the update is then no larger than the errors. A matrix with eigenvalues too low for rounding
-errors (below -m/64, in the same units) is refused.
+units of the rows' lengths, twice its size is added to the diagonal (`imtl_g` and `aligned_mtl` drop eigenvalues of
+that size instead). The result is as close to the true Gramian as G. Its solution is unique, changes continuously with
+G, and doesn't amplify the errors: weights stay below the root of one over their size, where exact solutions may weigh
+rows by 1e9. A row's conflict with the update is then no larger than the errors. A matrix with eigenvalues too low for
+rounding errors (below -m/64, in the same units) is refused.
 
-Every projection is verified by its optimality conditions: to 1e-10, as a cosine with the projection. If it fails, another
-solver takes over. Rows that are opposite up to 1e-7 of their length are nearly beyond the resolution of a float64
-Gramian; there, the best solution is accepted up to 1e-6, and beyond that the solution with 2e-10 more on the diagonal,
-which meets those 1e-6. Matrices that aren't Gramians raise an error that shows the eigenvalues.
+Every projection is verified by its optimality conditions: to 1e-10, as a cosine with the projection. If it fails,
+another solver takes over. Rows that are opposite up to 1e-7 of their length are nearly beyond the resolution of a
+float64 Gramian; there, the best solution is accepted up to 1e-6, and beyond that the solution with 2e-10 more on the
+diagonal, which meets those 1e-6. Matrices that aren't Gramians raise an error that shows the eigenvalues.
 
-Few problems are solved by quadprog, one by one on the CPU, many by a batched active-set method on the device of G. The
-choice is made from the table that `python scripts/benchmark.py weightings --solvers` measures. Where rows are
-dependent, or nearly so, active sets wander, and many problems are solved by operator splitting (Douglas and Rachford's,
-one matrix product per step for all problems): it finds the objectives whose weights rise, a Cholesky factor of their rows
-then solves exactly, and the optimality conditions verify it. If the dual cone is {0}, the problems are mirrored in the
-null space of G, where they are easier. Problems that remain unsolved go to quadprog.
-There, the projection of the rows' sum shows whether the dual cone is {0}; if so, it solves all problems. For more than 64
-dependent rows, Newton's method on the dual finds the weights of minimum norm. For m > 32 on a device other than the CPU, G
-stays there, and the host reads only scalars, such as whether an iteration may end (a test counts them on the CPU) -
-unless rows are dependent. `mgda`, `cagrad`, `raco`, `gapo` and `pcd` copy G to the CPU once.
+Few problems are solved by quadprog, one by one on the CPU, many by a batched active-set method on the device of G.
+The choice is made from the table that `python scripts/benchmark.py weightings --solvers` measures. Where rows are
+dependent, or nearly so, active sets wander, and many problems are solved by operator splitting (Douglas and
+Rachford's, one matrix product per step for all problems): it finds the objectives whose weights rise, a Cholesky
+factor of their rows then solves exactly, and the optimality conditions verify it. If the dual cone is {0}, the
+problems are mirrored in the null space of G, where they are easier. Problems that remain unsolved go to quadprog.
+There, the projection of the rows' sum shows whether the dual cone is {0}; if so, it solves all problems. For more
+than 64 dependent rows, Newton's method on the dual finds the weights of minimum norm. For m > 32 on a device other
+than the CPU, G stays there, and the host reads only scalars, such as whether an iteration may end (a test counts them
+on the CPU) - unless rows are dependent. `mgda`, `cagrad`, `raco`, `gapo` and `pcd` copy G to the CPU once.
 
 ## What they cost
 

@@ -42,7 +42,7 @@ class LocalRows:
         self.jacobian = jacobian
         self.parameters = parameters
         self._own = set() if jacobian is None else set(jacobian.used)
-        self.mine = slice(None)
+        self.local = slice(None)
         self._used: list[nn.Parameter] | None = None
 
     def exchange(self, table: ObjectiveTable) -> ObjectiveTable:
@@ -62,7 +62,7 @@ class LocalRows:
             weights: [M].
             usable: [M] (bool); other rows may be NaN, and are not read.
         """
-        weights, usable = weights[self.mine], usable[self.mine]
+        weights, usable = weights[self.local], usable[self.local]
         gradients = {}
         if self.jacobian is not None and usable.any():
             everything = bool(usable.all())
@@ -101,7 +101,7 @@ class GatheredRows(LocalRows):
         heads = gather(torch.cat([torch.tensor([len(table)]).to(numbers), self._flags().to(numbers)]))
         self._set_used(heads[:, 1:].sum(0))
         self._lengths = heads[:, 0].long().tolist()
-        every, self.mine = gather_uneven(numbers, self._lengths)
+        every, self.local = gather_uneven(numbers, self._lengths)
         return ObjectiveTable.of(every[:, :-2], every[:, -2:])
 
     def gramian(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Between G and w: what a person sets of the weighing, with the --jd_* flags of control."""
+"""Between G and w: apply the --jd_* flags for preferences, normalisation and skipped updates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_jd.contradictions import check_weighting
 from hf_jd.trainer.weighing import call_weighting
 
 WEIGHTS_FILE = "jd_weights.json"
-"""The last weights, by name, in the checkpoints of a run that doesn't weigh at every update."""
+"""The file with the last weights, by name, in checkpoints of a run that doesn't weigh at every update."""
 
 
 class Control:
@@ -25,13 +25,13 @@ class Control:
     Args:
         jd: The flags.
         weighting: Any callable from a Gramian [m, m] to weights [m].
-        groups: The names of all groups, where they are known.
+        groups: The names of all groups, if known.
 
     Attributes:
-        last: By the objectives' names, m w_k of the last update in which they were weighed; 1 is the mean's.
+        last: By the objectives' names, m w_k at the last update that weighed them; 1 is the mean's.
 
     Raises:
-        ValueError: A preference is for no group, or a flag asks of the weighting what it can't do.
+        ValueError: A preference is for no group, or the weighting can't follow a flag.
     """
 
     def __init__(self, jd: JDArguments, weighting: Callable[[Tensor], Tensor], groups: Sequence[str] | None):
@@ -48,15 +48,15 @@ class Control:
             )
 
     def weights(self, gramian: Tensor, losses: Tensor, names: Sequence[str] | None, step: int) -> Tensor:
-        """The weights [m], float64, of the rows as they are.
+        """Computes the weights [m], float64, of the unscaled rows.
 
-        With scales d of `--jd_normalize` and D = diag(d), they are D W(D G D): the update is that of the scaled rows.
+        With D = diag(d) for the scales d of `--jd_normalize`, they are D W(D G D): the update combines scaled rows.
 
         Args:
             gramian: [m, m].
             losses: [m].
-            names: [m] the objectives' names, where they stay the same from step to step.
-            step: How many updates came before this one.
+            names: [m] the objectives' names, if they stay the same from step to step.
+            step: The number of earlier updates.
         """
         m = len(losses)
         if step < self.jd.jd_warmup_steps:
@@ -69,13 +69,13 @@ class Control:
             weighting = replace(weighting, pref_vector=[value / sum(wanted) for value in wanted])
         scales = self._scales(gramian, losses)
         scaled = scales.outer(scales).to(gramian) * gramian
-        found = scales * call_weighting(weighting, scaled, losses, names)
+        weights = scales * call_weighting(weighting, scaled, losses, names)
         if names is not None and self.jd.jd_every > 1:
-            self.last |= dict(zip(names, (m * found).tolist(), strict=True))
-        return found
+            self.last |= dict(zip(names, (m * weights).tolist(), strict=True))
+        return weights
 
     def measures(self, step: int) -> bool:
-        """Whether the update after this many others needs rows: to be weighed, or watched."""
+        """Whether the update after `step` others needs rows, to be weighed or watched."""
         since = step - self.jd.jd_warmup_steps
         if since < 0:
             return False
@@ -84,21 +84,21 @@ class Control:
         return since % self.jd.jd_every == 0 or not self.last
 
     def multiplier(self, name: str, step: int) -> float:
-        """c of an objective in an update that isn't measured: its last weight over the mean's."""
+        """Returns an objective's c in an update that isn't measured: its last weight over the mean's."""
         return 1.0 if step < self.jd.jd_warmup_steps else self.last.get(name, 1.0)
 
     def save(self, checkpoint: Path) -> None:
-        """Adds the last weights to a checkpoint, if updates to come need them."""
+        """Saves the last weights to a checkpoint, if later updates need them."""
         if self.jd.jd_every > 1:
             (checkpoint / WEIGHTS_FILE).write_text(json.dumps(self.last), "utf-8")
 
     def load(self, checkpoint: Path) -> None:
-        """Takes the last weights from a checkpoint; without them, the next update is measured."""
+        """Loads the last weights from a checkpoint; without them, the next update is measured."""
         file = checkpoint / WEIGHTS_FILE
         self.last = json.loads(file.read_text("utf-8")) if self.jd.jd_every > 1 and file.is_file() else {}
 
     def _scales(self, gramian: Tensor, losses: Tensor) -> Tensor:
-        """d [m], float64: by what `--jd_normalize` multiplies each row; 1 for a row, or a loss, that is zero."""
+        """Returns d [m], float64, the factors of `--jd_normalize`; 1 for a zero row or loss."""
         sizes = {
             "none": torch.ones_like(losses),
             "rows": gramian.diagonal().clamp(min=0).sqrt(),

@@ -1,6 +1,6 @@
-"""What each instance loses, where the model's head is known: for logs, and for weightings that read losses.
+"""The loss of each instance, if the model's head is known: for logs, and for weightings that read losses.
 
-Gradients never depend on it.
+Gradients never depend on these values.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ _ROUNDING = 1e-5  # of a loss in float32
 
 
 def needs_values(trainer: JDTrainerMixin) -> str | None:
-    """The flag that needs the value of each objective, if one does."""
+    """Returns the flag that needs each objective's value, if there is one."""
     jd = trainer.jd_args
-    asked = {
+    flags = {
         "--jd_normalize loss": jd.jd_normalize == "loss",
         f"the weighting `{jd.jd_weighting}`": getattr(trainer.weighting, "reads", "gramian") != "gramian",
     }
-    return next((flag for flag, given in asked.items() if given), None)
+    return next((flag for flag, is_set in flags.items() if is_set), None)
 
 
 @torch.no_grad()
 def known_values(
     trainer: JDTrainerMixin, outputs: Any, loss: Tensor, has_rest: bool, instances: int, documents: Tensor | None
 ) -> Values | None:
-    """The instances' losses as the model's head computes them; None where it isn't known, or computes others.
+    """Computes the instances' losses like the model's head; None if it is unknown, or computes something else.
 
     Args:
-        trainer: Whose model and batch these are.
-        outputs: What the model returned, by name.
+        trainer: Has the model and the batch.
+        outputs: The model's outputs, by name.
         loss: [] Trainer's loss.
-        has_rest: Whether it has a part that no instance owns.
+        has_rest: Whether it has a part that belongs to no instance.
         instances: B.
         documents: [N, T] the document of each token, if rows are packed.
     """
@@ -65,16 +65,16 @@ def known_values(
 
 
 def part_of_router(trainer: JDTrainerMixin, outputs: Any) -> Tensor | None:
-    """[] how much of the model's own loss is its router's; None where that isn't known."""
+    """Returns the router's share [] of the model's own loss; None if unknown."""
     coefficient = getattr(bare(trainer.accelerator.unwrap_model(trainer.model)), "router_aux_loss_coef", None)
-    known = isinstance(outputs, Mapping) and all(isinstance(outputs.get(n), Tensor) for n in ("loss", "aux_loss"))
-    if coefficient is None or not known:
+    has_both = isinstance(outputs, Mapping) and all(isinstance(outputs.get(n), Tensor) for n in ("loss", "aux_loss"))
+    if coefficient is None or not has_both:
         return None
     return coefficient * outputs["aux_loss"].detach().double() / outputs["loss"].detach().double()
 
 
 def _scale(trainer: JDTrainerMixin, outputs: Any, loss: Tensor, sums: Tensor, counts: Tensor, has_rest: bool) -> Tensor:
-    """[] what the instances' losses are multiplied by in Trainer's loss."""
+    """Returns the factor [] of the instances' losses in Trainer's loss."""
     total = sums[sums.isfinite()].sum()
     router = part_of_router(trainer, outputs) if has_rest else torch.zeros_like(total)
     if router is None or not sums.isfinite().all() or not loss.isfinite() or not total.abs() > 0:
@@ -83,7 +83,7 @@ def _scale(trainer: JDTrainerMixin, outputs: Any, loss: Tensor, sums: Tensor, co
 
 
 def _divisor(trainer: JDTrainerMixin, quotient: Tensor, counts: Tensor) -> Tensor:
-    """[] what Trainer divides the sum of the losses by, without the rounding of a loss in float32."""
+    """Returns the number [] by which Trainer divides the sum of the losses, without a float32 loss's rounding."""
     numbers = [1.0, float(counts.sum()), *([] if trainer.jd_items is None else [float(trainer.jd_items)])]
     averaged = {1, getattr(trainer, "current_gradient_accumulation_steps", 1)}
     processes = {1, process_count()}
@@ -93,7 +93,7 @@ def _divisor(trainer: JDTrainerMixin, quotient: Tensor, counts: Tensor) -> Tenso
 
 
 def _compare(trainer: JDTrainerMixin, outputs: Mapping[str, Any], sums: Tensor, counts: Tensor) -> None:
-    """Takes the instances' losses for unknown from now on, where their mean is not the model's own loss.
+    """Treats the instances' losses as unknown from now on if their mean is not the model's own loss.
 
     Raises:
         ValueError: A flag needs them.
@@ -112,10 +112,10 @@ def _compare(trainer: JDTrainerMixin, outputs: Mapping[str, Any], sums: Tensor, 
         return
     trainer.jd_valued = False
     why = (
-        f"The model's own loss is {whole.item():.6g}, and the mean of its tokens' or instances' losses, as they are "
-        f"computed for models of its kind, is {means[0].item():.6g}. So the value of each objective is not known"
+        f"The model's own loss is {whole.item():.6g}, but the mean of its tokens' or instances' losses, as computed "
+        f"for models of its kind, is {means[0].item():.6g}. So the value of each objective is not known"
     )
     flag = needs_values(trainer)
     if flag is not None:
         raise ValueError(f"{why}, which {flag} needs: leave it out, or return unreduced losses from `compute_losses`.")
-    logger.warning(f"{why}: the model's own loss is trained, and no `jd/loss/` is logged.")
+    logger.warning(f"{why}: training uses the model's own loss, and logs no `jd/loss/`.")

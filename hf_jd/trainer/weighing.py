@@ -1,4 +1,4 @@
-"""The weighing: (objectives, G) -> w, and what a step leaves to be read of it."""
+"""The weighing: (objectives, G) -> w, with metrics and the state for callbacks."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from hf_jd.weighting import Weighting
 
 @dataclass(frozen=True)
 class JDState:
-    """The last update that was measured, for callbacks.
+    """The last measured update, for callbacks.
 
     Attributes:
-        names: [m] the objectives' names: those of groups or losses, the positions of instances in the update, or both,
-            as `0/loss`.
+        names: [m] the objectives' names: groups or losses, the positions of instances in the update, or both, such as
+            `0/loss`.
         gramian: [m, m].
         weights: [m].
-        losses: [m] the objectives' values, whose mean is Trainer's loss; those of `--jd_ascend` are negated. NaN where
-            the loss was split at the model's outputs: its parts have gradients, and no known values.
+        losses: [m] the objectives' values, whose mean is Trainer's loss; negated for `--jd_ascend`. NaN if the loss was
+            split at the model's outputs: its parts then have gradients, but no known values.
     """
 
     names: list[str]
@@ -37,15 +37,15 @@ class JDState:
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What an update is weighed by, beside its rows.
+    """The settings for weighing an update.
 
     Attributes:
-        kind: Of the objectives.
+        kind: The kind of objectives.
         objectives: Its name.
         losses: The names of the losses.
-        group_name: The name of a group, by its id.
-        raised: The names of the groups whose loss is to be raised.
-        weights: W(G, losses, names of objectives that stay the same), as `Control.weights` has it at this step.
+        group_name: Returns the name of a group, from its id.
+        raised: The names of the groups whose loss is raised.
+        weights: W(G, losses, names of objectives, if they stay the same): `Control.weights` at this step.
     """
 
     kind: Kind
@@ -57,12 +57,12 @@ class StepSettings:
 
 
 class StepResult(NamedTuple):
-    """What comes of an update.
+    """The result of weighing an update.
 
     Attributes:
-        weights: [M] of the rows, 0 for those that aren't usable.
-        state: The objectives, for callbacks; None where none is usable.
-        metrics: What is logged.
+        weights: [M], one per row, 0 for unusable rows.
+        state: The objectives, for callbacks; None if no row is usable.
+        metrics: The metrics to log.
     """
 
     weights: Tensor
@@ -71,14 +71,14 @@ class StepResult(NamedTuple):
 
 
 def weigh(gramian: Tensor, objectives: Objectives, usable: Tensor, settings: StepSettings) -> StepResult:
-    """Finds the weights of an update's rows.
+    """Computes the weights of an update's rows.
 
-    A row is its objective but for a factor f_k, negative for a loss that is to be raised: with D = diag(f) and w the
-    weights of the objectives' Gramian D G D, the update is that of the rows by weights D w.
+    A row times a factor f_k is its objective's row; f_k is negative for a loss that is raised. With D = diag(f) and w
+    the weights for the objectives' Gramian D G D, the rows have the weights D w.
 
     Args:
         gramian: [M, M], of the rows.
-        objectives: What is known of the M rows.
+        objectives: The M rows' losses, counts and labels.
         usable: [M] (bool).
         settings: See `StepSettings`.
     """
@@ -104,12 +104,12 @@ def weigh(gramian: Tensor, objectives: Objectives, usable: Tensor, settings: Ste
 
 
 def _means(table: ObjectiveTable) -> Tensor | None:
-    """[m] the loss per token; None where values aren't known."""
+    """Returns the losses per token [m]; None if values are unknown."""
     return None if table.sums.isnan().all() else table.means
 
 
 def _names(table: ObjectiveTable, whole: int | None, settings: StepSettings) -> list[str]:
-    """The objectives' names: those of groups or losses, or the positions of instances in the update."""
+    """Returns the objectives' names: groups or losses, or the positions of instances in the update."""
     losses, seen, names = settings.losses, Counter[int](), []
     for group, name in zip(table.groups.tolist(), table.names.tolist(), strict=True):
         if settings.objectives in ("loss", "reward") or name == whole:
@@ -124,7 +124,7 @@ def _names(table: ObjectiveTable, whole: int | None, settings: StepSettings) -> 
 
 
 def _labels(table: ObjectiveTable, settings: StepSettings) -> list[tuple[Tensor, dict[int, str]]]:
-    """What tells the objectives apart in logs: the ids [M] of their groups, and of their losses, with the names."""
+    """Returns the labels for logs: the ids [M] of groups, and of losses if there are several, with their names."""
     labels = [(table.groups, {k: settings.group_name(k) for k in table.groups.unique().tolist() if k >= 0})]
     if len(settings.losses) > 1:
         labels.append((table.names, dict(enumerate(settings.losses))))
@@ -132,28 +132,28 @@ def _labels(table: ObjectiveTable, settings: StepSettings) -> list[tuple[Tensor,
 
 
 def plain_metrics(table: ObjectiveTable, settings: StepSettings) -> list[Metrics]:
-    """The losses by group and by name, of an update that isn't weighed."""
+    """Returns the losses by group and by name, for an update that isn't weighed."""
     if _means(table) is None:
         return []
     return [loss_metrics(table.means, table.counts, ids, label) for ids, label in _labels(table, settings)]
 
 
-def multipliers(table: ObjectiveTable, settings: StepSettings, known: Callable[[str], float]) -> Tensor:
-    """c [M], float64, of an update that isn't measured: each objective's last weight over the mean's, with its sign.
+def multipliers(table: ObjectiveTable, settings: StepSettings, last: Callable[[str], float]) -> Tensor:
+    """Returns c [M], float64, for an update that isn't measured: last weights over the mean's, with signs.
 
     Args:
         table: The objectives.
         settings: See `StepSettings`.
-        known: The last weight over the mean's, by an objective's name.
+        last: Returns an objective's last weight over the mean's, from its name.
     """
     c = signs(table.groups, settings)
     if not settings.kind.shared:
         return c
-    return c * c.new_tensor([known(name) for name in _names(table, None, settings)])
+    return c * c.new_tensor([last(name) for name in _names(table, None, settings)])
 
 
 def signs(groups: Tensor, settings: StepSettings) -> Tensor:
-    """[M] -1 for the objectives of groups [M] whose loss is to be raised, 1 for the others."""
+    """Returns -1 for objectives whose groups [M] have their loss raised, 1 for the others: [M]."""
     if not settings.raised:
         return torch.ones(len(groups), dtype=torch.float64, device=groups.device)
     raised = [k >= 0 and settings.group_name(k) in settings.raised for k in groups.tolist()]
@@ -161,20 +161,20 @@ def signs(groups: Tensor, settings: StepSettings) -> Tensor:
 
 
 def call_weighting(weighting: Any, gramian: Tensor, losses: Tensor, names: Sequence[str] | None) -> Tensor:
-    """W(G) [m], float64, from a weighting of `hf_jd.weighting` or any other callable.
+    """Computes W(G) [m], float64, with a weighting of `hf_jd.weighting` or any other callable.
 
     Args:
         weighting: The callable.
         gramian: [m, m].
         losses: [m], for weightings that read them.
-        names: [m] the objectives' names, where they stay the same from step to step.
+        names: [m] the objectives' names, if they stay the same from step to step.
 
     Raises:
-        ValueError: It returned something else than m finite real weights.
+        ValueError: It did not return m finite real weights.
     """
     m = len(losses)
     if m == 1:
-        # One objective has nothing to be weighed against: the stock step.
+        # A single objective has no others to be weighed against: the stock step.
         return torch.ones(1, dtype=torch.float64, device=gramian.device)
     if isinstance(weighting, Weighting):
         weights = weighting(losses if weighting.reads == "losses" else gramian, names=names)

@@ -265,7 +265,7 @@ def test_a_preference_for_an_unknown_group_lists_the_groups(tmp_path):
             "say the same: leave one of them out",
         ),
         ({"jd_normalize": "row"}, "--jd_normalize is `row`; choose one of `rows`"),
-        ({"jd_normalize": "rows", "jd_weighting": "dwa", **GROUP}, "`dwa` reads losses only"),
+        ({"jd_normalize": "rows", "jd_weighting": "dwa", **GROUP}, "`dwa` reads only losses"),
         ({"jd_normalize": "loss", "jd_ascend": ["code"], **GROUP}, "--jd_ascend negates some"),
         ({"jd_every": 0}, "--jd_every is 0; give 1 or more"),
         ({"jd_every": 2}, "reuses weights by name, and objectives `instance` have none"),

@@ -136,7 +136,7 @@ def test_a_loss_that_no_token_owns(tmp_path):
         output_router_logits=True,
         router_aux_loss_coef=0.1,
     )
-    with pytest.raises(ValueError, match="a part that no token owns"):
+    with pytest.raises(ValueError, match="a part that belongs to no token"):
         run(MixtralForCausalLM(config), arguments(tmp_path, jd_extra_losses="error"))
 
 

@@ -202,7 +202,7 @@ class NoisyGRPO(JDGRPOTrainer, Exact, GRPOTrainer):
 
 @pytest.mark.parametrize("cls", [PastGRPO, NoisyGRPO])
 def test_a_loss_that_is_another_one_the_second_time_is_refused(cls, tmp_path):
-    with pytest.raises(ValueError, match="is another one: it draws random numbers or reads the model past that"):
+    with pytest.raises(ValueError, match="is different: it draws random numbers or reads the model outside that"):
         Policy(tmp_path, rewards(3), cls).step(None)
 
 
@@ -248,7 +248,7 @@ def test_what_cannot_be_weighed_is_told_in_a_sentence(functions, flags, match, t
 
 
 def test_several_sums_that_hide_the_divergence_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="can't tell the divergence from the rewards"):
+    with pytest.raises(ValueError, match="can't separate the divergence from the rewards"):
         Policy(tmp_path, rewards(2), ExactRLOO, JDRLOOConfig, beta=0.1, normalize_advantages=True)
 
 

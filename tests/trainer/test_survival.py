@@ -32,7 +32,7 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
     assert any(found.pop("killed"))
     found.pop("files")
     assert all(found.values()), (found, logs)
-    assert "Skipping checkpoint-9, which was not written to its end: its trainer_state.json is cut" in logs["write-6"]
+    assert "Skipping checkpoint-9, which is incomplete: its trainer_state.json is truncated" in logs["write-6"]
     assert "it has no trainer_state.json" in logs["write-1"]
 
 
@@ -112,7 +112,7 @@ def test_a_named_checkpoint_without_its_random_numbers_is_resumed_with_a_word(fi
     (tmp_path / "checkpoint-2" / "rng_state.pth").unlink()
     trainer = JDTrainer(lora("gpt2"), arguments(tmp_path), train_dataset=examples(), data_collator=collate)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert "can't be resumed as it was: it has no rng_state.pth" in caplog.text
+    assert "can't be resumed exactly: it has no rng_state.pth" in caplog.text
     assert trainer.state.global_step == 4
 
 
