@@ -178,7 +178,7 @@ def test_a_tradeoff_has_its_own_table_and_picture(plan, tmp_path, machine, capsy
     assert "never" in capsys.readouterr().out
     with_parts(plan, tradeoff=tradeoff | {"keep": "sums"})
     assert main([*command, str(tmp_path / "other")]) == 2
-    assert "`sums`; evaluated were story, sum" in capsys.readouterr().err
+    assert "`sums`; the evaluated tasks are story, sum" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
