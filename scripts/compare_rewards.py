@@ -33,6 +33,10 @@ REFERENCE = -3.0
 """The change of a reward, in standard deviations, at which a method's hypervolume is 0."""
 
 
+EMPTY = -10.0
+"""The log-probability per token of an empty completion."""
+
+
 def short(prompts: list[str], completions: list[str]) -> list[float]:
     """Minus the number of words per sentence."""
     return [-len(text.split()) / max(1, sum(text.count(mark) for mark in ".!?")) for text in completions]
@@ -59,17 +63,13 @@ def fluency(model: Any, tokenizer: Any) -> Reward:
 
     @torch.no_grad()
     def score(prompts: list[str], completions: list[str]) -> list[float]:
-        found = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            start = tokenizer(prompt, return_tensors="pt").input_ids
-            rest = tokenizer(completion, return_tensors="pt", add_special_tokens=False).input_ids
-            if not rest.numel():
-                found.append(-10.0)
-                continue
-            ids = torch.cat([start, rest], 1)
-            logps = model(ids).logits[0, :-1].float().log_softmax(-1)
-            found.append(logps.gather(1, ids[0, 1:, None])[start.shape[1] - 1 :].mean().item())
-        return found
+        starts = tokenizer(prompts).input_ids
+        ends = tokenizer(completions, add_special_tokens=False).input_ids
+        rows = [torch.tensor(start + end) for start, end in zip(starts, ends, strict=True)]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right, which no token before it sees
+        logps = model(ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        scores = zip(logps, starts, ends, strict=True)
+        return [row[len(s) - 1 : len(s) + len(e) - 1].mean().item() if e else EMPTY for row, s, e in scores]
 
     return score
 

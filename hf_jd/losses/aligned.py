@@ -25,4 +25,4 @@ def aligned(
     Raises:
         ValueError: The shapes of logits and labels don't match.
     """
-    return cross_entropy(outputs["logits"], inputs["labels"], label_smoothing)
+    return cross_entropy(outputs["logits"], inputs["labels"], label_smoothing, outputs.get("loss"))

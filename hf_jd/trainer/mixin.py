@@ -212,9 +212,9 @@ class JDTrainerMixin(EvaluationMixin):
         """
         if not self.jd_outputs.tells_order(len(output), instances):
             raise ValueError(
-                f"The batch has {instances} examples, but the loss reads an output of shape {list(output.shape)}, whose "
-                f"row n may belong to example n % {instances}, to example n // {len(output) // instances}, or to a "
-                "token of all examples: say which in `jd_instances`, or choose --jd_objectives batch."
+                f"The batch has {instances} examples, but the loss reads an output of shape {list(output.shape)}, "
+                f"whose row n may belong to example n % {instances}, to example n // {len(output) // instances}, or to "
+                "a token of all examples: say which in `jd_instances`, or choose --jd_objectives batch."
             )
         return torch.arange(len(output)) % instances
 
@@ -280,6 +280,8 @@ class JDTrainerMixin(EvaluationMixin):
     def trainable(self) -> list[nn.Parameter]:
         """The trainable parameters, in the same order on all processes."""
         assert self.model is not None
+        if self._jd_update is not None:
+            return self._jd_update.trainable  # The walk over all modules takes time.
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def engine(self) -> Engine:

@@ -44,7 +44,7 @@ class Update:
     def __init__(self, trainer: JDTrainerMixin, model: nn.Module, batches: list[Any], alone: bool):
         self.trainer, self.model, self.batches, self.alone = trainer, model, batches, alone
         self.jd, self.kind, self.backend = trainer.jd_args, trainer.jd_args.kind, trainer.jd_backend
-        self.trainable = trainer.trainable()  # stored, since walking all modules takes time
+        self.trainable = trainer.trainable()
         self.budget = allowed(trainer)
         self.present = self._present_groups()
         self.measured = trainer.jd_control.measures(trainer.state.global_step)

@@ -36,50 +36,57 @@ def needs_values(trainer: JDTrainerMixin) -> str | None:
 
 
 @torch.no_grad()
-def known_values(
-    trainer: JDTrainerMixin, outputs: Any, loss: Tensor, has_rest: bool, instances: int, documents: Tensor | None
-) -> Values | None:
-    """Computes the instances' losses like the model's head; None if it is unknown, or computes something else.
+def known_losses(
+    trainer: JDTrainerMixin, outputs: Any, examples: int | None, documents: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Reads the instances' losses from the model's outputs; None if the head is unknown, or computes something else.
+
+    Call it before the graph of the loss is freed: autograd's saved tensors spare computing the losses again.
 
     Args:
         trainer: Has the model and the batch.
         outputs: The model's outputs, by name.
-        loss: [] Trainer's loss.
-        has_rest: Whether it has a part that belongs to no instance.
-        instances: B.
+        examples: B, if known.
         documents: [N, T] the document of each token, if rows are packed.
+
+    Returns:
+        The sums of the instances' losses [B, 1], float64, and the numbers of losses [B, 1].
     """
-    inputs = trainer.jd_inputs
     if not (trainer.jd_valued and trainer.knows_losses) or not isinstance(outputs, Mapping):
         return None
-    losses, counted = trainer.read_losses(outputs, inputs)
+    losses, counted = trainer.read_losses(outputs, trainer.jd_inputs)
     owner = torch.arange(len(losses), device=losses.device)
+    instances = len(losses)
     if documents is not None:
         owner = documents[:, : losses.shape[1]] if losses.ndim > 1 else owner[:0]
-    if len(owner) != len(losses) or (documents is None and len(losses) != instances):
+        instances = int(documents.max()) + 1
+    if len(owner) != len(losses) or (documents is None and examples not in (None, instances)):
         return None
-    sums, counts = sums_of([losses], [counted], [owner.to(loss.device)], instances)
+    sums, counts = sums_of([losses], [counted], [owner.to(losses.device)], instances)
     _compare(trainer, outputs, sums, counts)
-    scale = _scale(trainer, outputs, loss, sums, counts, has_rest)
-    return Values(sums, counts, sums * scale) if trainer.jd_valued else None
+    return (sums, counts) if trainer.jd_valued else None
+
+
+def values_of(
+    trainer: JDTrainerMixin, sums: Tensor, counts: Tensor, outputs: Any, loss: Tensor, has_rest: bool
+) -> Values:
+    """Turns the instances' losses into their parts of Trainer's loss [], which may have a rest."""
+    total = sums[sums.isfinite()].sum()
+    router = part_of_router(trainer, outputs) if has_rest else torch.zeros_like(total)
+    if router is None or not sums.isfinite().all() or not loss.isfinite() or not total.abs() > 0:
+        divisor = counts.sum().clamp(min=1) * trainer.current_gradient_accumulation_steps
+    else:
+        divisor = _divisor(trainer, total / (loss.double() * (1 - router)), counts)
+    return Values(sums, counts, sums / divisor)
 
 
 def part_of_router(trainer: JDTrainerMixin, outputs: Any) -> Tensor | None:
     """Returns the router's share [] of the model's own loss; None if unknown."""
-    coefficient = getattr(bare(trainer.accelerator.unwrap_model(trainer.model)), "router_aux_loss_coef", None)
+    coefficient = getattr(bare(trainer.model), "router_aux_loss_coef", None)
     has_both = isinstance(outputs, Mapping) and all(isinstance(outputs.get(n), Tensor) for n in ("loss", "aux_loss"))
     if coefficient is None or not has_both:
         return None
     return coefficient * outputs["aux_loss"].detach().double() / outputs["loss"].detach().double()
-
-
-def _scale(trainer: JDTrainerMixin, outputs: Any, loss: Tensor, sums: Tensor, counts: Tensor, has_rest: bool) -> Tensor:
-    """Returns the factor [] of the instances' losses in Trainer's loss."""
-    total = sums[sums.isfinite()].sum()
-    router = part_of_router(trainer, outputs) if has_rest else torch.zeros_like(total)
-    if router is None or not sums.isfinite().all() or not loss.isfinite() or not total.abs() > 0:
-        return 1 / (counts.sum().clamp(min=1) * trainer.current_gradient_accumulation_steps).double()
-    return 1 / _divisor(trainer, total / (loss.double() * (1 - router)), counts)
 
 
 def _divisor(trainer: JDTrainerMixin, quotient: Tensor, counts: Tensor) -> Tensor:
