@@ -41,7 +41,7 @@ class LocalRows:
     def __init__(self, jacobian: Jacobian | None, parameters: list[nn.Parameter]):
         self.jacobian = jacobian
         self.parameters = parameters
-        self._own = set() if jacobian is None else set(jacobian.used)
+        self._local = set() if jacobian is None else set(jacobian.used)
         self.local = slice(None)
         self._used: list[nn.Parameter] | None = None
 
@@ -72,7 +72,7 @@ class LocalRows:
 
     def _flags(self) -> Tensor:
         """Returns [P], 1 for parameters that some objective of this process depends on."""
-        return used_flags(self._own, self.parameters)
+        return used_flags(self._local, self.parameters)
 
     def _set_used(self, flags: Tensor) -> None:
         self._used = [p for p, flag in zip(self.parameters, flags.tolist(), strict=True) if flag]
@@ -83,7 +83,7 @@ class LocalRows:
             packed.zero_()
         else:
             for (p, start, stop), where in offsets(part):
-                packed[:, where] = self.jacobian.columns(p, start, stop) if p in self._own else 0
+                packed[:, where] = self.jacobian.columns(p, start, stop) if p in self._local else 0
 
 
 class GatheredRows(LocalRows):
@@ -202,7 +202,7 @@ class AddedRows(LocalRows):
         sums = received[0] if len(received) == 1 else received.sum(0)
         if self.jacobian is not None:
             for (p, start, stop), where in offsets(bucket.parts[rank()]):
-                if p in self._own:
+                if p in self._local:
                     sums[:, where] += self.jacobian.columns(p, start, stop)
         return sums
 

@@ -92,8 +92,8 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
     @property
     def knows_losses(self) -> bool:
         """See JDTrainerMixin."""
-        own = type(self).compute_loss is not JDSFTTrainer.compute_loss or "compute_loss" in vars(self)
-        return not own and self.jd_loss_func is None and overridden(self) == "compute_loss"
+        replaced = type(self).compute_loss is not JDSFTTrainer.compute_loss or "compute_loss" in vars(self)
+        return not replaced and self.jd_loss_func is None and overridden(self) == "compute_loss"
 
     def read_losses(self, outputs: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         """Reads the tokens' losses according to TRL's `loss_type`, with or without logits; see JDTrainerMixin."""

@@ -80,15 +80,15 @@ def shares_of(trainer: JDTrainerMixin, loss: Tensor, whose: Whose, scale: float)
 def _of_outputs(
     trainer: JDTrainerMixin, loss: Tensor, whose: Whose, outputs: Sequence[Tensor], last: Any, scale: float
 ) -> Shares:
-    known = known_losses(trainer, last, whose.examples, whose.documents)
+    read = known_losses(trainer, last, whose.examples, whose.documents)
     cotangents, rest = split(loss, outputs)
     if not cotangents:
         raise ValueError(_nothing_read(trainer, outputs))
     owners, instances = _owners(trainer, cotangents, whose)
     pieces = [Piece(cotangent, owner, 0) for cotangent, owner in zip(cotangents, owners, strict=True)]
     values = None
-    if known is not None and len(known[0]) == instances:
-        values = values_of(trainer, *known, last, loss.detach() / scale, rest is not None)
+    if read is not None and len(read[0]) == instances:
+        values = values_of(trainer, *read, last, loss.detach() / scale, rest is not None)
     flag = needs_values(trainer) if values is None else None
     if flag is not None:
         raise ValueError(

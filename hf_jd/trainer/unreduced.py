@@ -186,14 +186,14 @@ class LossesMixin(Host):
         """
         values, counted = by_name(losses)
         several, tokens = len(values) > 1, next(iter(values.values())).ndim > 1
-        said = loss_is_scaled_for_ga(self)
+        scaled = loss_is_scaled_for_ga(self)
         # Whether Trainer averages the losses of micro-batches, instead of adding them up; and whether it divides.
-        by_batch = not (self.model_accepts_loss_kwargs or self.jd_loss_func) if said is None else not said
-        divides = (not by_batch and num_items is None and self.jd_loss_func is None) if said is None else not said
-        known = several and self.knows_losses
-        normalised = by_batch or (tokens and not (num_items is None and said))
+        by_batch = not (self.model_accepts_loss_kwargs or self.jd_loss_func) if scaled is None else not scaled
+        divides = (not by_batch and num_items is None and self.jd_loss_func is None) if scaled is None else not scaled
+        of_head = several and self.knows_losses
+        normalised = by_batch or (tokens and not (num_items is None and scaled))
         self.jd_unreduced = Unreduced(
-            values, counted, known or (normalised and not several and not self.jd_args.own_mean)
+            values, counted, of_head or (normalised and not several and not self.jd_args.own_mean)
         )
         # Leave out instances whose losses aren't finite.
         finite = {name: _finite(losses, counted[name]) for name, losses in values.items()}
