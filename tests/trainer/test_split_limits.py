@@ -375,7 +375,7 @@ def test_batches_have_no_values_either(tmp_path):
 
 @pytest.mark.parametrize("objectives", ["loss", "instance_loss"])
 def test_losses_by_name_are_refused(objectives, tmp_path):
-    match = f"--jd_objectives {objectives} weighs several losses by name, and Ours.compute_loss returns one"
+    match = f"--jd_objectives {objectives} weighs several losses by name, but Ours.compute_loss returns one"
     refused(tmp_path, match, jd_objectives=objectives)
 
 

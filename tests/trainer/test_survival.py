@@ -82,7 +82,7 @@ def test_without_any_whole_checkpoint_training_starts_anew(tmp_path, caplog):
     (tmp_path / "checkpoint-2").mkdir()
     trainer = JDTrainer(lora("gpt2"), arguments(tmp_path), train_dataset=examples(), data_collator=collate)
     trainer.train(resume_from_checkpoint=True)
-    assert "starts at the beginning" in caplog.text
+    assert "starts from the beginning" in caplog.text
     assert trainer.state.global_step == 4
     lines = (tmp_path / "jd_log.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["begins"] == "anew"
