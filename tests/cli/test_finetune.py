@@ -185,7 +185,7 @@ def test_a_run_that_goes_on_otherwise_says_so(finetune, saved_run, tmp_path, cap
     shutil.rmtree(folder / "checkpoint-2")
     finetune(folder, *LAST, "--jd_weighting", "mgda")
     assert "began with --jd_weighting upgrad, and continues with mgda" in caplog.text
-    assert caplog.text.count("goes on with") == 1
+    assert caplog.text.count("continues with") == 1
 
 
 def test_ctrl_c_tells_how_to_go_on(train_file, tmp_path, monkeypatch, capsys):
