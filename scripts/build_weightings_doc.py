@@ -151,7 +151,7 @@ Each has a test in `tests/weighting/test_torchjd.py`. Otherwise the results agre
   before `max_norm` its updates are longer than the paper's by the root of that norm. Here G w = 1/w is solved exactly;
   `n_tasks` and `optim_niter` have nothing left to set, and objectives may come and go.
 - **GradVac, PCD**: no epsilon. PCD's primary objective may be named, and the moving averages of both follow names.
-- **PCGrad, GradVac, Random**: the random orders and weights come from a generator with a seed of its own.
+- **PCGrad, GradVac, Random**: the random orders and weights come from a separate, seeded generator.
 - **DWA**: a window of steps stands for the paper's epoch.
 - **Uncertainty**: the log-variances are learnt by the weighting itself, by implicit gradient descent, as the model's
   optimizer does not know them.
@@ -164,12 +164,12 @@ They need more than G, or than losses at one point:
   weights.
 - **GradNorm** takes gradients at a chosen layer and learns its weights by differentiating those gradients' norms.
 - **ExcessMTL** divides gradients by the root of their squares' sums, kept for every parameter and every objective: m n
-  numbers, of which G has none.
+  numbers, which G doesn't have.
 
 Others are here in the form that one batch allows:
 
-- **FAMO** compares losses before and after a step on the same batch, a second forward; `famo` compares those of one
-  step with those of the next.
+- **FAMO** compares losses before and after a step on the same batch, a second forward; `famo` compares the losses of
+  one step with the next step's.
 - **MoDo, SDMGrad** multiply Jacobians of two independent batches, J_1 J_2^T; `modo` and `sdmgrad` take J J^T of one,
   whose diagonal is larger by the noise: rows of little noise get more weight than the papers give them.
 - **RACO** is read as CAGrad with its mixture clipped and scaled back to CAGrad's radius. Its heuristics for training
