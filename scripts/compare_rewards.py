@@ -33,6 +33,9 @@ REFERENCE = -3.0
 """The change of a reward, in standard deviations, at which a method's hypervolume is 0."""
 
 
+WORD = "word "
+"""Before a word, the name of the reward for it."""
+
 EMPTY = -10.0
 """The log-probability per token of an empty completion."""
 
@@ -42,20 +45,30 @@ def short(prompts: list[str], completions: list[str]) -> list[float]:
     return [-len(text.split()) / max(1, sum(text.count(mark) for mark in ".!?")) for text in completions]
 
 
-def happy(prompts: list[str], completions: list[str]) -> list[float]:
-    """How often the word comes."""
-    return [float(text.lower().count("happy")) for text in completions]
+def long(prompts: list[str], completions: list[str]) -> list[float]:
+    """The number of words per sentence."""
+    return [-score for score in short(prompts, completions)]
 
 
 def dialogue(prompts: list[str], completions: list[str]) -> list[float]:
     """Whether somebody speaks."""
-    return [100.0 * ('"' in text) for text in completions]
+    return [float('"' in text) for text in completions]
+
+
+def narration(prompts: list[str], completions: list[str]) -> list[float]:
+    """Whether nobody speaks."""
+    return [1 - score for score in dialogue(prompts, completions)]
 
 
 def variety(prompts: list[str], completions: list[str]) -> list[float]:
     """The share of words that are different."""
     words = [text.lower().split() for text in completions]
     return [len(set(found)) / max(1, len(found)) for found in words]
+
+
+def word(which: str) -> Reward:
+    """Whether a word comes."""
+    return lambda prompts, completions: [float(which in text.lower()) for text in completions]
 
 
 def fluency(model: Any, tokenizer: Any) -> Reward:
@@ -74,11 +87,11 @@ def fluency(model: Any, tokenizer: Any) -> Reward:
     return score
 
 
-def named(name: str, reward: Reward) -> Callable[..., list[float]]:
-    """A reward as TRL calls it."""
+def named(name: str, reward: Reward, scale: float) -> Callable[..., list[float]]:
+    """A reward as TRL calls it, times its scale."""
 
     def function(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        return reward(prompts, completions)
+        return [scale * score for score in reward(prompts, completions)]
 
     function.__name__ = name
     return function
@@ -95,12 +108,15 @@ class Setting:
         self.plan = plan
         self.tokenizer: Any = AutoTokenizer.from_pretrained(plan["model"])
         self.base = AutoModelForCausalLM.from_pretrained(plan["model"], dtype="float32").eval()
-        known: dict[str, Reward] = {"short": short, "happy": happy, "dialogue": dialogue, "variety": variety}
+        known: dict[str, Reward] = {f.__name__: f for f in (short, long, dialogue, narration, variety)}
         known["fluency"] = fluency(self.base, self.tokenizer)
+        known |= {name: word(name[len(WORD) :]) for name in plan["rewards"] if name.startswith(WORD)}
         unknown = sorted(set(plan["rewards"]) - set(known))
         if unknown:
-            raise ValueError(f"There is no reward `{unknown[0]}`; those that there are: {', '.join(known)}.")
-        self.rewards = {name: named(name, known[name]) for name in plan["rewards"]}
+            raise ValueError(
+                f"There is no reward `{unknown[0]}`; allowed are {', '.join(known)}, and `{WORD}` before any word."
+            )
+        self.rewards = {name: named(name, known[name], scale) for name, scale in plan["rewards"].items()}
         self.before = self.measured(self.base)
 
     @torch.no_grad()
