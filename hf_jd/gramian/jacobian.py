@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from hf_jd.gramian.blocks import places_of
 from hf_jd.gramian.rows import DenseRows, Rows
 from hf_jd.gramian.stacks import Stack
 
@@ -59,13 +60,13 @@ class Jacobian:
     @property
     def blocks(self) -> list[str]:
         """The names of the B blocks, in the model's order; one without a name where no blocks were asked for."""
-        return [""] if self._blocks is None else list(dict.fromkeys(self._blocks[p] for p in self._rows))
+        return [""] if self._blocks is None else list(dict.fromkeys(self._blocks.values()))
 
     def gramians(self) -> Tensor:
         """The Gramian of each block, [B, R, R]; their sum is `gramian()`."""
         if self._blocks is None:
             return self.gramian()[None]
-        places = self._places()
+        places = places_of(self._blocks, self._rows)
         device = next((p.device for p, rows in self._rows.items() if rows is not None), torch.device("cpu"))
         total = torch.zeros(len(self.blocks), len(self), len(self), dtype=torch.float64, device=device)
         with torch.autocast(device.type, enabled=False):
@@ -83,7 +84,9 @@ class Jacobian:
             weights: [R]; or [B, R], those of each block, in the order of `blocks`.
         """
         sums: dict[nn.Parameter, Tensor] = {}
-        places = self._places() if weights.dim() == 2 else {}
+        if weights.dim() == 2 and self._blocks is None:
+            weights = weights[0]
+        places = places_of(self._blocks, self._rows) if weights.dim() == 2 else {}
         for stack in self._stacks():
             device = stack.rows.device
             own = weights[[places[p] for p in stack.members]] if places else weights
@@ -165,11 +168,6 @@ class Jacobian:
     def _symmetric(self, total: Tensor) -> Tensor:
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in self._rows) else torch.float32
         return ((total + total.mT) / 2).to(dtype)
-
-    def _places(self) -> dict[nn.Parameter, int]:
-        """The place of each parameter's block among `blocks`."""
-        place = {name: i for i, name in enumerate(self.blocks)}
-        return {p: 0 if self._blocks is None else place[self._blocks[p]] for p in self._rows}
 
     def _stacks(self) -> list[Stack]:
         return list({id(rows): rows for rows in self._rows.values() if type(rows) is Stack}.values())
