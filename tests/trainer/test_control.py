@@ -39,8 +39,10 @@ def test_preferences_are_shares_of_those_that_are_there(tmp_path):
 
 
 def test_a_weighting_with_preferences_remembers(tmp_path):
-    steered = control(tmp_path, jd_weighting="sdmgrad", jd_preferences=["code=4"])
-    expected, losses = SDMGradWeighting(pref_vector=[1 / 6, 4 / 6, 1 / 6]), torch.ones(3).double()
+    few = ["n_iter=1", "lr=0.1"]
+    steered = control(tmp_path, jd_weighting="sdmgrad", jd_weighting_args=few, jd_preferences=["code=4"])
+    expected = SDMGradWeighting(n_iter=1, lr=0.1, pref_vector=[1 / 6, 4 / 6, 1 / 6])
+    losses = torch.ones(3).double()
     for seed in range(3):
         found = steered.weights(gramian(seed=seed), losses, NAMES, step=seed)
         assert torch.allclose(found, expected(gramian(seed=seed), names=NAMES), rtol=1e-12, atol=0)
