@@ -218,7 +218,13 @@ def test_raised_normalised_and_wanted_groups(tmp_path):
 
 @pytest.mark.parametrize("weighting", ["gradvac", "pcgrad", "sdmgrad"])
 def test_a_resumed_run_remembers_each_block(weighting, tmp_path):
-    flags = {"jd_blocks": "module", "jd_weighting": weighting, "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    flags = {
+        "jd_blocks": "module",
+        "jd_weighting": weighting,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 4,
+    }
     whole = run(lora("gpt2", warm=True), arguments(tmp_path / "a", **flags, **GROUP), compute_loss_func=token_losses)
     args = arguments(tmp_path / "a", **flags, **GROUP)
     again = JDTrainer(

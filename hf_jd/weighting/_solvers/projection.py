@@ -22,6 +22,7 @@ from hf_jd.weighting._solvers.cosines import (
     Array,
     cosine_factor,
     cosine_matrix,
+    dependent,
     factored_cosines,
     independent,
     shrunk,
@@ -38,6 +39,7 @@ _LARGEST = 1e-6  # where rows are opposite but for 1e-8 or less, G has no digits
 _DIAGONAL = 2e-10  # added, it puts the rank beyond doubt, and what it solves violates the conditions by less than 1e-6
 _ROUNDING = 1e-3  # times the tolerance: what rounding leaves of a projection of length 0, by the sum of the terms
 SMALL = 32**3  # problems times m^2 up to which one at a time is faster: `benchmark.py weightings --solvers` measures it
+SMALL_DEPENDENT = 72**3  # the same where rows are dependent (`--kinds "low rank"`)
 _REGULARISATION = 1e-8  # the root of float64's precision: where rounding and the diagonal disturb least together
 _PROXIMAL_STEPS = 2
 _DEPENDENT = 1e-5  # squared pivot up to which a row depends on others, but for the errors of float32
@@ -93,8 +95,10 @@ def _solve(gramian: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def chosen_solvers(gramian: Tensor, targets: Tensor) -> tuple[Solver, Solver]:
     """The solver to begin with, and the one for what it leaves; a large Gramian stays on its device."""
     problems, m = targets.shape
-    small = problems == 1 or problems * m * m <= SMALL
-    small = small and (m <= 32 or gramian.device.type == "cpu")
+    size = problems * m * m
+    small = m <= 32 or gramian.device.type == "cpu"
+    if small and problems > 1 and size > SMALL:
+        small = size <= SMALL_DEPENDENT and dependent(gramian, _DEPENDENT)
     return (one_by_one, together) if small else (together, one_by_one)
 
 
