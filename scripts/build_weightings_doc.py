@@ -172,8 +172,8 @@ Others are here in the form that one batch allows:
   step with those of the next.
 - **MoDo, SDMGrad** multiply Jacobians of two independent batches, J_1 J_2^T; `modo` and `sdmgrad` take J J^T of one,
   whose diagonal is larger by the noise: rows of little noise get more weight than the papers give them.
-- **RACO** is read as CAGrad with its mixture clipped and scaled back to CAGrad's radius. Its heuristics for training
-  are left out, as is GAPO's variant with preferences.
+- **RACO** clips CAGrad's mixture to the preferences. That the correction is then scaled back to CAGrad's radius is our
+  reading. Its heuristics for training are left out, as is GAPO's variant with preferences.
 """
 
 

@@ -1,7 +1,8 @@
 """Times weightings against torchjd's and against quadprog called directly: `python scripts/benchmark.py weightings`.
 
-Every entry is the median of interleaved runs, in milliseconds: each round runs all contestants once, so that a busy
-machine slows them alike. `--json FILE` keeps the numbers; `--alone` leaves the others out, which take minutes from
+Every entry is the median of interleaved runs, in milliseconds: each round runs all contestants once,
+so that a busy machine slows them alike. At the end, a table per weighting has a column per kind of Gramians, with
+torchjd / hf_jd in brackets. `--json FILE` keeps the numbers; `--alone` leaves the others out, which take minutes from
 m = 512 on.
 """
 
@@ -161,6 +162,17 @@ def table(rows: list[dict[str, object]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(_cell(row[c]) for c in columns) + " |" for row in rows)])
 
 
+def by_kind(rows: list[dict[str, object]]) -> str:
+    """Formats what was measured as a markdown table per weighting and number of threads: m by kind of Gramians."""
+    tables: dict[object, dict[object, dict[str, object]]] = {}
+    for row in rows:
+        ratio = row["torchjd / hf_jd"]
+        entry = _cell(row["hf_jd, ms"]) + ("" if ratio is None else f" ({_cell(ratio)})")
+        title = f"{row['weighting']}, threads: {row['threads']}"
+        tables.setdefault(title, {}).setdefault(row["m"], {"m": row["m"]})[str(row["Gramians"])] = entry
+    return "\n\n".join(f"{title}\n\n{table(list(found.values()))}" for title, found in tables.items())
+
+
 def _cell(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
 
@@ -170,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--weightings", nargs="+", default=["upgrad", "dualproj", "mgda"], help="names, or all")
     parser.add_argument("--sizes", nargs="+", type=int, default=[8, 32, 64, 128, 256])
-    parser.add_argument("--kinds", nargs="+", default=["random", "correlated"], choices=KINDS)
+    parser.add_argument("--kinds", nargs="+", default=["random", "correlated", "low rank"], choices=KINDS)
     parser.add_argument("--gramians", type=Path, help="of `benchmark.py gramians`, instead")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--seconds", type=float, default=10.0, help="for each line of the table")
@@ -186,13 +198,14 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.gramians:
         found = torch.load(arguments.gramians)
         # The last batch of an epoch may be smaller.
-        inputs = [(kind, [g.double() for g in kept if len(g) == len(kept[0])]) for kind, kept in found.items()]
+        same = {kind: [g.double() for g in kept if len(g) == len(kept[0])] for kind, kept in found.items()}
+        inputs = [(kind.partition(", m = ")[0], matrices) for kind, matrices in same.items()]
     else:
         inputs = [(k, [gramian(k, m, generator) for _ in range(5)]) for m in arguments.sizes for k in arguments.kinds]
     rows: list[dict[str, object]] = []
+    measure = measure_solvers if arguments.solvers else measure_warm_starts
     if arguments.solvers or arguments.warm_starts:
         torch.set_num_threads(arguments.threads[0])
-        measure = measure_solvers if arguments.solvers else measure_warm_starts
         print(table([r for k, g in inputs for r in measure(g, k, arguments.seconds, arguments.rounds)]))
         return 0
     for name in names:
@@ -201,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
                 torch.set_num_threads(threads)
                 m = len(matrices[0])
                 runs = contestants(name, m, arguments.alone)
-                if arguments.gramians:
+                if arguments.gramians or kind == "low rank":
                     runs.pop("quadprog", None)  # it takes no singular matrix
                 if getattr(runs["hf_jd"], "reads", "gramian") == "losses":
                     continue
@@ -211,6 +224,7 @@ def main(argv: list[str] | None = None) -> int:
                             | {f"{label}, ms": found.get(label) for label in ("hf_jd", "torchjd", "quadprog")}
                             | {"torchjd / hf_jd": ratio})  # fmt: skip
                 print(table(rows[-1:]).splitlines()[-1] if len(rows) > 1 else table(rows), flush=True)
+    print(f"\n{by_kind(rows)}")
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
     return 0
