@@ -88,9 +88,10 @@ def block_metrics(gramians: Tensor, weights: Tensor) -> Metrics:
     """
     gramians, weights = gramians.detach().double(), weights.detach().double().to(gramians.device)
     products = _products(gramians, weights)
-    step_norms = (weights * products).sum(1, keepdim=True).clamp(min=0).sqrt()
     norms = gramians.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
-    against = (products < -_NO_CONFLICT * norms * step_norms).double().mean(1)
+    # Small blocks often have no update but 0, of which rounding leaves something: its length says nothing.
+    summed = (weights.abs() * norms).sum(1, keepdim=True)
+    against = (products < -_NO_CONFLICT * norms * summed).double().mean(1)
     return Metrics(("jd/against_in_worst_block",), against.max()[None])
 
 

@@ -74,6 +74,14 @@ def test_the_worst_block_is_that_in_which_most_objectives_are_gone_against():
     assert values(block_metrics(gramians, mended)) == {"jd/against_in_worst_block": 0.0}
 
 
+def test_an_update_of_nothing_but_rounding_goes_against_no_objective():
+    rows = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))  # In all directions: no update helps all.
+    gramian = rows @ rows.T
+    weights = UPGradWeighting()(gramian.double())
+    assert (gramian.double() @ weights).min() < 0
+    assert values(block_metrics(gramian[None], weights[None])) == {"jd/against_in_worst_block": 0.0}
+
+
 def test_over_blocks_products_add_up_and_weights_are_averaged():
     torch.manual_seed(0)
     rows, weights = torch.randn(3, 4, 7, dtype=torch.float64), torch.rand(3, 4).double()
