@@ -1,9 +1,8 @@
 """Times weightings against torchjd's and against quadprog called directly: `python scripts/benchmark.py weightings`.
 
-Every entry is the median of interleaved runs, in milliseconds: each round runs all contestants once,
-so that a busy machine slows them alike. At the end, a table per weighting has a column per kind of Gramians, with
-torchjd / hf_jd in brackets. `--json FILE` keeps the numbers; `--alone` leaves the others out, which take minutes from
-m = 512 on.
+Every entry is the median of interleaved runs, in milliseconds: each round runs all contestants once, so that a busy
+machine slows them alike. The last table, which the documents show, has a column per kind of Gramians. `--json FILE`
+keeps the numbers; `--alone` leaves the others out, which take minutes from m = 512 on.
 """
 
 from __future__ import annotations
@@ -163,14 +162,18 @@ def table(rows: list[dict[str, object]]) -> str:
 
 
 def by_kind(rows: list[dict[str, object]]) -> str:
-    """Formats what was measured as a markdown table per weighting and number of threads: m by kind of Gramians."""
+    """Formats what was measured as a markdown table per number of threads, with a column per kind of Gramians.
+
+    A line is of a size m or, of several weightings, of one weighting, with torchjd / hf_jd in brackets.
+    """
+    several = len({row["weighting"] for row in rows}) > 1
     tables: dict[object, dict[object, dict[str, object]]] = {}
     for row in rows:
+        line, column = ("weighting", f"{row['Gramians']}, m = {row['m']}") if several else ("m", str(row["Gramians"]))
         ratio = row["torchjd / hf_jd"]
         entry = _cell(row["hf_jd, ms"]) + ("" if ratio is None else f" ({_cell(ratio)})")
-        title = f"{row['weighting']}, threads: {row['threads']}"
-        tables.setdefault(title, {}).setdefault(row["m"], {"m": row["m"]})[str(row["Gramians"])] = entry
-    return "\n\n".join(f"{title}\n\n{table(list(found.values()))}" for title, found in tables.items())
+        tables.setdefault(row["threads"], {}).setdefault(row[line], {line: row[line]})[column] = entry
+    return "\n\n".join(f"threads: {n}\n\n{table(list(found.values()))}" for n, found in tables.items())
 
 
 def _cell(value: object) -> str:
