@@ -180,6 +180,17 @@ def _cell(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
 
 
+def inputs_of(arguments: argparse.Namespace) -> list[tuple[str, list[Tensor]]]:
+    """The Gramians to measure on, of one size per entry, with the name of their kind."""
+    if arguments.gramians is None:
+        generator = torch.Generator().manual_seed(0)
+        return [(k, [gramian(k, m, generator) for _ in range(5)]) for m in arguments.sizes for k in arguments.kinds]
+    found = torch.load(arguments.gramians)
+    # The last batch of an epoch may be smaller.
+    same = {kind: [g.double() for g in kept if len(g) == len(kept[0])] for kind, kept in found.items()}
+    return [(kind.partition(", m = ")[0], matrices) for kind, matrices in same.items()]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the benchmark and prints a table; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -196,15 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--warm-starts", action="store_true", help="only what the last step's solution is worth")
     arguments = parser.parse_args(argv)
     names = list(WEIGHTINGS) if arguments.weightings == ["all"] else arguments.weightings
-    generator = torch.Generator().manual_seed(0)
-    inputs: list[tuple[str, list[Tensor]]]
-    if arguments.gramians:
-        found = torch.load(arguments.gramians)
-        # The last batch of an epoch may be smaller.
-        same = {kind: [g.double() for g in kept if len(g) == len(kept[0])] for kind, kept in found.items()}
-        inputs = [(kind.partition(", m = ")[0], matrices) for kind, matrices in same.items()]
-    else:
-        inputs = [(k, [gramian(k, m, generator) for _ in range(5)]) for m in arguments.sizes for k in arguments.kinds]
+    inputs = inputs_of(arguments)
     rows: list[dict[str, object]] = []
     measure = measure_solvers if arguments.solvers else measure_warm_starts
     if arguments.solvers or arguments.warm_starts:
