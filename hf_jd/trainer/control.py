@@ -31,8 +31,8 @@ class Control:
 
     Attributes:
         last: By the objectives' names, m w_k of the last update in which they were weighed; 1 is the mean's.
-        of_blocks: With `--jd_blocks`, a copy of the weighting for each block by its name, so that each remembers its
-            own past.
+        of_blocks: With `--jd_blocks`, the weighting of each block by its name: a copy, so that each remembers its own
+            past, of what has `reset()` or `state_dict()`.
 
     Raises:
         ValueError: A preference is for no group, or a flag asks of the weighting what it can't do.
@@ -87,7 +87,9 @@ class Control:
     def of_block(self, block: str) -> Callable[[Tensor], Tensor]:
         """The weighting of a block of parameters, by its name; the first call makes it."""
         if block not in self.of_blocks:
-            self.of_blocks[block] = deepcopy(self.weighting)
+            # What has no such method is shared: a method of an object would be copied with all that this holds.
+            remembers = any(callable(getattr(self.weighting, name, None)) for name in ("reset", "state_dict"))
+            self.of_blocks[block] = deepcopy(self.weighting) if remembers else self.weighting
         return self.of_blocks[block]
 
     def measures(self, step: int) -> bool:
