@@ -53,12 +53,13 @@ __all__ = [
 ]
 
 
-def bare(model: nn.Module) -> Any:
-    """The model without PEFT's wrappers."""
+def bare(model: nn.Module | None) -> Any:
+    """The model without the wrappers of torch.compile and PEFT."""
+    model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # ty: ignore[not-callable]
 
 
-def loss_kind(model: nn.Module) -> str:
+def loss_kind(model: nn.Module | None) -> str:
     """The key of `LOSSES` for a model, with or without PEFT's wrappers.
 
     Raises:
@@ -73,7 +74,7 @@ def loss_kind(model: nn.Module) -> str:
     return kind
 
 
-def known_kind(model: nn.Module) -> str | None:
+def known_kind(model: nn.Module | None) -> str | None:
     """The key of `LOSSES` for a model; None where there is none."""
     core = bare(model)
     name = type(core).__name__.removeprefix("FSDP")  # FSDP2 derives a class of its own.

@@ -25,4 +25,4 @@ def aligned(
     Raises:
         ValueError: The logits and labels don't belong together.
     """
-    return cross_entropy(outputs["logits"], inputs["labels"], label_smoothing)
+    return cross_entropy(outputs["logits"], inputs["labels"], label_smoothing, outputs.get("loss"))

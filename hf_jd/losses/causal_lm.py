@@ -13,7 +13,7 @@ from hf_jd.losses.cross_entropy import IGNORED, cross_entropy
 def causal_lm(
     outputs: Mapping[str, Any], inputs: Mapping[str, Any], model: nn.Module, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each token, as ForCausalLMLoss computes it (in float32, whatever the model's dtype).
+    """The loss of each token, as ForCausalLMLoss computes it (in float32 at least, whatever the model's dtype).
 
     Args:
         outputs: `logits` [B, T', V]; T' > T where a prompt of virtual tokens comes first.
@@ -35,4 +35,4 @@ def causal_lm(
         virtual = logits.shape[1] - labels.shape[1]
         if virtual > 0:
             targets = F.pad(torch.cat([labels[:, :1], targets], dim=1), (virtual - 1, 0), value=IGNORED)
-    return cross_entropy(logits if label_smoothing else logits.float(), targets, label_smoothing)
+    return cross_entropy(logits, targets, label_smoothing, outputs.get("loss"))

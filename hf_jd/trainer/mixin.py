@@ -280,6 +280,8 @@ class JDTrainerMixin(EvaluationMixin):
     def trainable(self) -> list[nn.Parameter]:
         """The trainable parameters, in the same order on all processes."""
         assert self.model is not None
+        if self._jd_update is not None:
+            return self._jd_update.trainable  # The walk over all modules takes time.
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def engine(self) -> Engine:

@@ -113,7 +113,7 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
         """Whether TRL would read a trained weight behind the taps' back; says once what the logits cost."""
         if self.label_smoother is not None and self.args.loss_type == "nll":
             return False  # TRL asks for logits then.
-        core = bare(self.accelerator.unwrap_model(self.model))
+        core = bare(self.model)
         trained = any(p.requires_grad for p in core.get_output_embeddings().parameters())
         if trained and not self._jd_warned_of_logits:
             self._jd_warned_of_logits = True

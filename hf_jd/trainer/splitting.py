@@ -15,7 +15,7 @@ from hf_jd.trainer.cotangents import Cotangent, split
 from hf_jd.trainer.gradients import accumulate
 from hf_jd.trainer.shares import Piece, Shares, Values, sums_of
 from hf_jd.trainer.unreduced import LOSS, Unreduced
-from hf_jd.trainer.values import known_values, needs_values
+from hf_jd.trainer.values import known_losses, needs_values, values_of
 
 if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin
@@ -80,12 +80,15 @@ def shares_of(trainer: JDTrainerMixin, loss: Tensor, whose: Whose, scale: float)
 def _of_outputs(
     trainer: JDTrainerMixin, loss: Tensor, whose: Whose, outputs: Sequence[Tensor], last: Any, scale: float
 ) -> Shares:
+    known = known_losses(trainer, last, whose.examples, whose.documents)
     cotangents, rest = split(loss, outputs)
     if not cotangents:
         raise ValueError(_nothing_read(trainer, outputs))
     owners, instances = _owners(trainer, cotangents, whose)
     pieces = [Piece(cotangent, owner, 0) for cotangent, owner in zip(cotangents, owners, strict=True)]
-    values = known_values(trainer, last, loss.detach() / scale, rest is not None, instances, whose.documents)
+    values = None
+    if known is not None and len(known[0]) == instances:
+        values = values_of(trainer, *known, last, loss.detach() / scale, rest is not None)
     flag = needs_values(trainer) if values is None else None
     if flag is not None:
         raise ValueError(

@@ -97,7 +97,7 @@ class LossesMixin(Host):
         self._check_batch(inputs)
         outputs = model(**inputs)
         losses, counted = self.read_losses(outputs, inputs)
-        core = self.accelerator.unwrap_model(model)
+        core: Any = self.model
         coefficient, aux = getattr(bare(core), "router_aux_loss_coef", None), outputs.get("aux_loss")
         adapters = getattr(core, "peft_config", {}).values()
         if coefficient is not None and aux is not None:
@@ -113,17 +113,17 @@ class LossesMixin(Host):
                 f"The batch is a {type(inputs).__name__}, without names, so its labels can't be told: use a collator "
                 "that returns a dict, or override `compute_losses`."
             )
-        check_targets(loss_kind(self.accelerator.unwrap_model(self.model)), inputs)
+        check_targets(loss_kind(self.model), inputs)
 
     def read_losses(self, outputs: Any, inputs: Mapping[str, Any]) -> Losses:
         """Reads the unreduced losses of a head that is known from the model's outputs; see `compute_losses`."""
-        core = self.accelerator.unwrap_model(self.model)
+        core = self.model
         return LOSSES[loss_kind(core)](outputs, inputs, bare(core), self._smoothing(inputs))
 
     @property
     def knows_losses(self) -> bool:
         """Whether Trainer's loss is that of a head that is known, so that `read_losses` tells what instances lose."""
-        known = known_kind(self.accelerator.unwrap_model(self.model)) is not None
+        known = known_kind(self.model) is not None
         return known and overridden(self) is None and self.jd_loss_func is None
 
     @property
@@ -166,7 +166,7 @@ class LossesMixin(Host):
         named = outputs.get("losses") if isinstance(outputs, Mapping) else None
         if isinstance(named, Mapping):
             return named
-        read = NAMED_LOSSES.get(known_kind(self.accelerator.unwrap_model(self.model)) or "")
+        read = NAMED_LOSSES.get(known_kind(self.model) or "")
         return None if read is None or not self.knows_losses else read(outputs, self.jd_inputs)
 
     def _batch_loss(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:

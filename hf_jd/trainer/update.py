@@ -44,7 +44,7 @@ class Update:
     def __init__(self, trainer: JDTrainerMixin, model: nn.Module, batches: list[Any], alone: bool):
         self.trainer, self.model, self.batches, self.alone = trainer, model, batches, alone
         self.jd, self.kind, self.backend = trainer.jd_args, trainer.jd_args.kind, trainer.jd_backend
-        self.trainable = trainer.trainable()  # The walk over all modules takes time.
+        self.trainable = trainer.trainable()
         self.blocks = trainer.engine().block_names()
         self.budget = allowed(trainer)
         self.present = self._present_groups()

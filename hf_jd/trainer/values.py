@@ -36,50 +36,57 @@ def needs_values(trainer: JDTrainerMixin) -> str | None:
 
 
 @torch.no_grad()
-def known_values(
-    trainer: JDTrainerMixin, outputs: Any, loss: Tensor, has_rest: bool, instances: int, documents: Tensor | None
-) -> Values | None:
-    """The instances' losses as the model's head computes them; None where it isn't known, or computes others.
+def known_losses(
+    trainer: JDTrainerMixin, outputs: Any, examples: int | None, documents: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Reads what each instance loses from the model's outputs; None where the head isn't known, or computes others.
+
+    Call it before the graph of the loss is freed: what autograd holds there saves computing it again.
 
     Args:
         trainer: Whose model and batch these are.
         outputs: What the model returned, by name.
-        loss: [] Trainer's loss.
-        has_rest: Whether it has a part that no instance owns.
-        instances: B.
+        examples: B, if it is known.
         documents: [N, T] the document of each token, if rows are packed.
+
+    Returns:
+        The sums of the instances' losses [B, 1], float64, and how many losses they are of [B, 1].
     """
-    inputs = trainer.jd_inputs
     if not (trainer.jd_valued and trainer.knows_losses) or not isinstance(outputs, Mapping):
         return None
-    losses, counted = trainer.read_losses(outputs, inputs)
+    losses, counted = trainer.read_losses(outputs, trainer.jd_inputs)
     owner = torch.arange(len(losses), device=losses.device)
+    instances = len(losses)
     if documents is not None:
         owner = documents[:, : losses.shape[1]] if losses.ndim > 1 else owner[:0]
-    if len(owner) != len(losses) or (documents is None and len(losses) != instances):
+        instances = int(documents.max()) + 1
+    if len(owner) != len(losses) or (documents is None and examples not in (None, instances)):
         return None
-    sums, counts = sums_of([losses], [counted], [owner.to(loss.device)], instances)
+    sums, counts = sums_of([losses], [counted], [owner.to(losses.device)], instances)
     _compare(trainer, outputs, sums, counts)
-    scale = _scale(trainer, outputs, loss, sums, counts, has_rest)
-    return Values(sums, counts, sums * scale) if trainer.jd_valued else None
+    return (sums, counts) if trainer.jd_valued else None
+
+
+def values_of(
+    trainer: JDTrainerMixin, sums: Tensor, counts: Tensor, outputs: Any, loss: Tensor, has_rest: bool
+) -> Values:
+    """Turns what instances lose into their parts of Trainer's loss [], which may have a rest that no one owns."""
+    total = sums[sums.isfinite()].sum()
+    router = part_of_router(trainer, outputs) if has_rest else torch.zeros_like(total)
+    if router is None or not sums.isfinite().all() or not loss.isfinite() or not total.abs() > 0:
+        divisor = counts.sum().clamp(min=1) * trainer.current_gradient_accumulation_steps
+    else:
+        divisor = _divisor(trainer, total / (loss.double() * (1 - router)), counts)
+    return Values(sums, counts, sums / divisor)
 
 
 def part_of_router(trainer: JDTrainerMixin, outputs: Any) -> Tensor | None:
     """[] how much of the model's own loss is its router's; None where that isn't known."""
-    coefficient = getattr(bare(trainer.accelerator.unwrap_model(trainer.model)), "router_aux_loss_coef", None)
+    coefficient = getattr(bare(trainer.model), "router_aux_loss_coef", None)
     known = isinstance(outputs, Mapping) and all(isinstance(outputs.get(n), Tensor) for n in ("loss", "aux_loss"))
     if coefficient is None or not known:
         return None
     return coefficient * outputs["aux_loss"].detach().double() / outputs["loss"].detach().double()
-
-
-def _scale(trainer: JDTrainerMixin, outputs: Any, loss: Tensor, sums: Tensor, counts: Tensor, has_rest: bool) -> Tensor:
-    """[] what the instances' losses are multiplied by in Trainer's loss."""
-    total = sums[sums.isfinite()].sum()
-    router = part_of_router(trainer, outputs) if has_rest else torch.zeros_like(total)
-    if router is None or not sums.isfinite().all() or not loss.isfinite() or not total.abs() > 0:
-        return 1 / (counts.sum().clamp(min=1) * trainer.current_gradient_accumulation_steps).double()
-    return 1 / _divisor(trainer, total / (loss.double() * (1 - router)), counts)
 
 
 def _divisor(trainer: JDTrainerMixin, quotient: Tensor, counts: Tensor) -> Tensor:

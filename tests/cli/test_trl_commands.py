@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,20 @@ def test_a_file_of_ones_own_is_trained_on(name, models, common, tmp_path):
     assert main([name, "--model_name_or_path", str(model), "--dataset_name", data, *common, *FLAGS[name]]) == 0
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     (log,) = [json.loads(line) for line in (tmp_path / "out" / "jd_log.jsonl").read_text().splitlines()][:1]
+    assert {key.rpartition("/")[2] for key in log if key.startswith("jd/weight/")} == NAMES[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dpo", "grpo"])
+def test_scripts_run_under_accelerate_with_two_processes(name, models, common, tmp_path):
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    script = Path(__file__).parents[2] / "scripts" / f"{name}.py"
+    data = ["--model_name_or_path", models["causal"], "--dataset_name", written(name, tmp_path)]
+    command = [sys.executable, *launch, "--main_process_port", "0", script, *data, *common, *FLAGS[name]]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    log = json.loads((tmp_path / "out" / "jd_log.jsonl").read_text().splitlines()[0])
     assert {key.rpartition("/")[2] for key in log if key.startswith("jd/weight/")} == NAMES[name]
 
 
