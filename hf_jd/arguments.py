@@ -24,6 +24,7 @@ _CHOICES = {
     "jd_sampler": ("trainer", "stratified"),
     "jd_packed": PACKED,
     "jd_normalize": ("none", "rows", "loss"),
+    "jd_blocks": ("none", "layer", "module", "parameter"),
 }
 _LEAST = {"jd_max_non_finite": 1, "jd_every": 1, "jd_warmup_steps": 0, "jd_monitor_every": 1}
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -57,6 +58,15 @@ class JDArguments:
         metadata={
             "help": "What to divide each objective's row by before weighing: nothing (`none`), its norm (`rows`), or "
             "its loss (`loss`, which gives the row of the loss's logarithm). The update combines the divided rows."
+        },
+    )
+    jd_blocks: str = field(
+        default="none",
+        metadata={
+            "help": "Weigh the objectives in each block of parameters by itself, from the block's own Gramian: `layer` "
+            "(the outermost numbered module, such as `model.layers.3`; modules outside of any are blocks of their "
+            "own), `module` (the one that owns the parameter), `parameter`, or `none`: all parameters at once. No "
+            "objective is gone against in any block, for weightings that promise it."
         },
     )
     jd_every: int = field(

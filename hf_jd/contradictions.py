@@ -31,10 +31,25 @@ def check_flags(args: JDArguments) -> None:
             "--jd_objectives loss weighs losses of whole batches, which have no groups: leave out "
             "--jd_group_column, or choose --jd_objectives instance_loss or group."
         )
+    check_blocks(args, args.jd_blocks)
     if args.jd_sampler != "trainer" and (ordering := ordering_flag(args)) is not None:
         raise ValueError(
             f"--jd_sampler {args.jd_sampler} and {ordering} both order the examples: leave one of them out."
         )
+
+
+def check_blocks(args: JDArguments, blocks: Any) -> None:
+    """Raises a ValueError for flags that need one weight per objective, if parameters are weighed by `blocks`."""
+    one_weight = {
+        f"--jd_backward {args.jd_backward}": args.jd_backward != "one_pass",
+        f"--jd_every {args.jd_every}": args.jd_every > 1,
+    }
+    for flag, given in one_weight.items():
+        if given and blocks not in (None, "none"):
+            raise ValueError(
+                f"{flag} descends weighted losses, each with one weight for all parameters, and with --jd_blocks each "
+                "block has weights of its own: leave one of them out."
+            )
 
 
 def check_weighting(args: JDArguments, weighting: Any) -> None:

@@ -27,21 +27,22 @@ class Metrics(NamedTuple):
 
 
 def step_metrics(
-    gramian: Tensor, weights: Tensor, means: Tensor | None, counts: Tensor, groups: Tensor, names: Mapping[int, str]
+    gramians: Tensor, weights: Tensor, means: Tensor | None, counts: Tensor, groups: Tensor, names: Mapping[int, str]
 ) -> Metrics:
     """Computes a step's metrics.
 
     With S [K, m] the membership of the m objectives in the K groups, the row of group k is (S J)_k, its product with
-    the update is (S G w)_k, and the step goes against the group if that is negative. The update here is J^T w, before
-    clipping and the optimizer.
+    the update is (S G w)_k, and the step goes against the group where that is negative. The update meant here is J^T w,
+    before clipping and the optimizer. Over blocks of parameters, Gramians and products add up, and weights are
+    averaged.
 
     Args:
-        gramian: [m, m].
-        weights: [m].
-        means: [m] each objective's loss per token; None if unknown.
-        counts: [m] the number of tokens of each objective.
-        groups: [m] the group id of each objective.
-        names: The names of the K groups; empty if there are none.
+        gramians: [B, m, m], of each block of parameters.
+        weights: [B, m], in each block.
+        means: [m] each objective's loss a token; None where it is not known.
+        counts: [m] how many tokens each objective has.
+        groups: [m] the id of each objective's group.
+        names: The names of the K groups; empty where there are none.
 
     Returns:
         `conflicts` (share of the pairs of objectives whose product is negative), `cosine` (mean cosine of all pairs),
@@ -50,8 +51,10 @@ def step_metrics(
         `loss/<group>` (per token) and `grad_norm/<group>`; all with the prefix `jd/`. And the cosine of each pair of
         groups.
     """
-    gramian, weights, counts = (x.detach().double().to(gramian.device) for x in (gramian, weights, counts))
-    products = gramian @ weights
+    gramians, weights, counts = (x.detach().double().to(gramians.device) for x in (gramians, weights, counts))
+    by_block = _products(gramians, weights)
+    step_norm = (weights * by_block).sum().clamp(min=0).sqrt()
+    gramian, products, weights = gramians.sum(0), by_block.sum(0), weights.mean(0)
     norms = gramian.diagonal().clamp(min=0).sqrt()
     overall = [products.min(), norms.mean(), weights.sum()]
     if len(gramian) > 1:
@@ -62,7 +65,6 @@ def step_metrics(
         member = (groups.to(gramian.device) == torch.tensor(list(names), device=gramian.device)[:, None]).double()
         among = member @ gramian @ member.T
         norms = among.diagonal().clamp(min=0).sqrt()
-        step_norm = (weights @ products).clamp(min=0).sqrt()
         values += [
             (member @ weights) / weights.sum(),
             (member @ products < -_NO_CONFLICT * norms * step_norm).double(),
@@ -72,6 +74,31 @@ def step_metrics(
         if means is not None:
             values.append((member @ (means.double().to(counts.device) * counts)) / (member @ counts))
     return Metrics(_keys(len(gramian) > 1, tuple(names.values()), means is not None), torch.cat(values))
+
+
+def block_metrics(gramians: Tensor, weights: Tensor) -> Metrics:
+    """What a step tells of its blocks of parameters.
+
+    Args:
+        gramians: [B, m, m], of each block.
+        weights: [B, m], in each block.
+
+    Returns:
+        `jd/against_in_worst_block`: in the block where it is largest, the share of the objectives whose own row the
+        block's update goes against, (G w)_k < 0 there.
+    """
+    gramians, weights = gramians.detach().double(), weights.detach().double().to(gramians.device)
+    products = _products(gramians, weights)
+    norms = gramians.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+    # Small blocks often have no update but 0, of which rounding leaves something: its length says nothing.
+    summed = (weights.abs() * norms).sum(1, keepdim=True)
+    against = (products < -_NO_CONFLICT * norms * summed).double().mean(1)
+    return Metrics(("jd/against_in_worst_block",), against.max()[None])
+
+
+def _products(gramians: Tensor, weights: Tensor) -> Tensor:
+    """[B, m], of each row with the update, in each block."""
+    return (gramians @ weights[:, :, None])[:, :, 0]
 
 
 def loss_metrics(means: Tensor, counts: Tensor, groups: Tensor, names: Mapping[int, str]) -> Metrics:

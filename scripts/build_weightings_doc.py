@@ -93,38 +93,69 @@ another solver takes over. Rows that are opposite up to 1e-7 of their length are
 float64 Gramian; there, the best solution is accepted up to 1e-6, and beyond that the solution with 2e-10 more on the
 diagonal, which meets those 1e-6. Matrices that aren't Gramians raise an error that shows the eigenvalues.
 
-Few problems are solved by quadprog, one by one on the CPU, many by a batched active-set method on the device of G.
-The choice is made from the table that `python scripts/benchmark.py weightings --solvers` measures. Where rows are
-dependent, or nearly so, active sets wander, and many problems are solved by operator splitting (Douglas and
-Rachford's, one matrix product per step for all problems): it finds the objectives whose weights rise, a Cholesky
-factor of their rows then solves exactly, and the optimality conditions verify it. If the dual cone is {0}, the
-problems are mirrored in the null space of G, where they are easier. Problems that remain unsolved go to quadprog.
-There, the projection of the rows' sum shows whether the dual cone is {0}; if so, it solves all problems. For more
-than 64 dependent rows, Newton's method on the dual finds the weights of minimum norm. For m > 32 on a device other
-than the CPU, G stays there, and the host reads only scalars, such as whether an iteration may end (a test counts them
-on the CPU) - unless rows are dependent. `mgda`, `cagrad`, `raco`, `gapo` and `pcd` copy G to the CPU once.
+Few problems are solved by quadprog, one by one on the CPU, many by a batched active-set method on the device of G. The
+choice is made from the table that `python scripts/benchmark.py weightings --solvers` measures. Where rows are
+dependent, or nearly so, active sets wander, and many problems (of more than 72 rows) are solved by operator splitting
+(Douglas and Rachford's, a product of matrices per step for all problems): it finds which objectives' weights are
+raised, a Cholesky factor of those rows then solves exactly, and the optimality conditions prove it. A dual cone of {0}
+mirrors the problems in the null space of G, where they are easier. Problems that none of this settles go to quadprog.
+There the projection of the rows' sum shows whether the dual cone is {0}; then it solves all. Of more than 64 dependent
+rows, Newton's method on the dual finds the weights of minimum norm. For m > 32 on another device than the CPU, G stays
+there, and the host reads only scalars, such as whether an iteration may end (a test counts them on the CPU) - unless
+rows are dependent. `mgda`, `cagrad`, `raco`, `gapo` and `pcd` copy G to the CPU once.
 
 ## What they cost
 
-UPGrad, in milliseconds, and how many times faster than TorchJD 0.18's, on one thread of a small shared machine. The
-last column's Gramians are those of LoRA fine-tuning of the embedded example, one objective per example: a third of the
-pairs or more conflict, and large batches hold an example twice.
+UPGrad, in milliseconds, and how many times faster than TorchJD 0.18's, on one thread of a small shared machine. Rows of
+low rank have m / 2 numbers: half of them depend on the others, and TorchJD solves another problem, with 1e-4 more on
+the diagonal. The last column's Gramians are those of LoRA fine-tuning of the embedded example, one objective an
+example: a third of the pairs or more conflict, and large batches hold an example twice.
 
-| m | random rows | with a common direction | fine-tuning |
-|---|---|---|---|
-| 8 | 0.29 (1.0) | 0.26 (1.2) | 0.30 (1.0) |
-| 32 | 1.9 (1.4) | 0.47 (7) | 1.1 (3) |
-| 64 | 4.2 (7) | 1.5 (28) | 4.2 (10) |
-| 128 | 9.1 (44) | 0.78 (840) | 15 (38) |
-| 256 | 41 (170) | 1.7 (6700) | 103 (98) |
+| m | random rows | with a common direction | low rank | fine-tuning |
+|---|---|---|---|---|
+| 8 | 0.45 (1.0) | 0.36 (1.3) | 1.0 (0.4) | 0.48 (1.0) |
+| 32 | 6.3 (1.1) | 0.81 (10) | 9.5 (0.8) | 1.8 (2.8) |
+| 64 | 9.4 (5) | 1.8 (45) | 60 (1.2) | 9.6 (7) |
+| 128 | 25 (35) | 1.0 (1500) | 330 (2.8) | 26 (34) |
+| 256 | 74 (150) | 6.3 (2800) | 670 (14) | 120 (130) |
 
-    python scripts/benchmark.py weightings --threads 1
-    python scripts/benchmark.py gramians gramians.pt && python scripts/benchmark.py weightings --gramians gramians.pt
+    python scripts/benchmark.py weightings --weightings upgrad --threads 1
+    python scripts/benchmark.py gramians gramians.pt
+    python scripts/benchmark.py weightings --weightings upgrad --threads 1 --gramians gramians.pt
 
-At m = 256 MGDA takes about 5 ms and DualProj 9 (on fine-tuning's Gramians, 9 and 27). `mean`, `sum`, `constant` and
-`random` take 0.03 ms at m = 8 and 0.1 at 256, where TorchJD's take 0.005: a Gramian is checked, whoever reads it. So
-these four miss the aim of being no slower than TorchJD's, by hundredths of a millisecond, and at m = 8 two more do:
-`imtl_g` is slower than TorchJD's by 0.05 ms, and `krum` by 0.02; both are faster at 256.
+All that read a Gramian, in milliseconds:
+
+| weighting | random, m = 8 | low rank, m = 8 | random, m = 256 | low rank, m = 256 |
+|---|---|---|---|---|
+| `upgrad` | 0.36 | 1 | 95 | 510 |
+| `dualproj` | 0.066 | 0.61 | 6.8 | 38 |
+| `mgda` | 0.22 | 1.2 | 8.7 | 610 |
+| `gapo` | 0.29 | 1.2 | 9.2 | 450 |
+| `cagrad` | 0.61 | 32 | 14 | 4300 |
+| `raco` | 1 | 32 | 14 | 3900 |
+| `aligned_mtl` | 0.1 | 0.093 | 13 | 8.5 |
+| `imtl_g` | 0.12 | 0.17 | 1.4 | 16 |
+| `config` | 0.28 | 0.46 | 2.4 | 14 |
+| `nash_mtl` | 1 | 1.2 | 22 | 27 |
+| `fairgrad` | 0.75 | 0.98 | 18 | 29 |
+| `pcgrad` | 0.42 | 0.4 | 86 | 94 |
+| `gradvac` | 0.97 | 0.94 | 190 | 210 |
+| `pcd` | 0.62 | 0.74 | 58 | 40 |
+| `cr_mogm` | 0.65 | 1.3 | 120 | 540 |
+| `modo` | 0.18 | 0.16 | 0.77 | 0.81 |
+| `sdmgrad` | 1.2 | 1.2 | 6.3 | 6.3 |
+| `krum` | 0.12 | 0.11 | 1.6 | 1.4 |
+| `random` | 0.037 | 0.032 | 0.27 | 0.24 |
+| `constant` | 0.033 | 0.031 | 0.29 | 0.24 |
+| `mean` | 0.029 | 0.029 | 0.24 | 0.22 |
+| `sum` | 0.029 | 0.028 | 0.21 | 0.2 |
+
+    python scripts/benchmark.py weightings --weightings all --alone --threads 1 --sizes 8 256 --kinds random "low rank"
+
+Dependent rows make `cagrad` and `raco` expensive: with many of them, choose another method. `mean`, `sum`, `constant`
+and `random` take 0.03 ms at m = 8, where TorchJD's take 0.005: a Gramian is checked, whoever reads it. So these four
+miss the aim of being no slower than TorchJD's, by hundredths of a millisecond, and at m = 8 two more do: `imtl_g` is
+slower than TorchJD's by 0.05 ms, and `krum` by 0.02; both are faster at 256.
 
 Where other processes keep the cores busy, the threads of BLAS (NumPy has its own) wait for each other at every small
 system, which may cost far more than the work itself: set `OMP_NUM_THREADS=1` there.
@@ -172,8 +203,8 @@ Others are here in the form that one batch allows:
   one step with the next step's.
 - **MoDo, SDMGrad** multiply Jacobians of two independent batches, J_1 J_2^T; `modo` and `sdmgrad` take J J^T of one,
   whose diagonal is larger by the noise: rows of little noise get more weight than the papers give them.
-- **RACO** is read as CAGrad with its mixture clipped and scaled back to CAGrad's radius. Its heuristics for training
-  are left out, as is GAPO's variant with preferences.
+- **RACO** clips CAGrad's mixture to the preferences. That the correction is then scaled back to CAGrad's radius is our
+  reading. Its heuristics for training are left out, as is GAPO's variant with preferences.
 """
 
 

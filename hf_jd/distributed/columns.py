@@ -6,9 +6,9 @@ of the update. A bucket is what one collective call carries: a slice of every pr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import accumulate, zip_longest
+from itertools import accumulate, groupby, zip_longest
 from typing import NamedTuple
 
 import torch
@@ -128,6 +128,18 @@ def offsets(part: list[Piece]) -> list[tuple[Piece, slice]]:
     """Returns the pieces of a part, with the slice of the part's columns that each one fills."""
     ends = list(accumulate(piece.stop - piece.start for piece in part))
     return [(piece, slice(end - (piece.stop - piece.start), end)) for piece, end in zip(part, ends, strict=True)]
+
+
+def by_block(part: list[Piece], places: Mapping[nn.Parameter, int]) -> Iterator[tuple[int, slice]]:
+    """Where the columns of each block lie in a part's columns; neighbours of one block are taken together.
+
+    Args:
+        part: The pieces.
+        places: Which block each parameter belongs to.
+    """
+    for place, pieces in groupby(offsets(part), lambda found: places[found[0].parameter]):
+        where = [columns for _, columns in pieces]
+        yield place, slice(where[0].start, where[-1].stop)
 
 
 def local_shard(parameter: DTensor, flat: Tensor) -> DTensor:

@@ -1,28 +1,32 @@
-"""The rows of all processes -> one Gramian, and one update.
+"""The rows of all processes -> one Gramian per block of parameters, and one update.
 
 The bytes that each of W processes sends per update, for n trainable elements of b bytes, with f = (W - 1) / W, the
 share of a tensor that leaves a process (2 f in an all-reduce, which is a reduce-scatter and an all-gather):
 
 | objectives | rows | Gramian | update | update of sharded parameters |
 |---|---|---|---|---|
-| instances, m_r on this process, M together | f b m_r n | 2 f 8 M^2 | 2 f b n | f b n |
-| K groups | f b K n | 2 f 8 K^2 | f b n | 0 |
+| instances, m_r on this process, M together | f b m_r n | 2 f 8 B M^2 | 2 f b n | f b n |
+| K groups | f b K n | 2 f 8 B K^2 | f b n | 0 |
 
-Plain data parallelism sends 2 f b n for its gradient, or f b n with shards. A step also gathers 40 bytes per objective
-and 8 bytes per parameter.
+Each of B blocks of parameters has a Gramian of its own; B is 1 unless they are asked for. Plain data parallelism sends
+2 f b n for its gradient, with shards f b n. The numbers of a step that are known of each objective (40 bytes) and of
+each parameter (8 bytes) are gathered besides.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from hf_jd._compat import all_gather_single, reduce_scatter_single
-from hf_jd.distributed.columns import Bucket, Piece, buckets, offsets
+from hf_jd.distributed.columns import Bucket, Piece, buckets, by_block, offsets
 from hf_jd.distributed.gradients import Gradients, Sent, add_gradients, in_turn, used_flags
 from hf_jd.distributed.processes import add_over_processes, gather, gather_uneven, process_count, rank
 from hf_jd.gramian import Jacobian
+from hf_jd.gramian.blocks import places_of
 from hf_jd.gramian.rows import combine, inner
 from hf_jd.objectives import ObjectiveTable
 
@@ -36,39 +40,55 @@ class LocalRows:
     Args:
         jacobian: The rows [m_r, n] of this process; None if it has none.
         parameters: All trainable parameters, in the same order everywhere.
+        blocks: The name of each parameter's block, as `Engine.block_names` returns them; None: all are one.
     """
 
-    def __init__(self, jacobian: Jacobian | None, parameters: list[nn.Parameter]):
+    def __init__(
+        self,
+        jacobian: Jacobian | None,
+        parameters: list[nn.Parameter],
+        blocks: Mapping[nn.Parameter, str] | None = None,
+    ):
         self.jacobian = jacobian
         self.parameters = parameters
-        self._local = set() if jacobian is None else set(jacobian.used)
-        self.local = slice(None)
+        self._places = places_of(blocks, parameters)
+        self._own = set() if jacobian is None else set(jacobian.used)
+        self.mine = slice(None)
         self._used: list[nn.Parameter] | None = None
 
     def exchange(self, table: ObjectiveTable) -> ObjectiveTable:
         """Turns the table of this process's objectives into that of all objectives that are weighed together."""
         return table
 
-    def gramian(self) -> Tensor:
-        """Computes the Gramian [M, M], the same on all processes that weigh together."""
-        if self.jacobian is None:
-            return torch.zeros(0, 0, dtype=torch.float64, device=self.parameters[0].device)
-        return self.jacobian.gramian()
+    def gramians(self) -> Tensor:
+        """[B, M, M], one per block, the same on all processes that weigh together."""
+        return self._no_gramians(0) if self.jacobian is None else self.jacobian.gramians()
 
     def weighted_sum(self, weights: Tensor, usable: Tensor) -> dict[nn.Parameter, Tensor]:
         """Computes the update sum_k w_k row_k over the usable objectives of all processes.
 
         Args:
-            weights: [M].
-            usable: [M] (bool); other rows may be NaN, and are not read.
+            weights: [B, M].
+            usable: [M] (bool); other rows may be NaN, and are not touched.
         """
-        weights, usable = weights[self.local], usable[self.local]
+        weights, usable = weights[:, self.mine], usable[self.mine]
         gradients = {}
         if self.jacobian is not None and usable.any():
             everything = bool(usable.all())
             jacobian = self.jacobian if everything else self.jacobian.select(usable.nonzero().flatten())
-            gradients = jacobian.weighted_sum(weights if everything else weights[usable])
+            gradients = jacobian.weighted_sum(weights if everything else weights[:, usable])
         return add_gradients(gradients, self.parameters, self._used)
+
+    def _no_gramians(self, objectives: int) -> Tensor:
+        """[B, M, M] zeros, to which each process adds its part."""
+        blocks, device = max(self._places.values()) + 1, self.parameters[0].device
+        return torch.zeros(blocks, objectives, objectives, dtype=torch.float64, device=device)
+
+    def _add_part(self, gramians: Tensor, bucket: Bucket, rows: Tensor) -> None:
+        """Adds what the columns of this process contribute to each block's Gramian."""
+        for place, where in by_block(bucket.parts[rank()], self._places):
+            own = rows[:, where]
+            gramians[place] += inner(own, own)
 
     def _flags(self) -> Tensor:
         """Returns [P], 1 for parameters that some objective of this process depends on."""
@@ -104,17 +124,16 @@ class GatheredRows(LocalRows):
         every, self.local = gather_uneven(numbers, self._lengths)
         return ObjectiveTable.of(every[:, :-2], every[:, -2:])
 
-    def gramian(self) -> Tensor:
-        """Computes the Gramian [M, M] of the rows of all processes."""
+    def gramians(self) -> Tensor:
+        """[B, M, M], of the rows of all processes."""
         if process_count() == 1:
-            return super().gramian()
+            return super().gramians()
         assert self._used is not None
-        total = sum(self._lengths)
-        gramian = torch.zeros(total, total, dtype=torch.float64, device=self.parameters[0].device)
+        gramians = self._no_gramians(sum(self._lengths))
         cut = buckets(self._used, process_count(), max(self._lengths))
-        for _, rows in in_turn(self._exchange(bucket) for bucket in cut):
-            gramian += inner(rows, rows)
-        return _symmetric(add_over_processes(gramian))
+        for bucket, rows in in_turn(self._exchange(bucket) for bucket in cut):
+            self._add_part(gramians, bucket, rows)
+        return _symmetric(add_over_processes(gramians))
 
     def _exchange(self, bucket: Bucket) -> Sent:
         """Sends the rows [m_r, C] of this process by columns, and receives the rows [M, C / W] of all processes."""
@@ -145,20 +164,20 @@ class AddedRows(LocalRows):
         self._set_used(sums[numbers.numel() :])
         return ObjectiveTable.of(sums[: numbers.numel()].view(numbers.shape), table.labels)
 
-    def gramian(self) -> Tensor:
-        """Computes the Gramian [K, K] of the summed rows."""
+    def gramians(self) -> Tensor:
+        """[B, K, K], of the rows' sums."""
         if process_count() == 1:
-            return super().gramian()
+            return super().gramians()
         assert self._used is not None
         self._sums: list[tuple[Bucket, Tensor]] = []
-        gramian = torch.zeros(self._objectives, self._objectives, dtype=torch.float64, device=self.parameters[0].device)
+        gramians = self._no_gramians(self._objectives)
         cut = buckets(self._used, process_count(), self._objectives)
         for bucket, received in in_turn(self._exchange(bucket) for bucket in cut):
             rows = self._summed(bucket, received)
-            gramian += inner(rows, rows)
+            self._add_part(gramians, bucket, rows)
             self._sums.append((bucket, rows))
-        self.jacobian = None  # Free the rows: each process only needs its 1/W of the sums.
-        return _symmetric(add_over_processes(gramian))
+        self.jacobian = None  # Each process keeps 1/W of the sums.
+        return _symmetric(add_over_processes(gramians))
 
     def weighted_sum(self, weights: Tensor, usable: Tensor) -> dict[nn.Parameter, Tensor]:
         """Computes the update sum_k w_k row_k, each process its columns; see `LocalRows.weighted_sum`."""
@@ -207,8 +226,12 @@ class AddedRows(LocalRows):
         return sums
 
     def _weigh(self, bucket: Bucket, sums: Tensor, weights: Tensor, usable: Tensor) -> Sent:
-        """Computes this process's columns of the update; gathers all columns if the parameters are whole."""
-        local = combine(weights, sums) if usable.all() else combine(weights[usable], sums[usable])
+        """The update's columns of this process, gathered from all where the parameters are whole."""
+        if not usable.all():
+            weights, sums = weights[:, usable], sums[usable]
+        own = sums.new_zeros(sums.shape[1])
+        for place, where in by_block(bucket.parts[rank()], self._places):
+            own[where] = combine(weights[place], sums[:, where])
         if bucket.sharded:
             return Sent(bucket, local, None, local)
         local = functional.pad(local, (0, max(bucket.widths) - len(local)))  # A gather needs parts of equal length.
@@ -216,5 +239,5 @@ class AddedRows(LocalRows):
         return Sent(bucket, columns, all_gather_single(columns.view(-1), local, async_op=True), local)
 
 
-def _symmetric(gramian: Tensor) -> Tensor:
-    return (gramian + gramian.T) / 2
+def _symmetric(gramians: Tensor) -> Tensor:
+    return (gramians + gramians.mT) / 2

@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
+from torch import nn
+
 Blocks = Literal["layer", "module", "parameter"] | Callable[[str], str] | Mapping[str, str]
 
 NUMBERED = re.compile(r"(?:^|\.)\d+(?=\.)")
@@ -59,6 +61,19 @@ def blocks_of(blocks: Blocks, names: Iterable[str]) -> list[str]:
         return [block for block in by_name.values() if block is not None]
     function = blocks if callable(blocks) else NAMED[blocks]
     return [function(name) for name in names]
+
+
+def places_of(blocks: Mapping[nn.Parameter, str] | None, parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, int]:
+    """The place of each parameter's block among all of them, in the order in which `blocks` first names them.
+
+    Args:
+        blocks: The name of each parameter's block; None: all are one.
+        parameters: Whose places are wanted.
+    """
+    if blocks is None:
+        return dict.fromkeys(parameters, 0)
+    place = {name: i for i, name in enumerate(dict.fromkeys(blocks.values()))}
+    return {p: place[blocks[p]] for p in parameters}
 
 
 def _paths(name: str) -> Iterable[str]:

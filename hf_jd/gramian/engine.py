@@ -192,13 +192,17 @@ class Engine:
                 outcome = self._passes.run(vector, batch, keep, retain_graph or losses.dim() > 1)
             self._tiers = outcome.tiers
             rows = {p: outcome.rows.get(p) for p in self._coverage.names}
-            parts.append(Jacobian(rows, len(vector), self.block_names()))
+            parts.append(Jacobian(rows, len(vector), self._block_names()))
         if self.sharded:
             self._passes.finish(losses.sum())
         return Jacobian.cat(parts)
 
     def block_names(self) -> dict[nn.Parameter, str] | None:
-        """Returns each trainable parameter's block, for a `Jacobian` of a step without rows; None without `blocks`."""
+        """The block of each trainable parameter; None without `blocks`. For a `Jacobian` of a step without rows."""
+        self._coverage.read()
+        return self._block_names()
+
+    def _block_names(self) -> dict[nn.Parameter, str] | None:
         if self.blocks is None:
             return None
         names = self._coverage.names

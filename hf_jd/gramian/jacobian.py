@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from hf_jd.gramian.blocks import places_of
 from hf_jd.gramian.rows import DenseRows, Rows
 from hf_jd.gramian.stacks import Stack
 
@@ -61,14 +62,14 @@ class Jacobian:
 
     @property
     def blocks(self) -> list[str]:
-        """The names of the B blocks, in the model's order; without blocks, a single empty name."""
-        return [""] if self._blocks is None else list(dict.fromkeys(self._blocks[p] for p in self._rows))
+        """The names of the B blocks, in the model's order; one without a name where no blocks were asked for."""
+        return [""] if self._blocks is None else list(dict.fromkeys(self._blocks.values()))
 
     def gramians(self) -> Tensor:
         """Computes each block's Gramian, [B, R, R]; they sum to `gramian()`."""
         if self._blocks is None:
             return self.gramian()[None]
-        places = self._places()
+        places = places_of(self._blocks, self._rows)
         device = next((p.device for p, rows in self._rows.items() if rows is not None), torch.device("cpu"))
         total = torch.zeros(len(self.blocks), len(self), len(self), dtype=torch.float64, device=device)
         with torch.autocast(device.type, enabled=False):
@@ -86,7 +87,9 @@ class Jacobian:
             weights: [R]; or [B, R], one set per block, in the order of `blocks`.
         """
         sums: dict[nn.Parameter, Tensor] = {}
-        places = self._places() if weights.dim() == 2 else {}
+        if weights.dim() == 2 and self._blocks is None:
+            weights = weights[0]
+        places = places_of(self._blocks, self._rows) if weights.dim() == 2 else {}
         for stack in self._stacks():
             device = stack.rows.device
             w = weights[[places[p] for p in stack.members]] if places else weights
@@ -168,11 +171,6 @@ class Jacobian:
     def _symmetric(self, total: Tensor) -> Tensor:
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in self._rows) else torch.float32
         return ((total + total.mT) / 2).to(dtype)
-
-    def _places(self) -> dict[nn.Parameter, int]:
-        """Returns the index of each parameter's block in `blocks`."""
-        place = {name: i for i, name in enumerate(self.blocks)}
-        return {p: 0 if self._blocks is None else place[self._blocks[p]] for p in self._rows}
 
     def _stacks(self) -> list[Stack]:
         return list({id(rows): rows for rows in self._rows.values() if type(rows) is Stack}.values())

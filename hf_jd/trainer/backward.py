@@ -6,7 +6,7 @@ Trainer's step ends in `accelerator.backward(loss)`. That call is replaced: the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -157,11 +157,10 @@ class Recorder:
         with self.trainer.engine().paused(), set_aside(self.trainer.trainable()) as gradients:
             value = self._step(batch, step, backward)
         finite = losses[0].isfinite()[None]
-        rows = {p: DenseRows(g.reshape(1, -1), p.shape) for p, g in gradients.items()} if finite else {}
         unknown = finite.double() * torch.nan
         labels = torch.stack([finite.long() * 0 - 1, finite.long() * 0], dim=1)
         table = ObjectiveTable.of(torch.stack([unknown, unknown, finite.double()], dim=1), labels)
-        jacobian = Jacobian({p: rows.get(p) for p in self.trainer.trainable()}, 1)
+        jacobian = self.jacobian_of(gradients if finite else {})
         return value, Recorded(table, jacobian, (~finite).sum(), True, {}, None)
 
     def again(self, first: Passed, model: nn.Module, keep: Tensor | None = None) -> Passed:
@@ -228,7 +227,13 @@ class Recorder:
         return engine.compute_jacobian(losses, of_rows, self.materialise, retain_graph)
 
     def _no_rows(self, objectives: int) -> Jacobian | None:
-        return Jacobian(dict.fromkeys(self.trainer.trainable()), objectives) if objectives else None
+        return self.jacobian_of({}, objectives) if objectives else None
+
+    def jacobian_of(self, gradients: Mapping[nn.Parameter, Tensor], objectives: int = 1) -> Jacobian:
+        """The row of one objective from its gradient; without a gradient, rows of zeros, of any number."""
+        rows = {p: DenseRows(g.reshape(1, -1), p.shape) for p, g in gradients.items()}
+        trainer = self.trainer
+        return Jacobian({p: rows.get(p) for p in trainer.trainable()}, objectives, trainer.engine().block_names())
 
     def _step(self, batch: Any, step: Step, backward: Callable[[Tensor], None]) -> Tensor:
         trainer, losses = self.trainer, []

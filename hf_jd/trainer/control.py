@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from hf_jd.arguments import JDArguments
 from hf_jd.contradictions import check_weighting
 from hf_jd.trainer.weighing import call_weighting
+from hf_jd.weighting import Stateful
 
 WEIGHTS_FILE = "jd_weights.json"
 """The file with the last weights, by name, in checkpoints of a run that doesn't weigh at every update."""
@@ -28,7 +30,9 @@ class Control:
         groups: The names of all groups, if known.
 
     Attributes:
-        last: By the objectives' names, m w_k at the last update that weighed them; 1 is the mean's.
+        last: By the objectives' names, m w_k of the last update in which they were weighed; 1 is the mean's.
+        of_blocks: With `--jd_blocks`, the weighting of each block by its name: a copy, so that each remembers its own
+            past, of what has `reset()` or `state_dict()`.
 
     Raises:
         ValueError: A preference is for no group, or the weighting can't follow a flag.
@@ -40,6 +44,7 @@ class Control:
         self.weighting = weighting
         self.preferences = jd.preferences()
         self.last: dict[str, float] = {}
+        self.of_blocks: dict[str, Callable[[Tensor], Tensor]] = {}
         unknown = sorted(set(self.preferences) - set(groups if groups is not None else self.preferences))
         if unknown:
             raise ValueError(
@@ -47,16 +52,19 @@ class Control:
                 f"{_listed(groups or [])}."
             )
 
-    def weights(self, gramian: Tensor, losses: Tensor, names: Sequence[str] | None, step: int) -> Tensor:
-        """Computes the weights [m], float64, of the unscaled rows.
+    def weights(
+        self, gramian: Tensor, losses: Tensor, names: Sequence[str] | None, block: str | None = None, *, step: int
+    ) -> Tensor:
+        """The weights [m], float64, of the rows as they are.
 
         With D = diag(d) for the scales d of `--jd_normalize`, they are D W(D G D): the update combines scaled rows.
 
         Args:
             gramian: [m, m].
             losses: [m].
-            names: [m] the objectives' names, if they stay the same from step to step.
-            step: The number of earlier updates.
+            names: [m] the objectives' names, where they stay the same from step to step.
+            block: The block of parameters that the Gramian is of, by its name; None: of all.
+            step: How many updates came before this one.
         """
         m = len(losses)
         if step < self.jd.jd_warmup_steps:
@@ -64,15 +72,25 @@ class Control:
         wanted = [self.preferences.get(name, 1.0) for name in names or []]
         if self.preferences and not any(wanted):
             return torch.zeros(m, dtype=torch.float64, device=gramian.device)
-        weighting: Any = self.weighting
+        weighting: Any = self.weighting if block is None else self.of_block(block)
         if self.preferences:
-            weighting = replace(weighting, pref_vector=[value / sum(wanted) for value in wanted])
+            before, weighting = weighting, replace(weighting, pref_vector=[value / sum(wanted) for value in wanted])
+            if isinstance(before, Stateful):
+                weighting.remember_as(before)
         scales = self._scales(gramian, losses)
         scaled = scales.outer(scales).to(gramian) * gramian
         weights = scales * call_weighting(weighting, scaled, losses, names)
         if names is not None and self.jd.jd_every > 1:
             self.last |= dict(zip(names, (m * weights).tolist(), strict=True))
         return weights
+
+    def of_block(self, block: str) -> Callable[[Tensor], Tensor]:
+        """The weighting of a block of parameters, by its name; the first call makes it."""
+        if block not in self.of_blocks:
+            # What has no such method is shared: a method of an object would be copied with all that this holds.
+            remembers = any(callable(getattr(self.weighting, name, None)) for name in ("reset", "state_dict"))
+            self.of_blocks[block] = deepcopy(self.weighting) if remembers else self.weighting
+        return self.of_blocks[block]
 
     def measures(self, step: int) -> bool:
         """Whether the update after `step` others needs rows, to be weighed or watched."""

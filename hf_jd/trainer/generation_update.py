@@ -111,7 +111,7 @@ class RewardRecorder(NamedRecorder):
         trainer, membership = self.trainer, direction.membership
         some = (membership != 0).any(0)
         if not some.any():
-            return Jacobian(dict.fromkeys(trainer.trainable()), len(membership))
+            return self.jacobian_of({}, len(membership))
         ids, m = torch.where(some, some.cumsum(0) - 1, -1), int(some.sum())
         pairs = zip(policy.outputs, direction.gradients, strict=True)
         parts = [surrogates(Cotangent(output, gradient), ids, m) for output, gradient in pairs if output.dim()]

@@ -64,7 +64,7 @@ class JDTrainerMixin(EvaluationMixin):
         self.jd_model_takes_groups = False
         self.jd_group_names: list[str] | None = None
         self._jd_engine: tuple[nn.Module, Engine] | None = None
-        self._jd_engine_options = dict(engine_options or {})
+        self.jd_engine_options = dict(engine_options or {})
         self.jd_outputs = OutputObserver([])
         self.jd_log = RunLog()
         self.follow_flags()
@@ -251,13 +251,13 @@ class JDTrainerMixin(EvaluationMixin):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            save_weighting(self.weighting, Path(output_dir))
+            save_weighting(self.jd_control, Path(output_dir))
             self.jd_control.save(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            load_weighting(self.weighting, Path(checkpoint))
+            load_weighting(self.jd_control, Path(checkpoint), self.engine().blocks is not None)
             self.jd_control.load(Path(checkpoint))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -289,7 +289,8 @@ class JDTrainerMixin(EvaluationMixin):
         assert self.model is not None
         if self._jd_engine is None or self._jd_engine[0] is not self.model:
             self._leave_model()
-            options: dict[str, Any] = {"check": self.jd_args.jd_check, **self._jd_engine_options}
+            blocks = None if self.jd_args.jd_blocks == "none" else self.jd_args.jd_blocks
+            options: dict[str, Any] = {"check": self.jd_args.jd_check, "blocks": blocks, **self.jd_engine_options}
             self._jd_engine = (self.model, Engine(self.model, **options))
             inner = getattr(self.model, "get_base_model", None)  # Some losses call the model inside a PEFT model.
             self.jd_outputs = OutputObserver([self.model] if inner is None else [self.model, inner()])

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from hf_jd.gramian import Jacobian
 from hf_jd.gramian.random_streams import RandomState
-from hf_jd.gramian.rows import DenseRows
 from hf_jd.objectives import Membership, ObjectiveTable
 from hf_jd.trainer.backward import Passed, Recorded, Recorder
 from hf_jd.trainer.splitting import Whose
@@ -79,10 +78,8 @@ class NamedRecorder(Recorder):
         return Recorded(passed.table, jacobian, passed.broken, True, extra, None)
 
     def gradient_row(self, loss: Tensor) -> Jacobian:
-        """Computes the row of one objective with a plain backward pass."""
-        gradients = self.trainer.engine().gradients(loss) if loss.requires_grad else {}
-        rows = {p: DenseRows(g.reshape(1, -1), p.shape) for p, g in gradients.items()}
-        return Jacobian({p: rows.get(p) for p in self.trainer.trainable()}, 1)
+        """The row of one objective, by a plain backward pass."""
+        return self.jacobian_of(self.trainer.engine().gradients(loss) if loss.requires_grad else {})
 
     def _passed(self, batch: Any, whose: Whose, loss: Tensor, streams: RandomState | None = None) -> Passed:
         content, counts, broken = self.split(loss * (self.scale / self.backend.divisor()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from hf_jd.checkpoints import newest_whole, what_is_missing
 from hf_jd.trainer.backends import backend_of
-from hf_jd.trainer.control import WEIGHTS_FILE
+from hf_jd.trainer.control import WEIGHTS_FILE, Control
 from hf_jd.weighting import Stateful
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 WEIGHTING_FILE = "jd_weighting.pt"
 """The file with a weighting's memory of past steps, in each checkpoint."""
+
+_OF_BLOCKS = "of_blocks"  # in that file, by the names of blocks
 
 logger = logging.get_logger(__name__)
 
@@ -89,28 +91,47 @@ def trainer_files(trainer: Trainer) -> list[str]:
     return [*backend_of(trainer).optimizer_files(), *states]
 
 
-def save_weighting(weighting: object, checkpoint: Path) -> None:
-    """Saves the weighting's memory to a checkpoint: its `state_dict()`, if it has one and it isn't empty."""
-    state_dict = getattr(weighting, "state_dict", None)
-    state = state_dict() if callable(state_dict) else None
+def save_weighting(control: Control, checkpoint: Path) -> None:
+    """Adds to a checkpoint what the weighting remembers: its `state_dict()`, if it has one, and that isn't empty."""
+    of_blocks = {block: _state(weighting) for block, weighting in control.of_blocks.items()}
+    state = {_OF_BLOCKS: of_blocks} if any(of_blocks.values()) else _state(control.weighting)
     if state:
         torch.save(state, checkpoint / WEIGHTING_FILE)
 
 
-def load_weighting(weighting: object, checkpoint: Path) -> None:
-    """Loads a weighting's memory from a checkpoint; warns if the weighting may have one, but it wasn't saved."""
-    file, load = checkpoint / WEIGHTING_FILE, getattr(weighting, "load_state_dict", None)
-    if callable(load) and file.is_file():
-        state = torch.load(file)
-        if isinstance(weighting, nn.Module):
-            _make_buffers(weighting, state)
-        load(state)
+def _state(weighting: object) -> Any:
+    state_dict = getattr(weighting, "state_dict", None)
+    return state_dict() if callable(state_dict) else None
+
+
+def load_weighting(control: Control, checkpoint: Path, by_block: bool) -> None:
+    """Gives back to a weighting what it remembered in a checkpoint; says so where it may have, and that isn't there.
+
+    Args:
+        control: Whose weighting it is.
+        checkpoint: Of the run that goes on.
+        by_block: Whether each block of parameters has a weighting of its own. What one for all parameters remembered
+            is then where each of them begins.
+    """
+    file, weighting = checkpoint / WEIGHTING_FILE, control.weighting
+    state = torch.load(file) if callable(getattr(weighting, "load_state_dict", None)) and file.is_file() else None
+    if state is not None and _OF_BLOCKS not in state:
+        _load(weighting, state)
+    elif state is not None and by_block:
+        for block, own in state[_OF_BLOCKS].items():
+            _load(control.of_block(block), own)
     elif callable(getattr(weighting, "reset", None)):
         logger.warning(
             f"The checkpoint `{checkpoint}` has no memory of past steps for the weighting "
             f"`{type(weighting).__name__}`, which starts over. Give it `state_dict()` and `load_state_dict()` to save "
             "its memory."
         )
+
+
+def _load(weighting: Any, state: Mapping[str, Any]) -> None:
+    if isinstance(weighting, nn.Module):
+        _make_buffers(weighting, state)
+    weighting.load_state_dict(state)
 
 
 def _make_buffers(weighting: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hf_jd.arguments import JDArguments
 from hf_jd.checkpoints import check_room, check_writable
 from hf_jd.collator import GroupCollator
+from hf_jd.contradictions import check_blocks
 from hf_jd.groups import group_names
 from hf_jd.trainer.control import Control
 from hf_jd.trainer.foreign_weightings import as_weighting
@@ -108,6 +109,7 @@ def check_setup(trainer: JDTrainerMixin) -> None:
             f"--jd_sampler {trainer.jd_args.jd_sampler} orders the examples, but a stream has its own order: use a "
             "dataset with a length, or --jd_sampler trainer."
         )
+    check_blocks(trainer.jd_args, trainer.jd_engine_options.get("blocks"))
     trainer.jd_backend.check()
     _check_losses(trainer)
     check_liger(trainer)

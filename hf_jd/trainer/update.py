@@ -45,6 +45,7 @@ class Update:
         self.trainer, self.model, self.batches, self.alone = trainer, model, batches, alone
         self.jd, self.kind, self.backend = trainer.jd_args, trainer.jd_args.kind, trainer.jd_backend
         self.trainable = trainer.trainable()
+        self.blocks = trainer.engine().block_names()
         self.budget = allowed(trainer)
         self.present = self._present_groups()
         self.measured = trainer.jd_control.measures(trainer.state.global_step)
@@ -112,11 +113,11 @@ class Update:
         table, jacobian = self.store.joined()
         rows = self._rows(jacobian)
         objectives = self._objectives(rows.exchange(table), recorded[0].normalised)
-        gramian = rows.gramian() / self.recorder.scale**2
+        gramians = rows.gramians() / self.recorder.scale**2
         self.measuring.close()
-        usable = objectives.usable(gramian)
+        usable = objectives.usable(gramians.sum(0))
         broken = self._count_broken(torch.stack([r.broken for r in recorded]).sum(), objectives, usable)
-        result = weigh(gramian, objectives, usable, self._settings())
+        result = weigh(gramians, objectives, usable, self._settings())
         weights = result.weights * self._share(objectives)
         self.trainer.jd_state = result.state or self.trainer.jd_state
         for metrics in result.metrics:
@@ -129,14 +130,14 @@ class Update:
             accumulate({p: torch.full_like(p, torch.inf) for p in self.trainable})
         elif self.backend.owns_backward:
             with unchanged_streams(self.trainer.args.device):
-                self._second_pass_of_backend(recorded, weights[rows.local], usable[rows.local])
+                self._second_pass_of_backend(recorded, weights[0, rows.mine], usable[rows.mine])
         elif not self.two_passes or self.kind.of_batches or objectives.broken(usable).any():
             # Pick rows: a second pass would multiply nonfinite ones by 0, which is NaN. The rows include GradScaler's
             # scale, by which it divides.
             accumulate(rows.weighted_sum(weights, usable))
         else:
             with unchanged_streams(self.trainer.args.device):
-                self._second_pass(recorded, weights[rows.local])
+                self._second_pass(recorded, weights[0, rows.mine])
         if not self.backend.owns_backward and anywhere(self.recorder.has_rest, self.trainer.args.device):
             accumulate(add_gradients(extra, self.trainable))
 
@@ -262,10 +263,10 @@ class Update:
             )
         self.trainer.jd_apart = True
 
-    def _rows(self, jacobian: Any) -> LocalRows:
-        """Wraps this process's rows, or None, among all rows that are weighed together."""
-        kind = LocalRows if self.alone else AddedRows if self.kind.shared else GatheredRows
-        return kind(jacobian, self.trainable)
+    def _rows(self, jacobian: Any) -> OwnRows:
+        """This process's rows among those that are weighed together; None where it has none."""
+        kind = OwnRows if self.alone else AddedRows if self.kind.shared else GatheredRows
+        return kind(jacobian, self.trainable, self.blocks)
 
     def _objectives(self, table: ObjectiveTable, normalised: bool) -> Objectives:
         apart = self.jd.jd_extra_losses == "objective" and not self.kind.shared
@@ -280,6 +281,7 @@ class Update:
             trainer.group_name,
             self.jd.jd_ascend or [],
             partial(trainer.jd_control.weights, step=step),
+            list(dict.fromkeys((self.blocks or {}).values())),
         )
 
     def _multipliers(self, table: ObjectiveTable) -> Tensor:

@@ -1,16 +1,16 @@
-"""The weighing: (objectives, G) -> w, with metrics and the state for callbacks."""
+"""The weighing: (objectives, Gramians) -> w, and what a step leaves to be read of it."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_jd.metrics import Metrics, loss_metrics, step_metrics
+from hf_jd.metrics import Metrics, block_metrics, loss_metrics, step_metrics
 from hf_jd.objectives import Kind, Objectives, ObjectiveTable
 from hf_jd.trainer.foreign_weightings import checked_weights
 from hf_jd.weighting import Weighting
@@ -21,18 +21,20 @@ class JDState:
     """The last measured update, for callbacks.
 
     Attributes:
-        names: [m] the objectives' names: groups or losses, the positions of instances in the update, or both, such as
-            `0/loss`.
-        gramian: [m, m].
-        weights: [m].
-        losses: [m] the objectives' values, whose mean is Trainer's loss; negated for `--jd_ascend`. NaN if the loss was
-            split at the model's outputs: its parts then have gradients, but no known values.
+        names: [m] the objectives' names: those of groups or losses, the positions of instances in the update, or both,
+            as `0/loss`.
+        gramian: [m, m], of all parameters.
+        weights: [m]; with `--jd_blocks`, [B, m], those of each block.
+        losses: [m] the objectives' values, whose mean is Trainer's loss; those of `--jd_ascend` are negated. NaN where
+            the loss was split at the model's outputs: its parts have gradients, and no known values.
+        blocks: With `--jd_blocks`, the Gramian [m, m] of each block by its name, in the order of the weights.
     """
 
     names: list[str]
     gramian: Tensor
     weights: Tensor
     losses: Tensor
+    blocks: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,10 @@ class StepSettings:
         kind: The kind of objectives.
         objectives: Its name.
         losses: The names of the losses.
-        group_name: Returns the name of a group, from its id.
-        raised: The names of the groups whose loss is raised.
-        weights: W(G, losses, names of objectives, if they stay the same): `Control.weights` at this step.
+        group_name: The name of a group, by its id.
+        raised: The names of the groups whose loss is to be raised.
+        weights: W(G, losses, names of objectives that stay the same, block), as `Control.weights` has it at this step.
+        blocks: The names of the blocks of parameters; none where all parameters are weighed together.
     """
 
     kind: Kind
@@ -53,16 +56,17 @@ class StepSettings:
     losses: Sequence[str]
     group_name: Callable[[int], str]
     raised: Sequence[str]
-    weights: Callable[[Tensor, Tensor, Sequence[str] | None], Tensor]
+    weights: Callable[[Tensor, Tensor, Sequence[str] | None, str | None], Tensor]
+    blocks: Sequence[str] = ()
 
 
 class StepResult(NamedTuple):
     """The result of weighing an update.
 
     Attributes:
-        weights: [M], one per row, 0 for unusable rows.
-        state: The objectives, for callbacks; None if no row is usable.
-        metrics: The metrics to log.
+        weights: [B, M] of the rows in each block, 0 for those that aren't usable.
+        state: The objectives, for callbacks; None where none is usable.
+        metrics: What is logged.
     """
 
     weights: Tensor
@@ -70,37 +74,43 @@ class StepResult(NamedTuple):
     metrics: list[Metrics]
 
 
-def weigh(gramian: Tensor, objectives: Objectives, usable: Tensor, settings: StepSettings) -> StepResult:
-    """Computes the weights of an update's rows.
+def weigh(gramians: Tensor, objectives: Objectives, usable: Tensor, settings: StepSettings) -> StepResult:
+    """Finds the weights of an update's rows, in each block of parameters by itself.
 
     A row times a factor f_k is its objective's row; f_k is negative for a loss that is raised. With D = diag(f) and w
     the weights for the objectives' Gramian D G D, the rows have the weights D w.
 
     Args:
-        gramian: [M, M], of the rows.
-        objectives: The M rows' losses, counts and labels.
+        gramians: [B, M, M], of the rows in each block; B = 1 without blocks.
+        objectives: What is known of the M rows.
         usable: [M] (bool).
         settings: See `StepSettings`.
     """
-    weights = torch.zeros(len(usable), dtype=torch.float64, device=gramian.device)
+    weights = torch.zeros(len(gramians), len(usable), dtype=torch.float64, device=gramians.device)
     if not usable.any():
         return StepResult(weights, None, [])
     factors = objectives.factors(usable) * signs(objectives.table.groups, settings)
-    gramian = (factors.outer(factors).to(gramian) * gramian)[usable][:, usable]
+    gramians = (factors.outer(factors).to(gramians) * gramians)[:, usable][:, :, usable]
     members, joined = objectives.members(usable), objectives.joined(usable).table
-    m = len(joined)
-    if m < len(gramian):
-        gramian = gramian.new_zeros(m, len(gramian)).index_add(0, members, gramian)
-        gramian = gramian.new_zeros(m, m).index_add(1, members, gramian)
+    (b, m), n = (len(gramians), len(joined)), len(members)
+    if m < n:
+        gramians = gramians.new_zeros(b, m, n).index_add(1, members, gramians)
+        gramians = gramians.new_zeros(b, m, m).index_add(2, members, gramians)
     losses = torch.zeros_like(joined.losses).index_add(0, members, (factors * objectives.table.losses)[usable])
     names = _names(joined, objectives.whole, settings)
-    weights_of_objectives = settings.weights(gramian, losses, names if settings.kind.shared else None)
-    weights[usable] = weights_of_objectives[members] * factors[usable].to(weights)
+    lasting = names if settings.kind.shared else None
+    pairs = zip(gramians, settings.blocks or [None], strict=True)
+    found = torch.stack([settings.weights(gramian, losses, lasting, block) for gramian, block in pairs])
+    weights[:, usable] = found[:, members] * factors[usable].to(weights)
     metrics = [
-        step_metrics(gramian, weights_of_objectives, _means(joined), joined.counts, ids, label)
+        step_metrics(gramians, found, _means(joined), joined.counts, ids, label)
         for ids, label in _labels(joined, settings)
     ]
-    return StepResult(weights, JDState(names, gramian, weights_of_objectives, losses), metrics)
+    if settings.blocks:
+        metrics.append(block_metrics(gramians, found))
+        blocks = dict(zip(settings.blocks, gramians, strict=True))
+        return StepResult(weights, JDState(names, gramians.sum(0), found, losses, blocks), metrics)
+    return StepResult(weights, JDState(names, gramians[0], found[0], losses), metrics)
 
 
 def _means(table: ObjectiveTable) -> Tensor | None:

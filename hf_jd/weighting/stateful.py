@@ -73,6 +73,10 @@ class Stateful(Weighting):
         """Forgets all past steps; the generator starts from the seed again."""
         object.__setattr__(self, "memory", Memory(getattr(self, "seed", 0)))
 
+    def remember_as(self, other: Stateful) -> None:
+        """Shares what another weighting remembers: of the same method, with other parameters."""
+        object.__setattr__(self, "memory", other.memory)
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the memory as plain containers and tensors, for `torch.save`."""
         memory = self.memory

@@ -273,3 +273,12 @@ def test_without_any_advantage_the_rest_is_descended(tmp_path):
     policy = Policy(tmp_path, named, moved=0.5, beta=0.1)
     rest = policy.gradient(torch.zeros(8))
     assert relative(policy.step(None), rest) < EXACT
+
+
+def test_rewards_are_weighed_by_block(tmp_path):
+    policy = Policy(tmp_path, rewards(2), moved=0.5, beta=0.1, jd_blocks="module")
+    plain = Policy(tmp_path, rewards(2), moved=0.5, beta=0.1)
+    weights = torch.tensor([0.3, 0.9], dtype=torch.float64)
+    assert relative(policy.step(weights), plain.step(weights)) < EXACT
+    assert relative(policy.gramian, plain.gramian) < EXACT
+    assert len(policy.trainer.jd_state.blocks) > 1

@@ -24,7 +24,12 @@ class DeepSpeed(Backend):
     shards = True
 
     def check(self) -> None:
-        """Raises a ValueError for set-ups that this backend can't train."""
+        """Raises a ValueError for what can't be trained in this way."""
+        if self.trainer.jd_args.jd_blocks != "none":
+            raise ValueError(
+                "DeepSpeed owns the backward pass, which descends weighted losses, and with --jd_blocks each block of "
+                "parameters has weights of its own: leave --jd_blocks at none, or use DDP or FSDP2."
+            )
         if self.trainer.jd_args.jd_backward != "two_pass":
             raise ValueError(
                 "DeepSpeed owns the backward pass, so that an update takes two: add --jd_backward two_pass."

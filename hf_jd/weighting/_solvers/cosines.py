@@ -32,13 +32,11 @@ def factored_cosines(gramian: Array, lengths: Array) -> tuple[Array, Array | Non
     Raises:
         ValueError: G has negative eigenvalues too large for rounding errors; the message lists C's.
     """
-    inverse = (lengths > 0) / (lengths + (lengths == 0))
-    cosines = gramian * inverse * inverse[:, None]
-    diagonal = cosines.reshape(-1)[:: len(cosines) + 1]
-    diagonal[:] = 1
+    cosines = _unit(gramian, lengths)
     factor = _cholesky(cosines)
     if factor is not None:
         return cosines, factor
+    diagonal = cosines.reshape(-1)[:: len(cosines) + 1]
     if abs(cosines).max() <= 1 + _BEYOND_ONE:
         cosines = cosines.clip(-1, 1)
         diagonal = cosines.reshape(-1)[:: len(cosines) + 1]
@@ -58,6 +56,13 @@ def shrunk(gramian: Array, noise: float) -> Array:
     index = list(range(len(gramian)))
     smaller[index, index] = gramian.diagonal()
     return smaller
+
+
+def _unit(gramian: Array, lengths: Array) -> Array:
+    inverse = (lengths > 0) / (lengths + (lengths == 0))
+    cosines = gramian * inverse * inverse[:, None]
+    cosines.reshape(-1)[:: len(cosines) + 1] = 1
+    return cosines
 
 
 def _cholesky(matrix: Array) -> Array | None:
@@ -97,6 +102,12 @@ def _semidefinite(cosines: Array) -> Array:
 def independent(factor: Array) -> bool:
     """Whether C = L L^T certainly has full rank, from L [m, m]."""
     return bool(factor.diagonal().min() ** 2 >= SINGULAR)
+
+
+def dependent(gramian: Array, pivot: float) -> bool:
+    """Whether a row depends on others, up to a squared pivot of the rows' cosines."""
+    factor = _cholesky(_unit(gramian, gramian.diagonal() ** 0.5))
+    return factor is None or bool(factor.diagonal().min() ** 2 < pivot)
 
 
 def cosine_factor(cosines: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from hf_jd.weighting._solvers.cosines import (
     Array,
     cosine_factor,
     cosine_matrix,
+    dependent,
     factored_cosines,
     independent,
     shrunk,
@@ -38,7 +39,8 @@ _LARGEST = 1e-6  # accepted: where rows are opposite up to 1e-8 or less, G has t
 _DIAGONAL = 2e-10  # added, it makes G certainly definite, and its solution violates the conditions by less than 1e-6
 _ROUNDING = 1e-3  # times the tolerance and the sum of the terms: rounding error of a projection of length 0
 SMALL = 32**3  # problems times m^2 up to which one at a time is faster: `benchmark.py weightings --solvers` measures it
-_REGULARISATION = 1e-8  # the root of float64's precision, which balances rounding errors against the change it makes
+SMALL_DEPENDENT = 72**3  # the same where rows are dependent (`--kinds "low rank"`)
+_REGULARISATION = 1e-8  # the root of float64's precision: where rounding and the diagonal disturb least together
 _PROXIMAL_STEPS = 2
 _DEPENDENT = 1e-5  # squared pivot up to which a row may depend on others, given float32's errors
 _LAST_REGULARISATION = 1e-10
@@ -93,8 +95,10 @@ def _solve(gramian: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 def chosen_solvers(gramian: Tensor, targets: Tensor) -> tuple[Solver, Solver]:
     """Returns the preferred solver, and the one for problems where it fails; a large Gramian stays on its device."""
     problems, m = targets.shape
-    small = problems == 1 or problems * m * m <= SMALL
-    small = small and (m <= 32 or gramian.device.type == "cpu")
+    size = problems * m * m
+    small = m <= 32 or gramian.device.type == "cpu"
+    if small and problems > 1 and size > SMALL:
+        small = size <= SMALL_DEPENDENT and dependent(gramian, _DEPENDENT)
     return (one_by_one, together) if small else (together, one_by_one)
 
 

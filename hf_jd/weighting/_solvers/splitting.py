@@ -110,12 +110,16 @@ def _choose_penalty(problems: _Problems) -> _Trial:
     """Returns the penalty that leaves the fewest wrong rows in a sample of the problems."""
     count = len(problems.targets)
     sample = problems.select(torch.arange(0, count, -(-count // _SAMPLE), device=problems.targets.device))
-    best = _try_penalty(sample, _PENALTIES[0], _SAMPLE_STEPS[0])
+    penalties, trials = list(_PENALTIES), []
     for steps in _SAMPLE_STEPS:
-        for penalty in _PENALTIES:
-            if best.wrong <= 1:
-                return best
-            best = _better(best, _try_penalty(sample, penalty, steps))
+        trials = []
+        for penalty in penalties:
+            trials.append(_try_penalty(sample, penalty, steps))
+            if trials[-1].wrong <= 1:
+                return trials[-1]
+        trials.sort(key=lambda trial: trial.wrong)
+        penalties = [trial.penalty for trial in trials]  # With more steps, the best of few is tried first.
+    best = trials[0]
     for factor in (3, 1 / 3):
         best = _better(best, _try_penalty(sample, factor * best.penalty, _SAMPLE_STEPS[-1]))
     return best
@@ -184,7 +188,7 @@ def _solve(problems: _Problems, positive: Tensor) -> tuple[Tensor, Tensor]:
     for i, mask in enumerate(positive):
         support = mask.nonzero()[:, 0]
         if len(support):
-            system = cosines.index_select(0, support).index_select(1, support)
+            system = cosines.index_select(0, support).gather(1, support.expand(len(support), -1))
             right = system @ targets[i, support] - slopes[i, support]
             first[i, support], refined[i, support] = _solve_support(system, right, regularisation)
     gaps = first @ cosines + regularisation * first
