@@ -8,9 +8,8 @@ share of a tensor that leaves a process (2 f in an all-reduce, which is a reduce
 | instances, m_r on this process, M together | f b m_r n | 2 f 8 B M^2 | 2 f b n | f b n |
 | K groups | f b K n | 2 f 8 B K^2 | f b n | 0 |
 
-Each of B blocks of parameters has a Gramian of its own; B is 1 unless they are asked for. Plain data parallelism sends
-2 f b n for its gradient, with shards f b n. The numbers of a step that are known of each objective (40 bytes) and of
-each parameter (8 bytes) are gathered besides.
+Each of the B blocks of parameters has its own Gramian; B is 1 by default. Plain data parallelism sends 2 f b n for its
+gradient, or f b n with shards. A step also gathers 40 bytes per objective and 8 bytes per parameter.
 """
 
 from __future__ import annotations
@@ -52,8 +51,8 @@ class LocalRows:
         self.jacobian = jacobian
         self.parameters = parameters
         self._places = places_of(blocks, parameters)
-        self._own = set() if jacobian is None else set(jacobian.used)
-        self.mine = slice(None)
+        self._local = set() if jacobian is None else set(jacobian.used)
+        self.local = slice(None)
         self._used: list[nn.Parameter] | None = None
 
     def exchange(self, table: ObjectiveTable) -> ObjectiveTable:
@@ -61,7 +60,7 @@ class LocalRows:
         return table
 
     def gramians(self) -> Tensor:
-        """[B, M, M], one per block, the same on all processes that weigh together."""
+        """Computes the Gramians [B, M, M], one per block, the same on all processes that weigh together."""
         return self._no_gramians(0) if self.jacobian is None else self.jacobian.gramians()
 
     def weighted_sum(self, weights: Tensor, usable: Tensor) -> dict[nn.Parameter, Tensor]:
@@ -69,9 +68,9 @@ class LocalRows:
 
         Args:
             weights: [B, M].
-            usable: [M] (bool); other rows may be NaN, and are not touched.
+            usable: [M] (bool); other rows may be NaN, and are not read.
         """
-        weights, usable = weights[:, self.mine], usable[self.mine]
+        weights, usable = weights[:, self.local], usable[self.local]
         gradients = {}
         if self.jacobian is not None and usable.any():
             everything = bool(usable.all())
@@ -80,12 +79,12 @@ class LocalRows:
         return add_gradients(gradients, self.parameters, self._used)
 
     def _no_gramians(self, objectives: int) -> Tensor:
-        """[B, M, M] zeros, to which each process adds its part."""
+        """Returns zeros [B, M, M], to which each process adds its part."""
         blocks, device = max(self._places.values()) + 1, self.parameters[0].device
         return torch.zeros(blocks, objectives, objectives, dtype=torch.float64, device=device)
 
     def _add_part(self, gramians: Tensor, bucket: Bucket, rows: Tensor) -> None:
-        """Adds what the columns of this process contribute to each block's Gramian."""
+        """Adds the contribution of this process's columns to each block's Gramian."""
         for place, where in by_block(bucket.parts[rank()], self._places):
             own = rows[:, where]
             gramians[place] += inner(own, own)
@@ -125,7 +124,7 @@ class GatheredRows(LocalRows):
         return ObjectiveTable.of(every[:, :-2], every[:, -2:])
 
     def gramians(self) -> Tensor:
-        """[B, M, M], of the rows of all processes."""
+        """Computes the Gramians [B, M, M] of the rows of all processes."""
         if process_count() == 1:
             return super().gramians()
         assert self._used is not None
@@ -165,7 +164,7 @@ class AddedRows(LocalRows):
         return ObjectiveTable.of(sums[: numbers.numel()].view(numbers.shape), table.labels)
 
     def gramians(self) -> Tensor:
-        """[B, K, K], of the rows' sums."""
+        """Computes the Gramians [B, K, K] of the summed rows."""
         if process_count() == 1:
             return super().gramians()
         assert self._used is not None
@@ -176,7 +175,7 @@ class AddedRows(LocalRows):
             rows = self._summed(bucket, received)
             self._add_part(gramians, bucket, rows)
             self._sums.append((bucket, rows))
-        self.jacobian = None  # Each process keeps 1/W of the sums.
+        self.jacobian = None  # Free the rows: each process only needs its 1/W of the sums.
         return _symmetric(add_over_processes(gramians))
 
     def weighted_sum(self, weights: Tensor, usable: Tensor) -> dict[nn.Parameter, Tensor]:
@@ -226,12 +225,12 @@ class AddedRows(LocalRows):
         return sums
 
     def _weigh(self, bucket: Bucket, sums: Tensor, weights: Tensor, usable: Tensor) -> Sent:
-        """The update's columns of this process, gathered from all where the parameters are whole."""
+        """Computes this process's columns of the update; gathers all columns if the parameters are whole."""
         if not usable.all():
             weights, sums = weights[:, usable], sums[usable]
-        own = sums.new_zeros(sums.shape[1])
+        local = sums.new_zeros(sums.shape[1])
         for place, where in by_block(bucket.parts[rank()], self._places):
-            own[where] = combine(weights[place], sums[:, where])
+            local[where] = combine(weights[place], sums[:, where])
         if bucket.sharded:
             return Sent(bucket, local, None, local)
         local = functional.pad(local, (0, max(bucket.widths) - len(local)))  # A gather needs parts of equal length.

@@ -130,14 +130,14 @@ class Update:
             accumulate({p: torch.full_like(p, torch.inf) for p in self.trainable})
         elif self.backend.owns_backward:
             with unchanged_streams(self.trainer.args.device):
-                self._second_pass_of_backend(recorded, weights[0, rows.mine], usable[rows.mine])
+                self._second_pass_of_backend(recorded, weights[0, rows.local], usable[rows.local])
         elif not self.two_passes or self.kind.of_batches or objectives.broken(usable).any():
             # Pick rows: a second pass would multiply nonfinite ones by 0, which is NaN. The rows include GradScaler's
             # scale, by which it divides.
             accumulate(rows.weighted_sum(weights, usable))
         else:
             with unchanged_streams(self.trainer.args.device):
-                self._second_pass(recorded, weights[0, rows.mine])
+                self._second_pass(recorded, weights[0, rows.local])
         if not self.backend.owns_backward and anywhere(self.recorder.has_rest, self.trainer.args.device):
             accumulate(add_gradients(extra, self.trainable))
 
@@ -263,9 +263,9 @@ class Update:
             )
         self.trainer.jd_apart = True
 
-    def _rows(self, jacobian: Any) -> OwnRows:
-        """This process's rows among those that are weighed together; None where it has none."""
-        kind = OwnRows if self.alone else AddedRows if self.kind.shared else GatheredRows
+    def _rows(self, jacobian: Any) -> LocalRows:
+        """Returns this process's share of the rows to weigh together."""
+        kind = LocalRows if self.alone else AddedRows if self.kind.shared else GatheredRows
         return kind(jacobian, self.trainable, self.blocks)
 
     def _objectives(self, table: ObjectiveTable, normalised: bool) -> Objectives:
