@@ -32,17 +32,16 @@ def step_metrics(
     """Computes a step's metrics.
 
     With S [K, m] the membership of the m objectives in the K groups, the row of group k is (S J)_k, its product with
-    the update is (S G w)_k, and the step goes against the group where that is negative. The update meant here is J^T w,
-    before clipping and the optimizer. Over blocks of parameters, Gramians and products add up, and weights are
-    averaged.
+    the update is (S G w)_k, and the step goes against the group if that is negative. The update here is J^T w, before
+    clipping and the optimizer. Over blocks of parameters, Gramians and products add up, and weights are averaged.
 
     Args:
-        gramians: [B, m, m], of each block of parameters.
-        weights: [B, m], in each block.
-        means: [m] each objective's loss a token; None where it is not known.
-        counts: [m] how many tokens each objective has.
-        groups: [m] the id of each objective's group.
-        names: The names of the K groups; empty where there are none.
+        gramians: [B, m, m], one per block of parameters.
+        weights: [B, m], one set per block.
+        means: [m] each objective's loss per token; None if unknown.
+        counts: [m] the number of tokens of each objective.
+        groups: [m] the group id of each objective.
+        names: The names of the K groups; empty if there are none.
 
     Returns:
         `conflicts` (share of the pairs of objectives whose product is negative), `cosine` (mean cosine of all pairs),
@@ -77,27 +76,27 @@ def step_metrics(
 
 
 def block_metrics(gramians: Tensor, weights: Tensor) -> Metrics:
-    """What a step tells of its blocks of parameters.
+    """Computes a step's metrics of its blocks of parameters.
 
     Args:
-        gramians: [B, m, m], of each block.
-        weights: [B, m], in each block.
+        gramians: [B, m, m], one per block.
+        weights: [B, m], one set per block.
 
     Returns:
-        `jd/against_in_worst_block`: in the block where it is largest, the share of the objectives whose own row the
-        block's update goes against, (G w)_k < 0 there.
+        `jd/against_in_worst_block`: the largest share, over the blocks, of objectives that the block's update goes
+        against, (G w)_k < 0.
     """
     gramians, weights = gramians.detach().double(), weights.detach().double().to(gramians.device)
     products = _products(gramians, weights)
     norms = gramians.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
-    # Small blocks often have no update but 0, of which rounding leaves something: its length says nothing.
+    # Small blocks often have an update of 0, up to rounding: its length says nothing.
     summed = (weights.abs() * norms).sum(1, keepdim=True)
     against = (products < -_NO_CONFLICT * norms * summed).double().mean(1)
     return Metrics(("jd/against_in_worst_block",), against.max()[None])
 
 
 def _products(gramians: Tensor, weights: Tensor) -> Tensor:
-    """[B, m], of each row with the update, in each block."""
+    """Computes [B, m], the product of each row with the update, in each block."""
     return (gramians @ weights[:, :, None])[:, :, 0]
 
 

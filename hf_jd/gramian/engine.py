@@ -198,7 +198,7 @@ class Engine:
         return Jacobian.cat(parts)
 
     def block_names(self) -> dict[nn.Parameter, str] | None:
-        """The block of each trainable parameter; None without `blocks`. For a `Jacobian` of a step without rows."""
+        """Returns each trainable parameter's block, for a `Jacobian` of a step without rows; None without `blocks`."""
         self._coverage.read()
         return self._block_names()
 

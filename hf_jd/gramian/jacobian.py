@@ -62,7 +62,7 @@ class Jacobian:
 
     @property
     def blocks(self) -> list[str]:
-        """The names of the B blocks, in the model's order; one without a name where no blocks were asked for."""
+        """The names of the B blocks, in the model's order; without blocks, a single empty name."""
         return [""] if self._blocks is None else list(dict.fromkeys(self._blocks.values()))
 
     def gramians(self) -> Tensor:

@@ -30,9 +30,9 @@ class Control:
         groups: The names of all groups, if known.
 
     Attributes:
-        last: By the objectives' names, m w_k of the last update in which they were weighed; 1 is the mean's.
-        of_blocks: With `--jd_blocks`, the weighting of each block by its name: a copy, so that each remembers its own
-            past, of what has `reset()` or `state_dict()`.
+        last: By the objectives' names, m w_k at the last update that weighed them; 1 is the mean's.
+        of_blocks: With `--jd_blocks`, each block's weighting by name: a copy if the weighting has `reset()` or
+            `state_dict()`, so that each block has its own memory.
 
     Raises:
         ValueError: A preference is for no group, or the weighting can't follow a flag.
@@ -55,16 +55,16 @@ class Control:
     def weights(
         self, gramian: Tensor, losses: Tensor, names: Sequence[str] | None, block: str | None = None, *, step: int
     ) -> Tensor:
-        """The weights [m], float64, of the rows as they are.
+        """Computes the weights [m], float64, of the unscaled rows.
 
         With D = diag(d) for the scales d of `--jd_normalize`, they are D W(D G D): the update combines scaled rows.
 
         Args:
             gramian: [m, m].
             losses: [m].
-            names: [m] the objectives' names, where they stay the same from step to step.
-            block: The block of parameters that the Gramian is of, by its name; None: of all.
-            step: How many updates came before this one.
+            names: [m] the objectives' names, if they stay the same from step to step.
+            block: The name of the Gramian's block of parameters; None: all parameters.
+            step: The number of earlier updates.
         """
         m = len(losses)
         if step < self.jd.jd_warmup_steps:
@@ -85,9 +85,9 @@ class Control:
         return weights
 
     def of_block(self, block: str) -> Callable[[Tensor], Tensor]:
-        """The weighting of a block of parameters, by its name; the first call makes it."""
+        """Returns the weighting of a block of parameters, by its name; the first call makes it."""
         if block not in self.of_blocks:
-            # What has no such method is shared: a method of an object would be copied with all that this holds.
+            # Others are shared: copying an object's method would copy the object, too.
             remembers = any(callable(getattr(self.weighting, name, None)) for name in ("reset", "state_dict"))
             self.of_blocks[block] = deepcopy(self.weighting) if remembers else self.weighting
         return self.of_blocks[block]

@@ -78,7 +78,7 @@ class NamedRecorder(Recorder):
         return Recorded(passed.table, jacobian, passed.broken, True, extra, None)
 
     def gradient_row(self, loss: Tensor) -> Jacobian:
-        """The row of one objective, by a plain backward pass."""
+        """Computes the row of one objective with a plain backward pass."""
         return self.jacobian_of(self.trainer.engine().gradients(loss) if loss.requires_grad else {})
 
     def _passed(self, batch: Any, whose: Whose, loss: Tensor, streams: RandomState | None = None) -> Passed:

@@ -92,7 +92,7 @@ def trainer_files(trainer: Trainer) -> list[str]:
 
 
 def save_weighting(control: Control, checkpoint: Path) -> None:
-    """Adds to a checkpoint what the weighting remembers: its `state_dict()`, if it has one, and that isn't empty."""
+    """Saves the weighting's memory to a checkpoint: its `state_dict()`, if it has one and it isn't empty."""
     of_blocks = {block: _state(weighting) for block, weighting in control.of_blocks.items()}
     state = {_OF_BLOCKS: of_blocks} if any(of_blocks.values()) else _state(control.weighting)
     if state:
@@ -105,13 +105,13 @@ def _state(weighting: object) -> Any:
 
 
 def load_weighting(control: Control, checkpoint: Path, by_block: bool) -> None:
-    """Gives back to a weighting what it remembered in a checkpoint; says so where it may have, and that isn't there.
+    """Loads a weighting's memory from a checkpoint; warns if the weighting may have one, but it wasn't saved.
 
     Args:
-        control: Whose weighting it is.
-        checkpoint: Of the run that goes on.
-        by_block: Whether each block of parameters has a weighting of its own. What one for all parameters remembered
-            is then where each of them begins.
+        control: The control that has the weighting.
+        checkpoint: The checkpoint to resume from.
+        by_block: Whether each block of parameters has its own weighting. If the checkpoint has the memory of one
+            weighting for all parameters, each block starts from it.
     """
     file, weighting = checkpoint / WEIGHTING_FILE, control.weighting
     state = torch.load(file) if callable(getattr(weighting, "load_state_dict", None)) and file.is_file() else None

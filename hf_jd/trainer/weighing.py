@@ -1,4 +1,4 @@
-"""The weighing: (objectives, Gramians) -> w, and what a step leaves to be read of it."""
+"""The weighing: (objectives, Gramians) -> w, with metrics and the state for callbacks."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class JDState:
     """The last measured update, for callbacks.
 
     Attributes:
-        names: [m] the objectives' names: those of groups or losses, the positions of instances in the update, or both,
+        names: [m] the objectives' names: groups or losses, the positions of instances in the update, or both,
             as `0/loss`.
         gramian: [m, m], of all parameters.
-        weights: [m]; with `--jd_blocks`, [B, m], those of each block.
-        losses: [m] the objectives' values, whose mean is Trainer's loss; those of `--jd_ascend` are negated. NaN where
-            the loss was split at the model's outputs: its parts have gradients, and no known values.
-        blocks: With `--jd_blocks`, the Gramian [m, m] of each block by its name, in the order of the weights.
+        weights: [m]; with `--jd_blocks`, [B, m], one set per block.
+        losses: [m] the objectives' values, whose mean is Trainer's loss; negated for `--jd_ascend`. NaN if the loss was
+            split at the model's outputs: its parts then have gradients, but no known values.
+        blocks: With `--jd_blocks`, each block's Gramian [m, m], by the block's name, in the order of the weights.
     """
 
     names: list[str]
@@ -45,10 +45,10 @@ class StepSettings:
         kind: The kind of objectives.
         objectives: Its name.
         losses: The names of the losses.
-        group_name: The name of a group, by its id.
-        raised: The names of the groups whose loss is to be raised.
-        weights: W(G, losses, names of objectives that stay the same, block), as `Control.weights` has it at this step.
-        blocks: The names of the blocks of parameters; none where all parameters are weighed together.
+        group_name: Returns the name of a group, from its id.
+        raised: The names of the groups whose loss is raised.
+        weights: W(G, losses, names of objectives, if they stay the same, block): `Control.weights` at this step.
+        blocks: The names of the blocks of parameters; empty if all parameters are weighed together.
     """
 
     kind: Kind
@@ -64,8 +64,8 @@ class StepResult(NamedTuple):
     """The result of weighing an update.
 
     Attributes:
-        weights: [B, M] of the rows in each block, 0 for those that aren't usable.
-        state: The objectives, for callbacks; None where none is usable.
+        weights: [B, M] the rows' weights in each block, 0 for unusable rows.
+        state: The objectives, for callbacks; None if no row is usable.
         metrics: What is logged.
     """
 
@@ -75,14 +75,14 @@ class StepResult(NamedTuple):
 
 
 def weigh(gramians: Tensor, objectives: Objectives, usable: Tensor, settings: StepSettings) -> StepResult:
-    """Finds the weights of an update's rows, in each block of parameters by itself.
+    """Computes the weights of an update's rows, separately in each block of parameters.
 
     A row times a factor f_k is its objective's row; f_k is negative for a loss that is raised. With D = diag(f) and w
     the weights for the objectives' Gramian D G D, the rows have the weights D w.
 
     Args:
-        gramians: [B, M, M], of the rows in each block; B = 1 without blocks.
-        objectives: What is known of the M rows.
+        gramians: [B, M, M], one per block; B = 1 without blocks.
+        objectives: The table of the M objectives.
         usable: [M] (bool).
         settings: See `StepSettings`.
     """

@@ -24,7 +24,7 @@ class DeepSpeed(Backend):
     shards = True
 
     def check(self) -> None:
-        """Raises a ValueError for what can't be trained in this way."""
+        """Raises a ValueError for set-ups that this backend can't train."""
         if self.trainer.jd_args.jd_blocks != "none":
             raise ValueError(
                 "DeepSpeed owns the backward pass, which descends weighted losses, and with --jd_blocks each block of "
