@@ -63,10 +63,10 @@ class JDArguments:
     jd_blocks: str = field(
         default="none",
         metadata={
-            "help": "Weigh the objectives in each block of parameters by itself, from the block's own Gramian: `layer` "
-            "(the outermost numbered module, such as `model.layers.3`; modules outside of any are blocks of their "
-            "own), `module` (the one that owns the parameter), `parameter`, or `none`: all parameters at once. No "
-            "objective is gone against in any block, for weightings that promise it."
+            "help": "Weigh the objectives separately in each block of parameters, from the block's Gramian: `layer` "
+            "(the outermost numbered module, such as `model.layers.3`; each module outside of these is a "
+            "block), `module` (the one that owns the parameter), `parameter`, or `none`: all parameters at once. "
+            "A non-conflicting weighting then conflicts with no objective in any block."
         },
     )
     jd_every: int = field(

@@ -48,7 +48,7 @@ def check_blocks(args: JDArguments, blocks: Any) -> None:
         if given and blocks not in (None, "none"):
             raise ValueError(
                 f"{flag} descends weighted losses, each with one weight for all parameters, and with --jd_blocks each "
-                "block has weights of its own: leave one of them out."
+                "block has separate weights: leave one of them out."
             )
 
 

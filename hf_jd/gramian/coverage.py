@@ -74,7 +74,7 @@ class Coverage:
 
     @property
     def sharded(self) -> bool:
-        """Whether FSDP2 or ZeRO 3 shards the parameters."""
+        """Whether processes share the parameters out."""
         return self._sharded or is_partitioned(self.names)
 
     def whole(self) -> dict[nn.Parameter, nn.Parameter]:

@@ -127,7 +127,7 @@ class Engine:
     def held(self) -> list[nn.Parameter]:
         """Returns the trainable parameters, and the frozen ones in the modules that form their rows.
 
-        ZeRO 3 has to hold them whole: a pass to the trainable ones goes through all of them, other passes may not.
+        Sharded ones have to be whole: a pass to the trainable ones goes through all of them, other passes may not.
         """
         held = (p for tap in self._coverage.taps for p in tap.module.parameters())
         return list(dict.fromkeys([*self._coverage.names, *held]))
@@ -219,7 +219,7 @@ class Engine:
     def keep_up(self, scalar: Tensor) -> None:
         """Joins the backward passes of the other processes, on a process without an objective in this batch.
 
-        FSDP2 and ZeRO 3 gather parameters in each backward pass, so all processes have to run the same number.
+        Sharded parameters are gathered in each backward pass, so all processes have to run the same number.
 
         Args:
             scalar: Any scalar that depends on the model in the same way as the losses would.

@@ -80,7 +80,7 @@ class Update:
                 return self.recorder.run(batch, step, self._descend_now)
         start = time.perf_counter()
         record = self.recorder.whole if self.kind.of_batches else self.recorder.record
-        if not self.store.recorded:  # ZeRO 3 gathers once for the whole update.
+        if not self.store.recorded:  # Parameters are gathered once per update.
             self.measuring.enter_context(self.backend.measuring(self.model))
         value, recorded = record(batch, step)
         self.store.add(recorded)

@@ -28,7 +28,7 @@ class DeepSpeed(Backend):
         if self.trainer.jd_args.jd_blocks != "none":
             raise ValueError(
                 "DeepSpeed owns the backward pass, which descends weighted losses, and with --jd_blocks each block of "
-                "parameters has weights of its own: leave --jd_blocks at none, or use DDP or FSDP2."
+                "parameters has separate weights: leave --jd_blocks at none, or use DDP or FSDP2."
             )
         if self.trainer.jd_args.jd_backward != "two_pass":
             raise ValueError(
