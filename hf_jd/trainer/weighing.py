@@ -100,17 +100,17 @@ def weigh(gramians: Tensor, objectives: Objectives, usable: Tensor, settings: St
     names = _names(joined, objectives.whole, settings)
     lasting = names if settings.kind.shared else None
     pairs = zip(gramians, settings.blocks or [None], strict=True)
-    found = torch.stack([settings.weights(gramian, losses, lasting, block) for gramian, block in pairs])
-    weights[:, usable] = found[:, members] * factors[usable].to(weights)
+    of_objectives = torch.stack([settings.weights(gramian, losses, lasting, block) for gramian, block in pairs])
+    weights[:, usable] = of_objectives[:, members] * factors[usable].to(weights)
     metrics = [
-        step_metrics(gramians, found, _means(joined), joined.counts, ids, label)
+        step_metrics(gramians, of_objectives, _means(joined), joined.counts, ids, label)
         for ids, label in _labels(joined, settings)
     ]
     if settings.blocks:
-        metrics.append(block_metrics(gramians, found))
+        metrics.append(block_metrics(gramians, of_objectives))
         blocks = dict(zip(settings.blocks, gramians, strict=True))
-        return StepResult(weights, JDState(names, gramians.sum(0), found, losses, blocks), metrics)
-    return StepResult(weights, JDState(names, gramians[0], found[0], losses), metrics)
+        return StepResult(weights, JDState(names, gramians.sum(0), of_objectives, losses, blocks), metrics)
+    return StepResult(weights, JDState(names, gramians[0], of_objectives[0], losses), metrics)
 
 
 def _means(table: ObjectiveTable) -> Tensor | None:
