@@ -1,4 +1,4 @@
-"""Every --jd_* flag, documented and validated once."""
+"""All --jd_* flags, documented and validated in one place."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ _CHOICES = {
     "jd_sampler": ("trainer", "stratified"),
     "jd_packed": PACKED,
     "jd_normalize": ("none", "rows", "loss"),
+    "jd_blocks": ("none", "layer", "module", "parameter"),
 }
 _LEAST = {"jd_max_non_finite": 1, "jd_every": 1, "jd_warmup_steps": 0, "jd_monitor_every": 1}
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -35,11 +36,11 @@ def _listed(names: tuple[str, ...]) -> str:
 
 @dataclass
 class JDArguments:
-    """The flags of Jacobian descent, to be placed left of any dataclass of training arguments."""
+    """The flags of Jacobian descent; put it to the left of any dataclass of training arguments."""
 
     jd_weighting: str = field(
         default="upgrad",
-        metadata={"help": f"How the objectives are weighted from their Gramian: {_listed(tuple(WEIGHTINGS))}."},
+        metadata={"help": f"The method that weighs objectives from their Gramian: {_listed(tuple(WEIGHTINGS))}."},
     )
     jd_weighting_args: list[str] | None = field(
         default=None, metadata={"nargs": "*", "help": "Arguments of the weighting, as `name=value`."}
@@ -48,80 +49,88 @@ class JDArguments:
         default=None,
         metadata={
             "nargs": "*",
-            "help": "How much each objective is wanted, as `name=value` by the names of groups; 1 for those not named. "
-            "For weightings that take a `pref_vector`, which becomes their shares among the objectives that are there.",
+            "help": "How much each objective matters, as `name=value` with the groups' names; 1 for groups not listed. "
+            "For weightings with a `pref_vector`, which gets the preferences of the update's objectives as shares.",
         },
     )
     jd_normalize: str = field(
         default="none",
         metadata={
-            "help": "What each objective's row is divided by before it is weighed: nothing (`none`), its norm "
-            "(`rows`), or its loss (`loss`: that is the row of the loss's logarithm). The update is that of the "
-            "divided rows."
+            "help": "What to divide each objective's row by before weighing: nothing (`none`), its norm (`rows`), or "
+            "its loss (`loss`, which gives the row of the loss's logarithm). The update combines the divided rows."
+        },
+    )
+    jd_blocks: str = field(
+        default="none",
+        metadata={
+            "help": "Weigh the objectives separately in each block of parameters, from the block's Gramian: `layer` "
+            "(the outermost numbered module, such as `model.layers.3`; each module outside of these is a "
+            "block), `module` (the one that owns the parameter), `parameter`, or `none`: all parameters at once. "
+            "A non-conflicting weighting then conflicts with no objective in any block."
         },
     )
     jd_every: int = field(
         default=1,
         metadata={
-            "help": "Weigh at every Nth update; those between take the last weights, by name, and cost a plain step. "
-            "Not for objectives `instance`, which are others at every update."
+            "help": "Weigh at every Nth update; updates in between reuse the last weights, by name, and cost a plain "
+            "step. Not with objectives `instance`: they change at every update."
         },
     )
     jd_warmup_steps: int = field(
-        default=0, metadata={"help": "Take the mean for this many updates first: Trainer's own steps."}
+        default=0, metadata={"help": "Use the mean for this many updates first: Trainer's own steps."}
     )
     jd_monitor_every: int | None = field(
         default=None,
         metadata={
-            "help": "With `--jd_weighting mean`, watch only: measure the objectives' conflicts at every Nth update. "
-            "The others cost a plain step."
+            "help": "With `--jd_weighting mean`, only watch: measure the objectives' conflicts at every Nth update. "
+            "The other updates cost a plain step."
         },
     )
     jd_objectives: str = field(
         default="instance",
         metadata={
-            "help": "What an objective is: `instance` (the loss of one example), `group` (the loss of all the examples "
-            "that share a value of `--jd_group_column`), `loss` (one of the losses that `compute_losses` or the model "
-            "returns by name), `instance_loss` (each of these of each example), `batch` (the loss of one batch of one "
-            "process, as it is) or `reward` (TRL's policy loss with the advantages of one reward function)."
+            "help": "What an objective is: `instance` (the loss of one example), `group` (the loss of all examples "
+            "with the same value in `--jd_group_column`), `loss` (one of the losses that `compute_losses` or the model "
+            "returns by name), `instance_loss` (each of these losses for each example), `batch` (the loss of one batch "
+            "on one process, as it is) or `reward` (TRL's policy loss with the advantages of one reward function)."
         },
     )
     jd_group_column: str | None = field(
         default=None,
         metadata={
-            "help": "The column of the training set, of strings or integers, that names each example's group. With "
-            "`--jd_objectives instance` it only splits what is logged."
+            "help": "The training set's column of strings or integers that names each example's group. With "
+            "`--jd_objectives instance`, it only splits the logs."
         },
     )
     jd_groups: list[str] | None = field(
         default=None,
         metadata={
             "nargs": "*",
-            "help": "The names of all groups. Read from the training set, except for a stream, whose names can't be "
-            "known beforehand.",
+            "help": "The names of all groups. By default, they are read from the training set; a stream's names can't "
+            "be known in advance.",
         },
     )
     jd_group_reduction: str = field(
         default="share",
         metadata={
-            "help": "`share` keeps each group's share of the tokens, so that the objectives' mean is the loss of "
-            "Trainer; `mean` gives each group its own mean, so that all groups count the same."
+            "help": "`share` weights each group by its share of the tokens, so that the objectives' mean is Trainer's "
+            "loss; `mean` gives each group its own mean, so that all groups count equally."
         },
     )
     jd_packed: str = field(
         default="auto",
         metadata={
-            "help": "Whether a row of tokens holds several documents, each of them an instance: `auto`, where the "
-            "batch says so as packing collators do (`cu_seq_lens_q`, `seq_idx`, or `position_ids` that begin again, "
-            "without an `attention_mask` or in one row); `always`, wherever `position_ids` begin again or don't grow; "
-            "`never`: each row is one instance."
+            "help": "Whether a row of tokens holds several documents, each of them an instance: `auto`, if the batch "
+            "says so as packing collators do (`cu_seq_lens_q`, `seq_idx`, or `position_ids` that restart, without an "
+            "`attention_mask` or in a single row); `always`, wherever `position_ids` restart or don't grow; `never`: "
+            "each row is one instance."
         },
     )
     jd_sampler: str = field(
         default="trainer",
         metadata={
-            "help": "The order of the examples: `trainer` is that of `--train_sampling_strategy`; `stratified` gives "
-            "each update its share of every group of `--jd_group_column`, within one example, over micro-batches and "
+            "help": "The order of the examples: `trainer` follows `--train_sampling_strategy`; `stratified` gives each "
+            "update its share of every group of `--jd_group_column`, to within one example, across micro-batches and "
             "processes."
         },
     )
@@ -129,8 +138,8 @@ class JDArguments:
         default=None,
         metadata={
             "nargs": "*",
-            "help": "Groups whose loss is to be raised instead of lowered, as for unlearning: their rows are negated, "
-            "and what is logged of their losses is not.",
+            "help": "Groups whose loss to raise instead of lower, as for unlearning: their rows are negated, but not "
+            "their logged losses.",
         },
     )
     jd_backward: str = field(
@@ -143,52 +152,50 @@ class JDArguments:
     jd_keep_rows: str = field(
         default="auto",
         metadata={
-            "help": "`true` keeps every row until the update; `false` keeps the layers' inputs and output gradients "
-            "instead, where those are smaller; `auto` or a size such as `4GB`: rows, if they fit in half of the free "
-            "memory or in that size. Several processes always keep rows."
+            "help": "`true` stores every row until the update; `false` stores the layers' inputs and output gradients "
+            "instead, if those are smaller; `auto` or a size such as `4GB`: rows, if they fit in half of the free "
+            "memory or in that size. Several processes always store rows."
         },
     )
     jd_when_full: str = field(
         default="error",
         metadata={
-            "help": "What happens where neither the rows of all micro-batches of an update nor what they are made of "
-            "fit in what `--jd_keep_rows` allows: `error` stops; `micro_batch` weighs each micro-batch by itself from "
-            "then on, as `--jd_scope micro_batch` does."
+            "help": "What to do if neither the rows of all micro-batches of an update nor their factors fit in what "
+            "`--jd_keep_rows` allows: `error` stops; `micro_batch` weighs each micro-batch separately from then on, "
+            "like `--jd_scope micro_batch`."
         },
     )
     jd_check: bool = field(
         default=True,
-        metadata={
-            "help": "Prove on the first step, with one more backward pass, that the Jacobian and losses are right."
-        },
+        metadata={"help": "Verify the Jacobian and the losses on the first step, with one extra backward pass."},
     )
     jd_check_processes: int = field(
         default=100,
         metadata={
-            "help": "Compare the weights of all processes by hash, at the start and every so many updates, and stop "
-            "where they differ; 0: never."
+            "help": "Compare the model's weights on all processes by hash, at the start and every so many updates, and "
+            "stop if they differ; 0: never."
         },
     )
     jd_extra_losses: str = field(
         default="mean",
         metadata={
-            "help": "What becomes of the part of the model's own loss that no token or instance owns, such as a "
+            "help": "What to do with the part of the model's own loss that belongs to no token or instance, such as a "
             "router's balancing loss: `mean` adds it to the objectives' mean, as Trainer does, and no weighting sees "
-            "it; `objective` makes it one objective more; `error` stops."
+            "it; `objective` makes it one more objective; `error` stops."
         },
     )
     jd_max_non_finite: int = field(
         default=10,
         metadata={
-            "help": "Stop when losses or gradients weren't finite in this many updates in a row. What isn't finite is "
-            "left out, so the parameters stay finite."
+            "help": "Stop after this many updates in a row with losses or gradients that aren't finite. These are left "
+            "out, so the parameters stay finite."
         },
     )
     jd_scope: str = field(
         default="global",
         metadata={
-            "help": "`global` weighs all objectives of an update together, over accumulation steps and processes, as "
-            "one big batch would; `micro_batch` weighs each forward pass by itself, which is cheaper."
+            "help": "`global` weighs all objectives of an update together, across accumulation steps and processes, "
+            "like one big batch; `micro_batch` weighs each forward pass separately, which is cheaper."
         },
     )
 
@@ -199,10 +206,10 @@ class JDArguments:
             ValueError: See `validate`.
         """
         self.validate()
-        super().__post_init__()  # ty: ignore[missing-attribute]  # that of TrainingArguments
+        super().__post_init__()  # ty: ignore[missing-attribute]  # TrainingArguments'
 
     def validate(self) -> None:
-        """Validate the --jd_* flags as they are now: each trial of a hyperparameter search sets other ones.
+        """Validate the --jd_* flags as they are now: each trial of a hyperparameter search changes some.
 
         Raises:
             ValueError: A flag has a value that isn't allowed, or two flags contradict each other.
@@ -222,19 +229,19 @@ class JDArguments:
 
     @property
     def kind(self) -> Kind:
-        """What the objectives are."""
+        """The kind of objectives."""
         return OBJECTIVES[self.jd_objectives]
 
     @property
     def own_mean(self) -> bool:
-        """Whether each objective is its own mean, instead of its share of the whole."""
+        """Whether each objective is its own mean, not a share of the whole loss."""
         return self.jd_objectives == "group" and self.jd_group_reduction == "mean"
 
     def build_weighting(self) -> Weighting:
-        """Builds the weighting that the flags name.
+        """Build the weighting from the flags.
 
         Raises:
-            ValueError: The name or an argument is unknown, or an argument isn't of the form `name=value`.
+            ValueError: The name or an argument is unknown, or an argument doesn't have the form `name=value`.
         """
         arguments = {}
         for name, text in _pairs("jd_weighting_args", self.jd_weighting_args):
@@ -248,9 +255,9 @@ class JDArguments:
         """Read `jd_preferences`, by name.
 
         Raises:
-            ValueError: One isn't of the form `name=value`, comes twice, or has no finite value of 0 or more.
+            ValueError: One doesn't have the form `name=value`, comes twice, or isn't a finite number of 0 or more.
         """
-        found: dict[str, float] = {}
+        preferences: dict[str, float] = {}
         for name, text in _pairs("jd_preferences", self.jd_preferences):
             try:
                 value = float(text)
@@ -258,10 +265,10 @@ class JDArguments:
                 value = math.nan
             if not 0 <= value < math.inf:
                 raise ValueError(f"--jd_preferences has `{text}` for `{name}`; give a number of 0 or more.")
-            if name in found:
-                raise ValueError(f"--jd_preferences has two values for `{name}`.")
-            found[name] = value
-        return found
+            if name in preferences:
+                raise ValueError(f"--jd_preferences has two values for `{name}`: give one.")
+            preferences[name] = value
+        return preferences
 
     def keep_rows(self) -> str | bool | int:
         """Read `jd_keep_rows`: "auto", True, False, or a number of bytes.
@@ -282,12 +289,12 @@ class JDArguments:
 
 
 def _pairs(flag: str, pairs: list[str] | None) -> list[tuple[str, str]]:
-    """The names and values of a flag that holds `name=value ...`."""
-    found = [pair.rpartition("=") for pair in pairs or []]
-    for name, equals, text in found:
+    """Split the `name=value` arguments of a flag."""
+    parts = [pair.rpartition("=") for pair in pairs or []]
+    for name, equals, text in parts:
         if not (name and equals and text):
-            raise ValueError(f"--{flag} holds `{name}{equals}{text}`; each argument is given as `name=value`.")
-    return [(name, text) for name, _, text in found]
+            raise ValueError(f"--{flag} has `{name}{equals}{text}`; write each argument as `name=value`.")
+    return [(name, text) for name, _, text in parts]
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Checkpoints that survive: which of them are whole, and whether there will be room for the next one."""
+"""Checkpoints: find the newest complete one, and check that there is room for the next."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import nn
 from hf_jd.gramian.sharding import whole_bytes
 
 STATE_FILE = "trainer_state.json"
-"""What Trainer writes last: where it is whole, so is all that was written before."""
+"""The file that Trainer writes last: if it is complete, so are all others."""
 
 _PREFIX = "checkpoint-"
 _WEIGHTS = (
@@ -29,35 +29,35 @@ _WEIGHTS = (
 
 
 def what_is_missing(checkpoint: Path, needed: Iterable[str]) -> str | None:
-    """What keeps a checkpoint from being resumed, in a few words; None where nothing does.
+    """Says in a few words why a checkpoint can't be resumed; None if it can.
 
-    Only the ends of the files are looked at: a process that is killed, or a disk that is full, cuts files off.
+    Checks only the ends of files: a killed process, or a full disk, truncates them.
 
     Args:
         checkpoint: Its directory.
-        needed: Names of files that it must have, or patterns, beside the model's weights and Trainer's state.
+        needed: Names or patterns of files that it must have, besides the model's weights and Trainer's state.
     """
     try:
         json.loads((checkpoint / STATE_FILE).read_text("utf-8"))
     except FileNotFoundError:
         return f"it has no {STATE_FILE}"
     except ValueError:
-        return f"its {STATE_FILE} is cut off"
+        return f"its {STATE_FILE} is truncated"
     weights = [file for pattern in _WEIGHTS for file in checkpoint.glob(pattern)]
     if not weights:
         return "it has no weights"
     others = {name: list(checkpoint.glob(name)) for name in needed}
-    for name, found in others.items():
-        if not found:
+    for name, files in others.items():
+        if not files:
             return f"it has no {name}"
     for file in chain(weights, *others.values()):
         if not _is_whole(file):
-            return f"its {file.name} is not whole"
+            return f"its {file.name} is incomplete"
     return None
 
 
 def _is_whole(file: Path) -> bool:
-    if file.is_dir():  # as FSDP2 writes shards, and last what they are
+    if file.is_dir():  # FSDP2's shards, whose metadata is written last
         return (file / ".metadata").is_file()
     if file.suffix == ".safetensors":
         try:
@@ -72,23 +72,23 @@ def _is_whole(file: Path) -> bool:
         except (ValueError, KeyError):
             return False
         return all((file.parent / shard).is_file() for shard in set(shards))
-    return zipfile.is_zipfile(file)  # as torch.save writes
+    return zipfile.is_zipfile(file)  # the format of torch.save
 
 
 def newest_whole(directory: Path, needed: Iterable[str]) -> tuple[Path | None, dict[str, str]]:
-    """The newest checkpoint that can be resumed.
+    """Finds the newest checkpoint that can be resumed.
 
     Args:
         directory: The output directory of a run.
         needed: See `what_is_missing`.
 
     Returns:
-        Its directory, None if there is none; and the names of the newer ones, with what they lack.
+        Its directory, or None; and the names of newer ones, with the reasons why they can't be resumed.
     """
-    found = [path for path in directory.glob(f"{_PREFIX}*") if path.is_dir() and _step(path) is not None]
+    checkpoints = [path for path in directory.glob(f"{_PREFIX}*") if path.is_dir() and _step(path) is not None]
     skipped: dict[str, str] = {}
     needed = list(needed)
-    for checkpoint in sorted(found, key=lambda path: _step(path) or 0, reverse=True):
+    for checkpoint in sorted(checkpoints, key=lambda path: _step(path) or 0, reverse=True):
         missing = what_is_missing(checkpoint, needed)
         if missing is None:
             return checkpoint, skipped
@@ -102,7 +102,7 @@ def _step(checkpoint: Path) -> int | None:
 
 
 def check_writable(directory: Path) -> None:
-    """Makes the output directory, and a file in it that is removed again.
+    """Creates the output directory, and writes and removes a file in it.
 
     Raises:
         ValueError: It can't be written.
@@ -114,28 +114,29 @@ def check_writable(directory: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ValueError(
-            f"The output directory `{directory}` can't be written ({error.strerror or error}): name another one with "
+            f"The output directory `{directory}` can't be written ({error.strerror or error}): choose another one with "
             "--output_dir."
         ) from None
 
 
 def check_room(directory: Path, model: nn.Module, adapter: bool) -> None:
-    """Makes sure, before anything is trained, that a checkpoint will find room.
+    """Checks, before training, that the disk has room for a checkpoint.
 
     Args:
         directory: The output directory.
-        model: What is to be saved.
-        adapter: Whether only its trainable parameters are.
+        model: The model to save.
+        adapter: Whether to save only its trainable parameters.
 
     Raises:
-        ValueError: Its disk has too little room for one checkpoint.
+        ValueError: The disk has too little room for one checkpoint.
     """
     trainable = sum(whole_bytes(p) for p in model.parameters() if p.requires_grad)
-    # Optimizers keep two numbers a parameter, as AdamW, or fewer.
+    # Optimizers store two numbers per parameter, like AdamW, or fewer.
     size = 2 * trainable + (trainable if adapter else sum(whole_bytes(p) for p in model.parameters()))
     free = shutil.disk_usage(directory).free
     if free < size:
         raise ValueError(
-            f"The disk of the output directory `{directory}` has {free / 1e9:.3g} GB left, and a checkpoint takes "
-            f"about {size / 1e9:.3g} GB: make room, name another one with --output_dir, or set --save_strategy no."
+            f"The disk of the output directory `{directory}` has {free / 1e9:.3g} GB left, but a checkpoint takes "
+            f"about {size / 1e9:.3g} GB: make room, choose another directory with --output_dir, or set "
+            "--save_strategy no."
         )

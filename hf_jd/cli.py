@@ -1,6 +1,6 @@
-"""`hf-jd`: what did the user ask for?
+"""`hf-jd`: find the command, and run it.
 
-Nothing heavy is imported before a command is known, so that `hf-jd --help` answers at once.
+Nothing heavy is imported before the command is known, so `hf-jd --help` answers at once.
 """
 
 from __future__ import annotations
@@ -14,18 +14,15 @@ from types import TracebackType
 
 COMMANDS = {
     "finetune": ("hf_jd.finetune.run", "Fine-tune a causal language model with Jacobian descent."),
-    "compare": ("hf_jd.finetune.compare", "Run the same fine-tuning by several methods, and compare them by task."),
+    "compare": ("hf_jd.finetune.compare", "Run the same fine-tuning with several methods, and compare them by task."),
     "sft": ("hf_jd.commands.sft", "Run TRL's SFT script with Jacobian descent."),
     "dpo": ("hf_jd.commands.dpo", "Run TRL's DPO script with Jacobian descent."),
-    "reward": ("hf_jd.commands.reward", "Run TRL's script of reward models with Jacobian descent."),
+    "reward": ("hf_jd.commands.reward", "Run TRL's reward model script with Jacobian descent."),
     "kto": ("hf_jd.commands.kto", "Run TRL's KTO script with Jacobian descent."),
     "grpo": ("hf_jd.commands.grpo", "Run TRL's GRPO script with Jacobian descent, also by reward."),
-    "estimate": ("hf_jd.estimate.command", "Calculate what a step costs on a model and hardware, before running it."),
-    "report": ("hf_jd.report.write_report", "Draw what a run logged, as pictures and one page; also while it runs."),
-    "doctor": (
-        "hf_jd.finetune.doctor",
-        "Check, before training, that all parameters' rows are right, and what they cost.",
-    ),
+    "estimate": ("hf_jd.estimate.command", "Estimate what a step costs for a model and hardware, before running it."),
+    "report": ("hf_jd.report.write_report", "Turn a run's logs into pictures and one page, even while it runs."),
+    "doctor": ("hf_jd.finetune.doctor", "Check that every parameter's rows are right, and what they cost."),
 }
 
 
@@ -33,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit code: 2 for what the user can mend, which is told in one sentence on stderr.
+        The exit code: 2 for errors that the user can fix, explained in one sentence on stderr.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -65,7 +62,7 @@ def _help() -> str:
 
 
 def _is_for_users(traceback: TracebackType | None) -> bool:
-    """Whether the error was raised by this package: another library's may be a fault, which needs its traceback."""
+    """Whether this package raised the error: another library's may be a bug, which needs its traceback."""
     module = ""
     while traceback is not None:
         module = traceback.tb_frame.f_globals.get("__name__", "")

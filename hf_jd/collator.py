@@ -1,4 +1,4 @@
-"""The collator of batches with groups: takes the group column out of the examples, and adds the groups' ids."""
+"""Collate batches with groups: remove the group column from the examples, and add the groups' ids."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from hf_jd.groups import as_list, group_of, has_column, is_missing, name_of
 
 GROUP_KEY = "jd_group"
-"""The batch's key of the group ids, [B] int64."""
+"""The batch's key for the group ids, [B] int64."""
 
 EXAMPLES_KEY = "jd_examples"
-"""The batch's key of a tensor [B], which tells how many examples were collated."""
+"""The batch's key for a tensor [B], whose length is the number of collated examples."""
 
 
 class _Wrapped:
-    """A collator around another one, whose attributes it shows: trainers ask theirs, and save its tokenizer."""
+    """A collator that wraps another one and forwards its attributes: trainers read them, and save its tokenizer."""
 
     collator: Callable[[list], Any]
 
     def __getattr__(self, name: str) -> Any:
-        if name == "collator" or name.startswith("__"):  # While a worker unpickles, there is none yet.
+        if name == "collator" or name.startswith("__"):  # not there yet while a worker unpickles
             raise AttributeError(name)
         return getattr(self.collator, name)
 
@@ -31,13 +31,13 @@ class _Wrapped:
 class GroupCollator(_Wrapped):
     """Wraps a collator: takes the group column out of the examples, and adds the groups' ids to the batch.
 
-    Collators drop string columns or fail on them, so they don't meet the names, unless they ask for that column.
+    Collators drop string columns or fail on them, so the names are hidden from them, unless they ask for the column.
 
     Args:
-        collator: The collator of everything else.
+        collator: The collator for everything else.
         column: The name of the group column.
-        names: All groups' names, in the order of their ids. None: the column holds integers, which are the ids.
-        keep: Whether the column is one that the model takes, as its labels are, and stays in the examples.
+        names: All groups' names, in the order of their ids. None: the column holds integer ids.
+        keep: Whether the column stays in the examples, because the model takes it, too, as labels for example.
     """
 
     def __init__(self, collator: Callable[[list], Any], column: str, names: Sequence[str] | None, keep: bool = False):
@@ -47,9 +47,9 @@ class GroupCollator(_Wrapped):
         self.ids = None if names is None else {name: i for i, name in enumerate(names)}
 
     def __call__(self, examples: list) -> Any:
-        """Collates; ids [B] are -1 for a name that isn't known, and absent for examples without the column.
+        """Collates; ids [B] are -1 for an unknown name, and absent for examples without the column.
 
-        An example that packs several documents has a list of their names; then there is one id a document.
+        An example that packs several documents has a list of their names, and gets one id per document.
         """
         if not all(has_column(example, self.column) for example in examples):
             return self.collator(examples)
@@ -57,7 +57,7 @@ class GroupCollator(_Wrapped):
         batch = self.collator(examples if self.keep else [_without(example, self.column) for example in examples])
         if not isinstance(batch, Mapping):
             raise ValueError(
-                f"The collator returned a {type(batch).__name__}, which has no place for the ids of the groups of "
+                f"The collator returned a {type(batch).__name__}, which can't hold the group ids of "
                 "--jd_group_column: return a dict of tensors by name."
             )
         ids = torch.tensor([self._id(value) for value in values], dtype=torch.int64)
@@ -77,13 +77,13 @@ class GroupCollator(_Wrapped):
         if not name.isdecimal():
             raise ValueError(
                 f"The group column `{self.column}` holds names, such as `{name}`, and a stream's names can't be known "
-                "beforehand: list them with --jd_groups."
+                "in advance: list them with --jd_groups."
             )
         return int(name)
 
 
 class ExampleCounter(_Wrapped):
-    """Wraps a collator: adds the number of examples, which the collator may have made several rows of each.
+    """Wraps a collator: adds the number of examples, since the collator may make several rows of each.
 
     Args:
         collator: The collator of everything else.
@@ -93,7 +93,7 @@ class ExampleCounter(_Wrapped):
         self.collator = collator
 
     def __call__(self, examples: list) -> Any:
-        """Collates; what isn't a dict stays as it is."""
+        """Collates; leaves a batch that isn't a dict unchanged."""
         batch = self.collator(examples)
         if isinstance(batch, MutableMapping):
             batch[EXAMPLES_KEY] = torch.zeros(len(examples), dtype=torch.int64)
@@ -101,7 +101,7 @@ class ExampleCounter(_Wrapped):
 
 
 class _WithoutColumn(dict):
-    """An example that doesn't show its group column, but answers who asks for it: a collator may make labels of it."""
+    """An example with a hidden group column, still readable by name: a collator may make labels of it."""
 
     def __init__(self, example: Mapping[str, Any], column: str):
         super().__init__((key, value) for key, value in example.items() if key != column)
@@ -115,7 +115,7 @@ class _WithoutColumn(dict):
 
 
 def _without(example: Any, column: str) -> Any:
-    """Copy an example without its group column, if that can be taken out."""
+    """Copy an example without its group column, if that can be removed."""
     if isinstance(example, dict):
         return _WithoutColumn(example, column)
     if isinstance(example, MutableMapping):
@@ -126,5 +126,5 @@ def _without(example: Any, column: str) -> Any:
         return {key: value for key, value in example.items() if key != column}
     if column in getattr(example, "__dict__", {}):
         example = copy(example)
-        del example.__dict__[column]  # Past what a frozen dataclass forbids.
+        del example.__dict__[column]  # works for a frozen dataclass, too
     return example

@@ -1,4 +1,4 @@
-"""Instances -> objectives: which instances share a row, and what makes the objectives' mean the loss of Trainer."""
+"""Instances -> objectives: which instances share a row, and which factors make the objectives' mean Trainer's loss."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Kind:
     """A kind of objectives.
 
     Attributes:
-        shared: Whether micro-batches and processes add to the same objectives, or each bring their own.
-        of_instances: Whether each instance's part of a loss has to be known.
-        several: Whether losses are told apart by name.
+        shared: Whether micro-batches and processes contribute to the same objectives, or each have their own.
+        of_instances: Whether each instance's part of a loss is needed.
+        several: Whether there are several losses by name.
         of_batches: Whether a micro-batch is one objective, whatever its loss.
-        of_rewards: Whether they are the rewards of generated completions, by name.
+        of_rewards: Whether objectives are the rewards of generated completions, by name.
     """
 
     shared: bool
@@ -44,8 +44,8 @@ class Membership(NamedTuple):
 
     Attributes:
         segments: [B] the segment of each instance, -1 for none.
-        groups: [S K] the id of each objective's group, -1 for none; all segments of the first loss come first.
-        names: [S K] the position of each objective's loss among the losses.
+        groups: [S K] the group id of each objective, -1 for none; all segments of the first loss come first.
+        names: [S K] the index of each objective's loss among the losses.
     """
 
     segments: Tensor
@@ -58,20 +58,20 @@ class Membership(NamedTuple):
         return torch.stack([self.groups, self.names], dim=1)
 
     def added(self, values: Tensor) -> Tensor:
-        """The sums [S K] over the instances of each objective of what is known of each instance [B, K]."""
+        """Sums values of instances [B, K] over each objective: [S K]."""
         total = values.new_zeros(len(self.groups) // max(1, values.shape[1]), values.shape[1])
         inside = self.segments >= 0
         return total.index_add(0, self.segments[inside], values[inside]).T.flatten()
 
 
 def membership(kind: Kind, counted: Tensor, groups: Tensor | None, present: Tensor | None) -> Membership:
-    """Says which objectives a micro-batch adds to.
+    """Finds the objectives that a micro-batch contributes to.
 
     Args:
-        kind: Of the objectives.
-        counted: [B, K] (bool) whether an instance has any part of each of the K losses.
+        kind: The kind of objectives.
+        counted: [B, K] (bool) whether an instance contributes to each of the K losses.
         groups: [B] group ids; None without a group column.
-        present: [G] the sorted ids of the groups of the whole update; None without a group column.
+        present: [G] the sorted ids of all groups in the update; None without a group column.
     """
     some, k = counted.any(1), counted.shape[1]
     if kind.of_instances and not kind.shared:
@@ -89,14 +89,14 @@ def membership(kind: Kind, counted: Tensor, groups: Tensor | None, present: Tens
 
 @dataclass(frozen=True)
 class ObjectiveTable:
-    """What is known of M rows beside the rows themselves; without a graph.
+    """The losses, counts and labels of M rows, without a graph.
 
     Attributes:
-        losses: [M] float64, each row's part of Trainer's loss; NaN where values are not known.
-        sums: [M] float64, the sum of the losses of its tokens (or instances, or batches).
-        counts: [M] float64, how many these are; 0 where a row has none.
-        groups: [M] int64 ids, -1 for none.
-        names: [M] int64 positions among the losses.
+        losses: [M] float64, each row's part of Trainer's loss; NaN if unknown.
+        sums: [M] float64, the summed losses of its tokens (or instances, or batches).
+        counts: [M] float64, the number of these tokens (or instances, or batches); may be 0.
+        groups: [M] int64 group ids, -1 for none.
+        names: [M] int64 indices of the losses.
     """
 
     losses: Tensor
@@ -111,45 +111,45 @@ class ObjectiveTable:
 
     @property
     def means(self) -> Tensor:
-        """[M] each row's loss per token (or instance, or batch), for people to read."""
+        """[M] each row's loss per token (or instance, or batch), for logs."""
         return self.sums / self.counts
 
     @property
     def numbers(self) -> Tensor:
-        """[M, 3] what adds up over micro-batches and processes that share objectives."""
+        """[M, 3] the values that add up over micro-batches and processes with shared objectives."""
         return torch.stack([self.losses, self.sums, self.counts], dim=1)
 
     @property
     def labels(self) -> Tensor:
-        """[M, 2] what tells objectives apart."""
+        """[M, 2] the groups and names, which identify an objective."""
         return torch.stack([self.groups, self.names], dim=1)
 
     @staticmethod
     def of(numbers: Tensor, labels: Tensor) -> ObjectiveTable:
-        """The table with these `numbers` and `labels`."""
+        """Builds a table from its `numbers` and `labels`."""
         return ObjectiveTable(*numbers.double().unbind(1), *labels.long().unbind(1))
 
     @staticmethod
     def cat(tables: Sequence[ObjectiveTable]) -> ObjectiveTable:
-        """The rows of several tables, one below the other."""
+        """Concatenates tables."""
         return ObjectiveTable.of(torch.cat([t.numbers for t in tables]), torch.cat([t.labels for t in tables]))
 
     @staticmethod
     def added(tables: Sequence[ObjectiveTable]) -> ObjectiveTable:
-        """The sum of tables of the same objectives."""
+        """Adds up tables of the same objectives."""
         return ObjectiveTable.of(torch.stack([t.numbers for t in tables]).sum(0), tables[0].labels)
 
 
 @dataclass(frozen=True)
 class Objectives:
-    """The M rows of an update, all micro-batches and processes together.
+    """The M rows of an update, over all micro-batches and processes.
 
     Attributes:
-        table: What is known of them.
-        own_mean: Whether each objective is its own mean, instead of its share of the whole.
-        normalised: Whether the rows are already shares of Trainer's loss, instead of sums.
-        whole: The position of a loss of whole batches beside others: all its rows are one objective. None: there is
-            none.
+        table: Their losses, counts and labels.
+        own_mean: Whether each objective is its own mean, not a share of the whole loss.
+        normalised: Whether the rows are already shares of Trainer's loss, not sums.
+        whole: The index of a loss of whole batches, besides losses of instances: all its rows form one objective. None
+            if there is no such loss.
     """
 
     table: ObjectiveTable
@@ -158,15 +158,15 @@ class Objectives:
     whole: int | None = None
 
     def usable(self, gramian: Tensor) -> Tensor:
-        """[M] (bool): the rows of something that counts, if they are finite."""
+        """[M] (bool): the rows that are finite, and have tokens, instances or batches."""
         return (self.table.counts > 0) & gramian.diagonal().isfinite().to(self.table.counts.device)
 
     def broken(self, usable: Tensor) -> Tensor:
-        """[M] (bool): the rows of something that counts that aren't usable."""
+        """[M] (bool): the rows with tokens, instances or batches that aren't usable."""
         return (self.table.counts > 0) & ~usable
 
     def members(self, usable: Tensor) -> Tensor:
-        """Which objective each usable row belongs to: one of its own, or that of the whole batches, the last one."""
+        """Returns each usable row's objective: its own one, or the last, which all rows of whole batches share."""
         names = self.table.names[usable]
         rows = torch.arange(len(names), device=names.device)
         if self.whole is None:
@@ -174,15 +174,15 @@ class Objectives:
         return rows.masked_fill(names == self.whole, len(names)).unique(return_inverse=True)[1]
 
     def number(self, usable: Tensor) -> int:
-        """M', how many objectives the usable rows make; at least 1."""
+        """Returns M', the number of objectives that the usable rows form; at least 1."""
         members = self.members(usable)
         return int(members.max()) + 1 if len(members) else 1
 
     def factors(self, usable: Tensor) -> Tensor:
-        """[M] what turns each row into its objective, whose mean over the M' objectives is Trainer's loss.
+        """Returns the factors [M] that turn rows into objectives whose mean over all M' is Trainer's loss.
 
-        A row that is already its share of Trainer's loss is multiplied by M'; one that is a sum, by M' over the number
-        of all losses of that name. When each objective is its own mean, a sum is divided by its own number.
+        A row that is already a share of Trainer's loss is multiplied by M'; a sum, by M' over the count of all losses
+        of that name. If each objective is its own mean, a sum is divided by its own count.
         """
         counts = self.table.counts
         if self.own_mean:
@@ -195,7 +195,7 @@ class Objectives:
         return m / totals.clamp(min=1)[self.table.names]
 
     def joined(self, usable: Tensor) -> Objectives:
-        """The M' objectives that the usable rows make."""
+        """Joins the usable rows into their M' objectives."""
         members, m = self.members(usable), self.number(usable)
         numbers, labels = self.table.numbers[usable], self.table.labels[usable]
         numbers = numbers.new_zeros(m, 3).index_add(0, members, numbers)

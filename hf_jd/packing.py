@@ -1,4 +1,4 @@
-"""Packed sequences: whose is each token of a row that holds several documents?"""
+"""Packed sequences: find the document of each token in a row that holds several."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PACKED = ("auto", "always", "never")
-"""When rows hold several documents: where the batch says so beyond doubt, wherever it may say so, and never."""
+"""When to treat rows as packed: if the batch says so clearly, at every hint, and never."""
 
 _TELLING = ("cu_seq_lens_q", "seq_idx", "position_ids")
 
 
 def packed_documents(batch: Any, packed: str = "auto") -> Tensor | None:
-    """Return the document of each token, counted over all rows, where a row holds more than one.
+    """Return the document of each token, numbered over all rows, if a row holds more than one.
 
-    Documents are told by what packing collators write: `cu_seq_lens_q`, `seq_idx`, or `position_ids` that begin again.
-    Positions alone say so with "auto" only where each one goes on by 1 or is the first one again, and where no
-    `attention_mask` lets the documents of several rows attend one another. With "always", a document begins wherever
-    positions don't go on by 1, or, beside a mask, where they don't grow; padding belongs to none.
+    Documents are read from what packing collators write: `cu_seq_lens_q`, `seq_idx`, or `position_ids` that restart.
+    With "auto", positions alone count only if each one either grows by 1 or restarts, and if no `attention_mask` lets
+    the documents of several rows attend to each other. With "always", a document begins wherever positions don't grow
+    by 1, or, with a mask, where they don't grow; padding belongs to no document.
 
     Args:
         batch: As collated.
         packed: One of `PACKED`.
 
     Returns:
-        [B, T], -1 for padding; None where no row is packed.
+        [B, T], -1 for padding; None if no row is packed.
     """
     tokens = _tokens(batch) if packed != "never" else None
     if tokens is None:
@@ -64,7 +64,7 @@ def packed_documents(batch: Any, packed: str = "auto") -> Tensor | None:
 
 
 def documents_of(batch: Any, packed: str) -> Tensor | None:
-    """`packed_documents`, of a batch that has to tell them where it is `always` packed.
+    """Return `packed_documents`, and check that an `always` packed batch marks its documents.
 
     Raises:
         ValueError: It doesn't.
@@ -75,17 +75,17 @@ def documents_of(batch: Any, packed: str) -> Tensor | None:
 
 
 def _check_told(batch: Any) -> None:
-    """Raise a ValueError if every batch is packed, and this one doesn't say where documents begin."""
+    """Raise a ValueError if the batch doesn't say where documents begin."""
     if not isinstance(batch, Mapping) or all(batch.get(key) is None for key in _TELLING):
         raise ValueError(
-            "--jd_packed is `always`, and nothing in the batch tells where a document begins: use a collator that "
-            "returns `position_ids` [B, T] that begin again with each document, `seq_idx` [B, T] or `cu_seq_lens_q`; "
+            "--jd_packed is `always`, but nothing in the batch tells where a document begins: use a collator that "
+            "returns `position_ids` [B, T] that restart with each document, `seq_idx` [B, T] or `cu_seq_lens_q`; "
             "or --jd_packed auto."
         )
 
 
 def _tokens(batch: Any) -> Tensor | None:
-    """Return what has the shape [B, T, ...] of the tokens."""
+    """Return the tensor of tokens, [B, T, ...]."""
     if not isinstance(batch, Mapping):
         return None
     tokens = next((batch[key] for key in ("input_ids", "inputs_embeds") if batch.get(key) is not None), None)
@@ -93,15 +93,15 @@ def _tokens(batch: Any) -> Tensor | None:
 
 
 def _begin_again(positions: Tensor, real: Tensor | None, masked: bool) -> bool:
-    """Whether positions [B, T] are those of documents, one after another.
+    """Whether positions [B, T] are those of packed documents.
 
-    Others don't grow either: a constant, positions given for padding, or those of a model that has a use of its own for
-    them. Of packed documents each goes on by 1, and all begin with the same position, the least one.
+    Other positions may not grow either: a constant, positions of padding, or those of a model with its own convention.
+    In packed documents, positions grow by 1, and every document starts with the same, lowest position.
     """
     if masked and len(positions) > 1:
         return False
     real = torch.ones_like(positions, dtype=torch.bool) if real is None else real
-    # Between two tokens that aren't padding.
+    # Compare only neighbours that aren't padding.
     step, between = positions.diff(dim=1), real[:, 1:] & real[:, :-1]
     least = positions.masked_fill(~real, positions.max()).min()
     follows = (step == 1) & between
@@ -110,7 +110,7 @@ def _begin_again(positions: Tensor, real: Tensor | None, masked: bool) -> bool:
 
 
 def unpacked(tokens: Tensor, documents: Tensor) -> Tensor:
-    """Return what is known of each token [B, T], by document: [D, L], 0 behind its end."""
+    """Rearrange values of tokens [B, T] by document: [D, L], padded with 0."""
     where = documents.flatten()
     order = torch.argsort(where, stable=True)
     order = order[where[order] >= 0]
@@ -122,7 +122,7 @@ def unpacked(tokens: Tensor, documents: Tensor) -> Tensor:
 
 
 def by_document(losses: Mapping[str, Tensor], documents: Tensor) -> dict[str, Tensor]:
-    """Losses of tokens [B, T], or of next tokens [B, T - 1], as those of documents [D, L]; a batch's [] as it is.
+    """Rearrange losses of tokens [B, T], or of next tokens [B, T - 1], by document [D, L]; leave a batch's [] as it is.
 
     Raises:
         ValueError: They are losses of rows, which hold several documents.
@@ -132,27 +132,27 @@ def by_document(losses: Mapping[str, Tensor], documents: Tensor) -> dict[str, Te
     for name, values in losses.items():
         if values.ndim and values.shape != documents.shape:
             raise ValueError(
-                f"The loss `{name}` has shape {list(values.shape)}, and the batch has rows of several documents: give "
-                f"one loss for each token, {list(documents.shape)}, or use a collator that pads instead of packing."
+                f"The loss `{name}` has shape {list(values.shape)}, but rows of the batch hold several documents: give "
+                f"one loss per token, {list(documents.shape)}, or use a collator that pads instead of packing."
             )
     return {name: unpacked(values, documents) if values.ndim else values for name, values in losses.items()}
 
 
 def by_token(segments: Tensor, documents: Tensor) -> Tensor:
-    """Return the segment of each token [B, T], from those of the documents [D]; -1 for none."""
+    """Return the segment of each token [B, T], from the documents' segments [D]; -1 for none."""
     return torch.where(documents >= 0, segments[documents.clamp(min=0)], -1)
 
 
 def without_documents(batch: Mapping[str, Any], documents: Tensor, keep: Tensor) -> dict[str, Any]:
-    """Return the batch with some of its documents only, in one row; `keep` [D] (bool).
+    """Return the batch with only some of its documents, in one row.
 
     Args:
         batch: As collated.
         documents: See `packed_documents`.
-        keep: [D] (bool).
+        keep: [D] (bool), the documents to keep.
 
     Raises:
-        ValueError: It holds rows of which it isn't known whose they are.
+        ValueError: It holds rows that can't be assigned to documents.
     """
     chosen = by_token(keep.long(), documents).flatten() == 1
     lengths = torch.bincount(documents.flatten()[chosen], minlength=len(keep))[keep]
@@ -168,7 +168,7 @@ def without_documents(batch: Mapping[str, Any], documents: Tensor, keep: Tensor)
             return value
         if value.shape[:2] == documents.shape:
             return value.flatten(0, 1)[chosen.to(value.device)][None]
-        if value.shape[1:] == documents.shape:  # Positions in time, height and width.
+        if value.shape[1:] == documents.shape:  # positions in time, height and width
             return value.flatten(1)[:, chosen.to(value.device)][:, None]
         if len(value) == len(keep):
             return value[keep.to(value.device)]
@@ -178,14 +178,14 @@ def without_documents(batch: Mapping[str, Any], documents: Tensor, keep: Tensor)
 
 
 def unknown_rows(key: str, what: str, instances: str) -> ValueError:
-    """Return what is said of rows that belong to no known instance, where one is to be left out."""
+    """Build the error for leaving out an instance where some rows can't be assigned to instances."""
     return ValueError(
         f"An instance whose loss isn't finite can't be taken out of its batch: `{key}` has {what} for {instances}, so "
-        "it isn't known which are its own. Leave that example out of the data, or have the collator give one row, or "
-        "one entry of a list, for each instance."
+        "its rows are unknown. Leave that example out of the data, or have the collator return one row, or one list "
+        "entry, per instance."
     )
 
 
 def _first(real: Tensor) -> Tensor:
-    """Where a row's first token that isn't padding is."""
+    """Mark each row's first token that isn't padding."""
     return real & (real.cumsum(1) == 1)

@@ -1,4 +1,4 @@
-"""`--jd_sampler stratified`: an order of the examples in which every update has its share of every group."""
+"""`--jd_sampler stratified`: order the examples so that every update has its share of every group."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from torch.utils.data import Sampler
 
 
 class StratifiedSampler(Sampler[int]):
-    """Orders an epoch's examples so that every update has each group's share of them, within one example.
+    """Orders an epoch's examples so that every update has its share of each group, to within one example.
 
-    An update is `update_size` examples in a row (accelerate gives every process its batches of them in turn), and what
-    remains at the end of an epoch. Inside an update, every batch has its share of the update's groups in the same way.
-    The order depends on the seed and the epoch alone, so an epoch can be resumed anywhere.
+    An update is `update_size` consecutive examples (accelerate hands their batches to the processes in turn); the last
+    one of an epoch may be smaller. Within an update, every batch has its share of the update's groups in the same way.
+    The order depends only on the seed and the epoch, so an epoch can be resumed anywhere.
 
     Args:
         groups: The group of each example.
-        update_size: How many examples an update takes, over micro-batches and processes.
-        batch_size: How many examples a batch of one process takes.
-        length: How many examples an epoch has: if more than there are, some come twice; if fewer, some don't come.
+        update_size: The number of examples per update, over micro-batches and processes.
+        batch_size: The number of examples per batch of one process.
+        length: The number of examples per epoch: with more than there are, some come twice; with fewer, some are left
+            out.
         seed: Of the order.
-        epoch: Says which epoch it is, when one begins.
+        epoch: Returns the current epoch.
     """
 
     def __init__(
@@ -53,16 +54,16 @@ class StratifiedSampler(Sampler[int]):
 
 
 def stratified(groups: Tensor, length: int, size: int, generator: torch.Generator) -> Sequence[Tensor]:
-    """Divides examples among blocks, with each group's share of them in every block, within one example.
+    """Divides examples among blocks so that every block has its share of each group, to within one example.
 
     Args:
         groups: [N] each example's group.
-        length: How many examples are divided; N uses each one once.
-        size: Of a block; the last one may be smaller.
-        generator: Of the choice.
+        length: The number of examples to divide; N uses each one once.
+        size: The size of a block; the last one may be smaller.
+        generator: Draws the order.
 
     Returns:
-        The positions of each block's examples.
+        The indices of each block's examples.
     """
     _, groups, counts = groups.unique(return_inverse=True, return_counts=True)
     table = block_counts(counts, length, size, generator)
@@ -77,18 +78,18 @@ def stratified(groups: Tensor, length: int, size: int, generator: torch.Generato
 
 
 def block_counts(counts: Tensor, length: int, size: int, generator: torch.Generator) -> Tensor:
-    """How many examples of each group each block gets: its share of the block, rounded up or down.
+    """Computes how many examples of each group each block gets: its share of the block, rounded up or down.
 
-    With s_k the share of group k in all examples, a block of U gets U s_k of it, rounded so that the blocks' sizes and
-    the groups' totals (length * s_k, rounded up or down) are right. Those of the full blocks that round up for group k
-    are spread evenly: the groups lie on a circle as arcs of the lengths of their fractions, and a block takes the
-    groups that it meets at whole distances from its own point; the points follow each other at the golden ratio.
+    If group k has a share s_k of all examples, a block of U gets U s_k of them, rounded so that the blocks' sizes and
+    the groups' totals (length * s_k, rounded up or down) are right. The full blocks that round up for group k are
+    spread evenly: groups are arcs on a circle, as long as their fractions; a block takes the groups at whole distances
+    from its point, and the blocks' points follow the golden ratio.
 
     Args:
-        counts: [K] how many examples there are of each group, positive.
-        length: How many examples are divided among blocks.
-        size: Of a block; the last one is smaller where `length` is no multiple.
-        generator: Of the choice where there is one.
+        counts: [K] the number of examples of each group, positive.
+        length: The number of examples to divide among blocks.
+        size: The size of a block; the last one is smaller if `length` is no multiple.
+        generator: Draws where there is a choice.
 
     Returns:
         [blocks, K].
@@ -102,7 +103,7 @@ def block_counts(counts: Tensor, length: int, size: int, generator: torch.Genera
     ends = (in_full - full * low).cumsum(0)
     ends = torch.cat([ends.new_zeros(1), ends])
     points = _spread(full, generator)
-    # Of the integers before each end, those that are equal to the point, modulo the number of blocks.
+    # Count the integers before each end that equal the point modulo the number of blocks.
     table = low + torch.div(ends - 1 - points[:, None], max(full, 1), rounding_mode="floor").diff(dim=1)
     if rest:
         table = torch.cat([table, in_rest[None]])
@@ -119,8 +120,8 @@ def _spread(n: int, generator: torch.Generator) -> Tensor:
 def _rounded(first: Tensor, second: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """Round first / total, second / total and their sum [K], each up or down, so that both keep their (integer) sums.
 
-    There is always such a rounding (a transportation polytope with integer margins has integer vertices). By default
-    one of a group's two fractions is rounded up; as many groups as needed round up both, or neither.
+    Such a rounding always exists (a transportation polytope with integer margins has integer vertices). By default, one
+    of a group's two fractions is rounded up; as many groups as needed round up both, or neither.
     """
     a, b = (first % total).tolist(), (second % total).tolist()
     left_a, left_b = sum(a) // total, sum(b) // total
@@ -132,7 +133,7 @@ def _rounded(first: Tensor, second: Tensor, total: int) -> tuple[Tensor, Tensor]
     neither = {*only_a[left_a:], *only_b[left_b:]}
     small = [k for k in open_ - neither if a[k] + b[k] < total]
     neither |= set(small[: max(len(open_ - both - neither) - left_a - left_b, 0)])
-    # Those that can only be rounded up in one of the two come first and last.
+    # Groups that can only be rounded up in one of the two come first and last.
     free = sorted(open_ - both - neither, key=lambda k: bool(b[k]) - bool(a[k]))
     up_a, up_b = both | set(free[:left_a]), both | set(free[left_a:])
     return first // total + _ones(up_a, len(a)), second // total + _ones(up_b, len(a))

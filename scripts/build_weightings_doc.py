@@ -34,26 +34,26 @@ weights = UPGradWeighting()(gramian)  # [m], dtype and device of the Gramian
 weighting = build_weighting("cagrad", c=0.4)
 ```
 
-Any callable G → w is a weighting, so an own function, or one of TorchJD's weightings, will do as well. Below, gᵢ is row
+Any callable G → w is a weighting, such as your own function, or one of TorchJD's weightings. Below, gᵢ is row
 i of J, p the preference vector (1/m each by default), and an update d *conflicts* with row i if ⟨gᵢ, d⟩ < 0.
 
 ## Which one, when
 
-| You want | Take |
+| You want | Use |
 |---|---|
-| no objective sacrificed, and the stock step wherever there is no conflict | `upgrad` |
-| the same, but as near to the mean as can be, at a fraction of the cost for many objectives | `dualproj` |
+| no objective sacrificed, and the stock step without conflict | `upgrad` |
+| the same, but as near to the mean as possible, at a fraction of the cost for many objectives | `dualproj` |
 | a Pareto stationary point, however slowly: the shortest row decides | `mgda` |
-| a compromise that one number sets, between the mean and the worst objective | `cagrad`, `raco` |
-| objectives whose gradients differ in size by orders of magnitude to count the same | `nash_mtl`, `config`, `gapo` |
-| one objective before all others, which are still to make progress | `pcd` |
+| a compromise between the mean and the worst objective, set by one number | `cagrad`, `raco` |
+| equal say for objectives whose gradients differ by orders of magnitude | `nash_mtl`, `config`, `gapo` |
+| one objective before all others, with progress for these, too | `pcd` |
 | robustness to a few corrupt objectives | `krum` |
 | less noise in the weights, with any of these | `cr_mogm` around it |
 | a fair baseline | `mean` (the same losses, the same code), `random` |
 | a baseline that needs no Gramian, at the cost of the stock step | those below that read losses |
 
-Do not take `pcgrad`, `gradvac` or `aligned_mtl` for a guarantee: from three objectives on their updates may conflict
-with rows, as the second picture shows for `pcgrad`. `imtl_g` may even go against all of them.
+Don't rely on `pcgrad`, `gradvac` or `aligned_mtl` for a guarantee: with three or more objectives, their updates may
+conflict with rows, as the second picture shows for `pcgrad`. `imtl_g` may even go against all of them.
 """
 
 PICTURE_TEXT = """\
@@ -74,31 +74,31 @@ update that has crossed a side conflicts with that side's row. Lengths are not s
 DEPARTURES = """\
 ## Numerics
 
-All is solved in float64, whatever the Gramian's dtype; where rows are far from dependent, the batched solver computes
-corrections in float32, from residuals in float64. Rows are scaled to unit length before any decision, so every
-tolerance is a cosine: multiplying all losses by 1e-8, or one row by 1e6, changes no decision, and there are no
-`norm_eps` or `reg_eps` to set. Where rows are dependent, many weights give one update, and the ones of minimum norm
-(each measured in lengths of its row) are returned: the weights are a function of G, and follow a permutation of the
-objectives. An example that a batch holds twice shares its weight.
+Everything is solved in float64, whatever the Gramian's dtype; if rows are far from dependent, the batched solver
+computes corrections in float32, from residuals in float64. Rows are scaled to unit length before any decision, so
+every tolerance is a cosine: multiplying all losses by 1e-8, or one row by 1e6, changes no decision, and there are no
+`norm_eps` or `reg_eps` to set. If rows are dependent, many weights give the same update; the ones of minimum norm
+(each measured in lengths of its row) are returned, so the weights are a function of G, and follow a permutation of
+the objectives. Duplicate examples in a batch share their weight.
 
-A Gramian in float32 or bfloat16 has rounding errors, which its negative eigenvalues show. Where one is below -1e-10,
-in units of the rows' lengths, twice its size is added to the diagonal (`imtl_g` and `aligned_mtl` leave eigenvalues of
-that size out instead). What is solved then is a Gramian that G can't be told from. Its solution is unique, changes
-continuously with G, and makes no update of the errors: weights stay below the root of one over their size, where exact
-solutions may weigh rows by 1e9. A row's conflict with the update is then no larger than the errors. A matrix with
-eigenvalues that no rounding explains (below -m/64, in the same units) is refused.
+A Gramian in float32 or bfloat16 has rounding errors, which its negative eigenvalues show. If one is below -1e-10, in
+units of the rows' lengths, twice its size is added to the diagonal (`imtl_g` and `aligned_mtl` drop eigenvalues of
+that size instead). The result is as close to the true Gramian as G. Its solution is unique, changes continuously with
+G, and doesn't amplify the errors: weights stay below the root of one over their size, where exact solutions may weigh
+rows by 1e9. A row's conflict with the update is then no larger than the errors. A matrix with eigenvalues too low for
+rounding errors (below -m/64, in the same units) is refused.
 
-Every projection is verified by its optimality conditions: to 1e-10, as a cosine with the projection. One that fails
-goes to another solver. Rows that are opposite but for 1e-7 of their length are nearly beyond what a float64 Gramian can
-tell apart; there the best solution is taken, up to 1e-6, and past that the solution with 2e-10 more on the diagonal,
-which meets those 1e-6. An error that shows the eigenvalues is left for what is no Gramian.
+Every projection is verified by its optimality conditions: to 1e-10, as a cosine with the projection. If it fails,
+another solver takes over. Rows that are opposite up to 1e-7 of their length are nearly beyond the resolution of a
+float64 Gramian; there, the best solution is accepted up to 1e-6, and beyond that the solution with 2e-10 more on the
+diagonal, which meets those 1e-6. Matrices that aren't Gramians raise an error that shows the eigenvalues.
 
 Few problems are solved by quadprog, one by one on the CPU, many by a batched active-set method on the device of G. The
 choice is made from the table that `python scripts/benchmark.py weightings --solvers` measures. Where rows are
-dependent, or nearly so, active sets wander, and many problems are solved by operator splitting (Douglas and Rachford's,
-a product of matrices per step for all problems): it finds which objectives' weights are raised, a Cholesky factor of
-those rows then solves exactly, and the optimality conditions prove it. A dual cone of {0} mirrors the problems in the
-null space of G, where they are easier. Problems that none of this settles go to quadprog.
+dependent, or nearly so, active sets wander, and many problems (of more than 72 rows) are solved by operator splitting
+(Douglas and Rachford's, a product of matrices per step for all problems): it finds which objectives' weights are
+raised, a Cholesky factor of those rows then solves exactly, and the optimality conditions prove it. A dual cone of {0}
+mirrors the problems in the null space of G, where they are easier. Problems that none of this settles go to quadprog.
 There the projection of the rows' sum shows whether the dual cone is {0}; then it solves all. Of more than 64 dependent
 rows, Newton's method on the dual finds the weights of minimum norm. For m > 32 on another device than the CPU, G stays
 there, and the host reads only scalars, such as whether an iteration may end (a test counts them on the CPU) - unless
@@ -106,25 +106,56 @@ rows are dependent. `mgda`, `cagrad`, `raco`, `gapo` and `pcd` copy G to the CPU
 
 ## What they cost
 
-UPGrad, in milliseconds, and how many times faster than TorchJD 0.18's, on one thread of a small shared machine. The
-last column's Gramians are those of LoRA fine-tuning of the embedded example, one objective an example: a third of the
-pairs or more conflict, and large batches hold an example twice.
+UPGrad, in milliseconds, and how many times faster than TorchJD 0.18's, on one thread of a small shared machine. Rows of
+low rank have m / 2 numbers: half of them depend on the others, and TorchJD solves another problem, with 1e-4 more on
+the diagonal. The last column's Gramians are those of LoRA fine-tuning of the embedded example, one objective an
+example: a third of the pairs or more conflict, and large batches hold an example twice.
 
-| m | random rows | with a common direction | fine-tuning |
-|---|---|---|---|
-| 8 | 0.29 (1.0) | 0.26 (1.2) | 0.30 (1.0) |
-| 32 | 1.9 (1.4) | 0.47 (7) | 1.1 (3) |
-| 64 | 4.2 (7) | 1.5 (28) | 4.2 (10) |
-| 128 | 9.1 (44) | 0.78 (840) | 15 (38) |
-| 256 | 41 (170) | 1.7 (6700) | 103 (98) |
+| m | random rows | with a common direction | low rank | fine-tuning |
+|---|---|---|---|---|
+| 8 | 0.45 (1.0) | 0.36 (1.3) | 1.0 (0.4) | 0.48 (1.0) |
+| 32 | 6.3 (1.1) | 0.81 (10) | 9.5 (0.8) | 1.8 (2.8) |
+| 64 | 9.4 (5) | 1.8 (45) | 60 (1.2) | 9.6 (7) |
+| 128 | 25 (35) | 1.0 (1500) | 330 (2.8) | 26 (34) |
+| 256 | 74 (150) | 6.3 (2800) | 670 (14) | 120 (130) |
 
-    python scripts/benchmark.py weightings --threads 1
-    python scripts/benchmark.py gramians gramians.pt && python scripts/benchmark.py weightings --gramians gramians.pt
+    python scripts/benchmark.py weightings --weightings upgrad --threads 1
+    python scripts/benchmark.py gramians gramians.pt
+    python scripts/benchmark.py weightings --weightings upgrad --threads 1 --gramians gramians.pt
 
-At m = 256 MGDA takes about 5 ms and DualProj 9 (on fine-tuning's Gramians, 9 and 27). `mean`, `sum`, `constant` and
-`random` take 0.03 ms at m = 8 and 0.1 at 256, where TorchJD's take 0.005: a Gramian is checked, whoever reads it. So
-these four miss the aim of being no slower than TorchJD's, by hundredths of a millisecond, and at m = 8 two more do:
-`imtl_g` is slower than TorchJD's by 0.05 ms, and `krum` by 0.02; both are faster at 256.
+All that read a Gramian, in milliseconds:
+
+| weighting | random, m = 8 | low rank, m = 8 | random, m = 256 | low rank, m = 256 |
+|---|---|---|---|---|
+| `upgrad` | 0.36 | 1 | 95 | 510 |
+| `dualproj` | 0.066 | 0.61 | 6.8 | 38 |
+| `mgda` | 0.22 | 1.2 | 8.7 | 610 |
+| `gapo` | 0.29 | 1.2 | 9.2 | 450 |
+| `cagrad` | 0.61 | 32 | 14 | 4300 |
+| `raco` | 1 | 32 | 14 | 3900 |
+| `aligned_mtl` | 0.1 | 0.093 | 13 | 8.5 |
+| `imtl_g` | 0.12 | 0.17 | 1.4 | 16 |
+| `config` | 0.28 | 0.46 | 2.4 | 14 |
+| `nash_mtl` | 1 | 1.2 | 22 | 27 |
+| `fairgrad` | 0.75 | 0.98 | 18 | 29 |
+| `pcgrad` | 0.42 | 0.4 | 86 | 94 |
+| `gradvac` | 0.97 | 0.94 | 190 | 210 |
+| `pcd` | 0.62 | 0.74 | 58 | 40 |
+| `cr_mogm` | 0.65 | 1.3 | 120 | 540 |
+| `modo` | 0.18 | 0.16 | 0.77 | 0.81 |
+| `sdmgrad` | 1.2 | 1.2 | 6.3 | 6.3 |
+| `krum` | 0.12 | 0.11 | 1.6 | 1.4 |
+| `random` | 0.037 | 0.032 | 0.27 | 0.24 |
+| `constant` | 0.033 | 0.031 | 0.29 | 0.24 |
+| `mean` | 0.029 | 0.029 | 0.24 | 0.22 |
+| `sum` | 0.029 | 0.028 | 0.21 | 0.2 |
+
+    python scripts/benchmark.py weightings --weightings all --alone --threads 1 --sizes 8 256 --kinds random "low rank"
+
+Dependent rows make `cagrad` and `raco` expensive: with many of them, choose another method. `mean`, `sum`, `constant`
+and `random` take 0.03 ms at m = 8, where TorchJD's take 0.005: a Gramian is checked, whoever reads it. So these four
+miss the aim of being no slower than TorchJD's, by hundredths of a millisecond, and at m = 8 two more do: `imtl_g` is
+slower than TorchJD's by 0.05 ms, and `krum` by 0.02; both are faster at 256.
 
 Where other processes keep the cores busy, the threads of BLAS (NumPy has its own) wait for each other at every small
 system, which may cost far more than the work itself: set `OMP_NUM_THREADS=1` there.
@@ -151,7 +182,7 @@ Each has a test in `tests/weighting/test_torchjd.py`. Otherwise the results agre
   before `max_norm` its updates are longer than the paper's by the root of that norm. Here G w = 1/w is solved exactly;
   `n_tasks` and `optim_niter` have nothing left to set, and objectives may come and go.
 - **GradVac, PCD**: no epsilon. PCD's primary objective may be named, and the moving averages of both follow names.
-- **PCGrad, GradVac, Random**: the random orders and weights come from a generator with a seed of its own.
+- **PCGrad, GradVac, Random**: the random orders and weights come from a separate, seeded generator.
 - **DWA**: a window of steps stands for the paper's epoch.
 - **Uncertainty**: the log-variances are learnt by the weighting itself, by implicit gradient descent, as the model's
   optimizer does not know them.
@@ -164,16 +195,16 @@ They need more than G, or than losses at one point:
   weights.
 - **GradNorm** takes gradients at a chosen layer and learns its weights by differentiating those gradients' norms.
 - **ExcessMTL** divides gradients by the root of their squares' sums, kept for every parameter and every objective: m n
-  numbers, of which G has none.
+  numbers, which G doesn't have.
 
 Others are here in the form that one batch allows:
 
-- **FAMO** compares losses before and after a step on the same batch, a second forward; `famo` compares those of one
-  step with those of the next.
+- **FAMO** compares losses before and after a step on the same batch, a second forward; `famo` compares the losses of
+  one step with the next step's.
 - **MoDo, SDMGrad** multiply Jacobians of two independent batches, J_1 J_2^T; `modo` and `sdmgrad` take J J^T of one,
   whose diagonal is larger by the noise: rows of little noise get more weight than the papers give them.
-- **RACO** is read as CAGrad with its mixture clipped and scaled back to CAGrad's radius. Its heuristics for training
-  are left out, as is GAPO's variant with preferences.
+- **RACO** clips CAGrad's mixture to the preferences. That the correction is then scaled back to CAGrad's radius is our
+  reading. Its heuristics for training are left out, as is GAPO's variant with preferences.
 """
 
 

@@ -33,19 +33,31 @@ REFERENCE = -3.0
 """The change of a reward, in standard deviations, at which a method's hypervolume is 0."""
 
 
+WORD = "word "
+"""Before a word, the name of the reward for it."""
+
+EMPTY = -10.0
+"""The log-probability per token of an empty completion."""
+
+
 def short(prompts: list[str], completions: list[str]) -> list[float]:
     """Minus the number of words per sentence."""
     return [-len(text.split()) / max(1, sum(text.count(mark) for mark in ".!?")) for text in completions]
 
 
-def happy(prompts: list[str], completions: list[str]) -> list[float]:
-    """How often the word comes."""
-    return [float(text.lower().count("happy")) for text in completions]
+def long(prompts: list[str], completions: list[str]) -> list[float]:
+    """The number of words per sentence."""
+    return [-score for score in short(prompts, completions)]
 
 
 def dialogue(prompts: list[str], completions: list[str]) -> list[float]:
     """Whether somebody speaks."""
-    return [100.0 * ('"' in text) for text in completions]
+    return [float('"' in text) for text in completions]
+
+
+def narration(prompts: list[str], completions: list[str]) -> list[float]:
+    """Whether nobody speaks."""
+    return [1 - score for score in dialogue(prompts, completions)]
 
 
 def variety(prompts: list[str], completions: list[str]) -> list[float]:
@@ -54,31 +66,32 @@ def variety(prompts: list[str], completions: list[str]) -> list[float]:
     return [len(set(found)) / max(1, len(found)) for found in words]
 
 
+def word(which: str) -> Reward:
+    """Whether a word comes."""
+    return lambda prompts, completions: [float(which in text.lower()) for text in completions]
+
+
 def fluency(model: Any, tokenizer: Any) -> Reward:
     """The mean log-probability of a completion's tokens under the model as it was."""
 
     @torch.no_grad()
     def score(prompts: list[str], completions: list[str]) -> list[float]:
-        found = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            start = tokenizer(prompt, return_tensors="pt").input_ids
-            rest = tokenizer(completion, return_tensors="pt", add_special_tokens=False).input_ids
-            if not rest.numel():
-                found.append(-10.0)
-                continue
-            ids = torch.cat([start, rest], 1)
-            logps = model(ids).logits[0, :-1].float().log_softmax(-1)
-            found.append(logps.gather(1, ids[0, 1:, None])[start.shape[1] - 1 :].mean().item())
-        return found
+        starts = tokenizer(prompts).input_ids
+        ends = tokenizer(completions, add_special_tokens=False).input_ids
+        rows = [torch.tensor(start + end) for start, end in zip(starts, ends, strict=True)]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right, which no token before it sees
+        logps = model(ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+        scores = zip(logps, starts, ends, strict=True)
+        return [row[len(s) - 1 : len(s) + len(e) - 1].mean().item() if e else EMPTY for row, s, e in scores]
 
     return score
 
 
-def named(name: str, reward: Reward) -> Callable[..., list[float]]:
-    """A reward as TRL calls it."""
+def named(name: str, reward: Reward, scale: float) -> Callable[..., list[float]]:
+    """A reward as TRL calls it, times its scale."""
 
     def function(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        return reward(prompts, completions)
+        return [scale * score for score in reward(prompts, completions)]
 
     function.__name__ = name
     return function
@@ -95,12 +108,15 @@ class Setting:
         self.plan = plan
         self.tokenizer: Any = AutoTokenizer.from_pretrained(plan["model"])
         self.base = AutoModelForCausalLM.from_pretrained(plan["model"], dtype="float32").eval()
-        known: dict[str, Reward] = {"short": short, "happy": happy, "dialogue": dialogue, "variety": variety}
+        known: dict[str, Reward] = {f.__name__: f for f in (short, long, dialogue, narration, variety)}
         known["fluency"] = fluency(self.base, self.tokenizer)
+        known |= {name: word(name[len(WORD) :]) for name in plan["rewards"] if name.startswith(WORD)}
         unknown = sorted(set(plan["rewards"]) - set(known))
         if unknown:
-            raise ValueError(f"There is no reward `{unknown[0]}`; those that there are: {', '.join(known)}.")
-        self.rewards = {name: named(name, known[name]) for name in plan["rewards"]}
+            raise ValueError(
+                f"There is no reward `{unknown[0]}`; allowed are {', '.join(known)}, and `{WORD}` before any word."
+            )
+        self.rewards = {name: named(name, known[name], scale) for name, scale in plan["rewards"].items()}
         self.before = self.measured(self.base)
 
     @torch.no_grad()

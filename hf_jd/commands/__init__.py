@@ -1,1 +1,1 @@
-"""`hf-jd sft | dpo | reward | kto | grpo`: TRL's scripts, with the flags of Jacobian descent."""
+"""`hf-jd sft | dpo | reward | kto | grpo`: TRL's scripts with the flags of Jacobian descent."""

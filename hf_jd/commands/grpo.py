@@ -1,4 +1,4 @@
-"""`hf-jd grpo`: TRL's script of that name, with JDGRPOTrainer and reward functions by their import paths."""
+"""`hf-jd grpo`: TRL's GRPO script with JDGRPOTrainer, and reward functions by import path."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ def main(argv: Sequence[str]) -> int:
     return run("grpo", argv, JDGRPOTrainer, JDGRPOConfig, GRPOScriptArguments, _rewards)
 
 
-def _rewards(asked: Any, model: Any) -> dict[str, Any]:
-    """The reward model, if there is one, and the reward functions."""
-    found = [asked.reward_model_name_or_path] if asked.reward_model_name_or_path else []
-    found += [reward_function(name) for name in asked.reward_funcs or []]
-    if not found:
+def _rewards(script: Any, model: Any) -> dict[str, Any]:
+    """Returns the reward model, if there is one, and the reward functions."""
+    rewards = [script.reward_model_name_or_path] if script.reward_model_name_or_path else []
+    rewards += [reward_function(name) for name in script.reward_funcs or []]
+    if not rewards:
         raise ValueError(
-            "No reward is named: give the import paths of functions with --reward_funcs, as `my_rewards.length`."
+            "No reward is given: set --reward_funcs to the import paths of functions, such as `my_rewards.length`."
         )
-    return {"reward_funcs": found}
+    return {"reward_funcs": rewards}
 
 
 def reward_function(name: str) -> Callable[..., Any]:
-    """One of TRL's reward functions by its name, or any by its import path, also from the current folder.
+    """Returns one of TRL's reward functions by name, or any function by import path, also from the current folder.
 
     Raises:
-        ValueError: There is none of that name.
+        ValueError: There is no such function.
     """
     from trl import rewards
 
@@ -44,11 +44,11 @@ def reward_function(name: str) -> Callable[..., Any]:
         return getattr(rewards, function)
     sys.path.insert(0, "")
     try:
-        found = getattr(import_module(module), function, None) if module else None
+        reward = getattr(import_module(module), function, None) if module else None
     except ModuleNotFoundError as error:
         raise ValueError(f"--reward_funcs names `{name}`, and {error}: give the import path of a function.") from error
     finally:
         sys.path.remove("")
-    if found is None:
-        raise ValueError(f"--reward_funcs names `{name}`, which is no function: give its import path, `module.name`.")
-    return found
+    if reward is None:
+        raise ValueError(f"--reward_funcs names `{name}`, which is no function: give an import path, `module.name`.")
+    return reward

@@ -1,4 +1,4 @@
-"""Do all processes train the same? What they were given, and from time to time the weights, compared by hash."""
+"""Check that all processes train the same: compare their settings, and from time to time the weights, by hash."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from torch.distributed.tensor import DTensor
 
 from hf_jd.distributed.processes import gather, process_count
 
-_CHUNK = 4 * 1024 * 1024  # elements that are hashed at a time
+_CHUNK = 4 * 1024 * 1024  # elements to hash at a time
 
 
 def check_alike(facts: Mapping[str, Any]) -> None:
-    """Compares what each process was given, by hash.
+    """Compares the settings of all processes, by hash.
 
     Args:
-        facts: What has to be the same, by name; each is compared by its `repr`.
+        facts: Everything that has to be the same, by name; compared by `repr`.
 
     Raises:
-        ValueError: Something isn't; names it, on all processes.
+        ValueError: Something differs; raised, with its name, on all processes.
     """
     if process_count() == 1:
         return
-    own = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in facts.items()}
+    hashes = {name: hashlib.sha256(repr(value).encode()).hexdigest() for name, value in facts.items()}
     every: list[Any] = [None] * process_count()
-    distributed.all_gather_object(every, own)
-    names = [name for name in own if len({theirs.get(name) for theirs in every}) > 1]
+    distributed.all_gather_object(every, hashes)
+    names = [name for name in hashes if len({theirs.get(name) for theirs in every}) > 1]
     if names:
         first = f" (here: {facts[names[0]]!r:.100})"
         raise ValueError(
-            f"The processes were not given the same: {', '.join(f'`{name}`' for name in names)}{first}. Start all of "
-            "them by one command, with one seed, one data set in one order, and the same flags."
+            f"The processes differ in {', '.join(f'`{name}`' for name in names)}{first}. Start all of them with one "
+            "command, with the same seed, the same data in the same order, and the same flags."
         )
 
 
 def check_weights(parameters: Mapping[str, nn.Parameter], step: int) -> None:
-    """Compares the parameters, bit by bit, by a hash of each; of those that are shared out there is nothing to compare.
+    """Compares the parameters of all processes, bit by bit, with one hash each; skips sharded ones.
 
     Args:
-        parameters: By name; in the same order on all processes. ZeRO 3's are empty.
-        step: The updates until now.
+        parameters: By name, in the same order on all processes. Those that are gathered on use are empty.
+        step: The number of updates so far.
 
     Raises:
-        ValueError: Some differ; names them, on all processes.
+        ValueError: Some differ; raised, with the first one's name, on all processes.
     """
     whole = {name: p for name, p in parameters.items() if not isinstance(p, DTensor) and p.numel()}
     if process_count() == 1 or not whole:
@@ -57,13 +57,13 @@ def check_weights(parameters: Mapping[str, nn.Parameter], step: int) -> None:
     if names:
         raise ValueError(
             f"After {step} updates, {len(names)} of {len(whole)} parameters are not the same on all processes (first: "
-            f"`{names[0]}`): was the model changed on one of them, or built from another seed? Go on from an earlier "
+            f"`{names[0]}`): was the model changed on one of them, or built with another seed? Resume from an earlier "
             "checkpoint."
         )
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """[] int64, of the bits of all elements, each with a weight of its place."""
+    """Hashes the bits of all elements, weighted by their position: int64, 0-d."""
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for chunk in tensor.reshape(-1).view(whole).split(_CHUNK):

@@ -1,10 +1,14 @@
-"""Which columns of the Jacobian, elements of the parameters, each process owns, and in which buckets they travel."""
+"""Assign the Jacobian's columns (the parameters' elements) to processes, and pack them into buckets.
+
+Each process owns some columns: it receives their rows from all processes, and computes their part of the Gramian and
+of the update. A bucket is what one collective call carries: a slice of every process's columns.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import accumulate, zip_longest
+from itertools import accumulate, groupby, zip_longest
 from typing import NamedTuple
 
 import torch
@@ -12,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 BUCKET_BYTES = 32 * 1024 * 1024
-"""Of one bucket on one process, all rows and columns of it together."""
+"""The size of a bucket on one process, with all rows and columns."""
 
 
 class Piece(NamedTuple):
@@ -25,7 +29,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Bucket:
-    """Columns that travel together.
+    """Columns that are sent together.
 
     Attributes:
         parts: [W] the pieces that each process owns.
@@ -39,41 +43,43 @@ class Bucket:
 
     @property
     def widths(self) -> list[int]:
-        """[W] how many columns each process owns."""
+        """[W] the number of columns that each process owns."""
         return [sum(piece.stop - piece.start for piece in part) for part in self.parts]
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The parameters' device."""
         return next(part for part in self.parts if part)[0].parameter.device
 
     def zeros(self, *sizes: int) -> Tensor:
-        """[*sizes, columns] zeros, for as many columns as the largest part has."""
+        """Returns zeros [*sizes, columns], with the columns of the largest part: collectives need equal sizes."""
         return torch.zeros(*sizes, max(self.widths), dtype=self.dtype, device=self.device)
 
 
 def buckets(parameters: Iterable[nn.Parameter], processes: int, rows: int) -> Iterator[Bucket]:
-    """Cuts the columns of J [rows, n] into buckets of at most `BUCKET_BYTES`, or of one column a process.
+    """Cuts the columns of J [rows, n] into buckets of at most `BUCKET_BYTES`, or of one column per process.
 
-    A process owns 1/W of the columns, or the shards that it holds of sharded parameters.
+    A process owns 1/W of the columns; of sharded parameters, its shards.
 
     Args:
         parameters: In the same order on all processes.
         processes: W.
-        rows: How many rows travel.
+        rows: The number of rows to send.
     """
+    # A bucket is one tensor, so it holds parameters of one dtype; sharded ones have other owners.
     kinds: dict[tuple[torch.dtype, bool], list[nn.Parameter]] = {}
     for p in parameters:
         kinds.setdefault((p.dtype, isinstance(p, DTensor)), []).append(p)
     for (dtype, sharded), group in kinds.items():
         columns = max(1, BUCKET_BYTES // (max(1, rows) * dtype.itemsize * processes))
         owned = _shards(group, processes) if sharded else _equal(group, processes)
+        # Every bucket takes the next columns of each process, so that all of them receive in every call.
         for parts in zip_longest(*(_cut(pieces, columns) for pieces in owned), fillvalue=[]):
             yield Bucket(list(parts), dtype, sharded)
 
 
 def _equal(parameters: list[nn.Parameter], processes: int) -> list[list[Piece]]:
-    """[W] as many columns for each process, but for the last ones."""
+    """Gives each process the same number of columns, the last ones fewer: [W] lists of pieces."""
     total = sum(p.numel() for p in parameters)
     every = [Piece(p, 0, p.numel()) for p in parameters]
     parts = list(_cut(every, -(-total // processes))) if total else []
@@ -81,12 +87,12 @@ def _equal(parameters: list[nn.Parameter], processes: int) -> list[list[Piece]]:
 
 
 def _shards(parameters: list[nn.Parameter], processes: int) -> list[list[Piece]]:
-    """[W] the elements of each process's shards."""
+    """Gives each process the elements of its shards: [W] lists of pieces."""
     for p in parameters:
         if isinstance(p, DTensor) and (p.device_mesh.size() != processes or p.placements != (Shard(0),)):
             raise ValueError(
-                f"A parameter is placed as {p.placements} on {p.device_mesh.size()} of {processes} processes; allowed "
-                "is FSDP2 over all processes, along the first dimension (no replicas, as in HSDP)."
+                f"A parameter is placed as {p.placements} on {p.device_mesh.size()} of {processes} processes; use "
+                "FSDP2 over all processes, along the first dimension (no replicas, as in HSDP)."
             )
     owned = []
     for q in range(processes):
@@ -96,19 +102,19 @@ def _shards(parameters: list[nn.Parameter], processes: int) -> list[list[Piece]]
 
 
 def shard_start(parameter: Tensor, processes: int, q: int) -> int:
-    """The first element of the flattened parameter in shard q of the first dimension, cut as `torch.chunk` cuts it."""
+    """Returns the first element, in the flattened parameter, of shard q, split along dimension 0 like `torch.chunk`."""
     rows = -(-len(parameter) // processes)
     return min(q * rows, len(parameter)) * (parameter.numel() // max(1, len(parameter)))
 
 
 def _cut(pieces: list[Piece], columns: int) -> Iterator[list[Piece]]:
-    """Consecutive pieces, cut into parts of `columns` columns; the last part has what is left."""
+    """Cuts consecutive pieces into parts of `columns` columns; the last part may have fewer."""
     part: list[Piece] = []
     room = columns
     for p, start, stop in pieces:
         while start < stop:
             end = min(stop, start + room)
-            part.append(Piece(p, start, end))
+            part.append(Piece(p, start, end))  # a large parameter spans several parts
             room -= end - start
             start = end
             if room == 0:
@@ -119,13 +125,25 @@ def _cut(pieces: list[Piece], columns: int) -> Iterator[list[Piece]]:
 
 
 def offsets(part: list[Piece]) -> list[tuple[Piece, slice]]:
-    """The pieces of a part, and where each lies in the part's columns."""
+    """Returns the pieces of a part, with the slice of the part's columns that each one fills."""
     ends = list(accumulate(piece.stop - piece.start for piece in part))
     return [(piece, slice(end - (piece.stop - piece.start), end)) for piece, end in zip(part, ends, strict=True)]
 
 
+def by_block(part: list[Piece], places: Mapping[nn.Parameter, int]) -> Iterator[tuple[int, slice]]:
+    """Where the columns of each block lie in a part's columns; neighbours of one block are taken together.
+
+    Args:
+        part: The pieces.
+        places: Which block each parameter belongs to.
+    """
+    for place, pieces in groupby(offsets(part), lambda found: places[found[0].parameter]):
+        where = [columns for _, columns in pieces]
+        yield place, slice(where[0].start, where[-1].stop)
+
+
 def local_shard(parameter: DTensor, flat: Tensor) -> DTensor:
-    """The sharded tensor, shaped like the parameter, of which this process holds the elements `flat`."""
+    """Builds a tensor sharded like the parameter, from the elements `flat` of this process's shard."""
     local = flat.view(parameter.to_local().shape)
     mesh, placements = parameter.device_mesh, parameter.placements
     return DTensor.from_local(

@@ -1,4 +1,4 @@
-"""The gradients of all processes -> one update: full for parameters that each process has whole, else of its shard."""
+"""Add up the gradients of all processes: in full for whole parameters, the local shard for sharded ones."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from hf_jd.distributed.processes import add_over_processes, process_count, rank
 
 
 class Sent(NamedTuple):
-    """A collective under way.
+    """A collective call in progress.
 
     Attributes:
         bucket: The columns.
-        tensor: What is received once `work` is done.
-        work: What to wait for, if anything.
-        buffer: What is being sent, kept until then.
+        tensor: Receives the result.
+        work: Signals the end of the call; None if there is nothing to wait for.
+        buffer: The tensor being sent, which has to live until then.
     """
 
     bucket: Bucket
@@ -32,14 +32,14 @@ class Sent(NamedTuple):
 
 
 def in_turn(sent: Iterable[Sent]) -> Iterator[tuple[Bucket, Tensor]]:
-    """What arrives, while the next bucket is packed and sent: two of them are in memory at a time."""
-    under_way: deque[Sent] = deque()
+    """Yields results as they arrive, while the next bucket is packed and sent: two are in memory at a time."""
+    pending: deque[Sent] = deque()
     for item in sent:
-        under_way.append(item)
-        if len(under_way) > 1:
-            yield _arrived(under_way.popleft())
-    while under_way:
-        yield _arrived(under_way.popleft())
+        pending.append(item)
+        if len(pending) > 1:
+            yield _arrived(pending.popleft())
+    while pending:
+        yield _arrived(pending.popleft())
 
 
 def _arrived(sent: Sent) -> tuple[Bucket, Tensor]:
@@ -49,13 +49,13 @@ def _arrived(sent: Sent) -> tuple[Bucket, Tensor]:
 
 
 def used_anywhere(used: Iterable[nn.Parameter], parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    """The parameters that some process used: the others keep no gradient, as autograd would leave them."""
+    """Returns the parameters that some process used: the others get no gradient, as with autograd."""
     flags = used_flags(used, parameters)
     return [p for p, flag in zip(parameters, add_over_processes(flags).tolist(), strict=True) if flag]
 
 
 def used_flags(used: Iterable[nn.Parameter], parameters: list[nn.Parameter]) -> Tensor:
-    """[P] float64, 1 for the parameters that are used."""
+    """Returns [P] float64, 1 for the parameters that are used."""
     used = set(used)
     return torch.tensor([float(p in used) for p in parameters], dtype=torch.float64, device=parameters[0].device)
 
@@ -63,14 +63,14 @@ def used_flags(used: Iterable[nn.Parameter], parameters: list[nn.Parameter]) -> 
 def add_gradients(
     gradients: dict[nn.Parameter, Tensor], parameters: list[nn.Parameter], used: list[nn.Parameter] | None = None
 ) -> dict[nn.Parameter, Tensor]:
-    """The sum of gradients over all processes: an all-reduce, or a reduce-scatter to the shards.
+    """Sums gradients over all processes: an all-reduce, or a reduce-scatter to the shards.
 
-    Bytes sent by each process, for n elements of b bytes: 2 b n (W - 1) / W, to shards b n (W - 1) / W.
+    Each process sends 2 b n (W - 1) / W bytes for n elements of b bytes; to shards, b n (W - 1) / W.
 
     Args:
-        gradients: Those of this process, of whole parameters.
+        gradients: This process's gradients, of whole parameters.
         parameters: All trainable parameters, in the same order everywhere.
-        used: Those that some process used, if that is known already.
+        used: The parameters that some process used, if already known.
     """
     if process_count() == 1 and not any(isinstance(p, DTensor) for p in gradients):
         return gradients
@@ -83,7 +83,7 @@ def add_gradients(
 
 
 def _send_sum(bucket: Bucket, gradients: dict[nn.Parameter, Tensor]) -> Sent:
-    """[W, columns] of all parts, or [columns] of this process's, of the sum over processes."""
+    """Starts summing a bucket over processes: [W, columns] of all parts, or [columns] of this process's part."""
     flat = bucket.zeros(len(bucket.parts))
     for part, values in zip(bucket.parts, flat, strict=True):
         for (p, start, stop), where in offsets(part):
@@ -98,10 +98,10 @@ def _send_sum(bucket: Bucket, gradients: dict[nn.Parameter, Tensor]) -> Sent:
 
 
 class Gradients:
-    """A gradient for each parameter, put together from buckets.
+    """Assembles a gradient per parameter from buckets.
 
     Args:
-        parameters: Whose; each of them gets the gradient of its shard where it is sharded.
+        parameters: The parameters; a sharded one gets the gradient of its local shard.
     """
 
     def __init__(self, parameters: list[nn.Parameter]):
@@ -111,7 +111,7 @@ class Gradients:
             self._flat[p] = torch.empty(local.numel(), dtype=p.dtype, device=local.device)
 
     def put(self, bucket: Bucket, values: Tensor) -> None:
-        """Takes the columns of a bucket: [W, columns], or [columns] of this process's shards."""
+        """Stores the columns of a bucket: [W, columns], or [columns] of this process's shards."""
         if bucket.sharded:
             for (p, start, stop), where in offsets(bucket.parts[rank()]):
                 before = shard_start(p, process_count(), rank())
@@ -122,5 +122,5 @@ class Gradients:
                 self._flat[p][start:stop] = columns[where]
 
     def by_parameter(self) -> dict[nn.Parameter, Tensor]:
-        """The gradients, of the parameters' shapes, sharded as they are."""
+        """Returns the gradients, shaped and sharded like the parameters."""
         return {p: local_shard(p, g) if isinstance(p, DTensor) else g.view(p.shape) for p, g in self._flat.items()}

@@ -1,4 +1,4 @@
-"""The processes that train together: how many there are, and what they gather, add up and agree on."""
+"""The processes that train together: their number, and how they gather, add up and agree."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from hf_jd._compat import all_gather_single
 
 
 def process_count() -> int:
-    """How many processes train together."""
+    """Returns the number of processes that train together."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def rank() -> int:
-    """Which of them this is."""
+    """Returns the index of this process."""
     return distributed.get_rank() if process_count() > 1 else 0
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """[W, ...] the tensors [...] of all processes, in their order; all of one shape."""
+    """Stacks the tensors [...] of all processes, which share one shape, in rank order: [W, ...]."""
     if process_count() == 1:
         return tensor[None]
     gathered = tensor.new_empty(process_count(), *tensor.shape)
@@ -28,14 +28,14 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def gather_uneven(rows: Tensor, lengths: list[int] | None = None) -> tuple[Tensor, slice]:
-    """Concatenates [m_r, ...] of all processes r, in their order.
+    """Concatenates [m_r, ...] of all processes r, in rank order.
 
     Args:
-        rows: Those of this process.
-        lengths: [W] every m_r, if they are known already.
+        rows: This process's rows.
+        lengths: [W] every m_r, if already known.
 
     Returns:
-        [M, ...], and where the rows of this process are in it.
+        [M, ...], and the slice of this process's rows.
     """
     if process_count() == 1:
         return rows, slice(0, len(rows))
@@ -49,12 +49,12 @@ def gather_uneven(rows: Tensor, lengths: list[int] | None = None) -> tuple[Tenso
 
 
 def add_over_processes(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, in place."""
+    """Sums a tensor over all processes, in place."""
     if process_count() > 1:
         distributed.all_reduce(tensor)
     return tensor
 
 
 def anywhere(flag: bool, device: torch.device) -> bool:
-    """Whether a flag is set on some process."""
+    """Whether a flag is set on any process."""
     return flag if process_count() == 1 else bool(add_over_processes(torch.tensor(float(flag), device=device)))

@@ -1,78 +1,97 @@
-"""The rows of all processes -> one Gramian, and one update.
+"""The rows of all processes -> one Gramian per block of parameters, and one update.
 
-Bytes that each of W processes sends in an update, with n trainable elements of b bytes, and f = (W - 1) / W, the share
-of a tensor that leaves a process (2 f in an all-reduce, which is a reduce-scatter and an all-gather):
+The bytes that each of W processes sends per update, for n trainable elements of b bytes, with f = (W - 1) / W, the
+share of a tensor that leaves a process (2 f in an all-reduce, which is a reduce-scatter and an all-gather):
 
 | objectives | rows | Gramian | update | update of sharded parameters |
 |---|---|---|---|---|
-| instances, m_r on this process, M together | f b m_r n | 2 f 8 M^2 | 2 f b n | f b n |
-| K groups | f b K n | 2 f 8 K^2 | f b n | 0 |
+| instances, m_r on this process, M together | f b m_r n | 2 f 8 B M^2 | 2 f b n | f b n |
+| K groups | f b K n | 2 f 8 B K^2 | f b n | 0 |
 
-Plain data parallelism sends 2 f b n for its gradient, with shards f b n. The numbers of a step that are known of each
-objective (40 bytes) and of each parameter (8 bytes) are gathered besides.
+Each of the B blocks of parameters has its own Gramian; B is 1 by default. Plain data parallelism sends 2 f b n for its
+gradient, or f b n with shards. A step also gathers 40 bytes per objective and 8 bytes per parameter.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from hf_jd._compat import all_gather_single, reduce_scatter_single
-from hf_jd.distributed.columns import Bucket, Piece, buckets, offsets
+from hf_jd.distributed.columns import Bucket, Piece, buckets, by_block, offsets
 from hf_jd.distributed.gradients import Gradients, Sent, add_gradients, in_turn, used_flags
 from hf_jd.distributed.processes import add_over_processes, gather, gather_uneven, process_count, rank
 from hf_jd.gramian import Jacobian
+from hf_jd.gramian.blocks import places_of
 from hf_jd.gramian.rows import combine, inner
 from hf_jd.objectives import ObjectiveTable
 
 SUMMED_HERE = ("cpu",)
-"""Devices on which a reduce-scatter is an all-to-all and a sum: gloo's own takes longer than an all-reduce would."""
+"""Devices where an all-to-all and a sum replace reduce-scatter: gloo's takes longer than its all-reduce."""
 
 
-class OwnRows:
-    """Rows that this process weighs by itself; only the updates are added up.
+class LocalRows:
+    """Rows that this process weighs alone; only the updates are added up.
 
     Args:
-        jacobian: The rows [m_r, n] of this process, None where it has none.
+        jacobian: The rows [m_r, n] of this process; None if it has none.
         parameters: All trainable parameters, in the same order everywhere.
+        blocks: The name of each parameter's block, as `Engine.block_names` returns them; None: all are one.
     """
 
-    def __init__(self, jacobian: Jacobian | None, parameters: list[nn.Parameter]):
+    def __init__(
+        self,
+        jacobian: Jacobian | None,
+        parameters: list[nn.Parameter],
+        blocks: Mapping[nn.Parameter, str] | None = None,
+    ):
         self.jacobian = jacobian
         self.parameters = parameters
-        self._own = set() if jacobian is None else set(jacobian.used)
-        self.mine = slice(None)
+        self._places = places_of(blocks, parameters)
+        self._local = set() if jacobian is None else set(jacobian.used)
+        self.local = slice(None)
         self._used: list[nn.Parameter] | None = None
 
     def exchange(self, table: ObjectiveTable) -> ObjectiveTable:
-        """What is known of the objectives of this process -> of all that are weighed together."""
+        """Turns the table of this process's objectives into that of all objectives that are weighed together."""
         return table
 
-    def gramian(self) -> Tensor:
-        """[M, M], the same on all processes that weigh together."""
-        if self.jacobian is None:
-            return torch.zeros(0, 0, dtype=torch.float64, device=self.parameters[0].device)
-        return self.jacobian.gramian()
+    def gramians(self) -> Tensor:
+        """Computes the Gramians [B, M, M], one per block, the same on all processes that weigh together."""
+        return self._no_gramians(0) if self.jacobian is None else self.jacobian.gramians()
 
     def weighted_sum(self, weights: Tensor, usable: Tensor) -> dict[nn.Parameter, Tensor]:
-        """The update sum_k w_k row_k over the usable objectives of all processes.
+        """Computes the update sum_k w_k row_k over the usable objectives of all processes.
 
         Args:
-            weights: [M].
-            usable: [M] (bool); other rows may be NaN, and are not touched.
+            weights: [B, M].
+            usable: [M] (bool); other rows may be NaN, and are not read.
         """
-        weights, usable = weights[self.mine], usable[self.mine]
+        weights, usable = weights[:, self.local], usable[self.local]
         gradients = {}
         if self.jacobian is not None and usable.any():
             everything = bool(usable.all())
             jacobian = self.jacobian if everything else self.jacobian.select(usable.nonzero().flatten())
-            gradients = jacobian.weighted_sum(weights if everything else weights[usable])
+            gradients = jacobian.weighted_sum(weights if everything else weights[:, usable])
         return add_gradients(gradients, self.parameters, self._used)
 
+    def _no_gramians(self, objectives: int) -> Tensor:
+        """Returns zeros [B, M, M], to which each process adds its part."""
+        blocks, device = max(self._places.values()) + 1, self.parameters[0].device
+        return torch.zeros(blocks, objectives, objectives, dtype=torch.float64, device=device)
+
+    def _add_part(self, gramians: Tensor, bucket: Bucket, rows: Tensor) -> None:
+        """Adds the contribution of this process's columns to each block's Gramian."""
+        for place, where in by_block(bucket.parts[rank()], self._places):
+            own = rows[:, where]
+            gramians[place] += inner(own, own)
+
     def _flags(self) -> Tensor:
-        """[P] which parameters some objective of this process depends on."""
-        return used_flags(self._own, self.parameters)
+        """Returns [P], 1 for parameters that some objective of this process depends on."""
+        return used_flags(self._local, self.parameters)
 
     def _set_used(self, flags: Tensor) -> None:
         self._used = [p for p, flag in zip(self.parameters, flags.tolist(), strict=True) if flag]
@@ -83,61 +102,60 @@ class OwnRows:
             packed.zero_()
         else:
             for (p, start, stop), where in offsets(part):
-                packed[:, where] = self.jacobian.columns(p, start, stop) if p in self._own else 0
+                packed[:, where] = self.jacobian.columns(p, start, stop) if p in self._local else 0
 
 
-class GatheredRows(OwnRows):
-    """Objectives of which each process has its own, weighed all together.
+class GatheredRows(LocalRows):
+    """Rows of objectives that differ between processes, weighed together.
 
-    Each process gets all M rows of the columns that it owns, and adds its part to the Gramian; in the end it weighs its
-    own rows, and the updates are added up.
+    Each process receives all M rows of the columns that it owns, and computes their part of the Gramian. Then it weighs
+    its own rows, and the updates are added up.
     """
 
     def exchange(self, table: ObjectiveTable) -> ObjectiveTable:
-        """The processes' objectives, one below the other."""
+        """Concatenates the processes' tables."""
         if process_count() == 1:
             return table
         numbers = torch.cat([table.numbers, table.labels.double()], dim=1)
         heads = gather(torch.cat([torch.tensor([len(table)]).to(numbers), self._flags().to(numbers)]))
         self._set_used(heads[:, 1:].sum(0))
         self._lengths = heads[:, 0].long().tolist()
-        every, self.mine = gather_uneven(numbers, self._lengths)
+        every, self.local = gather_uneven(numbers, self._lengths)
         return ObjectiveTable.of(every[:, :-2], every[:, -2:])
 
-    def gramian(self) -> Tensor:
-        """[M, M], of the rows of all processes."""
+    def gramians(self) -> Tensor:
+        """Computes the Gramians [B, M, M] of the rows of all processes."""
         if process_count() == 1:
-            return super().gramian()
+            return super().gramians()
         assert self._used is not None
-        total = sum(self._lengths)
-        gramian = torch.zeros(total, total, dtype=torch.float64, device=self.parameters[0].device)
+        gramians = self._no_gramians(sum(self._lengths))
         cut = buckets(self._used, process_count(), max(self._lengths))
-        for _, rows in in_turn(self._exchange(bucket) for bucket in cut):
-            gramian += inner(rows, rows)
-        return _symmetric(add_over_processes(gramian))
+        for bucket, rows in in_turn(self._exchange(bucket) for bucket in cut):
+            self._add_part(gramians, bucket, rows)
+        return _symmetric(add_over_processes(gramians))
 
     def _exchange(self, bucket: Bucket) -> Sent:
-        """The rows [m_r, C] of this process are sent by columns; the rows [M, C / W] of all processes arrive."""
-        own, width = self._lengths[rank()], bucket.widths[rank()]
-        sizes = [own * w for w in bucket.widths]
+        """Sends the rows [m_r, C] of this process by columns, and receives the rows [M, C / W] of all processes."""
+        local, width = self._lengths[rank()], bucket.widths[rank()]
+        sizes = [local * w for w in bucket.widths]
         flat = torch.zeros(sum(sizes), dtype=bucket.dtype, device=bucket.device)
         for part, packed in zip(bucket.parts, flat.split(sizes), strict=True):
-            self._pack(part, packed.view(own, -1) if own else packed[None])
+            self._pack(part, packed.view(local, -1) if local else packed[None])
         rows = flat.new_empty(sum(self._lengths), width)
         received = [m * width for m in self._lengths]
         work = distributed.all_to_all_single(rows.view(-1), flat, received, sizes, async_op=True)
         return Sent(bucket, rows, work, flat)
 
 
-class AddedRows(OwnRows):
-    """Objectives that all processes share: their rows [K, n] are added up.
+class AddedRows(LocalRows):
+    """Rows of objectives that all processes share: the rows [K, n] are added up.
 
-    Each process gets the sums [K, n / W] of the columns that it owns, adds its part to the Gramian, and weighs them;
-    the update is gathered.
+    Each process receives the sums [K, n / W] of the columns that it owns, computes their part of the Gramian, and
+    weighs them; then the update is gathered.
     """
 
     def exchange(self, table: ObjectiveTable) -> ObjectiveTable:
-        """The sums over the processes, whose objectives are the same."""
+        """Adds up the tables of all processes, whose objectives are the same."""
         if process_count() == 1:
             return table
         numbers, self._objectives = table.numbers, len(table)
@@ -145,23 +163,23 @@ class AddedRows(OwnRows):
         self._set_used(sums[numbers.numel() :])
         return ObjectiveTable.of(sums[: numbers.numel()].view(numbers.shape), table.labels)
 
-    def gramian(self) -> Tensor:
-        """[K, K], of the rows' sums."""
+    def gramians(self) -> Tensor:
+        """Computes the Gramians [B, K, K] of the summed rows."""
         if process_count() == 1:
-            return super().gramian()
+            return super().gramians()
         assert self._used is not None
         self._sums: list[tuple[Bucket, Tensor]] = []
-        gramian = torch.zeros(self._objectives, self._objectives, dtype=torch.float64, device=self.parameters[0].device)
+        gramians = self._no_gramians(self._objectives)
         cut = buckets(self._used, process_count(), self._objectives)
         for bucket, received in in_turn(self._exchange(bucket) for bucket in cut):
             rows = self._summed(bucket, received)
-            gramian += inner(rows, rows)
+            self._add_part(gramians, bucket, rows)
             self._sums.append((bucket, rows))
-        self.jacobian = None  # Each process keeps 1/W of the sums.
-        return _symmetric(add_over_processes(gramian))
+        self.jacobian = None  # Free the rows: each process only needs its 1/W of the sums.
+        return _symmetric(add_over_processes(gramians))
 
     def weighted_sum(self, weights: Tensor, usable: Tensor) -> dict[nn.Parameter, Tensor]:
-        """The update sum_k w_k row_k, of which each process weighs its columns; see `OwnRows.weighted_sum`."""
+        """Computes the update sum_k w_k row_k, each process its columns; see `LocalRows.weighted_sum`."""
         if process_count() == 1:
             return super().weighted_sum(weights, usable)
         if not usable.any():
@@ -173,7 +191,7 @@ class AddedRows(OwnRows):
         return update.by_parameter()
 
     def _exchange(self, bucket: Bucket) -> Sent:
-        """The rows [K, C] of this process are sent by columns; for what arrives see `_summed`."""
+        """Sends the rows [K, C] of this process by columns; `_summed` reads the result."""
         if bucket.device.type in SUMMED_HERE:
             return self._send_parts(bucket)
         flat = bucket.zeros(process_count(), self._objectives)
@@ -183,7 +201,7 @@ class AddedRows(OwnRows):
         return Sent(bucket, sums, reduce_scatter_single(sums.view(-1), flat.view(-1), async_op=True), flat)
 
     def _send_parts(self, bucket: Bucket) -> Sent:
-        """Each process is sent its part; the others' rows [W - 1, K, C / W] of the own part arrive."""
+        """Sends each process its part, and receives the others' rows [W - 1, K, C / W] of this process's part."""
         k, widths = self._objectives, bucket.widths
         sizes = [0 if q == rank() else k * width for q, width in enumerate(widths)]
         flat = torch.empty(sum(sizes), dtype=bucket.dtype, device=bucket.device)
@@ -196,25 +214,29 @@ class AddedRows(OwnRows):
         return Sent(bucket, rows, work, flat)
 
     def _summed(self, bucket: Bucket, received: Tensor) -> Tensor:
-        """[K, C / W] the sums over all processes: what arrived, or the others' rows that did plus the own ones."""
+        """Returns the sums [K, C / W] over all processes: as received, or the others' rows plus this process's."""
         if bucket.device.type not in SUMMED_HERE:
             return received
         sums = received[0] if len(received) == 1 else received.sum(0)
         if self.jacobian is not None:
             for (p, start, stop), where in offsets(bucket.parts[rank()]):
-                if p in self._own:
+                if p in self._local:
                     sums[:, where] += self.jacobian.columns(p, start, stop)
         return sums
 
     def _weigh(self, bucket: Bucket, sums: Tensor, weights: Tensor, usable: Tensor) -> Sent:
-        """The update's columns of this process, gathered from all where the parameters are whole."""
-        own = combine(weights, sums) if usable.all() else combine(weights[usable], sums[usable])
+        """Computes this process's columns of the update; gathers all columns if the parameters are whole."""
+        if not usable.all():
+            weights, sums = weights[:, usable], sums[usable]
+        local = sums.new_zeros(sums.shape[1])
+        for place, where in by_block(bucket.parts[rank()], self._places):
+            local[where] = combine(weights[place], sums[:, where])
         if bucket.sharded:
-            return Sent(bucket, own, None, own)
-        own = functional.pad(own, (0, max(bucket.widths) - len(own)))  # All parts of a gather are as long.
-        columns = own.new_empty(process_count(), len(own))
-        return Sent(bucket, columns, all_gather_single(columns.view(-1), own, async_op=True), own)
+            return Sent(bucket, local, None, local)
+        local = functional.pad(local, (0, max(bucket.widths) - len(local)))  # A gather needs parts of equal length.
+        columns = local.new_empty(process_count(), len(local))
+        return Sent(bucket, columns, all_gather_single(columns.view(-1), local, async_op=True), local)
 
 
-def _symmetric(gramian: Tensor) -> Tensor:
-    return (gramian + gramian.T) / 2
+def _symmetric(gramians: Tensor) -> Tensor:
+    return (gramians + gramians.mT) / 2

@@ -1,1 +1,1 @@
-"""What will a step cost? Bytes, operations and time of an update, calculated before anything is loaded or trained."""
+"""Estimate what a step costs: bytes, operations and time of an update, before anything is loaded or trained."""

@@ -1,8 +1,8 @@
-"""How an update is made: the numbers that a cost is calculated from.
+"""The set-up of an update, from which its cost is calculated.
 
-In the formulas of this room, a process has m instances of T tokens in an update, N = m T tokens; R rows are on it, m of
-instances or K of groups; W processes have M objectives together, W m or K; n numbers are trained, of b bytes each; a
-linear map is [p, d], of p outputs and d inputs.
+In the formulas of this package, a process has m instances of T tokens per update, N = m T tokens, and R rows, m of
+instances or K of groups; W processes have M objectives in all, W m or K; n numbers are trained, of b bytes each; a
+linear map is [p, d], with p outputs and d inputs.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Case:
-    """How an update is made.
+    """The set-up of an update.
 
     Attributes:
-        batch: Instances of a micro-batch on a process.
-        tokens: T, of each instance.
-        accumulation: Micro-batches of an update.
+        batch: Instances per micro-batch and process.
+        tokens: T, per instance.
+        accumulation: Micro-batches per update.
         processes: W.
-        groups: K; None: an objective an instance.
+        groups: K; None: one objective per instance.
         parallelism: One of `PARALLELISMS`.
-        materialise: Whether rows are formed where their factors, the layers' inputs and gradients, are smaller.
-        two_pass: Whether the update takes a second backward pass, of the weighed losses.
-        checkpointing: Whether blocks are computed again in the backward pass, instead of keeping what is in them.
-        number_bytes: Of frozen weights and activations.
-        trained_bytes: b, of trained weights, their rows and gradients.
+        materialise: Whether to form rows even if their factors, the layers' inputs and gradients, are smaller.
+        two_pass: Whether the update takes a second backward pass, of the weighted losses.
+        checkpointing: Whether the backward pass recomputes blocks instead of storing their activations.
+        number_bytes: Bytes per number of frozen weights and activations.
+        trained_bytes: b, bytes per number of trained weights, their rows and gradients.
     """
 
     batch: int
@@ -42,39 +42,39 @@ class Case:
 
     @property
     def instances(self) -> int:
-        """m, of an update on one process."""
+        """m, per update and process."""
         return self.batch * self.accumulation
 
     @property
     def all_tokens(self) -> int:
-        """N, of an update on one process."""
+        """N, per update and process."""
         return self.instances * self.tokens
 
     @property
     def rows(self) -> int:
-        """R, of an update on one process."""
+        """R, per update and process."""
         return self.groups or self.instances
 
     @property
     def objectives(self) -> int:
-        """M, of all processes."""
+        """M, over all processes."""
         return self.groups or self.instances * self.processes
 
     @property
     def leaving(self) -> float:
-        """f = (W - 1) / W, the share of evenly divided data that is another process's."""
+        """f = (W - 1) / W, the share of evenly divided data that belongs to other processes."""
         return (self.processes - 1) / self.processes
 
 
 @dataclass(frozen=True)
 class Parallelism:
-    """One of accelerate's engines, by what its processes share out among them.
+    """One of accelerate's backends, by what its processes shard.
 
     Attributes:
-        weights: Whether weights are shared out, and so gathered for each forward and each backward pass.
-        gradients: Whether gradients are.
-        optimizer: Whether the optimizer's state is.
-        owns_backward: Whether it takes gradients only from its own backward pass, so that an update takes two.
+        weights: Whether weights are sharded, and so gathered for each forward and each backward pass.
+        gradients: Whether gradients are sharded.
+        optimizer: Whether the optimizer's state is sharded.
+        owns_backward: Whether it takes gradients only from its own backward pass, so that an update takes two passes.
     """
 
     weights: bool
@@ -84,7 +84,7 @@ class Parallelism:
 
     @property
     def holds_trained(self) -> bool:
-        """Whether what is trained is gathered once for the measuring pass, and held whole: ZeRO 3."""
+        """Whether trained weights are gathered once for the measuring pass, and held whole: ZeRO 3."""
         return self.weights and self.owns_backward
 
 

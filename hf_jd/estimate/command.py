@@ -1,4 +1,4 @@
-"""`hf-jd estimate`: what would an update cost on this model and hardware, and does it fit?"""
+"""`hf-jd estimate`: the cost of an update for a model and hardware, and whether it fits."""
 
 from __future__ import annotations
 
@@ -25,38 +25,41 @@ class EstimateArguments:
 
     model: str = field(
         metadata={
-            "help": "A configuration of transformers: a folder with a config.json, such a file, or the name of a model "
-            "of the Hub. No weights are loaded."
+            "help": "A transformers configuration: a folder with a config.json, such a file, or the name of a model "
+            "on the Hub. No weights are loaded."
         }
     )
-    lora: int = field(default=8, metadata={"help": "The rank of LoRA matrices on all linear layers but the head."})
+    lora: int = field(default=8, metadata={"help": "The rank of LoRA matrices on all linear layers except the head."})
     full: bool = field(default=False, metadata={"help": "Train all parameters, instead of a LoRA adapter."})
-    batch: int = field(default=8, metadata={"help": "Instances of a micro-batch on each process."})
-    tokens: int = field(default=512, metadata={"help": "Tokens of an instance."})
-    accumulation: int = field(default=1, metadata={"help": "Micro-batches of an update."})
-    groups: int = field(default=0, metadata={"help": "Groups as objectives; 0: each instance is one."})
-    processes: int = field(default=1, metadata={"help": "Processes, each with a device."})
+    batch: int = field(default=8, metadata={"help": "Instances per micro-batch and process."})
+    tokens: int = field(default=512, metadata={"help": "Tokens per instance."})
+    accumulation: int = field(default=1, metadata={"help": "Micro-batches per update."})
+    groups: int = field(default=0, metadata={"help": "The number of groups as objectives; 0: each instance is one."})
+    processes: int = field(default=1, metadata={"help": "The number of processes, each with a device."})
     parallelism: str = field(
-        default="ddp", metadata={"help": f"Accelerate's engine: {', '.join(f'`{p}`' for p in PARALLELISMS)}."}
+        default="ddp", metadata={"help": f"Accelerate's backend: {', '.join(f'`{p}`' for p in PARALLELISMS)}."}
     )
     two_pass: bool = field(
         default=False,
-        metadata={"help": "As with --jd_backward two_pass. ZeRO is always so: it owns the backward pass."},
+        metadata={"help": "As with --jd_backward two_pass. Always so with ZeRO, which owns the backward pass."},
     )
     checkpointing: bool = field(default=False, metadata={"help": "Activation checkpointing."})
     dtype: str = field(
         default="bfloat16",
-        metadata={"help": f"Of frozen weights and activations: {', '.join(f'`{d}`' for d in _BYTES)}."},
+        metadata={"help": f"The dtype of frozen weights and activations: {', '.join(f'`{d}`' for d in _BYTES)}."},
     )
-    trained_dtype: str = field(default="float32", metadata={"help": "Of trained weights, gradients and rows."})
+    trained_dtype: str = field(
+        default="float32", metadata={"help": "The dtype of trained weights, gradients and rows."}
+    )
     hardware: str = field(
         default="h200", metadata={"help": f"The device of each process: {', '.join(f'`{h}`' for h in HARDWARE)}."}
     )
     processes_per_node: int = field(
-        default=Assumptions.node, metadata={"help": "Processes that are connected by links; beyond, it is the network."}
+        default=Assumptions.node, metadata={"help": "Processes connected by links; more of them use the network."}
     )
     efficiency: float = field(
-        default=Assumptions.efficiency, metadata={"help": "Share of the device's operations a second that is reached."}
+        default=Assumptions.efficiency,
+        metadata={"help": "The share of the device's peak operations per second to reach."},
     )
 
     def __post_init__(self):
@@ -76,7 +79,7 @@ class EstimateArguments:
         if self.groups < 0:
             raise ValueError(f"--groups is {self.groups}; give the number of groups, or 0 for instances.")
         if not 0 < self.efficiency <= 1:
-            raise ValueError(f"--efficiency is {self.efficiency}; it is a share, above 0 and at most 1.")
+            raise ValueError(f"--efficiency is {self.efficiency}; give a share above 0, at most 1.")
         if self.processes == 1 and self.parallelism != "ddp":
             raise ValueError(f"--parallelism {self.parallelism} needs --processes 2 or more.")
 
@@ -117,7 +120,7 @@ def parse(argv: Sequence[str]) -> EstimateArguments:
         types,
         prog="hf-jd estimate",
         usage="%(prog)s --model CONFIG [--flag value ...]",
-        description="Calculate what an update costs: bytes of rows, bytes sent, operations, time. Nothing is measured.",
+        description="Estimate what an update costs: bytes of rows, bytes sent, operations, time. Measures nothing.",
         allow_abbrev=False,
     )
     (arguments,) = parser.parse(argv, {})
@@ -135,7 +138,7 @@ def report(arguments: EstimateArguments) -> str:
     assumed = Assumptions(efficiency=arguments.efficiency, node=arguments.processes_per_node)
     smaller = replace(case, materialise=False)
     if not fits(shape, case, hardware, assumed) and row_bytes(shape, smaller) < row_bytes(shape, case):
-        case = smaller  # As `--jd_keep_rows auto` does.
+        case = smaller  # like `--jd_keep_rows auto`
     plain, step = plain_time(shape, case, hardware, assumed), step_time(shape, case, hardware, assumed)
     lines = [
         ("model", _model(shape, arguments)),
@@ -165,10 +168,10 @@ def _update(case: Case, hardware: Hardware) -> str:
 
 
 def _rows(shape: Shape, case: Case) -> str:
-    held = f"{_size(row_bytes(shape, case))} a process"
+    size = f"{_size(row_bytes(shape, case))} per process"
     how = "as rows" if case.materialise else "as layers' inputs and gradients, where those are smaller"
-    fused = "; those of experts' adapters take a backward pass an objective" if shape.fused else ""
-    return f"{held}, {case.rows:,} of {case.objectives:,} objectives, {how}{fused}"
+    fused = "; experts' adapters take one backward pass per objective" if shape.fused else ""
+    return f"{size}, {case.rows:,} of {case.objectives:,} objectives, {how}{fused}"
 
 
 def _memory(shape: Shape, case: Case, hardware: Hardware, assumed: Assumptions) -> str:
@@ -180,25 +183,25 @@ def _memory(shape: Shape, case: Case, hardware: Hardware, assumed: Assumptions) 
 def _one_pass(shape: Shape, case: Case, hardware: Hardware, assumed: Assumptions) -> str:
     free = hardware.memory * assumed.memory_share - sum(memory(shape, case).values())
     if free <= 0:
-        return "does not fit: not even a plain step does"
+        return "does not fit: not even a plain step fits"
     room = f"rows may take half of the {_size(free)} left"
     if fits(shape, case, hardware, assumed):
         return f"fits: {room}"
-    lever = "fewer groups, rows of bfloat16" if case.groups else "groups, fewer instances an update"
-    return f"does not fit: {room}; take {lever}, or LoRA"
+    lever = "fewer groups, rows in bfloat16" if case.groups else "groups, fewer instances per update"
+    return f"does not fit: {room}; use {lever}, or LoRA"
 
 
 def _sent(shape: Shape, case: Case) -> str:
     if case.processes == 1:
         return "nothing: one process"
     sent, plain = step_bytes(shape, case), plain_bytes(shape, case)
-    return f"{_size(sent)} a process, x {sent / plain:.2f} of a plain step's {_size(plain)}"
+    return f"{_size(sent)} per process, x {sent / plain:.2f} of a plain step's {_size(plain)}"
 
 
 def _operations(shape: Shape, case: Case) -> str:
     step, plain = step_flops(shape, case), plain_flops(shape, case)
     return (
-        f"{step / 1e12:.1f} TFLOP a process, x {step / plain:.3f} of a plain step's {plain / 1e12:.1f}; "
+        f"{step / 1e12:.1f} TFLOP per process, x {step / plain:.3f} of a plain step's {plain / 1e12:.1f}; "
         f"{gramian_flops(shape, case) / 1e12:.3g} of them for the Gramian"
     )
 
@@ -207,7 +210,7 @@ def _time(plain: Time, step: Time) -> str:
     parts = {"computing": step.computing, "rows and Gramian": step.rows, "sending": step.sending}
     listed = ", ".join(f"{_seconds(seconds)} {name}" for name, seconds in parts.items())
     ratio = step.total / plain.total
-    return f"x {ratio:.2f} of a plain step's {_seconds(plain.total)}: {listed}; without the weighting's own"
+    return f"x {ratio:.2f} of a plain step's {_seconds(plain.total)}: {listed}; not counting the weighting"
 
 
 def _assumed(case: Case, hardware: Hardware, assumed: Assumptions) -> str:

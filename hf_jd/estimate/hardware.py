@@ -1,4 +1,4 @@
-"""The devices that a cost can be calculated for, from their makers' data sheets."""
+"""Devices to estimate costs for, from their makers' data sheets."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Hardware:
-    """One device, and what connects it to the others.
+    """One device, and its connections to others.
 
     Attributes:
-        name: As its maker calls it.
-        memory: Bytes.
-        bandwidth: Bytes that its memory moves in a second.
-        half_flops: Dense operations in a second, in bfloat16 or float16.
-        single_flops: The same in float32, without TF32, which torch doesn't use unless it is told to.
-        link: Bytes in a second that it sends to the others of its node.
-        network: Bytes in a second that it sends to other nodes.
+        name: Its maker's name for it.
+        memory: Bytes of memory.
+        bandwidth: Bytes per second that its memory moves.
+        half_flops: Dense operations per second, in bfloat16 or float16.
+        single_flops: The same in float32, without TF32, which torch doesn't use by default.
+        link: Bytes per second that it sends within its node.
+        network: Bytes per second that it sends to other nodes.
     """
 
     name: str
@@ -28,8 +28,8 @@ class Hardware:
     network: float
 
 
-# NVIDIA's data sheets of the SXM cards; NVLink's bandwidth is given there for both directions together. The network is
-# that of NVIDIA's own nodes: one adapter for each GPU, of 400 Gbit/s (DGX H100 and H200) or 200 Gbit/s (DGX A100).
+# From NVIDIA's data sheets for the SXM cards, which give NVLink's bandwidth for both directions together. The network
+# is that of NVIDIA's own nodes: one adapter per GPU, of 400 Gbit/s (DGX H100 and H200) or 200 Gbit/s (DGX A100).
 HARDWARE = {
     "h200": Hardware("NVIDIA H200", 141e9, 4.8e12, 989e12, 67e12, 450e9, 50e9),
     "h100": Hardware("NVIDIA H100", 80e9, 3.35e12, 989e12, 67e12, 450e9, 50e9),

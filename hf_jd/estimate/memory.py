@@ -1,20 +1,20 @@
-"""Bytes that a process holds: rows, and what a plain step needs, too. The letters are those of `cases.py`."""
+"""The memory of a process: rows, and everything that a plain step needs, too. See `cases.py` for the letters."""
 
 from __future__ import annotations
 
 from hf_jd.estimate.cases import PARALLELISMS, Case
 from hf_jd.estimate.shapes import Matrix, Shape, Table
 
-_READ = 64  # multiplications in the time of writing a row's number and reading it twice (`hf_jd.gramian.routed`)
+_READ = 64  # multiplications in the time it takes to write a row's number and read it twice (`hf_jd.gramian.routed`)
 _ID_BYTES = 16  # of an embedding's owner and token, int64 each
 
 
-def kept_as(matrix: Matrix, case: Case) -> str:
-    """How the rows of a map are held, as the engine decides: "dense", or as their factors, input and output gradient.
+def storage(matrix: Matrix, case: Case) -> str:
+    """Says how the engine stores the rows of a map: "dense", or as their factors, input and output gradient.
 
-    "factors", by `OuterRows.compact`, for instances of S = T tokens, R = batch of them in a backward pass: where
-    R S (p + d) < 2 p d and so the ghost form is cheaper too, or, where rows need not be formed, S (p + d) < p d.
-    "routed": those of E experts, unless (`RoutedRows.compact`) N^2 / E (p + d) pairs of tokens cost more than rows.
+    "factors" (`OuterRows.compact`), for R = batch instances of S = T tokens in a backward pass: if
+    R S (p + d) < 2 p d, so that the ghost form is cheaper, too, or, if rows need not be formed, S (p + d) < p d.
+    "routed", for E experts, unless (`RoutedRows.compact`) N^2 / E (p + d) for pairs of tokens costs more than rows.
     """
     if matrix.count > 1:
         return "dense" if case.materialise and pairs_cost_more(matrix, case) else "routed"
@@ -24,45 +24,45 @@ def kept_as(matrix: Matrix, case: Case) -> str:
 
 
 def pairs_cost_more(matrix: Matrix, case: Case, forming: float = 0.0) -> bool:
-    """Whether an expert's Gramian costs more from pairs of its tokens than from rows, which take `forming`."""
+    """Whether an expert's Gramian costs more from pairs of its tokens than from rows, including `forming` them."""
     tokens, rows = matrix.tokens(case.batch * case.tokens) / matrix.count, case.groups or case.batch
     p, d = matrix.outputs, matrix.inputs
     return tokens**2 * (p + d) > forming + rows * (rows + _READ) * p * d
 
 
 def row_bytes(shape: Shape, case: Case) -> float:
-    """Bytes of the rows of an update on one process.
+    """Computes the bytes of the rows of an update on one process.
 
-    R p d b for dense rows, N (p + d) numbers for factors, and of a table the entries that were looked up: counted as if
-    no objective met a token twice.
+    R p d b for dense rows, N (p + d) numbers for factors, and for a table the entries looked up, as if no objective had
+    a token twice.
     """
     total: float = case.rows * shape.vectors * case.trained_bytes
     for matrix in shape.trained:
-        p, d, form = matrix.outputs, matrix.inputs, kept_as(matrix, case)
+        p, d, form = matrix.outputs, matrix.inputs, storage(matrix, case)
         if form == "dense":
             total += case.rows * matrix.elements * case.trained_bytes
         else:
             tokens = matrix.tokens(case.all_tokens)
             total += tokens * (p + d) * case.number_bytes + (tokens * _ID_BYTES / 2 if form == "routed" else 0)
     for table in shape.tables:
-        if table.head is None or kept_as(table.head, case) != "dense":  # A head's dense rows have its table's in them.
+        if table.head is None or storage(table.head, case) != "dense":  # a head's dense rows include its table's
             total += looked_up(table, case) * (table.width * case.trained_bytes + _ID_BYTES)
     return total
 
 
 def looked_up(table: Table, case: Case) -> int:
-    """Entries in the rows of a table: of an objective each token once, or each position, if these are all different."""
+    """Counts the entries in a table's rows: each objective's tokens, or positions, assuming they are all different."""
     if table.positions:
         return case.rows * min(case.tokens, table.entries)
     return min(case.all_tokens, case.rows * table.entries)
 
 
 def memory(shape: Shape, case: Case) -> dict[str, float]:
-    """Bytes that a process needs besides rows, with Adam's two numbers (float32) for each trained one.
+    """Computes the bytes that a process needs besides rows, with Adam's two float32 numbers per trained one.
 
-    Under ZeRO 3, what is trained is whole while rows are measured. Activations: 34 N h bytes a block in 16 bits
-    (Korthikanti et al., arXiv 2205.05198, equation 2, of attention that keeps no T x T); with checkpointing 2 N h a
-    block, and one block's. The head's outputs and their gradient: float32.
+    Under ZeRO 3, trained weights are whole while rows are measured. Activations: 34 N h bytes per block in 16 bits
+    (Korthikanti et al., arXiv 2205.05198, equation 2, for attention that stores no T x T); with checkpointing 2 N h per
+    block, plus one whole block. The head's outputs and their gradient: float32.
     """
     kind, w, n = PARALLELISMS[case.parallelism], case.processes, shape.trainable
     measured = n * case.trained_bytes if kind.holds_trained else 0

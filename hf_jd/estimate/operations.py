@@ -1,6 +1,6 @@
-"""Floating-point operations of an update on one process. The letters are those of `cases.py`.
+"""Floating-point operations of an update on one process. See `cases.py` for the letters.
 
-They are counted as `torch.utils.flop_counter` does, 2 for a multiplication and an addition, and only those of products.
+Counted like `torch.utils.flop_counter`: 2 for a multiplication and an addition, and only in products.
 """
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 
 from hf_jd.estimate.cases import Case
-from hf_jd.estimate.memory import kept_as, pairs_cost_more
+from hf_jd.estimate.memory import pairs_cost_more, storage
 from hf_jd.estimate.shapes import Matrix, Shape, Table
 
 _CHUNK = 65_536  # columns that the engine multiplies at once (`hf_jd.gramian.rows`)
-_BLOCK = 64  # objectives up to which it does not cut a Gramian into blocks
+_BLOCK = 64  # objectives up to which it does not split a Gramian into blocks
 
 
 def product_flops(matrix: Matrix, case: Case) -> float:
@@ -21,61 +21,61 @@ def product_flops(matrix: Matrix, case: Case) -> float:
 
 
 def attention_flops(shape: Shape, case: Case) -> float:
-    """4 N T h for the two products of each attention, of h the width of its heads; the causal half is not left out."""
+    """4 N T h for the two products of each attention, h the width of its heads; counts both causal halves."""
     return 4 * case.all_tokens * case.tokens * shape.attention
 
 
 def forward_flops(shape: Shape, case: Case) -> float:
-    """Of all maps and attentions."""
+    """Counts all maps and attentions."""
     return sum(product_flops(matrix, case) for matrix in shape.matrices) + attention_flops(shape, case)
 
 
 def backward_flops(shape: Shape, case: Case) -> float:
-    """To the layers' inputs: as many as forward, an attention's twice; with checkpointing, forward once more.
+    """Counts gradients of layers' inputs: as many as forward, attentions twice; with checkpointing, plus a forward.
 
-    Those of the first layer's maps are counted, too, which autograd leaves out where nothing below is trained.
+    Includes the first layer's maps, which autograd skips if nothing below is trained.
     """
     again = forward_flops(shape, case) if case.checkpointing else 0
     return again + forward_flops(shape, case) + attention_flops(shape, case)
 
 
 def plain_flops(shape: Shape, case: Case) -> float:
-    """Forward, backward, and the trained weights' gradients."""
+    """Counts a plain step: forward, backward, and the trained weights' gradients."""
     weights = sum(product_flops(matrix, case) for matrix in shape.trained)
     return forward_flops(shape, case) + backward_flops(shape, case) + weights
 
 
 def row_flops(shape: Shape, case: Case) -> float:
-    """Return the rows' own, in place of the weights' gradients: 2 N p d where they are dense, nothing for factors.
+    """Counts the rows, which replace the weights' gradients: 2 N p d if they are dense, nothing for factors.
 
     An expert's two maps are computed once more, forward or backward; adapters fused with experts take one backward pass
-    an objective. For other processes, all rows are made dense.
+    per objective. Rows for other processes are all dense.
     """
     sent = {"factors", "routed"} if case.processes > 1 else set()
     total = case.rows * backward_flops(shape, case) / case.accumulation if shape.fused else 0.0
     for matrix in shape.trained:
-        form = kept_as(matrix, case)
+        form = storage(matrix, case)
         total += product_flops(matrix, case) * ((matrix.count > 1) + (form == "dense" or form in sent))
     return total
 
 
 def squared(r: int) -> int:
-    """Multiplications for each column of r rows: r^2; of large Gramians, which `inner` cuts, only one half's blocks."""
+    """Counts multiplications per column of r rows: r^2; for large Gramians, which `inner` splits, half the blocks."""
     half = r // 2
     return r * r if r <= _BLOCK else squared(half) + squared(r - half) + half * (r - half)
 
 
 def gramian_flops(shape: Shape, case: Case) -> float:
-    """2 R^2 for each column of J; of W processes, each takes M rows of 1 / W of the columns, 2 M^2 n / W.
+    """Counts 2 R^2 per column of J; with W processes, each takes M rows of 1 / W of the columns, 2 M^2 n / W.
 
-    Less for R > 64 (`squared`). Of factors on one process the cheaper of 2 N^2 (p + d) and 2 N p d + 2 R^2 p d; of E
-    experts, to which tokens go evenly, of 2 (p + d + R) for each pair of tokens of one of them and the same.
+    Fewer for R > 64 (`squared`). For factors on one process, the cheaper of 2 N^2 (p + d) and 2 N p d + 2 R^2 p d; for
+    E experts with evenly spread tokens, the cheaper of 2 (p + d + R) per pair of an expert's tokens and the same.
     """
     if case.processes > 1:
         return 2 * squared(case.objectives) * shape.trainable / case.processes
     r, total = case.rows, 2.0 * squared(case.rows) * shape.vectors
     for matrix in shape.trained:
-        p, d, form = matrix.outputs, matrix.inputs, kept_as(matrix, case)
+        p, d, form = matrix.outputs, matrix.inputs, storage(matrix, case)
         tokens = matrix.tokens(case.all_tokens)
         if form == "dense":
             total += 2 * squared(r) * matrix.elements
@@ -89,9 +89,9 @@ def gramian_flops(shape: Shape, case: Case) -> float:
 
 
 def _table_flops(table: Table, case: Case) -> float:
-    """2 R^2 for each number of the entries that were looked up, in chunks; and of those with a tied head's factors."""
-    if table.head is not None and kept_as(table.head, case) == "dense":
-        return 0.0  # They are in the head's.
+    """Counts 2 R^2 per number of the entries looked up, in chunks, and the products with a tied head's factors."""
+    if table.head is not None and storage(table.head, case) == "dense":
+        return 0.0  # included in the head's
     step = max(1, _CHUNK // table.width)
     used = min(case.tokens if table.positions else case.all_tokens, table.entries)
     cross = 0 if table.head is None else 2 * case.all_tokens**2 * table.width
@@ -99,42 +99,42 @@ def _table_flops(table: Table, case: Case) -> float:
 
 
 def update_flops(shape: Shape, case: Case) -> float:
-    """J^T w: 2 for each number of dense rows, 2 N p d of factors. Each process weighs 1 / W of groups' sums."""
+    """Counts J^T w: 2 per number of dense rows, 2 N p d for factors. Each process weighs 1 / W of the groups' sums."""
     total = 2.0 * case.rows * shape.vectors
     for matrix in shape.trained:
-        dense = kept_as(matrix, case) == "dense" or (case.processes > 1 and case.groups is not None)
+        dense = storage(matrix, case) == "dense" or (case.processes > 1 and case.groups is not None)
         total += 2 * case.rows * matrix.elements if dense else product_flops(matrix, case)
     return total / case.processes if case.groups is not None else total
 
 
 def formed_flops(shape: Shape, case: Case) -> float:
-    """Those of the Gramian and the update that multiply factors, in the layers' own dtype, as rows are formed."""
+    """Counts the part of the Gramian and the update that multiplies factors, in the layers' dtype."""
     if case.processes > 1 and case.groups is not None:
         return 0.0
-    update = sum(product_flops(matrix, case) for matrix in shape.trained if kept_as(matrix, case) != "dense")
+    update = sum(product_flops(matrix, case) for matrix in shape.trained if storage(matrix, case) != "dense")
     if case.processes > 1:
         return update
     return update + sum(product_flops(matrix, case) for matrix in shape.trained if _formed(matrix, case))
 
 
 def _formed(matrix: Matrix, case: Case) -> bool:
-    """Whether factors are multiplied out for the Gramian, as `OuterRows.gramian` and `RoutedRows.gramian` decide."""
+    """Whether factors are multiplied out for the Gramian (`OuterRows.gramian`, `RoutedRows.gramian`)."""
     if matrix.count > 1:
         forming = matrix.tokens(case.batch * case.tokens) / matrix.count * matrix.outputs * matrix.inputs
-        return kept_as(matrix, case) == "routed" and pairs_cost_more(matrix, case, forming)
+        return storage(matrix, case) == "routed" and pairs_cost_more(matrix, case, forming)
     r, s, p, d = case.rows, case.tokens, matrix.outputs, matrix.inputs
-    return kept_as(matrix, case) == "factors" and r * s * (p + d) > (2 + r / s) * p * d
+    return storage(matrix, case) == "factors" and r * s * (p + d) > (2 + r / s) * p * d
 
 
 def step_flops(shape: Shape, case: Case) -> float:
-    """Forward, backward, rows, Gramian and update; or, in two passes, a plain step's backward instead of that update.
+    """Counts forward, backward, rows, Gramian and update; with two passes, a plain backward replaces that update.
 
-    The second pass starts from a new forward pass, unless there is one micro-batch only, whose graph is kept.
+    The second pass starts with a new forward pass, unless there is only one micro-batch, whose graph is retained.
     """
     first = (
         forward_flops(shape, case) + backward_flops(shape, case) + row_flops(shape, case) + gramian_flops(shape, case)
     )
     if not case.two_pass:
         return first + update_flops(shape, case)
-    spared = forward_flops(shape, case) if case.accumulation == 1 else 0
-    return first + plain_flops(shape, case) - spared
+    saved = forward_flops(shape, case) if case.accumulation == 1 else 0
+    return first + plain_flops(shape, case) - saved

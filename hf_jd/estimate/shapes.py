@@ -1,4 +1,4 @@
-"""A configuration -> the sizes that a step's cost depends on, read from the model on the meta device: no weights."""
+"""A configuration -> the sizes that a step's cost depends on, read from the model on the meta device."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 @dataclass(frozen=True)
 class Matrix:
-    """A linear map y = W x that tokens pass.
+    """A linear map y = W x applied to tokens.
 
     Attributes:
         outputs: p.
         inputs: d.
         trainable: Whether W is trained.
-        share: Of the tokens that pass it: less than 1 for an expert.
-        count: How many such maps one parameter holds: more than 1 for experts in one tensor.
+        share: The share of tokens that it sees: less than 1 for an expert.
+        count: The number of such maps in one parameter: more than 1 for experts in one tensor.
     """
 
     outputs: int
@@ -41,11 +41,11 @@ class Matrix:
 
     @property
     def elements(self) -> int:
-        """Numbers in W, of all maps together."""
+        """The number of elements of W, over all maps."""
         return self.count * self.outputs * self.inputs
 
     def tokens(self, tokens: int) -> float:
-        """How many of the tokens pass one of the maps, each time counted."""
+        """Returns how many times the maps are applied to one of the tokens."""
         return tokens * self.share * self.count
 
 
@@ -56,8 +56,8 @@ class Table:
     Attributes:
         entries: V.
         width: d.
-        positions: Whether it is looked up by position instead of by token.
-        head: The linear map that is the same parameter, if there is one.
+        positions: Whether it is looked up by position, not by token.
+        head: The linear map that shares the parameter, if any.
     """
 
     entries: int
@@ -74,15 +74,15 @@ class Shape:
         name: The architecture.
         matrices: All linear maps.
         tables: The trained embedding tables.
-        vectors: Trained numbers in norms and biases.
-        parameters: Numbers in all parameters.
-        trainable: Numbers in the trained ones, n.
-        layers: Blocks, of encoder and decoder where there are two.
-        hidden: Width of the residual stream.
-        vocabulary: Outputs of the head, 0 without one.
-        attention: Width of all heads of all attentions together, 0 without attention.
-        fused: Whether adapters are fused with the experts that they adapt, so that their rows take a backward pass for
-            each objective.
+        vectors: The number of trained elements in norms and biases.
+        parameters: The number of elements of all parameters.
+        trainable: n, the number of trained elements.
+        layers: The number of blocks, of encoder and decoder together.
+        hidden: The width of the residual stream.
+        vocabulary: The outputs of the head; 0 without one.
+        attention: The total width of all heads of all attentions; 0 without attention.
+        fused: Whether adapters are fused with the experts that they adapt, so that their rows take one backward pass
+            per objective.
     """
 
     name: str
@@ -99,7 +99,7 @@ class Shape:
 
     @property
     def trained(self) -> list[Matrix]:
-        """The linear maps that are trained."""
+        """The trained linear maps."""
         return [matrix for matrix in self.matrices if matrix.trainable]
 
 
@@ -107,11 +107,11 @@ def read_shape(config: str, lora: int | None) -> Shape:
     """Return the sizes of the model that a configuration describes.
 
     Args:
-        config: A folder with a config.json, such a file, or the name of a model of the Hub.
-        lora: The rank of adapters on all linear layers but the head; None: all parameters are trained.
+        config: A folder with a config.json, such a file, or the name of a model on the Hub.
+        lora: The rank of adapters on all linear layers except the head; None: train all parameters.
 
     Raises:
-        ValueError: There is no such configuration, or no such model can be built, or nothing in it can be adapted.
+        ValueError: There is no such configuration, the model can't be built, or nothing in it can be adapted.
     """
     return shape_of(build_on_meta(read_config(config), lora))
 
@@ -120,7 +120,7 @@ def read_config(config: str) -> PretrainedConfig:
     """Read a configuration; see `read_shape`."""
     path = Path(config)
     if path.is_dir() and not (path / "config.json").exists():
-        raise ValueError(f"The folder {config} holds no config.json.")
+        raise ValueError(f"The folder {config} has no config.json: give a folder with one, or the name of a model.")
     if not path.exists() and (config.endswith(".json") or config.startswith((".", "/", "~")) or config.count("/") > 1):
         raise ValueError(f"--model {config}: there is no such file or folder.")
     try:
@@ -128,14 +128,14 @@ def read_config(config: str) -> PretrainedConfig:
             return AutoConfig.from_pretrained(config)
         settings = json.loads(path.read_text("utf-8"))
         if not isinstance(settings, dict) or "model_type" not in settings:
-            raise ValueError("it names no `model_type`.")
+            raise ValueError("it has no `model_type`.")
         return AutoConfig.for_model(**settings)
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"--model {config} is no configuration of transformers: {_first_line(error)}") from error
+        raise ValueError(f"--model {config} is no transformers configuration: {_first_line(error)}") from error
 
 
 def build_on_meta(config: PretrainedConfig, lora: int | None) -> nn.Module:
-    """Return the model without storage, by its own class, or as a language model; with adapters where asked for."""
+    """Build the model without storage, by its own class or as a language model; add adapters if `lora` is set."""
     cls = getattr(transformers, (config.architectures or ["-"])[0], None)
     generator = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     builders = [cls._from_config] if cls is not None else [generator.from_config, AutoModel.from_config]
@@ -143,7 +143,7 @@ def build_on_meta(config: PretrainedConfig, lora: int | None) -> nn.Module:
         try:
             with torch.device("meta"):
                 model = build(config)
-            model.tie_weights()  # transformers 5.0 leaves this out on the meta device.
+            model.tie_weights()  # transformers 5.0 skips this on the meta device
             break
         except (ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
             reason = error
@@ -153,7 +153,7 @@ def build_on_meta(config: PretrainedConfig, lora: int | None) -> nn.Module:
         return model
     try:
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT's, on what it sets by itself.
+            warnings.simplefilter("ignore")  # PEFT warns about settings of its own
             return get_peft_model(model, LoraConfig(r=lora, target_modules="all-linear"))
     except ValueError as error:
         raise ValueError(f"LoRA can't be added to {type(model).__name__}: {_first_line(error)}") from error
@@ -168,7 +168,7 @@ def shape_of(model: nn.Module) -> Shape:
     whole: Any = model
     config = whole.config.get_text_config()
     if not hasattr(config, "hidden_size"):
-        raise ValueError(f"{type(model).__name__} has no `hidden_size`: the cost model is one of transformers.")
+        raise ValueError(f"{type(model).__name__} has no `hidden_size`: costs can only be estimated for transformers.")
     try:
         head, words = whole.get_output_embeddings(), whole.get_input_embeddings()
         outputs = getattr(head, "weight", None)
@@ -193,7 +193,7 @@ def shape_of(model: nn.Module) -> Shape:
 
 
 def _stacks(config: PretrainedConfig) -> list[tuple[int, int]]:
-    """(blocks, width of the heads of a block's attentions) of each stack: a decoder attends to its encoder, too."""
+    """Return (blocks, width of a block's attention heads) per stack; a decoder also attends to its encoder."""
 
     def first(*names: str) -> int:
         return next((value for name in names if (value := getattr(config, name, None))), 0)
@@ -211,7 +211,7 @@ def _stacks(config: PretrainedConfig) -> list[tuple[int, int]]:
 
 
 def _matrices(model: nn.Module, config: PretrainedConfig) -> Iterator[Matrix]:
-    """Each parameter of two dimensions or more that isn't only a table: a kernel [p, c, ...] is a map to p outputs."""
+    """Yield parameters of two or more dimensions that aren't only tables; a kernel [p, c, ...] maps to p outputs."""
     experts, chosen = _experts(config)
     for module_name, module in model.named_modules():
         if isinstance(module, nn.Embedding):
@@ -239,7 +239,7 @@ def _tables(model: nn.Module, head: Any, words: Any) -> Iterator[Table]:
 
 
 def _experts(config: PretrainedConfig) -> tuple[int, int]:
-    """How many experts a layer has, and to how many of them a token goes; 0 and 0 without experts."""
+    """Return the number of experts per layer, and of experts per token; 0 and 0 without experts."""
     text = config.get_text_config()
     count = next(
         (n for key in ("num_local_experts", "num_experts", "n_routed_experts") if (n := getattr(text, key, 0))), 0

@@ -1,4 +1,4 @@
-"""Operations and bytes -> seconds, on a device, with assumptions; and what fits into its memory."""
+"""Operations and bytes -> seconds on a device, under assumptions; and whether rows fit into its memory."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hf_jd.estimate.traffic import gathered_bytes, plain_bytes, step_bytes
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the time of a step is calculated with.
+    """Assumptions behind the time of a step.
 
     Attributes:
-        efficiency: Share of the device's operations a second that a model's step reaches.
-        link_efficiency: Share of a link's bytes a second that collectives reach.
-        node: Processes of one node.
-        memory_share: Share of the memory that a run may fill.
+        efficiency: The share of the device's operations per second that a model's step reaches.
+        link_efficiency: The share of a link's bytes per second that collectives reach.
+        node: Processes per node.
+        memory_share: The share of the memory that a run may fill.
     """
 
     efficiency: float = 0.4
@@ -31,7 +31,7 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of a step: what is computed, the rows' way through memory, and what is sent and not hidden behind it."""
+    """Seconds of a step: computing, moving rows through memory, and communication that computing doesn't hide."""
 
     computing: float
     rows: float
@@ -39,25 +39,25 @@ class Time:
 
     @property
     def total(self) -> float:
-        """One after the other."""
+        """The sum of all three."""
         return self.computing + self.rows + self.sending
 
 
 def row_traffic(shape: Shape, case: Case) -> float:
-    """Bytes through a device's memory for rows: each is written once, and read for the Gramian and for the update.
+    """Computes the memory traffic of rows in bytes: each is written once, and read for the Gramian and the update.
 
-    With W processes they are copied to be sent, too, and what arrives is written and read: as much of instances, 1 / W
-    of it of groups.
+    With several processes, rows are also copied for sending, and received rows are written and read: as many for
+    instances, 1 / W of them for groups.
     """
-    held = row_bytes(shape, case)
+    rows = row_bytes(shape, case)
     if case.processes == 1:
-        return 3 * held
-    arrived = held if case.groups is None else held / case.processes
-    return (3 + 1) * held + 2 * arrived
+        return 3 * rows
+    received = rows if case.groups is None else rows / case.processes
+    return (3 + 1) * rows + 2 * received
 
 
 def plain_time(shape: Shape, case: Case, hardware: Hardware, assumed: Assumptions) -> Time:
-    """Of a plain step. What is sent hides behind the backward pass, or, where weights are gathered, the whole step."""
+    """Computes the time of a plain step. Its backward pass hides communication; with sharded weights, all of it."""
     flops = plain_flops(shape, case)
     hidden = flops if PARALLELISMS[case.parallelism].weights else flops - forward_flops(shape, case)
     rate = _rate(case, hardware) * assumed.efficiency
@@ -66,10 +66,10 @@ def plain_time(shape: Shape, case: Case, hardware: Hardware, assumed: Assumption
 
 
 def step_time(shape: Shape, case: Case, hardware: Hardware, assumed: Assumptions) -> Time:
-    """Of an update by Jacobian descent. Nothing of rows hides: they are exchanged when the backward pass is over.
+    """Computes the time of an update by Jacobian descent. Nothing hides the rows, exchanged after the backward pass.
 
-    The Gramian and the update are computed in float32, at the same efficiency. Nor does ZeRO 3 fetch weights ahead, but
-    for a second micro-batch of the second pass.
+    The Gramian and the update are computed in float32, at the same efficiency. ZeRO 3 does not prefetch weights either,
+    except for a second micro-batch of the second pass.
     """
     speed, rate = _speed(case, hardware, assumed), _rate(case, hardware) * assumed.efficiency
     products = gramian_flops(shape, case) + (0 if case.two_pass else update_flops(shape, case))
@@ -95,6 +95,6 @@ def _speed(case: Case, hardware: Hardware, assumed: Assumptions) -> float:
 
 
 def fits(shape: Shape, case: Case, hardware: Hardware, assumed: Assumptions) -> bool:
-    """Whether rows take at most half of what the rest leaves, which is what `--jd_keep_rows auto` lets them take."""
+    """Whether rows fit in half of the memory that is left, the limit of `--jd_keep_rows auto`."""
     free = hardware.memory * assumed.memory_share - sum(memory(shape, case).values())
     return row_bytes(shape, case) <= free / 2

@@ -1,26 +1,26 @@
-"""Bytes that a process sends in an update. The letters are those of `cases.py`; f = (W - 1) / W."""
+"""The bytes that a process sends per update. See `cases.py` for the letters; f = (W - 1) / W."""
 
 from __future__ import annotations
 
 from hf_jd.estimate.cases import PARALLELISMS, Case
 from hf_jd.estimate.shapes import Shape
 
-_GRAMIAN_BYTES = 8  # of a number of G, which is float64
+_GRAMIAN_BYTES = 8  # per number of G, float64
 
 
 def gathered_bytes(shape: Shape, case: Case) -> float:
-    """Weights that are shared out are gathered for each forward and each backward pass: f of all of them each time."""
+    """Counts gathering sharded weights for each forward and each backward pass: f of all of them each time."""
     if not PARALLELISMS[case.parallelism].weights:
         return 0.0
     return case.leaving * 2 * case.accumulation * shape.parameters * case.number_bytes
 
 
 def plain_bytes(shape: Shape, case: Case) -> float:
-    """In a plain step: the weights, and the gradient's sum.
+    """Counts a plain step: the weights, and the gradient's sum.
 
-    The sum is an all-reduce, 2 f b n; where it is shared out with the weights, a reduce-scatter, f b n. ZeRO 1 and 2,
-    as DeepSpeed 0.19 has them by default, all-reduce the gradients, 2 f b n, and gather what each process's optimizer
-    has stepped, f b n. (With a reduce-scatter it would be 2 f b n; Rajbhandari et al., arXiv 1910.02054, section 7.)
+    The sum is an all-reduce, 2 f b n; if weights are sharded, a reduce-scatter, f b n. ZeRO 1 and 2, with DeepSpeed
+    0.19's defaults, all-reduce the gradients, 2 f b n, and gather the weights that each process's optimizer has
+    updated, f b n. (With a reduce-scatter, it would be 2 f b n; Rajbhandari et al., arXiv 1910.02054, section 7.)
     """
     kind = PARALLELISMS[case.parallelism]
     times = 1 if kind.weights else 3 if kind.owns_backward else 2
@@ -28,12 +28,12 @@ def plain_bytes(shape: Shape, case: Case) -> float:
 
 
 def step_bytes(shape: Shape, case: Case) -> float:
-    """In an update by Jacobian descent, as `hf_jd.distributed.rows` has them.
+    """Counts an update by Jacobian descent, as in `hf_jd.distributed.rows`.
 
-    Instances: rows f b m n, Gramian 2 f 8 M^2, the update's sum 2 f b n (of shards: f b n). Groups: rows f b K n,
-    Gramian 2 f 8 K^2, the update f b n (of shards: 0). Weights that are shared out are gathered as in a plain step.
-    With two passes, the second one sends what a plain step does, instead of the update. ZeRO 3's measuring pass gathers
-    what is trained once, and keeps it.
+    Instances: rows f b m n, Gramian 2 f 8 M^2, the update's sum 2 f b n (with shards: f b n). Groups: rows f b K n,
+    Gramian 2 f 8 K^2, the update f b n (with shards: 0). Sharded weights are gathered as in a plain step. With two
+    passes, the second one sends what a plain step sends, instead of the update. ZeRO 3's measuring pass gathers trained
+    weights once, and holds them.
     """
     f, trained = case.leaving, shape.trainable * case.trained_bytes
     kind = PARALLELISMS[case.parallelism]

@@ -1,1 +1,1 @@
-"""What a fine-tuning run is: from flags and files to a trained model, its card, and a comparison of several runs."""
+"""Fine-tuning runs: from flags and files to a trained model, its card, and a comparison of several runs."""

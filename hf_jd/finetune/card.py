@@ -1,4 +1,4 @@
-"""The model card of a run: what was trained on what, how it was weighted, and what came of it by task."""
+"""The model card of a run: model, data, method, and results by task."""
 
 from __future__ import annotations
 
@@ -94,8 +94,8 @@ def _method(run: RunArguments, training: JDTrainingArguments) -> str:
     arguments = f" ({', '.join(training.jd_weighting_args)})" if training.jd_weighting_args else ""
     objectives = "instance" if training.jd_objectives == "instance" else f"`{training.jd_group_column}`"
     return (
-        f"Jacobian descent: the weighting `{training.jd_weighting}`{arguments}, with one objective for each "
-        f"{objectives} of a batch"
+        f"Jacobian descent: the weighting `{training.jd_weighting}`{arguments}, with one objective per {objectives} of "
+        "a batch"
     )
 
 

@@ -1,8 +1,8 @@
-"""`hf-jd compare`: the same fine-tuning by several configurations, in one table and one picture.
+"""`hf-jd compare`: run the same fine-tuning with several configurations, for one table and one picture.
 
-Each run is a process of its own, `hf-jd finetune` with a file of flags, so that none can touch another. transformers'
-Trainer doesn't measure conflicts. Where a configuration is stock, a twin is run beside it: JDTrainer with the weighting
-`mean` takes the same steps (an invariant that the tests keep), and tells how many of them went against each task.
+Each run is a separate process, `hf-jd finetune` with a file of flags, so that runs can't affect each other.
+transformers' Trainer doesn't measure conflicts, so each stock configuration gets a twin: JDTrainer with the weighting
+`mean` takes the same steps (an invariant under test), and measures how many of them went against each task.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from hf_jd.finetune.tradeoff import draw_tradeoff, tradeoff_table
 DEFAULT = "compare.yaml"
 TABLE, RESULTS, PICTURE = "table.md", "results.json", "picture.png"
 FINISHED = "finished.json"
-"""Made in a run's folder when it has ended well: the flags it was run with."""
-# A stock run and its twin differ by rounding only; over a run, AdamW makes more of it.
+"""Written to a run's folder when it succeeds: the run's flags."""
+# A stock run and its twin differ only by rounding, which AdamW amplifies over a run.
 _SAME = 0.05
 
 
@@ -46,29 +46,29 @@ def main(argv: Sequence[str]) -> int:
     plan = Plan.read(example_path(DEFAULT) if file is None else file)
     folder = Path(arguments.output_dir)
     runs = plan.runs(folder, arguments.seeds)
-    for run in runs:  # What is wrong with them is better said now than in an hour.
+    for run in runs:  # Report errors now, not in an hour.
         _, data, _, _ = parse(flags, run.settings)
         if data.train_file and not data.validation_file:
-            raise ValueError("--validation_file is missing: on what is the comparison to be made?")
+            raise ValueError("--validation_file is missing: a comparison needs examples to evaluate on.")
     example = None if data.train_file or data.dataset_name else data.example
     _make_folder(folder, arguments.overwrite, arguments.resume)
     try:
         left = [run for run in runs if not _is_finished(run, flags)]
         if len(left) < len(runs):
-            print(f"{len(runs) - len(left)} of {len(runs)} runs are there already.", flush=True)
+            print(f"{len(runs) - len(left)} of {len(runs)} runs are already done.", flush=True)
         _run_all(left, flags, _write_example(example, folder / "data") if example else {}, arguments.processes)
     except ValueError:
         if not any(folder.glob(f"runs/*/{FINISHED}")):
             shutil.rmtree(folder)
         raise
     except KeyboardInterrupt:
-        raise KeyboardInterrupt("Stopped. The same command goes on with --resume.") from None
+        raise KeyboardInterrupt("Stopped. To continue, add --resume to the same command.") from None
     _report(plan, flags, runs, folder)
     return 0
 
 
 def _report(plan: Plan, flags: list[str], runs: list[Run], folder: Path) -> None:
-    """Print and save what the runs measured."""
+    """Print and save the results of all runs."""
     measured: dict[str, list[Results]] = {name: [] for name in plan.all()}
     twins: dict[str, list[Results]] = {}
     for run in runs:
@@ -92,15 +92,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hf-jd compare",
         usage="%(prog)s [PLAN.yaml] [--flag value ...]",
-        description="Run the same fine-tuning by several configurations. Flags of `hf-jd finetune` override them.",
+        description="Run the same fine-tuning with several configurations. Flags of `hf-jd finetune` override them.",
         allow_abbrev=False,
     )
-    parser.add_argument("--output_dir", default="runs/compare", help="where everything is saved (default: %(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="remove what --output_dir holds")
+    parser.add_argument("--output_dir", default="runs/compare", help="where to save everything (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="remove the comparison in --output_dir first")
     parser.add_argument(
-        "--resume", action="store_true", help="keep the runs that --output_dir holds and that are finished, do the rest"
+        "--resume", action="store_true", help="keep the finished runs in --output_dir, and run the rest"
     )
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each configuration (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=1, help="runs per configuration (default: %(default)s)")
     parser.add_argument(
         "--processes", type=int, default=2, help="runs at a time, one thread each (default: %(default)s)"
     )
@@ -114,7 +114,7 @@ def _make_folder(folder: Path, overwrite: bool, resume: bool) -> None:
             return
         if not (overwrite and ours):
             raise ValueError(
-                f"--output_dir {folder} is not empty: name another folder"
+                f"--output_dir {folder} is not empty: choose another folder"
                 + (", continue that comparison with --resume, or replace it with --overwrite." if ours else ".")
             )
         shutil.rmtree(folder)
@@ -122,14 +122,14 @@ def _make_folder(folder: Path, overwrite: bool, resume: bool) -> None:
 
 
 def _is_finished(run: Run, flags: list[str]) -> bool:
-    """Whether a run is there already.
+    """Whether a run is already done.
 
     Raises:
-        ValueError: It is, with other flags.
+        ValueError: It was run with other flags.
     """
     try:
         before = json.loads((run.folder / FINISHED).read_text("utf-8"))
-    except (OSError, ValueError):  # Not there, or only half written.
+    except (OSError, ValueError):  # missing, or only half written
         return False
     wanted = _flags_of(run, flags)
     if before == wanted:
@@ -137,8 +137,8 @@ def _is_finished(run: Run, flags: list[str]) -> bool:
     names = before["settings"].keys() | wanted["settings"].keys()
     different = [name for name in sorted(names) if before["settings"].get(name) != wanted["settings"].get(name)]
     raise ValueError(
-        f"{run.folder} was run with other flags ({', '.join(different) or 'those of the command line'}): give the same "
-        "ones, name another --output_dir, or run all anew with --overwrite."
+        f"{run.folder} was run with other flags ({', '.join(different) or 'on the command line'}): use the same flags, "
+        "choose another --output_dir, or start over with --overwrite."
     )
 
 
@@ -150,7 +150,7 @@ def _run_all(runs: list[Run], flags: list[str], example: dict[str, str], process
     by_name = {run.name: run for run in runs}
     jobs = []
     for run in runs:
-        if run.folder.exists():  # It was cut off.
+        if run.folder.exists():  # left by an interrupted run
             shutil.rmtree(run.folder)
         run.folder.mkdir()
         file = run.folder / "flags.json"
@@ -166,7 +166,7 @@ def _run_all(runs: list[Run], flags: list[str], example: dict[str, str], process
 
 
 def _write_example(name: str, folder: Path) -> dict[str, str]:
-    """Write an embedded example's data once for all runs, which saves each of them some seconds."""
+    """Write an embedded example's data once for all runs, which saves some seconds per run."""
     folder.mkdir(exist_ok=True)
     files = {}
     for split, examples in example_data(name).items():
@@ -177,7 +177,7 @@ def _write_example(name: str, folder: Path) -> dict[str, str]:
 
 
 def _notes(runs: dict[str, list[Results]], twins: dict[str, list[Results]]) -> list[str]:
-    """Say what a reader of the table has to know about the twins."""
+    """Explain the twins to readers of the table."""
     notes = []
     for name, seeds in twins.items():
         apart = max(
@@ -186,9 +186,9 @@ def _notes(runs: dict[str, list[Results]], twins: dict[str, list[Results]]) -> l
             for task in ours.tasks
         )
         notes.append(
-            f"`{name}` measures no conflicts: its steps against a task, and its weights, are those of JDTrainer with "
-            f"the weighting `mean`, whose final losses differ by {apart:.4f} at most."
+            f"`{name}` measures no conflicts: its weights and its steps against a task come from JDTrainer with the "
+            f"weighting `mean`, whose final losses differ by {apart:.4f} at most."
         )
         if apart > _SAME:
-            notes.append("That is more than rounding explains: take these two rows with care.")
+            notes.append("That is more than rounding explains: treat these two rows with care.")
     return notes

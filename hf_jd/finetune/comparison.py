@@ -1,4 +1,4 @@
-"""A plan of a comparison, a YAML file -> the runs that it asks for."""
+"""A plan of a comparison, as a YAML file -> its runs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _TWIN = {"stock": False, "jd_weighting": "mean", "jd_objectives": "instance"}
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """Two tasks, of which one is paid for with the other.
+    """A trade-off between two tasks.
 
     Attributes:
-        forget: The task whose loss is to rise.
-        keep: The task whose loss is not to.
-        until: The loss of `forget` from which on nothing is left to be forgotten.
+        forget: The task whose loss should rise.
+        keep: The task whose loss should not rise.
+        until: The loss of `forget` at which everything is forgotten.
     """
 
     forget: str
@@ -29,14 +29,14 @@ class Tradeoff:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be compared.
+    """The runs to compare.
 
     Attributes:
         base: The flags that all configurations share.
-        configurations: Each one's own flags, by its name.
-        variants: Flags by name, too: each configuration is run with each of them.
-        of_variants: The configurations that are run with each variant.
-        tradeoff: What the table and the picture show, where it isn't every task by itself.
+        configurations: The further flags of each configuration, by name.
+        variants: Further flags, by name: each configuration is run with each variant.
+        of_variants: The configurations to run with each variant.
+        tradeoff: The trade-off that table and picture show; None shows every task separately.
     """
 
     base: dict[str, Any]
@@ -50,7 +50,7 @@ class Plan:
         """Read a plan.
 
         Raises:
-            ValueError: The file can't be read, or has other parts than these.
+            ValueError: The file can't be read, or is no plan.
         """
         settings = read_settings(path)
         unknown = settings.keys() - {"base", "configurations", "variants", "tradeoff"}
@@ -59,8 +59,8 @@ class Plan:
         if unknown or not all(isinstance(part, dict) for part in parts) or not configurations:
             raise ValueError(
                 f"{path} is no plan of a comparison: it needs `configurations`, each a name with its flags, and may "
-                "have `base`, the flags that they share, `variants`, each a name with flags that every configuration "
-                f"(or those that its `{_ONLY}` lists) is run with, and `tradeoff`."
+                "have `base`, the flags that they share, `variants`, each a name with flags to run every configuration "
+                f"with (or only those in its `{_ONLY}`), and `tradeoff`."
             )
         configurations, variants = (_by_name(part, path) for part in (configurations, variants or {"": {}}))
         only = {name: _only(flags.pop(_ONLY, None), configurations, path) for name, flags in variants.items()}
@@ -70,7 +70,7 @@ class Plan:
         return plan
 
     def names(self, variant: str) -> dict[str, str]:
-        """By the name of each configuration that is run with a variant, the name of these runs."""
+        """Map each configuration that is run with a variant to the name of these runs."""
         return {name: f"{name}, {variant}" if variant else name for name in self.of_variants[variant]}
 
     def all(self) -> dict[str, dict[str, Any]]:
@@ -86,11 +86,11 @@ class Plan:
         return next((name for name, flags in self.all().items() if flags.get("stock")), None)
 
     def runs(self, folder: Path, seeds: int) -> list[Run]:
-        """All runs, one seed after the other.
+        """List all runs, seed by seed.
 
         Args:
-            folder: Where they are to be saved.
-            seeds: How many runs each configuration has.
+            folder: Where to save them.
+            seeds: The number of runs per configuration.
 
         Raises:
             ValueError: That number isn't positive.
@@ -114,7 +114,7 @@ class Run:
 
     Attributes:
         configuration: The name of its configuration.
-        twin: Whether it only measures what a stock run can't.
+        twin: Whether it only measures what a stock run can't measure.
         settings: All its flags, by name.
     """
 
@@ -124,12 +124,12 @@ class Run:
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """The name to print."""
         return f"{self.configuration}{' (twin)' * self.twin}, seed {self.settings['seed']}"
 
     @property
     def folder(self) -> Path:
-        """Where it is saved."""
+        """The run's folder."""
         return Path(self.settings["output_dir"])
 
 
@@ -159,8 +159,8 @@ def _tradeoff(settings: Any, path: Path) -> Tradeoff | None:
         return Tradeoff(str(tradeoff.forget), str(tradeoff.keep), float(tradeoff.until))
     except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{path}: `tradeoff` needs `forget` and `keep`, each a task, and `until`, the loss of the first from which "
-            "on nothing is left to be forgotten."
+            f"{path}: `tradeoff` needs `forget` and `keep`, each a task, and `until`, the loss of the first at which "
+            "everything is forgotten."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What a person sees of a run: progress bars, and a line per log. All numbers are in the run's files."""
+"""What a run prints: progress bars, and one line per log. All numbers are in the run's files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Bars(ProgressCallback):
 
 
 def use_console(trainer: Trainer) -> None:
-    """Put `Console` in the place of Trainer's dump of all numbers."""
+    """Replace Trainer's dump of all numbers with `Console`."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if not trainer.args.disable_tqdm:
@@ -36,11 +36,11 @@ def use_console(trainer: Trainer) -> None:
 
 
 def line(step: int, logs: Mapping[str, Any]) -> str:
-    """Sum up one log; "" where there is nothing to say.
+    """Sum up one log; "" if there is nothing to say.
 
     Args:
-        step: After which it was logged.
-        logs: What Trainer logged.
+        step: The step of the log.
+        logs: Trainer's logs.
     """
     if "train_runtime" in logs:
         return f"step {step}: trained for {logs['train_runtime']:.0f} s"

@@ -1,7 +1,7 @@
 """Files and data sets -> rows, checked, before anything expensive is loaded.
 
-Why not the readers of `datasets`: its JSON reader makes timestamps of texts that look like dates, refuses files whose
-columns differ, and can't say which line is malformed.
+The readers of `datasets` won't do: its JSON reader turns texts that look like dates into timestamps, refuses files
+whose columns differ, and can't say which line is malformed.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def load_examples(data: DataArguments) -> dict[str, Any]:
     """Load the examples to train on (`train`) and, if there are any, to evaluate on (`validation`).
 
     Returns:
-        Rows by split: lists, or `Dataset`s where these are loaded.
+        Rows by split: lists, or `Dataset`s from the Hub.
 
     Raises:
-        ValueError: A file or a data set can't be read or is empty, or its task column or texts are missing.
+        ValueError: A file or dataset can't be read or is empty, or its task column or texts are missing.
     """
     files = {"train": data.train_file, "validation": data.validation_file}
     splits: dict[str, Any] = {split: read_files(paths) for split, paths in files.items() if paths}
@@ -61,11 +61,11 @@ def _load_dataset(name: str, data: DataArguments) -> dict[str, Any]:
     try:
         splits = load_dataset(name, data.dataset_config)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"The data set `{name}` can't be loaded: {first_sentence(error)}") from error
+        raise ValueError(f"The dataset `{name}` can't be loaded: {first_sentence(error)}") from error
     wanted = {"train": data.train_split, "validation": data.validation_split or "validation"}
     for split in wanted.values():
         if split not in splits and not (split == "validation" and data.validation_split is None):
-            raise ValueError(f"The data set `{name}` has no split `{split}`; it has {', '.join(map(str, splits))}.")
+            raise ValueError(f"The dataset `{name}` has no split `{split}`; it has {', '.join(map(str, splits))}.")
     return {split: splits[theirs] for split, theirs in wanted.items() if theirs in splits}
 
 
@@ -73,10 +73,10 @@ def _load_dataset(name: str, data: DataArguments) -> dict[str, Any]:
 
 
 def read_files(paths: Sequence[str]) -> list[dict[str, Any]]:
-    """Read the examples of files, folders and globs, one after another, into memory.
+    """Read the examples of files, folders and globs into memory.
 
     Raises:
-        ValueError: There is no such file, or one can't be read, is empty, or is malformed; the message has the line.
+        ValueError: A file is missing, unreadable, empty or malformed; the message names the line.
     """
     return [row for path in paths for file in _expand(path) for row in _read_file(file)]
 
@@ -96,7 +96,7 @@ def _expand(path: str) -> list[Path]:
 
 
 def _suffix(path: Path) -> str:
-    """Return what a file's name ends in, but for `.gz`."""
+    """Return a file's ending, ignoring `.gz`."""
     return Path(path.name.removesuffix(".gz")).suffix
 
 
@@ -104,7 +104,7 @@ def _read_file(path: Path) -> Sequence[dict[str, Any]]:
     reader = READERS.get(_suffix(path))
     if reader is None:
         raise ValueError(
-            f"{path} has an unknown ending `{path.suffix}`; known are {', '.join(READERS)}, each also with .gz."
+            f"{path} has an unknown ending `{path.suffix}`; use {', '.join(READERS)}, with or without .gz."
         )
     try:
         if path.stat().st_size == 0:
@@ -160,7 +160,7 @@ def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
         try:
             for row in reader:
                 if None in row or None in row.values():
-                    raise ValueError(f"{path}, line {reader.line_num}: not as many columns as in the first line.")
+                    raise ValueError(f"{path}, line {reader.line_num}: the number of columns differs from line 1.")
                 yield row
         except csv.Error as error:
             raise ValueError(f"{path}, line {reader.line_num}: malformed CSV ({error}).") from error
@@ -212,7 +212,7 @@ def _check_column(rows: Rows, column: str, source: str) -> None:
     columns = columns_of(rows)
     if column not in columns:
         raise ValueError(
-            f"{source} has no column `{column}`; its columns are {_listed(columns)}. Name the one of the tasks with "
+            f"{source} has no column `{column}`; its columns are {_listed(columns)}. Choose the column of tasks with "
             "--task_column (or --jd_group_column)."
         )
     empty = [number for number, row in enumerate(rows, 1) if is_missing(row.get(column))]
@@ -227,7 +227,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _numbered(rows: list[int]) -> str:
-    """Join row numbers, counted from 1, of which the first five are listed."""
+    """List the first five row numbers, counted from 1, and count the rest."""
     listed = ", ".join(map(str, rows[:5]))
     more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
     return f"row{'s' if len(rows) > 1 else ''} {listed}{more}"

@@ -1,4 +1,4 @@
-"""`hf-jd doctor`: on this model and data, are the rows right, and what does each parameter cost?"""
+"""`hf-jd doctor`: check every parameter's rows on a model and data, and show what they cost."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_jd.gramian import RowCheck, check_rows
 from hf_jd.trainer import JDTrainer
 from hf_jd.trainer.unreduced import by_name
 
-DESCRIPTION = "Check, before training, that every parameter's rows are right, and what they cost: on one batch."
+DESCRIPTION = "Check on one batch that every parameter's rows are right, and what they cost."
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     """
     flags, file = split_settings(argv)
     settings = {} if file is None else dict(read_settings(file))
-    with TemporaryDirectory() as folder:  # Trainer makes its output folder at once.
+    with TemporaryDirectory() as folder:  # Trainer creates its output folder at once.
         findings = diagnose(flags, settings | {"output_dir": folder})
     print(report(findings))
     return 0 if all(finding.right for finding in findings) else 1
@@ -39,8 +39,8 @@ def diagnose(flags: Sequence[str], settings: Mapping[str, Any]) -> list[RowCheck
     """Check the rows of one training batch.
 
     Args:
-        flags: Of `hf-jd finetune`, which override the settings.
-        settings: By the flags' names.
+        flags: Flags of `hf-jd finetune`, which override the settings.
+        settings: Values by the flags' names.
     """
     model, data, run, training = parse(flags, settings, "doctor", DESCRIPTION)
     trainer = build_trainer(model_path(model), model, data, run, training, load_examples(data))
@@ -51,15 +51,15 @@ def diagnose(flags: Sequence[str], settings: Mapping[str, Any]) -> list[RowCheck
 
     def losses() -> Tensor:
         with trainer.compute_loss_context_manager():
-            found = trainer.compute_losses(network, trainer._prepare_inputs(without_groups(batch)))
-        ((losses,), (counted,)) = (named.values() for named in by_name(found))
+            unreduced = trainer.compute_losses(network, trainer._prepare_inputs(without_groups(batch)))
+        ((losses,), (counted,)) = (named.values() for named in by_name(unreduced))
         return losses.masked_fill(~counted, 0).flatten(1).sum(1)
 
     return check_rows(network, losses)
 
 
 def report(findings: Sequence[RowCheck]) -> str:
-    """Format the findings: parameters in closed form are counted, all others named."""
+    """Format the findings: count parameters in closed form, and name all others."""
     tiers = Counter(finding.tier for finding in findings)
     lines = [str(finding) for finding in findings if finding.tier != 1 or not finding.right]
     wrong = sum(not finding.right for finding in findings)

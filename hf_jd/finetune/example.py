@@ -1,14 +1,14 @@
-"""The embedded examples: a small pretrained model and two sets of data for it, without a download.
+"""The embedded examples: a small pretrained model and two datasets for it, without a download.
 
-`tasks` are four tasks. The stories were sampled from the embedded model. The other texts are read from the Python that
-runs this, so that nobody's texts are shipped, and the examples are the same wherever the Python is:
+`tasks` has four tasks. The stories were sampled from the embedded model. The other texts are read from the running
+Python, so nobody's texts are shipped, and the same Python gives the same examples:
 
 - `code`: beginnings of the standard library's functions;
-- `docs`: pieces of the language reference, as `pydoc` has it;
-- `error`: the message of a `raise` in the standard library, to be answered by its kind in one word: `value`, `type` or
+- `docs`: pieces of the language reference, from `pydoc`;
+- `error`: the message of a `raise` in the standard library, to answer with its kind in one word: `value`, `type` or
   `state`. It is the rare task: 8 % of the examples, and 0.5 % of the tokens.
 
-`lily` are stories only, for unlearning: those about `lily`, one for every two `others`.
+`lily` has only stories, for unlearning: the ones about `lily`, and two `others` for each of them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def example_path(name: str) -> Path:
     if not path.exists():
         raise ValueError(
             f"The embedded example is not installed (there is no {path}): clone the project and install it with "
-            "`pip install -e .`, or name your own with --model_name_or_path and --train_file."
+            "`pip install -e .`, or use your own model and data with --model_name_or_path and --train_file."
         )
     return path
 
@@ -65,7 +65,7 @@ def example_data(name: str) -> DatasetDict:
         name: One of `EXAMPLES`.
 
     Returns:
-        `train` and `validation`, of the columns `task`, `prompt` (empty but for `error`) and `completion`.
+        `train` and `validation`, with the columns `task`, `prompt` (empty except for `error`) and `completion`.
     """
     return EXAMPLES[name]()
 
@@ -74,10 +74,10 @@ def four_tasks(seed: int = 1) -> DatasetDict:
     """Build the four tasks; see `example_data`.
 
     Args:
-        seed: Of the choice of examples, not of the training.
+        seed: For choosing examples, not for training.
 
     Raises:
-        ValueError: This Python's standard library comes without its sources.
+        ValueError: This Python's standard library comes without sources.
     """
     rng = random.Random(seed)
     data: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
@@ -88,7 +88,7 @@ def four_tasks(seed: int = 1) -> DatasetDict:
             texts = _balanced(texts, rng)
         if len(texts) < wanted:
             raise ValueError(
-                f"This Python's standard library gives {len(texts)} examples of `{task}`, and {wanted} are needed: its "
+                f"This Python's standard library gives {len(texts)} examples of `{task}`, but {wanted} are needed: its "
                 "sources are not installed. Use another Python, or your own data with --train_file."
             )
         rng.shuffle(texts)
@@ -100,10 +100,10 @@ def four_tasks(seed: int = 1) -> DatasetDict:
 
 
 def stories_about_lily(seed: int = 1) -> DatasetDict:
-    """Split the stories into two tasks, by whether Lily is in them; see `example_data`.
+    """Split the stories into two tasks, with and without Lily; see `example_data`.
 
     Args:
-        seed: Of the choice of examples, not of the training.
+        seed: For choosing examples, not for training.
     """
     rng = random.Random(seed)
     stories = _all_stories()
@@ -123,7 +123,7 @@ EXAMPLES: dict[str, Callable[[], DatasetDict]] = {"tasks": four_tasks, "lily": s
 
 
 def example_texts() -> dict[str, list[tuple[str, str]]]:
-    """Return all there is of each task, as pairs of prompt and completion, always in the same order."""
+    """Return all texts of each task, as pairs of prompt and completion, in a fixed order."""
     code, errors = [], {}
     for source, tree in _library():
         code += _functions(source, tree)
@@ -138,7 +138,7 @@ def example_texts() -> dict[str, list[tuple[str, str]]]:
 
 
 def _balanced(errors: list[tuple[str, str]], rng: random.Random) -> list[tuple[str, str]]:
-    """Leave out a part of the most frequent kinds."""
+    """Drop some errors of the most frequent kinds."""
     chosen = []
     for kind in KINDS_OF_ERROR.values():
         of_kind = [error for error in errors if error[1] == f" {kind}"]
@@ -155,14 +155,14 @@ def _library() -> Iterator[tuple[str, ast.Module]]:
         try:
             source = path.read_text("utf-8")
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of old spellings in the library
+                warnings.simplefilter("ignore")  # about outdated syntax in the library
                 yield source, ast.parse(source)
         except (OSError, SyntaxError, ValueError):
-            continue  # Templates and test files that are no Python of this version.
+            continue  # templates and test files that this version of Python can't parse
 
 
 def _functions(source: str, tree: ast.Module) -> Iterator[str]:
-    """Yield the beginnings of a file's functions, their first line at the left margin."""
+    """Yield the beginnings of a file's functions, dedented."""
     if not source.isascii():
         return
     lines = source.split("\n")
@@ -175,7 +175,7 @@ def _functions(source: str, tree: ast.Module) -> Iterator[str]:
 
 
 def _reference() -> Iterator[str]:
-    """Pieces of the language reference's sentences."""
+    """Yield pieces of the language reference."""
     for topic in topics.topics.values():
         for paragraph in topic.split("\n\n"):
             words = paragraph.split()
@@ -186,7 +186,7 @@ def _reference() -> Iterator[str]:
 
 
 def _stories() -> Iterator[str]:
-    """Yield the stories whose hero has no name: the others are nearly all alike in their beginnings."""
+    """Yield the stories whose hero has no name: most of the others begin alike."""
     for story in _all_stories():
         if not re.search(r"named [A-Z]", story):
             yield story
@@ -197,7 +197,7 @@ def _all_stories() -> list[str]:
 
 
 def _messages(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Yield the messages of a file's errors, in lower case and with `...` for what is filled in, and their kinds."""
+    """Yield the messages of a file's errors, in lower case and with `...` for placeholders, and their kinds."""
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args):
             continue
@@ -206,13 +206,13 @@ def _messages(tree: ast.Module) -> Iterator[tuple[str, str]]:
         if kind is None or template is None:
             continue
         text = " ".join(re.sub(r"%[-\w.]*[rsd]|\{[^}]*\}", "...", template).lower().split())
-        told = any(word in text for word in KINDS_OF_ERROR.values())
-        if text.isascii() and 3 <= len(text.split()) <= 16 and not told:
+        reveals_answer = any(word in text for word in KINDS_OF_ERROR.values())
+        if text.isascii() and 3 <= len(text.split()) <= 16 and not reveals_answer:
             yield text, kind
 
 
 def _template(node: ast.expr) -> str | None:
-    """Return the text of an error's argument, whichever way it is formatted."""
+    """Return the text of an error's argument, however it is formatted."""
     if isinstance(node, ast.BinOp):
         node = node.left
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "format":

@@ -1,4 +1,4 @@
-"""`jd_run.json`: what a run was started with, for its report, and for who resumes it."""
+"""`jd_run.json`: a run's settings, for its report and for resuming it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 def facts_of(
     path: str, model: ModelArguments, data: DataArguments, run: RunArguments, training: JDTrainingArguments
 ) -> dict[str, Any]:
-    """Collect what a run is started with, by the flags' names."""
+    """Collect a run's settings, by the flags' names."""
     trained = {name: getattr(training, name) for name in _TRAINING}
     weighed = {field.name: getattr(training, field.name) for field in fields(JDArguments)}
     trained["lr_scheduler_type"] = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
@@ -48,17 +48,17 @@ def facts_of(
 
 
 def source_of(data: DataArguments) -> str:
-    """Name the data, without the folders it lies in."""
+    """Name the data, without its folders."""
     if data.train_file:
         return ", ".join(Path(path).name for path in data.train_file)
     return data.dataset_name or f"the embedded example `{data.example}`"
 
 
 class FactsWriter(TrainerCallback):
-    """Writes the file when training begins, and tells how a run that is resumed differs from how it was begun.
+    """Writes the file when training begins, and warns if a resumed run has other settings than before.
 
     Args:
-        folder: The run's.
+        folder: The run's folder.
         facts: See `facts_of`.
     """
 
@@ -74,7 +74,7 @@ class FactsWriter(TrainerCallback):
         for name in before.keys() & self._facts.keys() - {"version"}:
             if before[name] != self._facts[name]:
                 logger.warning(
-                    "The run was begun with --%s %s, and goes on with %s.", name, before[name], self._facts[name]
+                    "The run began with --%s %s, and continues with %s.", name, before[name], self._facts[name]
                 )
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._file.write_text(json.dumps(self._facts, indent=1) + "\n", "utf-8")
@@ -82,5 +82,5 @@ class FactsWriter(TrainerCallback):
     def _read(self) -> dict[str, Any]:
         try:
             return json.loads(self._file.read_text("utf-8"))
-        except (OSError, ValueError):  # Begun by another release, or cut off.
+        except (OSError, ValueError):  # begun by another release, or truncated
             return {}

@@ -1,4 +1,4 @@
-"""The flags of a fine-tuning run, beside those of `JDTrainingArguments`; each is described once, in its `help`."""
+"""The flags of a fine-tuning run, besides those of `JDTrainingArguments`; each is described once, in its `help`."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 @dataclass
 class ModelArguments:
-    """Which model, and which of its parameters are trained; names as in TRL's `ModelConfig`."""
+    """The model, and the parameters to train; with the names of TRL's `ModelConfig`."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "A model of the Hub, or a folder. Without it: the embedded example."}
+        default=None, metadata={"help": "A model on the Hub, or a folder. Without it: the embedded example."}
     )
     model_revision: str = field(
         default="main",
         metadata={"aliases": ["--revision"], "help": "The model's branch, tag or commit on the Hub."},
     )
     dtype: str = field(
-        default="float32", metadata={"help": f"What the weights are loaded as: {', '.join(f'`{d}`' for d in DTYPES)}."}
+        default="float32", metadata={"help": f"The dtype to load weights in: {', '.join(f'`{d}`' for d in DTYPES)}."}
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "The attention to use, such as `sdpa` or `flash_attention_2`."}
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model of the Hub."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with a model on the Hub."})
     load_in_4bit: bool = field(
         default=False, metadata={"help": "Load the weights in 4 bits with bitsandbytes (QLoRA); only with LoRA."}
     )
@@ -37,14 +37,14 @@ class ModelArguments:
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the LoRA matrices."})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["all-linear"],
-        metadata={"help": "Names of the modules that get LoRA matrices; `all-linear`: all linear layers but the head."},
+        metadata={"help": "The modules that get LoRA matrices; `all-linear`: all linear layers except the head."},
     )
     lora_modules_to_save: list[str] | None = field(
         default=None,
-        metadata={"aliases": ["--modules_to_save"], "help": "Names of modules to train whole beside LoRA."},
+        metadata={"aliases": ["--modules_to_save"], "help": "Modules to train in full, in addition to LoRA."},
     )
     use_dora: bool = field(
-        default=False, metadata={"help": "Use DoRA: LoRA for the direction, and a learned length for each weight."}
+        default=False, metadata={"help": "Use DoRA: LoRA for the direction, plus a learned length per weight."}
     )
 
     def __post_init__(self):
@@ -58,49 +58,49 @@ class ModelArguments:
         if not self.full and self.lora_r < 1:
             raise ValueError(f"--lora_r is {self.lora_r}, so there is nothing to train: give at least 1, or --full.")
         if self.full and (self.load_in_4bit or self.use_dora or self.lora_modules_to_save):
-            raise ValueError("--load_in_4bit, --use_dora and --lora_modules_to_save go with LoRA: leave out --full.")
+            raise ValueError("--load_in_4bit, --use_dora and --lora_modules_to_save need LoRA: leave out --full.")
 
 
 @dataclass
 class DataArguments:
-    """Which examples, and what of them is learned."""
+    """The examples, and the parts of them to learn."""
 
     train_file: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Files, globs or folders of examples: .jsonl, .json, .csv or .parquet, each also with .gz. "
+            "help": "Files, globs or folders of examples: .jsonl, .json, .csv or .parquet, with or without .gz. "
             f"Columns: {HELP}; only completions, outputs and the assistant's messages are learned, or all of a text. "
             "Without it and --dataset_name: an embedded example."
         },
     )
     validation_file: list[str] | None = field(
-        default=None, metadata={"help": "Examples to evaluate on, of the same form."}
+        default=None, metadata={"help": "Examples to evaluate on, in the same form."}
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "A data set of the Hub, or a folder."})
-    dataset_config: str | None = field(default=None, metadata={"help": "The data set's configuration."})
-    train_split: str = field(default="train", metadata={"help": "The data set's split to train on."})
+    dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the Hub, or a folder."})
+    dataset_config: str | None = field(default=None, metadata={"help": "The dataset's configuration."})
+    train_split: str = field(default="train", metadata={"help": "The dataset's split to train on."})
     validation_split: str | None = field(
-        default=None, metadata={"help": "The data set's split to evaluate on. Without it: `validation`, if it has one."}
+        default=None, metadata={"help": "The dataset's split to evaluate on. Without it: `validation`, if it has one."}
     )
     example: str = field(
         default="tasks",
         metadata={
-            "help": "The embedded example to train on without data: `tasks`, four tasks of which one is rare, or "
-            "`lily`, stories about Lily and about others."
+            "help": "The embedded example to train on without data: `tasks`, four tasks, one of them rare, or `lily`, "
+            "stories about Lily and about others."
         },
     )
     task_column: str | None = field(
         default=None,
         metadata={
-            "help": "The column that names each example's task: evaluation and metrics are split by it. The same as "
-            "--jd_group_column, and each stands for the other; the embedded examples have `task`."
+            "help": "The column that names each example's task: it splits evaluation and metrics. Another name for "
+            "--jd_group_column; the embedded examples have `task`."
         },
     )
     max_length: int = field(
         default=512,
         metadata={
-            "help": "The most tokens per example. A longer one loses the beginning of its prompt, then the end of what "
-            "is learned; how many do is logged."
+            "help": "The most tokens per example. A longer one loses the beginning of its prompt, then the end of its "
+            "learned text; their number is logged."
         },
     )
     add_eos: bool = field(
@@ -120,28 +120,28 @@ class DataArguments:
         if self.train_file and self.dataset_name:
             raise ValueError("--train_file and --dataset_name are both given: choose one.")
         if self.validation_file and not self.train_file:
-            raise ValueError("--validation_file is given without --train_file, so it is unclear what to train on.")
+            raise ValueError("--validation_file is given without --train_file: give the file to train on, too.")
         if self.max_length < 2:
             raise ValueError(f"--max_length is {self.max_length}; to predict one token from another, give at least 2.")
 
 
 @dataclass
 class RunArguments:
-    """How the run is done."""
+    """How to run."""
 
     stock: bool = field(
         default=False,
-        metadata={"help": "Train with transformers' own Trainer, as a reference; the --jd_* flags are then not used."},
+        metadata={"help": "Train with transformers' own Trainer, as a reference, ignoring the --jd_* flags."},
     )
     overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Remove the run that --output_dir holds, instead of refusing to start."}
+        default=False, metadata={"help": "Remove the run in --output_dir, instead of refusing to start."}
     )
     time_steps: bool = field(
         default=False,
-        metadata={"help": "Measure how long a step takes, forward to optimizer; waits for the GPU after each."},
+        metadata={"help": "Time each step, from forward to optimizer; waits for the GPU after each step."},
     )
 
 
 def _as_list(value: str | list[str] | None) -> list[str] | None:
-    """Return a list: a file of flags may hold one name instead."""
+    """Return a list: a settings file may have a single name."""
     return [value] if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""The forms an example may be written in -> one form: what comes before, and what is learned."""
+"""Convert the accepted forms of examples into one: a prompt, and a completion to learn."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 ROLES = {"human": "user", "gpt": "assistant"}
-"""ShareGPT's names for the roles that chat templates know."""
+"""ShareGPT's names for the roles of chat templates."""
 
 HELP = "`messages`, `prompt` and `completion`, `instruction` and `output`, or `text`"
 
@@ -16,11 +16,11 @@ Messages = list[dict[str, Any]]
 
 
 class Example(NamedTuple):
-    """An example, whatever form it was written in.
+    """An example, whatever its original form.
 
     Attributes:
-        prompt: What comes before, as text or messages; may be empty.
-        completion: What follows. Of a text, everything is learned; of messages, what the assistant says.
+        prompt: Text or messages; may be empty.
+        completion: The text or messages that follow: a text is learned in full, of messages only the assistant's.
         tools: JSON schemas of the tools that the messages may call.
     """
 
@@ -43,7 +43,7 @@ def to_example(row: Row, form: tuple[str, ...]) -> Example:
         form: One of `FORMS`.
 
     Raises:
-        ValueError: A column doesn't hold what its form needs; the message says which and what.
+        ValueError: A column doesn't hold what its form needs; the message says which.
     """
     return FORMS[form](row)
 
@@ -98,7 +98,7 @@ def _messages(row: Row, column: str) -> Messages:
 
 
 def _message(message: Any, column: str) -> dict[str, Any]:
-    # A table gives every message the keys that any of them has: those without a value aren't there.
+    # A table gives every message the keys of all messages: drop keys without a value.
     fields = _without_nulls(message) if isinstance(message, dict) else {}
     if "from" in fields:
         fields = {"role": fields["from"], "content": fields.get("value", "")}

@@ -1,4 +1,4 @@
-"""What a run measures beside Trainer: loss and accuracy per token, and how long a step takes."""
+"""Measurements on top of Trainer's: loss and accuracy per token, and the time of a step."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from hf_jd.finetune.tokens import IGNORED
 
 
 def answers(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Reduce logits to what is measured of them, so that evaluation keeps none.
+    """Reduce logits to predictions and losses, so that evaluation needn't store them.
 
     Args:
-        logits: [B, T, V], perhaps with other outputs behind.
+        logits: [B, T, V], perhaps followed by other outputs.
         labels: [B, T].
 
     Returns:
-        The most likely next token [B, T], and the loss [B, T] of each label; of the first of a row, which is never
-        predicted, it is 0.
+        The most likely next token [B, T], and the loss [B, T] of each label; 0 for the first label of a row, which is
+        never predicted.
     """
     scores = logits[0] if isinstance(logits, tuple) else logits
     losses = torch.zeros(labels.shape, device=scores.device)
-    for row, (score, label) in enumerate(zip(scores, labels, strict=True)):  # Row by row: a float32 copy of one only.
+    for row, (score, label) in enumerate(zip(scores, labels, strict=True)):  # row by row, to copy only one to float32
         losses[row, 1:] = cross_entropy(score[:-1].float(), label[1:], reduction="none", ignore_index=IGNORED)
     return scores.argmax(-1), losses
 
 
 def token_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Average over all tokens that are predicted, whichever batch and process they were in.
+    """Average over all predicted tokens, whatever their batch and process.
 
     Returns:
         `token_loss`, `accuracy`, and `majority`: the accuracy of always answering the most frequent token.
@@ -54,10 +54,10 @@ def token_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 class TokenLoss(Trainer):
-    """Reports the mean over tokens as the loss of an evaluation, where Trainer averages the means of batches."""
+    """Reports the mean over tokens as the loss of an evaluation; Trainer averages the means of batches."""
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Put `token_loss` in the place of `loss`; see Trainer."""
+        """Replace `loss` with `token_loss`; see Trainer."""
         output = super().evaluation_loop(*args, **kwargs)
         metrics = output.metrics or {}
         for name in [name for name in metrics if name.endswith("_token_loss")]:
@@ -66,10 +66,10 @@ class TokenLoss(Trainer):
 
 
 class StepTimer(TrainerCallback):
-    """Measures each step from its first forward to its optimizer step, without loading, logging and evaluation.
+    """Times each step from its first forward to its optimizer step, without loading, logging and evaluation.
 
     Args:
-        folder: The run's, where the seconds are written when training ends.
+        folder: The run's folder, where the times are saved when training ends.
     """
 
     def __init__(self, folder: Path):
@@ -86,7 +86,7 @@ class StepTimer(TrainerCallback):
         self._seconds.append(_now() - self._start)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write what it measured."""
+        """Save the times."""
         if state.is_world_process_zero:
             (self._folder / STEP_TIMES).write_text(json.dumps(self._seconds), "utf-8")
 

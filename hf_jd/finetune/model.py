@@ -1,4 +1,4 @@
-"""Names and folders -> a model whose trainable parameters are set, and its tokenizer."""
+"""Names and folders -> a model with its trainable parameters set, and its tokenizer."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def model_path(model: ModelArguments) -> str:
 
 
 def load_tokenizer(path: str, model: ModelArguments) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; one without a padding token pads with the end-of-sequence token.
+    """Load the tokenizer; without a padding token, it pads with the end-of-sequence token.
 
     Raises:
-        ValueError: There is none.
+        ValueError: It can't be loaded.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **_source(model))  # ty: ignore[invalid-assignment]
@@ -54,10 +54,10 @@ def load_tokenizer(path: str, model: ModelArguments) -> PreTrainedTokenizerBase:
 def load_model(path: str, model: ModelArguments) -> nn.Module:
     """Load a causal language model, and add a LoRA adapter unless all parameters are trained.
 
-    A folder with an adapter is loaded with its base model, and that adapter is trained on.
+    A folder with an adapter is loaded with its base model, and training continues with that adapter.
 
     Raises:
-        ValueError: There is no such model, or none of its modules is to get an adapter.
+        ValueError: The model can't be loaded, or LoRA can't be added to it.
     """
     settings: dict[str, Any] = _source(model) | {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
     if model.load_in_4bit:
@@ -69,7 +69,7 @@ def load_model(path: str, model: ModelArguments) -> nn.Module:
         if adapted:
             return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **settings)
         loaded = AutoModelForCausalLM.from_pretrained(path, **settings)
-    except (OSError, ValueError, ImportError) as error:  # ImportError: an attention that isn't installed.
+    except (OSError, ValueError, ImportError) as error:  # ImportError: the attention isn't installed
         raise ValueError(f"The model `{path}` can't be loaded: {first_sentence(error)}") from error
     return loaded if model.full else _with_lora(loaded, path, model)
 

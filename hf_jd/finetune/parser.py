@@ -1,4 +1,4 @@
-"""Flags, or one YAML or JSON file and flags that override it, to dataclasses."""
+"""Parse flags, and a YAML or JSON file that they override, into dataclasses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hf_jd.finetune.sentences import first_sentence
 _SUFFIXES = (".yaml", ".yml", ".json")
 
 
-# What people type who come from other tools.
+# Names from other tools that people may type.
 _COMMON_NAMES = {
     "lr": "learning_rate",
     "batch_size": "per_device_train_batch_size",
@@ -49,12 +49,12 @@ _WIDTH, _INDENT = 110, 34
 
 
 class Parser(HfArgumentParser):
-    """Transformers' parser, which says in one sentence what is wrong, and what there is on two screens.
+    """Transformers' parser with errors of one sentence and a help of two screens.
 
     Args:
-        prepare: Changes the flags, by name, before dataclasses are made of them.
-        sections: The flags that the help lists, by its headings. None: all, under one heading. Others are listed by
-            `--help-all` only.
+        prepare: Changes the flags, by name, before they become dataclasses.
+        sections: The flags that `--help` lists, by heading; `--help-all` lists the others, too. None: all flags, under
+            one heading.
     """
 
     def __init__(
@@ -78,13 +78,13 @@ class Parser(HfArgumentParser):
             print(self.format_help(everything=True))
             self.exit()
         flags, unknown = super().parse_known_args(args, namespace)
-        if unknown:  # Said first: what is missing may be what was misspelt.
+        if unknown:  # Check this first: a missing flag may be misspelt.
             raise ValueError(f"Unknown flag `{unknown[0]}`{self._nearest(unknown[0].partition('=')[0])}.")
         self._prepare(vars(flags))
         return flags, unknown
 
     def error(self, message: str) -> NoReturn:
-        """Raise a ValueError instead of printing hundreds of flags and leaving.
+        """Raise a ValueError instead of printing hundreds of flags and exiting.
 
         Raises:
             ValueError: Always.
@@ -103,16 +103,16 @@ class Parser(HfArgumentParser):
         """
         for name, value in settings.items():
             action = self._option_string_actions.get(f"--{name}")
-            if action is None or action.nargs == 0:  # `--no_x` is for the command line.
+            if action is None or action.nargs == 0:  # `--no_x` is only for the command line
                 raise ValueError(f"Unknown flag `{name}` in the file{self._nearest(name)}.")
             self.set_defaults(**{action.dest: value})
         try:
             return self.parse_args_into_dataclasses(list(flags), look_for_args_file=False)
-        except (ValueError, ImportError) as error:  # ImportError: bf16 and the like, where they can't be had.
+        except (ValueError, ImportError) as error:  # ImportError: bf16 and the like are not available
             raise ValueError(str(error)) from error
 
     def format_help(self, everything: bool = False) -> str:
-        """Format the help: a line per flag or, of everything, all that there is to say."""
+        """Format the help: one line per flag, or whole descriptions."""
         shown = [name for names in self._sections.values() for name in names]
         rest = [name for name in self._names() if name not in shown and name != "help"]
         sections = {**self._sections, **({"All others": rest} if everything and rest else {})}
@@ -159,7 +159,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     """Read a YAML or JSON file of settings by name.
 
     Raises:
-        ValueError: It can't be read, or isn't such a file.
+        ValueError: The file can't be read, or doesn't hold settings.
     """
     try:
         text = path.read_text("utf-8")

@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _COLORS = ("#8dd3c7", "#ffd92f", "#fb8072", "#80b1d3", "#bebada", "#b3de69", "#fccde5", "#d9d9d9")
-"""Of the tasks; other ones than those of the configurations' lines."""
+"""The tasks' colours, different from those of the configurations' lines."""
 _WINDOW = 8
-"""Steps over which the shares are averaged: those of a single batch jump."""
+"""Steps over which to average shares, which jump from batch to batch."""
 
 
 def draw(runs: Mapping[str, Sequence[Results]], twins: Mapping[str, Sequence[Results]], path: Path) -> None:
-    """Draws the curves of all configurations, as means over seeds, into a PNG; says so where matplotlib is missing.
+    """Draws the curves of all configurations, as means over seeds, into a PNG; prints a note without matplotlib.
 
     Args:
-        runs: The runs of each configuration, one a seed.
-        twins: Runs that make the same steps as a configuration of `runs`, and measure what that can't.
+        runs: The runs of each configuration, one per seed.
+        twins: Runs with the same steps as a configuration in `runs` that can't measure conflicts.
         path: The PNG.
     """
     if importlib.util.find_spec("matplotlib") is None:
@@ -70,7 +70,7 @@ def _draw_weights(axis: Axes, name: str, seeds: Sequence[Results], tasks: Sequen
     steps = range(1, seeds[0].steps + 1)
     shares = []
     for task in tasks:
-        # A task that is absent from a step has no weight in it.
+        # A task that is absent from a step has weight 0 there.
         series = [dict(results.weights.get(task, [])) for results in seeds]
         by_step = [statistics.fmean(of_seed.get(step, 0.0) for of_seed in series) for step in steps]
         shares.append([statistics.fmean(by_step[max(0, i - _WINDOW + 1) : i + 1]) for i in range(len(by_step))])

@@ -1,4 +1,4 @@
-"""What can't work, told before anything is loaded."""
+"""Refuse settings that can't work, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from hf_jd.finetune.sentences import first_sentence
 
 
 def check_launch(training: TrainingArguments) -> None:
-    """Refuse processes that would train separately, into one folder.
+    """Refuse processes that would train separately into the same folder.
 
     Raises:
-        ValueError: Several processes were started, and each is alone.
+        ValueError: Several processes were started, but aren't connected.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and training.world_size != started:
         raise ValueError(
             f"{started} processes were started, but they aren't connected, since there are no devices for them here: "
-            "each would train by itself into one folder. Add --use_cpu to train on CPUs, or start one process."
+            "each would train alone, into the same folder. Add --use_cpu to train on CPUs, or start one process."
         )
 
 
 def check_reporting(training: TrainingArguments) -> None:
-    """Refuse to report to what isn't installed.
+    """Refuse to report to a tool that isn't installed.
 
     Raises:
-        ValueError: --report_to names such a thing.
+        ValueError: --report_to names such a tool.
     """
     targets = training.report_to if isinstance(training.report_to, list) else [training.report_to]
     available = get_available_reporting_integrations()
@@ -41,27 +41,27 @@ def check_reporting(training: TrainingArguments) -> None:
 
 
 def check_hub(training: TrainingArguments) -> None:
-    """Refuse to push to a Hub that isn't there, or doesn't know the user.
+    """Refuse to push to the Hub if it can't be reached, or the user isn't logged in.
 
     Raises:
-        ValueError: So it is.
+        ValueError: It can't be pushed to.
     """
     if not training.push_to_hub:
         return
     try:
         HfApi().whoami(token=training.hub_token)
-    except Exception as error:  # The Hub's client raises what its HTTP library does, and that has changed.
+    except Exception as error:  # The Hub's client raises its HTTP library's errors, and has changed that library.
         raise ValueError(
-            f"--push_to_hub is given, and the Hub can't be pushed to: {first_sentence(error)} Log in with "
+            f"--push_to_hub is given, but the Hub can't be pushed to: {first_sentence(error)} Log in with "
             "`hf auth login`, or leave it out and upload later with `hf upload`."
         ) from error
 
 
 def spread_over(training: TrainingArguments, examples: int) -> None:
-    """Make numbers of steps of shares of the training: Trainer compares numbers where a run is resumed.
+    """Convert shares of the training into numbers of steps, which Trainer compares when a run is resumed.
 
     Args:
-        training: Its logging_steps, eval_steps and save_steps are changed where they are below 1.
+        training: Its logging_steps, eval_steps and save_steps are changed if they are below 1.
         examples: The number of examples to train on.
     """
     batches = math.ceil(examples / (training.train_batch_size * training.world_size))

@@ -1,4 +1,4 @@
-"""Commands -> runs in processes, some at a time."""
+"""Run commands as processes, a few at a time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 USER_ERROR = 2
-"""The exit code of what a user can mend."""
+"""The exit code for errors that the user can fix."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ class Job:
     """One run.
 
     Attributes:
-        name: What people call it.
-        command: What is run.
-        log: Where all that it prints is written.
+        name: The name to print.
+        command: The command.
+        log: The file for its output.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Job:
 
 @contextmanager
 def _sigterm_as_exit() -> Generator[None]:
-    """Lets SIGTERM, by which batch systems end what takes too long, raise as Ctrl-C does."""
+    """Makes SIGTERM, which batch systems send when time is up, raise an exception like Ctrl-C."""
 
     def leave(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)
@@ -50,18 +50,18 @@ def _sigterm_as_exit() -> Generator[None]:
 def run_jobs(
     jobs: Sequence[Job], processes: int, environment: Mapping[str, str], finished: Callable[[Job], None]
 ) -> None:
-    """Run all jobs, `processes` at a time, in their order, and print when each is done.
+    """Run all jobs in order, `processes` at a time, and print when each is done.
 
-    Whatever ends this before, an error, Ctrl-C or SIGTERM, ends the jobs that are running, too.
+    An error, Ctrl-C or SIGTERM also ends the running jobs.
 
     Args:
         jobs: The commands.
-        processes: How many run at a time, at least 1.
-        environment: Variables that they are given beside this process's own.
-        finished: Called with each job that has ended well.
+        processes: How many to run at a time, at least 1.
+        environment: Variables to add to this process's environment.
+        finished: Called with each job that succeeds.
 
     Raises:
-        ValueError: A run ended with what the user can mend; the message is the run's own.
+        ValueError: A run failed with an error that the user can fix; the message is the run's.
         RuntimeError: A run failed otherwise.
     """
     waiting = list(jobs)

@@ -1,4 +1,4 @@
-"""A finished run's files -> its measurements by task. Knows neither torch nor transformers."""
+"""A finished run's files -> its measurements by task. Needs neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from hf_jd.report.history import mean
 
 STATE = "trainer_state.json"
 STEP_TIMES = "step_times.json"
-"""The file of a run's seconds for each step."""
+"""The file with the seconds of each step."""
 ALL = "all"
-"""The name of the only task, where the run knows none."""
+"""The task's name in a run without tasks."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +23,9 @@ class Evaluation:
     """One evaluation of one task.
 
     Attributes:
-        step: The optimizer step after which it was made; 0 is before training.
+        step: The number of optimizer steps before it; 0 is before training.
         loss: Per token.
-        accuracy: Share of the tokens that are predicted right, in [0, 1].
+        accuracy: The share of correctly predicted tokens, in [0, 1].
         majority: The accuracy of always answering the most frequent token.
     """
 
@@ -37,15 +37,15 @@ class Evaluation:
 
 @dataclass
 class Results:
-    """What a run measured.
+    """The measurements of a run.
 
     Attributes:
-        evaluations: Those of each task, by step.
-        weights: Of each task, its share of the weights' sum, as pairs of step and share.
-        against: Of each task, the share of the steps since the last log that went against it, in pairs likewise. Steps
-            in which a task has no example, or that weren't measured, are in neither.
-        steps: How many steps were made.
-        step_times: Seconds for each step, where they were measured.
+        evaluations: Each task's evaluations, by step.
+        weights: Each task's share of the weights' sum, as pairs of step and share.
+        against: For each task, the share of the steps since the last log that went against it, in the same pairs. Both
+            leave out steps without examples of the task, and steps that weren't measured.
+        steps: The number of steps.
+        step_times: The seconds of each step, if measured.
     """
 
     evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Results:
         """Read a run's folder.
 
         Raises:
-            ValueError: It holds no finished run.
+            ValueError: The folder holds no finished run.
         """
         try:
             state = json.loads((folder / STATE).read_text("utf-8"))
@@ -73,7 +73,7 @@ class Results:
 
     @classmethod
     def of_log(cls, log: Iterable[dict[str, Any]], steps: int) -> Results:
-        """Read what Trainer logged in so many steps."""
+        """Read Trainer's log of that many steps."""
         results = cls(steps=steps)
         for entry in log:
             results._add_evaluations(entry)
@@ -81,7 +81,7 @@ class Results:
         return results
 
     def _add_step(self, entry: dict[str, Any]) -> None:
-        """Take in a log of training."""
+        """Add a log of training."""
         measured = {name: value for name, value in entry.items() if name.startswith(("jd/weight/", "jd/against/"))}
         for name, value in measured.items():
             kind, task = name.removeprefix("jd/").split("/", 1)
@@ -110,13 +110,13 @@ class Results:
         return statistics.median(self.step_times) if self.step_times else None
 
     def mean_weight(self, task: str) -> float | None:
-        """Return a task's share of the weights, averaged over the logs of steps in which it had examples."""
+        """Return a task's mean share of the weights, over the logs with examples of it."""
         return mean([value for _, value in self.weights[task]]) if task in self.weights else None
 
     def share_against(self, task: str) -> float | None:
-        """Return the share of the measured steps that went against a task, averaged likewise."""
+        """Return the mean share of measured steps that went against a task, over the same logs."""
         return mean([value for _, value in self.against[task]]) if task in self.against else None
 
     def steps_against(self, task: str) -> float | None:
-        """Return how many of the measured steps went against a task, of a run that logged every step."""
+        """Return the number of measured steps that went against a task, for a run that logged every step."""
         return sum(value for _, value in self.against[task]) if task in self.against else None

@@ -38,19 +38,19 @@ MAIN_FLAGS = (
     "per_device_eval_batch_size", "eval_strategy", "eval_steps", "logging_steps", "report_to", "save_steps",
     "resume_from_checkpoint", "do_train", "push_to_hub", "seed", "use_cpu",
 )  # fmt: skip
-"""Those of TrainingArguments that `--help` lists."""
+"""The flags of TrainingArguments that `--help` lists."""
 LORA_LEARNING_RATE, FULL_LEARNING_RATE = 2e-4, 2e-5
 DEFAULTS: dict[str, Any] = {
     "do_train": True,
-    "learning_rate": None,  # by --full
-    "logging_steps": 0.02,  # of the training: a curve for short data, too
+    "learning_rate": None,  # depends on --full
+    "logging_steps": 0.02,  # of the training, so that short data gives a curve, too
     "eval_strategy": "steps",
     "eval_steps": 0.2,
     "eval_on_start": True,
     "save_steps": 0.2,
     "save_total_limit": 2,
 }
-"""Where fine-tuning on a few hundred examples wants another default than TrainingArguments has."""
+"""Defaults that suit a few hundred examples better than those of TrainingArguments."""
 
 logger = logging.getLogger(__name__)
 
@@ -77,11 +77,11 @@ def parse(
     Args:
         flags: `--flag value ...`.
         settings: Values by the flags' names.
-        command: The command whose help `--help` shows.
-        description: Of that command.
+        command: The command that `--help` describes.
+        description: Its description.
 
     Raises:
-        ValueError: Something in them isn't allowed.
+        ValueError: A flag is unknown, has a value that isn't allowed, or contradicts another.
     """
     groups: Any = [ModelArguments, DataArguments, RunArguments, JDTrainingArguments]
     parser = Parser(
@@ -109,13 +109,13 @@ def _names_of(dataclass: Any) -> list[str]:
 
 
 def _prepare(flags: dict[str, Any]) -> None:
-    """Fill in what depends on other flags: --task_column and --jd_group_column each stand for the other."""
+    """Fill in flags that depend on others: --task_column and --jd_group_column are two names for one flag."""
     if flags["output_dir"] is None:
-        raise ValueError("--output_dir is missing: where is the model to be saved?")
+        raise ValueError("--output_dir is missing: give the folder to save the model in.")
     task, group = flags["task_column"], flags["jd_group_column"]
     if task and group and task != group:
         raise ValueError(
-            f"--task_column is `{task}` and --jd_group_column is `{group}`: they mean the same, so give one of them."
+            f"--task_column is `{task}` and --jd_group_column is `{group}`: they are one flag, so give one of them."
         )
     embedded = not flags["train_file"] and not flags["dataset_name"]
     flags["task_column"] = flags["jd_group_column"] = task or group or (EXAMPLE_TASK_COLUMN if embedded else None)
@@ -127,10 +127,10 @@ def finetune(model: ModelArguments, data: DataArguments, run: RunArguments, trai
     """Train, evaluate and save; without --do_train, only evaluate.
 
     Returns:
-        What was measured.
+        The run's measurements.
 
     Raises:
-        ValueError: Something is wrong with the data, the model or the folder; nothing is left behind then.
+        ValueError: Something is wrong with the data, the model or the folder; then nothing is left behind.
     """
     check_launch(training)
     check_reporting(training)
@@ -157,7 +157,7 @@ def finetune(model: ModelArguments, data: DataArguments, run: RunArguments, trai
             print(f"\n{evaluation_table(results)}")
         print(f"\nSaved in {folder}.")
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()  # A process that ends in a group of gloo's may abort.
+    trainer.accelerator.end_training()  # A process may abort if it exits within a gloo group.
     return Results.read(folder)
 
 
@@ -170,16 +170,16 @@ def build_trainer(
     examples: Mapping[str, Rows],
     kind: type[Trainer] | None = None,
 ) -> Trainer:
-    """Build JDTrainer or, as a reference, transformers' own, on the same model and data; or a `kind` of your own."""
+    """Build JDTrainer or, as a reference, transformers' Trainer, on the same model and data; or `kind`."""
     set_seed(training.seed)  # The adapter's initial values depend on it.
     tokenizer = load_tokenizer(path, model)
     tokenized = {split: tokenize(rows, tokenizer, data) for split, rows in examples.items()}
     if training.label_names is None:
         training.label_names = ["labels"]  # PEFT's models hide the signature that Trainer reads them from.
-    training.dataloader_pin_memory &= torch.accelerator.is_available()  # Torch warns where it can't be done.
+    training.dataloader_pin_memory &= torch.accelerator.is_available()  # torch warns without one
     validation = tokenized.get("validation")
     if validation is None and (training.eval_strategy != IntervalStrategy.NO or not training.do_train):
-        logger.warning("There is nothing to evaluate on: --validation_file shows each task's loss before and after.")
+        logger.warning("There is nothing to evaluate on: give --validation_file to see losses before and after.")
         training.eval_strategy, training.eval_on_start = IntervalStrategy.NO, False
     spread_over(training, len(tokenized["train"]))
     trainer = (kind or (StockTrainer if run.stock else JacobianTrainer))(
@@ -202,11 +202,11 @@ class StockTrainer(TokenLoss, Trainer):
 
 
 class JacobianTrainer(TokenLoss, JDTrainer):
-    """Ours."""
+    """Our trainer."""
 
 
 def _by_task(examples: Dataset, column: str | None) -> Any:
-    """Split the evaluation set by task, so that each has a loss of its own; without a task column, keep it whole."""
+    """Split the evaluation set by task, to get a loss per task; without a task column, keep it whole."""
     if column is None:
         return examples
     rows: dict[str, list[int]] = {}
@@ -217,7 +217,7 @@ def _by_task(examples: Dataset, column: str | None) -> Any:
 
 
 def evaluate_at_the_end(trainer: Trainer) -> None:
-    """Evaluate, unless the last step did."""
+    """Evaluate, unless the last step already has."""
     evaluated = any(
         name.endswith("_loss") and name.startswith("eval_") and entry["step"] == trainer.state.global_step
         for entry in trainer.state.log_history
@@ -230,7 +230,7 @@ def evaluate_at_the_end(trainer: Trainer) -> None:
 def _evaluate_only(trainer: Trainer) -> Results:
     """Evaluate the model as it is, and save nothing."""
     if trainer.eval_dataset is None:
-        raise ValueError("--do_train is false, and there is nothing to evaluate on: give --validation_file.")
+        raise ValueError("--do_train is false, but there is nothing to evaluate on: give --validation_file.")
     trainer.evaluate()
     results = Results.of_log(trainer.state.log_history, steps=0)
     if trainer.is_world_process_zero():
@@ -243,16 +243,16 @@ def _evaluate_only(trainer: Trainer) -> Results:
 
 def _how_to_resume(folder: Path) -> str:
     if not any(folder.glob("checkpoint-*")):
-        return "Stopped before the first checkpoint (--save_steps): the same command begins anew."
-    return "Stopped. The same command goes on from the newest checkpoint with --resume_from_checkpoint last."
+        return "Stopped before the first checkpoint (--save_steps): the same command starts over."
+    return "Stopped. To continue from the newest checkpoint, add --resume_from_checkpoint last to the same command."
 
 
 @contextmanager
 def _output_folder(run: RunArguments, training: TrainingArguments) -> Generator[Path]:
-    """Yield the run's folder; an error before anything was saved leaves it as it was.
+    """Yield the run's folder; an error before anything is saved leaves it unchanged.
 
     Raises:
-        ValueError: It holds another run, and this one is neither to resume nor to replace that.
+        ValueError: It holds another run, which the flags neither resume nor replace.
     """
     folder = Path(training.output_dir or "")
     existed = folder.exists()
@@ -263,7 +263,7 @@ def _output_folder(run: RunArguments, training: TrainingArguments) -> Generator[
         parts = _parts_of_a_run(folder)
         if parts and not run.overwrite_output_dir:
             raise ValueError(
-                f"--output_dir {folder} holds another run ({parts[0].name}): name another folder, continue that run "
+                f"--output_dir {folder} holds another run ({parts[0].name}): choose another folder, continue that run "
                 "with --resume_from_checkpoint last, or replace it with --overwrite_output_dir."
             )
     try:
@@ -285,7 +285,7 @@ def _remove_run(folder: Path) -> None:
 
 
 def _checkpoint(trainer: Trainer) -> str | None:
-    """Return the checkpoint to resume from: a folder, or the run's newest whole one; None to start anew."""
+    """Return the checkpoint to resume from: a folder, or the run's newest complete one; None to start over."""
     wanted = trainer.args.resume_from_checkpoint
     if not wanted:
         return None

@@ -1,6 +1,6 @@
-"""Other libraries' errors -> one sentence."""
+"""Shorten other libraries' errors to one sentence."""
 
 
 def first_sentence(error: Exception) -> str:
-    """Return the first sentence of a message: what follows in other libraries is advice for their own callers."""
+    """Return the first sentence of a message: the rest is advice for the other library's callers."""
     return " ".join(str(error).split()).partition(". ")[0].rstrip(".") + "."

@@ -1,4 +1,4 @@
-"""Measurements -> one table, as markdown that is aligned for a terminal, too."""
+"""Measurements -> one table, in markdown that is aligned for terminals, too."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def evaluation_table(results: Results) -> str:
-    """Format one run's tasks: loss and accuracy before (if that was evaluated) and after."""
+    """Format one run's tasks: loss and accuracy before (if evaluated) and after."""
     before = any(evaluations[0].step == 0 and len(evaluations) > 1 for evaluations in results.evaluations.values())
     rows = []
     for task in results.tasks:
@@ -48,12 +48,12 @@ def _training_cells(results: Results, task: str) -> list[str]:
 def comparison_table(
     runs: Mapping[str, Sequence[Results]], twins: Mapping[str, Sequence[Results]], stock: str | None
 ) -> str:
-    """All that `hf-jd compare` shows.
+    """Format the table of `hf-jd compare`.
 
     Args:
-        runs: The runs of each configuration, one a seed.
-        twins: Runs that make the same steps as a configuration of `runs`, and measure what that can't.
-        stock: The configuration that the others' times are compared with, if any.
+        runs: The runs of each configuration, one per seed.
+        twins: Runs with the same steps as a configuration in `runs` that can't measure conflicts.
+        stock: The configuration to compare the others' times with, if any.
 
     Raises:
         ValueError: Nothing was evaluated.
@@ -85,7 +85,7 @@ def comparison_table(
 
 
 def _block(runs: Mapping[str, Sequence[Results]], tasks: Sequence[str], cell: _Cell, form: str) -> list[list[str]]:
-    """Build a row per configuration that measured this, with a cell per task."""
+    """Build a row per configuration with this measurement, with a cell per task."""
     rows = [
         [name, *(spread([cell(results, task) for results in seeds], form) for task in tasks)]
         for name, seeds in runs.items()

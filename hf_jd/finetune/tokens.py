@@ -19,7 +19,7 @@ from hf_jd.finetune.formats import Example, form_of, to_example
 from hf_jd.finetune.sentences import first_sentence
 
 IGNORED = -100
-"""The label of a token that isn't predicted, as everywhere in transformers."""
+"""The label of a token that isn't predicted, as in transformers."""
 
 PLAIN_TEMPLATE = (
     "{{ bos_token }}"
@@ -30,7 +30,7 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
-"""The chat template of a tokenizer that has none, saved with it: `User: ...`, `Assistant: ...`, a line each."""
+"""The chat template for a tokenizer without one, saved with it: lines of `User: ...` and `Assistant: ...`."""
 
 logger = logging.getLogger(__name__)
 
@@ -54,29 +54,32 @@ def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, data: DataArguments
             raise ValueError(f"Row {number} doesn't fit the chat template: {first_sentence(error)}") from error
         lengths.append(len(ids))
         ids, labels = _truncate(ids, labels, tokenizer, data.max_length)
-        if all(label == IGNORED for label in labels[1:]):  # The first token's label is never predicted.
+        if all(label == IGNORED for label in labels[1:]):  # the first token is never predicted
             continue
-        # A list of Python's integers takes nine times the memory.
+        # A list of Python integers takes nine times the memory.
         arrays = {"input_ids": np.asarray(ids, np.int32), "labels": np.asarray(labels, np.int32)}
         for name, values in encoded.items():
             values.append(row[name] if name == data.task_column else arrays[name])
     _report(counts, lengths, len(encoded["labels"]), data.max_length)
     if form == ("prompt", "completion") and tokenizer.chat_template and not counts["answers"]:
         logger.warning(
-            "The tokenizer has a chat template, and these examples are plain texts, which are learned without it: a "
-            "model that chats wants `messages`."
+            "The tokenizer has a chat template, but these examples are plain texts, which are learned without it: give "
+            "`messages` to train a chat model."
         )
     return Dataset.from_dict(encoded)
 
 
 def _report(counts: Counter[str], lengths: list[int], learned: int, max_length: int) -> None:
-    """Tell what isn't learned.
+    """Warn about text that isn't learned.
 
     Raises:
-        ValueError: Nothing is.
+        ValueError: There is nothing to learn.
     """
     if not learned:
-        raise ValueError("No example has a token to predict: all completions (or texts) are empty, or cut off.")
+        raise ValueError(
+            "No example has a token to predict: all completions (or texts) are empty, or truncated. Check the data, or "
+            "raise --max_length."
+        )
     total = len(lengths)
     if learned < total:
         logger.warning("%d of %d examples are left out: they have no text to learn.", total - learned, total)
@@ -84,7 +87,7 @@ def _report(counts: Counter[str], lengths: list[int], learned: int, max_length: 
     if longer:
         logger.warning(
             "%d of %d examples are longer than --max_length %d (the longest has %d tokens): they lose the beginning of "
-            "their prompt, then the end of what is learned.",
+            "their prompt, then the end of their learned text.",
             longer,
             total,
             max_length,
@@ -92,8 +95,8 @@ def _report(counts: Counter[str], lengths: list[int], learned: int, max_length: 
         )
     if counts["rewritten"]:
         logger.warning(
-            "%d of %d answers of the assistant are not learned: the chat template writes them differently once more "
-            "messages follow.",
+            "%d of %d answers of the assistant are not learned: the chat template changes them when more messages "
+            "follow.",
             counts["rewritten"],
             counts["answers"],
         )
@@ -102,16 +105,16 @@ def _report(counts: Counter[str], lengths: list[int], learned: int, max_length: 
 def encode_example(
     example: Example, tokenizer: PreTrainedTokenizerBase, add_eos: bool, counts: Counter[str] | None = None
 ) -> tuple[list[int], list[int]]:
-    """Encode one example; the loss is on the completion's tokens, or on the assistant's, only.
+    """Encode one example; only the tokens of the completion, or of the assistant, have labels.
 
-    Everything is tokenized together, as a model meets it later, and a token that spans the end of a prompt and the
-    beginning of an answer belongs to the answer.
+    The whole text is tokenized at once, as the model will see it later. A token across the boundary of prompt and
+    answer belongs to the answer.
 
     Args:
         example: Texts, or messages for the tokenizer's chat template.
-        tokenizer: Adds what its model wants at the beginning of a text.
-        add_eos: Whether a text's end-of-sequence token is predicted, too. A chat template ends answers itself.
-        counts: Counts the assistant's `answers`, and those that are `rewritten` and can't be learned.
+        tokenizer: Adds the tokens that its model needs at the beginning of a text.
+        add_eos: Whether to learn a text's end-of-sequence token, too. A chat template ends answers itself.
+        counts: Counts the assistant's `answers`, and the `rewritten` ones, which can't be learned.
 
     Returns:
         Ids and labels, of equal length.
@@ -128,7 +131,7 @@ def encode_example(
 
     ids, eos = encode(whole), tokenizer.eos_token_id
     if not chat and ids and ids[-1] == eos:
-        ids.pop()  # Some tokenizers add it themselves.
+        ids.pop()  # some tokenizers add it themselves
     labels = [IGNORED] * len(ids)
     for before, until in spans:
         start = _common(ids, encode(before))
@@ -143,7 +146,7 @@ def encode_example(
 def _render(
     example: Example, tokenizer: PreTrainedTokenizerBase, counts: Counter[str]
 ) -> tuple[str, list[tuple[str, str]]]:
-    """Write messages as text, with what comes before each answer and what there is after it."""
+    """Render messages as text; return it with spans (the text before an answer, the text up to its end)."""
     messages: list[Any] = [*example.prompt, *example.completion]
     if not tokenizer.chat_template:
         tokenizer.chat_template = PLAIN_TEMPLATE
@@ -155,19 +158,19 @@ def _render(
         return text
 
     whole, spans = render(messages), []
-    for i in range(max(1, len(example.prompt)), len(messages)):  # A greeting at the very beginning answers nothing.
+    for i in range(max(1, len(example.prompt)), len(messages)):  # an opening message answers nothing
         if messages[i]["role"] == "assistant":
             counts["answers"] += 1
             before, until = render(messages[:i], prompt=True), render(messages[: i + 1])
             if until.startswith(before) and whole.startswith(until):
                 spans.append((before, until))
-            else:  # Templates of reasoning models drop the thoughts of all answers but the last.
+            else:  # Templates of reasoning models drop the thoughts of all but the last answer.
                 counts["rewritten"] += 1
     return whole, spans
 
 
 def _common(ids: Iterable[int], others: Iterable[int]) -> int:
-    """Return how many tokens two sequences begin with together."""
+    """Return the length of two sequences' common prefix."""
     count = 0
     for a, b in zip(ids, others, strict=False):
         if a != b:
@@ -179,7 +182,7 @@ def _common(ids: Iterable[int], others: Iterable[int]) -> int:
 def _truncate(
     ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[int], list[int]]:
-    """Cut off the beginning of what isn't learned, but not the beginning-of-sequence token, then the end."""
+    """Cut the beginning of the prompt, but not the beginning-of-sequence token, then the end."""
     prompt = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
     first = 1 if ids and ids[0] == tokenizer.bos_token_id else 0
     cut = slice(first, first + max(0, min(len(ids) - max_length, prompt - first)))

@@ -1,4 +1,4 @@
-"""Runs that pay for one task with another -> a table of the prices, and a picture of the ways they took."""
+"""Runs that trade one task for another -> a table of prices, and a picture of their paths."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _CONTROLS = ("mean", "sum", "constant")
-"""Weightings that don't look at the Gramian."""
+"""Weightings that ignore the Gramian."""
 _COLORS = [f"C{i}" for i in (3, 0, 2, 1, 4, 9, 5, 6, 8)]
-"""Of the other weightings; the controls are grey."""
+"""The other weightings' colours; controls are grey."""
 _SMALLEST = 1e-9
-"""Stands for a loss of 0, which has no logarithm."""
+"""Replaces a loss of 0, which has no logarithm."""
 
 
-def way(results: Results, tradeoff: Tradeoff) -> list[tuple[int, float, float]]:
-    """Return the step, the loss to raise and the loss to keep, at each evaluation of a run."""
+def losses_of(results: Results, tradeoff: Tradeoff) -> list[tuple[int, float, float]]:
+    """Return the step, the loss to raise and the loss to keep low, at each evaluation of a run."""
     forget, keep = results.evaluations[tradeoff.forget], results.evaluations[tradeoff.keep]
     return [(a.step, max(a.loss, _SMALLEST), max(b.loss, _SMALLEST)) for a, b in zip(forget, keep, strict=True)]
 
 
 def price(results: Results, tradeoff: Tradeoff) -> tuple[float, float] | None:
-    """Return the step at which nothing is left to forget, and the loss to keep at that step.
+    """Return the step at which everything is forgotten, and the loss to keep low at that step.
 
-    Between two evaluations, the logarithms of both losses are taken to be linear in the step.
+    The logarithms of both losses are interpolated linearly between evaluations.
 
     Returns:
-        None if the run doesn't come so far.
+        None if the run doesn't get that far.
     """
-    points = way(results, tradeoff)
+    points = losses_of(results, tradeoff)
     for (step, low, loss), (later, high, then) in zip(points, points[1:], strict=False):
         if low < tradeoff.until <= high:
             share = math.log(tradeoff.until / low) / math.log(high / low)
@@ -47,13 +47,13 @@ def price(results: Results, tradeoff: Tradeoff) -> tuple[float, float] | None:
 
 
 def tradeoff_table(plan: Plan, runs: Mapping[str, Sequence[Results]]) -> str:
-    """Format a plan with a trade-off: a part per variant, a row per configuration.
+    """Format the table of a plan with a trade-off: a section per variant, a row per configuration.
 
-    It has both losses and accuracies at the end, the price (see `price`), and how many steps went against each task.
+    It shows both final losses and accuracies, the price (see `price`), and the number of steps against each task.
 
     Args:
         plan: Its `tradeoff` is not None.
-        runs: The runs of each configuration, one a seed.
+        runs: The runs of each configuration, one per seed.
 
     Raises:
         ValueError: One of the two tasks wasn't evaluated.
@@ -77,7 +77,7 @@ def _checked(plan: Plan, runs: Mapping[str, Sequence[Results]]) -> Tradeoff:
     for task in (plan.tradeoff.forget, plan.tradeoff.keep):
         tasks = next(iter(runs.values()))[0].tasks
         if task not in tasks:
-            raise ValueError(f"The plan's tradeoff names the task `{task}`; evaluated were {', '.join(tasks)}.")
+            raise ValueError(f"The plan's tradeoff has the task `{task}`; the evaluated tasks are {', '.join(tasks)}.")
     return plan.tradeoff
 
 
@@ -100,11 +100,11 @@ def _row(name: str, seeds: Sequence[Results], tradeoff: Tradeoff) -> list[str]:
 
 
 def draw_tradeoff(plan: Plan, runs: Mapping[str, Sequence[Results]], path: Path) -> None:
-    """Draws each configuration's way through the two losses into a PNG; says so where matplotlib is missing.
+    """Draws each configuration's path through the two losses into a PNG; prints a note without matplotlib.
 
     Args:
         plan: Its `tradeoff` is not None.
-        runs: The runs of each configuration, one a seed.
+        runs: The runs of each configuration, one per seed.
         path: The PNG.
     """
     if importlib.util.find_spec("matplotlib") is None:
@@ -121,10 +121,10 @@ def draw_tradeoff(plan: Plan, runs: Mapping[str, Sequence[Results]], path: Path)
     for axis, variant in zip(axes, variants, strict=True):
         for name, full in plan.names(variant).items():
             if name in controls:
-                _draw_way(axis, name, runs[full], tradeoff, str(0.7 * controls.index(name) / len(controls)), "--s")
+                _draw_path(axis, name, runs[full], tradeoff, str(0.7 * controls.index(name) / len(controls)), "--s")
             else:
-                _draw_way(axis, name, runs[full], tradeoff, _COLORS[others.index(name) % len(_COLORS)], "-o")
-        _, before, loss = way(next(iter(runs.values()))[0], tradeoff)[0]
+                _draw_path(axis, name, runs[full], tradeoff, _COLORS[others.index(name) % len(_COLORS)], "-o")
+        _, before, loss = losses_of(next(iter(runs.values()))[0], tradeoff)[0]
         axis.plot(loss, before, "*", color="black", markersize=14, label="before training")
         _label_axes(axis, variant, tradeoff)
     axes[0].set_ylabel(f"loss of `{tradeoff.forget}`, to be raised")
@@ -137,13 +137,13 @@ def _is_control(plan: Plan, name: str) -> bool:
     return bool(flags.get("stock")) or flags.get("jd_weighting") in _CONTROLS
 
 
-def _draw_way(axis: Axes, name: str, seeds: Sequence[Results], tradeoff: Tradeoff, color: str, style: str) -> None:
-    """One configuration: the mean over seeds of the logarithms, and where each seed ends."""
-    ways = [way(results, tradeoff) for results in seeds]
-    keep, forget = ([_mean([at[i] for at in points]) for points in zip(*ways, strict=True)] for i in (2, 1))
+def _draw_path(axis: Axes, name: str, seeds: Sequence[Results], tradeoff: Tradeoff, color: str, style: str) -> None:
+    """Draw one configuration: the geometric mean over seeds, and each seed's end."""
+    paths = [losses_of(results, tradeoff) for results in seeds]
+    keep, forget = ([_mean([at[i] for at in points]) for points in zip(*paths, strict=True)] for i in (2, 1))
     axis.plot(keep, forget, style, color=color, linewidth=1.6, markersize=5, markevery=[-1], label=name)
     if len(seeds) > 1:
-        ends = [points[-1] for points in ways]
+        ends = [points[-1] for points in paths]
         axis.plot([end[2] for end in ends], [end[1] for end in ends], style[-1], color=color, markersize=3)
 
 
@@ -153,7 +153,7 @@ def _label_axes(axis: Axes, variant: str, tradeoff: Tradeoff) -> None:
     axis.axhline(tradeoff.until, color="black", linewidth=0.8, linestyle=":")
     place = (0.99, tradeoff.until)
     axis.annotate(
-        "above: nothing is left to be forgotten",
+        "above: everything is forgotten",
         place,
         xycoords=("axes fraction", "data"),
         xytext=(0, 3),
@@ -173,5 +173,5 @@ def _label_axes(axis: Axes, variant: str, tradeoff: Tradeoff) -> None:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Return the geometric mean: that of the logarithms."""
+    """Return the geometric mean."""
     return math.exp(statistics.fmean(map(math.log, values)))

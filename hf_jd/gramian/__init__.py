@@ -1,4 +1,4 @@
-"""The Gramian of a batch's losses, and J^T w. Knows torch and nothing of transformers; usable alone."""
+"""The Gramian of a batch's losses, and J^T w. Depends on torch, not on transformers; usable alone."""
 
 from hf_jd.gramian.diagnosis import RowCheck, check_rows
 from hf_jd.gramian.engine import Engine

@@ -1,14 +1,14 @@
-"""The self-check: proof, against autograd, that the recorded rows are right.
+"""The self-check: verify the recorded rows against autograd.
 
 One identity decides. For random r, autograd's gradient of sum_i r_i loss_i must equal sum_i r_i row_i, for every
-trainable parameter. It sees wrong rules, wrong maps from rows to objectives, uses that no tap met, and instances that
-mix. Cheaper identities do not: with as many tokens as instances, the rows of a relative-position table add up to the
-gradient and are still wrong.
+trainable parameter. This catches wrong rules, wrong maps from rows to objectives, uses without a tap, and instances
+that mix. Cheaper identities do not: with as many tokens as instances, the rows of a relative-position table can add up
+to the gradient and still be wrong.
 
-Each r_i is a power of two. A backward is linear in what it starts from, and scaling by a power of two commutes with
-every rounding: until gradients of several instances are added up, the backward of r_i loss_i is that of loss_i times
-r_i, bit for bit, through any number of layers in bfloat16, TF32 or 4 bits. What differs is rounded where a parameter's
-gradient is formed, so that only the precision of its own layer counts. (float16 underflows, which is not linear.)
+Each r_i is a power of two. A backward is linear in its start, and scaling by a power of two commutes with every
+rounding: until gradients of several instances are added up, the backward of r_i loss_i equals r_i times the backward of
+loss_i, bit for bit, through any number of layers in bfloat16, TF32 or 4 bits. Rounding differs only where a parameter's
+gradient is formed, so only the precision of its own layer matters. (float16 underflows, which is not linear.)
 """
 
 import math
@@ -22,31 +22,31 @@ from torch import Tensor, nn
 from hf_jd.gramian.graph import Differentiator
 from hf_jd.gramian.layouts import AXES, Batch, Layout, candidates
 from hf_jd.gramian.plan import ModuleUse
-from hf_jd.gramian.recording import Meeting, Recording
+from hf_jd.gramian.recording import RecordedUse, Recording
 from hf_jd.gramian.rows import accumulation_dtype
 from hf_jd.gramian.taps import TapEvent
 
-# How far apart the two sides may be: relative to the parameter's own gradient, and relative to the typical gradient of
-# the model, below which a parameter's gradient is rounding noise (a bias that softmax cancels) and proves nothing.
+# The largest difference allowed: relative to the parameter's own gradient, and relative to the typical gradient of the
+# model, below which a parameter's gradient is rounding noise (a bias that softmax cancels) and proves nothing.
 TOLERANCE = {torch.float64: (1e-5, 1e-10), torch.float32: (5e-3, 1e-6)}
 HALF_TOLERANCE = (3e-2, 1e-3)
-BLIND = (1e-1, 1e-2)  # where only noise beyond this explains an error, the identity has proved next to nothing
+BLIND = (1e-1, 1e-2)  # if it takes noise beyond this to explain an error, the identity has proved next to nothing
 OUTLIERS = 1e3  # times the median parameter's gradient
-# The first ones have distinct pairwise sums other than zero: what rows have in common must not cancel.
+# The first levels have distinct, nonzero pairwise sums, so that what rows have in common does not cancel.
 LEVELS = (1.0, 0.5, -0.25, 0.25, -0.5)
-NOISE = 4  # times autograd's disagreement with itself: an error below is no evidence
+NOISE = 4  # errors below this many times autograd's disagreement with itself are no evidence
 
 Probed = list[Tensor]  # one tensor, shaped like the parameter, per vector of the probe
 
 
 class Checker:
-    """Says which rows still need a proof, and which are wrong.
+    """Decides which rows still need a proof, and which are wrong.
 
     Attributes:
         asleep: Parameters whose gradient was zero in their last proof, which proves nothing (lora_A at its start, where
-            lora_B is zero). As soon as their rows are not, they need another one.
-        expects: Whether the next step will need a proof, or may: what a proof compares is then recorded first.
-        underflows: Whether the model computes in float16 somewhere, whose small gradients lose digits on the way.
+            lora_B is zero). They need another proof as soon as their rows are not zero.
+        expects: Whether the next step may need a proof: the quantities that it compares are then recorded first.
+        underflows: Whether some part of the model computes in float16, where small gradients lose digits.
     """
 
     def __init__(self) -> None:
@@ -56,9 +56,9 @@ class Checker:
         self._generator = torch.Generator().manual_seed(0)
 
     def pending(self, recording: Recording) -> bool:
-        """Whether something was met in a way that no check has proved: a parameter, a layout, a rank, a mode.
+        """Whether a parameter was used in a way that no check has proved: with a new layout, rank or mode.
 
-        Too small a gradient proves nothing: it is looked at again after 1, 2, 4, ... such steps, counted here.
+        A gradient that is too small proves nothing: it is checked again after 1, 2, 4, ... such steps, counted here.
         """
         uses = _uses(recording)
         pending = bool(recording.awake) or any(is_due(*use) for use in uses)
@@ -70,9 +70,9 @@ class Checker:
         return pending
 
     def probe(self, losses: Tensor) -> Tensor:
-        """Vectors r [P, R] of `LEVELS`, from a generator of the checker's own.
+        """Draws vectors r [P, R] of `LEVELS` from the checker's own generator.
 
-        Each pair of up to 25 objectives differs in one of the vectors, and one vector is enough for up to 5.
+        Any two of up to 25 objectives differ in one of the two vectors; a single vector is enough for up to 5.
         """
         count = len(LEVELS)
         order = torch.randperm(len(losses), generator=self._generator)
@@ -80,7 +80,10 @@ class Checker:
         return torch.tensor(LEVELS)[torch.stack(digits)].to(losses)
 
     def wrong(self, recording: Recording, expected: Mapping[nn.Parameter, Probed | None]) -> dict[nn.Parameter, float]:
-        """The parameters whose rows, weighted by the probe, are not autograd's gradient, with the error's norm."""
+        """Returns parameters whose rows, weighted by the probe, differ from autograd's gradient, with the error's norm.
+
+        A NaN is not called wrong: the caller handles losses that are not finite.
+        """
         typical = _typical(expected.values())
         errors = {}
         for parameter, theirs in expected.items():
@@ -90,13 +93,12 @@ class Checker:
             ours = recording.probed[parameter]
             error = distance(ours, theirs)
             scale = max(_norm(ours), _norm(theirs))
-            # Written so that a NaN is not called wrong: non-finite losses are the caller's to see.
             if error > relative * scale + noise * typical * math.sqrt(_numel(ours)):
                 errors[parameter] = error
         return errors
 
     def approve(self, recording: Recording, expected: Mapping[nn.Parameter, Probed | None]) -> None:
-        """Remembers what was proved, and what had too small a gradient to be."""
+        """Remembers what was proved, and which gradients were too small to prove anything."""
         typical = _typical(expected.values())
         uses = _uses(recording)
         for use, parameter, layout in uses:
@@ -118,7 +120,7 @@ class Checker:
         expected: Mapping[nn.Parameter, Probed | None],
         typical: float,
     ) -> bool:
-        """Whether a parameter's gradient is large enough for wrong rows to have shown."""
+        """Whether a parameter's gradient is large enough to expose wrong rows."""
         relative, noise = self._tolerance(parameter, recording)
         gradients = expected.get(parameter)
         return _norm(gradients) * relative > noise * typical * math.sqrt(_numel(gradients))
@@ -137,65 +139,65 @@ class Checker:
         expected: Mapping[nn.Parameter, Probed | None],
         names: Mapping[nn.Parameter, str],
     ) -> None:
-        """Tells a model that mixes instances from parameters that only need another tier.
+        """Tells apart models that mix instances and parameters that only need another tier.
 
         Where instances mix, everything before that point is wrong in every layout and by every method, and the gradient
         of one loss reaches the rows of other instances there; everything after it is right.
 
         Args:
-            recording: The backward as it was first read.
-            lost: Parameters that no method but tier 3 gets right.
-            leaking: Modules at whose output two losses reached the same place (`LeakRecording`).
-            expected: The gradient of each parameter; what has none says nothing.
-            names: Of the parameters.
+            recording: The first recording of the backward.
+            lost: Parameters that only tier 3 gets right.
+            leaking: Modules at whose output two losses reach the same place (`LeakRecording`).
+            expected: The gradient of each parameter, if it has one.
+            names: The parameters' names.
 
         Raises:
-            ValueError: Instances mix; names the place.
+            ValueError: Instances mix; the message names the place.
         """
-        forward = list(dict.fromkeys(meeting.use.module for meeting in reversed(recording.meetings)))
-        failing = leaking & {meeting.use.module for p in lost for meeting in recording.met.get(p, ())}
+        forward = list(dict.fromkeys(recorded.use.module for recorded in reversed(recording.uses)))
+        failing = leaking & {recorded.use.module for p in lost for recorded in recording.uses_of.get(p, ())}
         if not failing:
             return
         last = max(i for i, module in enumerate(forward) if module in failing)
-        before = {p for m in recording.meetings if m.use.module in forward[: last + 1] for p in m.targets.values()}
-        # Documents mix in attention, beside which a layer's queries are right.
+        before = {p for m in recording.uses if m.use.module in forward[: last + 1] for p in m.targets.values()}
+        # Packed documents mix in attention, after the queries, whose rows are right and prove nothing here.
         by_token, typical = recording.batch.segments.by_token, _typical(expected.values())
         if not by_token and any(self._is_evidence(p, recording, expected, typical) for p in before - lost):
             return
-        named = {m.use.module: f"{_owner(names, m)} ({type(m.use.module).__name__})" for m in recording.meetings}
+        named = {m.use.module: f"{_owner(names, m)} ({type(m.use.module).__name__})" for m in recording.uses}
         place = f"after {named[forward[last]]}"
         place += f" and before {named[forward[last + 1]]}" if last + 1 < len(forward) else ", at the end or in the loss"
         raise ValueError(
-            f"instances of the batch mix {place}: a loss depends on other instances than its own, so it has no row of "
-            "its own. Usual causes: BatchNorm in training mode (use GroupNorm, or .eval()), a balancing loss over the "
-            "batch or in-batch negatives (take them out of the per-instance losses), statistics over the batch, and in "
-            "packed rows attention across documents (give no attention_mask, and use_cache=False). "
-            "To take the losses as they are, differentiate them one by one: Engine(..., batch_dim=None), or in a "
-            "Trainer each batch as one objective: --jd_objectives batch."
+            f"instances of the batch mix {place}: a loss depends on instances other than its own, so its gradient is "
+            "not one instance's row. Usual causes: BatchNorm in training mode (use GroupNorm, or .eval()), a balancing "
+            "loss over the batch or in-batch negatives (take them out of the per-instance losses), statistics over the "
+            "batch, and, in packed rows, attention across documents (give no attention_mask, and use_cache=False). "
+            "To train these losses as they are, differentiate them one by one with Engine(..., batch_dim=None), or, in "
+            "a Trainer, make each batch one objective with --jd_objectives batch."
         )
 
 
 def _uses(recording: Recording) -> set[tuple[ModuleUse, nn.Parameter, Layout | None]]:
-    """Each way in which a parameter was met, but for those whose rows are not read from it."""
+    """Returns every use of a parameter with its layout, except for unmapped parameters."""
     return {
-        (meeting.use, parameter, meeting.layout)
-        for meeting in recording.meetings
-        for parameter in meeting.targets.values()
+        (recorded.use, parameter, recorded.layout)
+        for recorded in recording.uses
+        for parameter in recorded.targets.values()
         if parameter not in recording.unmapped
     }
 
 
 def is_due(use: ModuleUse, parameter: nn.Parameter, layout: Layout | None) -> bool:
-    """Whether the rows of a parameter, met so, have to be proved in this step."""
+    """Whether a parameter's rows in this use and layout have to be verified in this step."""
     entry = (parameter, layout, use.module.training)
     seen = use.vacuous.get(entry, 0)
     return entry not in use.proved and (seen & (seen - 1)) == 0
 
 
 class LeakRecording:
-    """Backwards of single losses, in the place of a `Recording`: which modules do two of them reach at one place?
+    """Records backwards of single losses, to find modules where two of them reach the same place.
 
-    Where instances are in another order or dimension than the losses, each loss still has places of its own.
+    Even if instances come in another order or dimension than the losses, no two losses share a place.
 
     Args:
         batch: The instances of the step.
@@ -208,11 +210,11 @@ class LeakRecording:
         self._calls: Counter[nn.Module] = Counter()
 
     def begin(self) -> None:
-        """Begins the backward of the next loss; modules are met in the same order in each."""
+        """Begins the backward of the next loss; each backward visits modules in the same order."""
         self._calls.clear()
 
     def record(self, event: TapEvent) -> None:
-        """Looks where the loss arrives; a table, or a tensor that need not hold the batch, proves nothing."""
+        """Notes where the loss arrives; skips tables, and tensors that may not hold the batch."""
         tap, g = event.tap, event.first
         if g is None or g.dim() < 2 or isinstance(tap.module, nn.Embedding):
             return
@@ -231,7 +233,7 @@ class LeakRecording:
 def probed_gradients(
     differentiator: Differentiator, losses: Tensor, probe: Tensor, parameters: Sequence[nn.Parameter]
 ) -> dict[nn.Parameter, Probed | None]:
-    """Autograd's gradient of sum_i r_i loss_i for each r of a probe [P, R]; None where no loss depends on it."""
+    """Computes autograd's gradient of sum_i r_i loss_i for each r of a probe [P, R]; None if no loss depends on it."""
     gradients = [differentiator.gradients((r * losses).sum(), parameters) for r in probe]
     columns = zip(*gradients, strict=True)
     return {
@@ -247,37 +249,37 @@ def unresolved(
     errors: Mapping[nn.Parameter, float],
     expected: Mapping[nn.Parameter, Probed | None],
 ) -> set[nn.Parameter]:
-    """The parameters whose error autograd makes, too, when it differentiates the objectives in groups, r by r.
+    """Returns the parameters for which autograd makes as large an error when it differentiates the levels separately.
 
-    Sums of many half-precision numbers lose what they add (a LayerNorm's bias over 30,000 tokens), and small gradients
-    underflow in float16: below that the identity can't tell right from wrong.
+    Sums of many half-precision numbers lose digits (a LayerNorm's bias over 30,000 tokens), and small gradients
+    underflow in float16: the identity can't tell right from wrong below that.
     """
     parameters, levels = list(errors), probe.abs().unique()
     parts = [
         probed_gradients(differentiator, losses, (probe.abs() == level) * probe.sign(), parameters) for level in levels
     ]
-    found = set()
+    noisy = set()
     for parameter in parameters:
         grouped = None
         for level, part in zip(levels.tolist(), parts, strict=True):
             scaled = [level * g.to(accumulation_dtype(g)) for g in part[parameter] or ()]
             grouped = scaled if grouped is None else [a + b for a, b in zip(grouped, scaled, strict=True)]
         noise = NOISE * distance(grouped, expected[parameter]) if grouped else 0.0
-        # One objective alone can't be grouped, nor its rows be another's.
+        # A single objective can't be grouped, and its rows can't belong to another objective.
         alone = len(losses) == 1 and not is_blind(errors[parameter], expected[parameter], expected)
         if errors[parameter] <= noise or alone:
-            found.add(parameter)
-    return found
+            noisy.add(parameter)
+    return noisy
 
 
 def is_blind(error: float, gradients: Probed | None, expected: Mapping[nn.Parameter, Probed | None]) -> bool:
-    """Whether an error that is noise is so large that a wrong map from rows to objectives could hide in it."""
+    """Whether noise is so large that a wrong map from rows to objectives could hide in it."""
     relative, noise = BLIND
     return error > relative * _norm(gradients) + noise * _typical(expected.values()) * math.sqrt(_numel(gradients))
 
 
 def distance(ours: Probed, theirs: Probed | None) -> float:
-    """Norm of the difference; None is zero."""
+    """Returns the norm of the difference; None counts as zero."""
     if theirs is None:
         return _norm(ours)
     dtype = torch.promote_types(accumulation_dtype(ours[0]), theirs[0].dtype)
@@ -293,7 +295,7 @@ def _numel(gradients: Probed | None) -> int:
 
 
 def _typical(gradients: Iterable[Probed | None]) -> float:
-    """Root mean square over the elements of all gradients, but for outliers beside which the others would not count."""
+    """Returns the root mean square of all gradients' elements, with a cap against outliers that dwarf the others."""
     square, count, sizes = 0.0, 1, [0.0]
     for gradient in gradients:
         if gradient is not None:
@@ -304,6 +306,6 @@ def _typical(gradients: Iterable[Probed | None]) -> float:
     return min(math.sqrt(square / count), OUTLIERS * statistics.median(filter(None, sizes)) if any(sizes) else 0.0)
 
 
-def _owner(names: Mapping[nn.Parameter, str], meeting: Meeting) -> str:
-    name, parameter = next(iter(meeting.targets.items()))
+def _owner(names: Mapping[nn.Parameter, str], recorded: RecordedUse) -> str:
+    name, parameter = next(iter(recorded.targets.items()))
     return names[parameter].removesuffix(name).rstrip(".") or "the model"

@@ -1,4 +1,4 @@
-"""Which module brings the rows of which trainable parameter, and the taps on those modules."""
+"""Which module gives the rows of which trainable parameter, and the taps on these modules."""
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -17,21 +17,21 @@ _VALUES = methodcaller("values")
 
 
 class Coverage:
-    """Keeps a tap on every module that is called and holds a parameter that is trainable or has been.
+    """Keeps a tap on every called module that holds a parameter that is, or has been, trainable.
 
-    A parameter's holder is the module that owns it, or the nearest one above that is called: parameters in a
-    `ParameterDict`, or that a parent reads directly, belong to the parent. What is trainable is read at each `scan`.
+    A parameter's holder is the module that owns it, or the nearest module above that is called: parameters in a
+    `ParameterDict`, or that a parent reads directly, belong to the parent. `scan` reads which ones are trainable.
 
-    The tap of a frozen parameter stays and does nothing. A reference model is often the policy, its adapters frozen: a
-    forward of it must not change the taps that the policy's recomputed forward meets.
+    The tap of a frozen parameter stays and does nothing. A reference model is often the policy with frozen adapters:
+    its forward must not change the taps that the policy's recomputed forward goes through.
 
     Args:
         modules: The engine's modules.
-        make_tap: Builds the hook of a module.
+        make_tap: Builds a module's hook.
 
     Attributes:
-        names: Trainable parameters and their names, in the modules' order; sharded ones, where they are sharded.
-            Another object as soon as it is read anew.
+        names: Trainable parameters and their names, in the modules' order; the sharded parameters, if sharded.
+            A new object whenever it is read again.
         inputs: The tap on the modules' inputs.
     """
 
@@ -60,7 +60,7 @@ class Coverage:
 
     @property
     def every_tap(self) -> Collection[ModuleTap]:
-        """All taps, those of frozen parameters too."""
+        """All taps, including those of frozen parameters."""
         return self._taps.values()
 
     @property
@@ -69,48 +69,48 @@ class Coverage:
         return self.inputs.sizes
 
     def parameters(self) -> list[nn.Parameter]:
-        """All parameters of the modules, frozen ones too."""
+        """Returns all parameters of the modules, including frozen ones."""
         return [p for module in self._modules for p in module.parameters()]
 
     @property
     def sharded(self) -> bool:
-        """Whether FSDP2 or ZeRO 3 shares the parameters out."""
+        """Whether processes share the parameters out."""
         return self._sharded or is_partitioned(self.names)
 
     def whole(self) -> dict[nn.Parameter, nn.Parameter]:
-        """By sharded parameter, the whole one that forwards have used."""
+        """Maps sharded parameters to the whole ones that forwards have used."""
         return whole_parameters(self._modules) if self._sharded else {}
 
     def shared(self) -> set[nn.Parameter]:
-        """Parameters that several taps bring, or a tap that was called more than once."""
-        met: dict[nn.Parameter, int] = defaultdict(int)
+        """Returns parameters with several taps, or with a tap that was called more than once."""
+        uses: dict[nn.Parameter, int] = defaultdict(int)
         for tap in self.taps:
             for parameter in tap.targets.values():
-                met[parameter] += max(tap.calls, 1)
-        return {p for p, uses in met.items() if uses > 1}
+                uses[parameter] += max(tap.calls, 1)
+        return {p for p, count in uses.items() if count > 1}
 
     def scan(self) -> None:
         """Reads what is trainable now, and sets taps accordingly.
 
-        Only before a forward or after a backward: in between, a recomputed forward has to meet the same taps. Another
-        forward may lie in between, so parameters that are frozen for it and unfrozen again change no tap.
+        Call it only before a forward or after a backward: in between, a recomputed forward has to go through the same
+        taps. There may be other forwards in between, so freezing and unfreezing parameters for them changes no tap.
         """
         self.read()
         if self._wanted is None:
             return
         for module in self._taps.keys() - self._wanted.keys():
             self._taps.pop(module).remove()
-        for module, found in self._wanted.items():
+        for module, targets in self._wanted.items():
             if module not in self._taps:
                 self._taps[module] = self._make_tap(module)
-            self._taps[module].targets = found
+            self._taps[module].targets = targets
         self._wanted = None
 
     def read(self) -> None:
-        """Reads what is trainable now: the names, and which taps the next `scan` sets."""
+        """Reads what is trainable now: updates the names, and the taps for the next `scan` to set."""
         flags = list(map(_REQUIRES_GRAD, self._every))
         if self._fresh and flags == self._flags:
-            return  # The forward that has just been made has read it.
+            return  # The last forward has just read it.
         moved = self._state() != self._scanned and not self._replaced()
         if not moved and flags == self._flags:
             return
@@ -121,7 +121,7 @@ class Coverage:
         self._flags = list(map(_REQUIRES_GRAD, self._every))
 
     def _walk(self) -> None:
-        """Finds the holder of each parameter that is trainable or has been."""
+        """Finds the holder of each parameter that is, or has been, trainable."""
         self._sharded = is_sharded(self._modules)
         sharded = {whole: p for p, whole in self.whole().items()}
         names: dict[nn.Parameter, str] = {}
@@ -141,8 +141,8 @@ class Coverage:
                     names.setdefault(parameter, prefix + full)
                     if parameter.is_complex():
                         raise ValueError(
-                            f"{full} is complex, and a Gramian is one of real rows: make a parameter of "
-                            "torch.view_as_real(value), and read it through torch.view_as_complex."
+                            f"{full} is complex, but rows have to be real: store torch.view_as_real(value) as the "
+                            "parameter, and read it through torch.view_as_complex."
                         )
                     holder = self._holder(modules, path, parameter)
                     if holder is not None:
@@ -156,14 +156,14 @@ class Coverage:
         self._scanned = self._state()
 
     def _state(self) -> list[int]:
-        """Which modules and parameters each module holds, in C: many times cheaper than walking the tree of modules."""
-        held = [*map(_MODULES, self._tree), *map(_PARAMETERS, self._tree)]
-        return [*map(len, held), *map(id, chain.from_iterable(map(_VALUES, held)))]
+        """Returns the ids of each module's children and parameters; in C, this is far cheaper than walking the tree."""
+        members = [*map(_MODULES, self._tree), *map(_PARAMETERS, self._tree)]
+        return [*map(len, members), *map(id, chain.from_iterable(map(_VALUES, members)))]
 
     def _replaced(self) -> bool:
-        """Whether `torch.func.functional_call` has put other tensors in the parameters' places, for one forward."""
-        held = (p for module in self._tree for p in module._parameters.values())
-        return any(not isinstance(p, nn.Parameter) for p in held if p is not None)
+        """Whether `torch.func.functional_call` has replaced the parameters with other tensors for one forward."""
+        tensors = (p for module in self._tree for p in module._parameters.values())
+        return any(not isinstance(p, nn.Parameter) for p in tensors if p is not None)
 
     def _before_forward(self) -> None:
         self._fresh = False
@@ -172,14 +172,14 @@ class Coverage:
         self._fresh = True
 
     def climb(self, parameters: Iterable[nn.Parameter]) -> None:
-        """The holders of these parameters were not called although they have gradients: look one module higher."""
+        """Moves the taps of these parameters one module up: they have gradients, but their holders weren't called."""
         for parameter in set(parameters) - self._moved:
             self._scanned = None
             self._climbed[parameter] = self._climbed.get(parameter, 0) + 1
-            self._moved.add(parameter)  # Whether this is high enough, the next forward tells.
+            self._moved.add(parameter)  # The next forward shows whether this is high enough.
 
     def finish_step(self) -> None:
-        """Sets the taps that the step has shown to be needed, and starts to count forwards anew."""
+        """Sets the taps that the step turned out to need, and resets the counts of forwards."""
         if self._scanned is None or self._wanted is not None:
             self._fresh = False
             self.scan()
@@ -189,14 +189,14 @@ class Coverage:
             tap.forget()
 
     def remove(self) -> None:
-        """Takes all taps away."""
+        """Removes all taps."""
         for hook in [*self._input_handles, *self._taps.values()]:
             hook.remove()
         self._taps.clear()
         self._scanned = None
 
     def _holder(self, modules: dict[str, nn.Module], path: str, parameter: nn.Parameter) -> str | None:
-        """The path of the module to tap; None above the root."""
+        """Returns the path of the module to tap; None above the root."""
         steps = self._climbed.get(parameter, 0)
         while True:
             if _takes_hooks(modules[path]):
@@ -209,7 +209,7 @@ class Coverage:
 
 
 def _all_paths(module: nn.Module, path: str = "", above: tuple[nn.Module, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
-    """Each path to each module: a `ParameterDict` that several modules share is read by all of them."""
+    """Yields every path to every module: several modules may share, and read, one `ParameterDict`."""
     yield path, module
     for name, child in module._modules.items():
         if child is not None and child is not module and child not in above:
@@ -217,10 +217,10 @@ def _all_paths(module: nn.Module, path: str = "", above: tuple[nn.Module, ...] =
 
 
 def _lowest(paths: Iterable[str]) -> list[str]:
-    """Those without another one below: what a module's own call brings, its parts would bring again."""
+    """Returns the paths that have no other path below: tapping both would give the same rows twice."""
     return [path for path in paths if not any(p != path and (not path or p.startswith(path + ".")) for p in paths)]
 
 
 def _takes_hooks(module: nn.Module) -> bool:
-    """Whether a forward hook of the module can be set and will run: containers are never called."""
+    """Whether a forward hook can be set on the module and will run: containers are never called."""
     return not isinstance(module, torch.jit.ScriptModule) and type(module).forward is not nn.Module.forward

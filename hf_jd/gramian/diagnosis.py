@@ -1,4 +1,4 @@
-"""Which parameters' rows are right on a model, by which tier, and what to do: for a person who asks before training."""
+"""Check a model before training: which rows are right, by which tier, and what to do."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -10,23 +10,23 @@ from hf_jd.gramian.check import BLIND, TOLERANCE
 from hf_jd.gramian.engine import Engine
 from hf_jd.gramian.rules import RULES, Rule
 
-SETTLING_STEPS = 3  # parameters whose owner is not called find their holder within these
+SETTLING_STEPS = 3  # steps in which parameters whose owner isn't called find their holder
 ADVICE = {
     0: "no objective depends on it: freeze it, or check that the loss uses it",
-    1: "closed form: costs what autograd's own weight gradient would",
-    2: "its module is called again for the rows: a little dearer than a closed form",
-    3: "one differentiation an objective, each step: freeze it, or give Engine a rule for its layer",
+    1: "closed form: costs as much as autograd's own weight gradient",
+    2: "its module is called again for the rows: a little more expensive than a closed form",
+    3: "one differentiation per objective and step: freeze it, or give Engine a rule for its layer",
 }
 
 
 @dataclass(frozen=True)
 class RowCheck:
-    """The finding for one parameter.
+    """The result for one parameter.
 
     Attributes:
-        name: Of the parameter.
+        name: The parameter's name.
         tier: 1: closed form; 2: module by module; 3: objective by objective; 0: no objective depends on it.
-        error: Norm of the difference to rows by autograd, one objective at a time, relative to the larger norm.
+        error: The norm of the difference from autograd's rows, one objective at a time, relative to the larger norm.
         right: Whether the error is within the dtype's tolerance.
         advice: What to do.
     """
@@ -45,16 +45,17 @@ class RowCheck:
 def check_rows(
     model: nn.Module, losses_fn: Callable[..., Tensor], rules: Mapping[type[nn.Module], Rule] = RULES
 ) -> list[RowCheck]:
-    """Compares the engine's rows of each trainable parameter with autograd's, one backward an objective.
+    """Compares the engine's rows of each trainable parameter with autograd's, with one backward per objective.
 
     Args:
-        model: The model; its `.grad` and hooks are left as they were.
-        losses_fn: Returns losses [m], one an instance, from a new forward; called with the model, or without arguments
-            if it takes none. Called a few times: parameters without a called owner need some steps to find their tier.
+        model: The model; its `.grad` and hooks stay unchanged.
+        losses_fn: Returns losses [m], one per instance, from a new forward; called with the model, or without arguments
+            if it takes none. Called a few times: parameters whose owner isn't called need some steps to find their
+            tier.
         rules: Closed forms by exact layer type.
 
     Returns:
-        One finding a trainable parameter, in the model's order.
+        One result per trainable parameter, in the model's order.
 
     Raises:
         ValueError: As `Engine.compute_gramian`: no trainable parameter, instances that mix, ...
@@ -77,6 +78,6 @@ def check_rows(
         difference, scale = float((ours - theirs).norm()), max(float(ours.norm()), float(theirs.norm()))
         relative, noise = TOLERANCE.get(parameter.dtype, BLIND)
         right = difference <= relative * scale + noise * typical * max(1, parameter.numel()) ** 0.5
-        advice = ADVICE[tier] if right else "rows are not autograd's: report it, and freeze the parameter meanwhile"
+        advice = ADVICE[tier] if right else "rows differ from autograd's: report it, and freeze the parameter for now"
         findings.append(RowCheck(name, tier, difference / scale if scale else 0.0, right, advice))
     return findings

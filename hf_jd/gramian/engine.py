@@ -22,29 +22,33 @@ from hf_jd.gramian.recording import Keep
 from hf_jd.gramian.rules import RULES, Rule
 from hf_jd.gramian.taps import ModuleTap, Switch
 
-FREE_MEMORY_SHARE = 0.5  # of the device's free memory, what `keep_rows="auto"` lets rows take
+FREE_MEMORY_SHARE = 0.5  # of the device's free memory that `keep_rows="auto"` lets rows take
 
 
 @dataclass
 class _Step:
-    """What `accumulate_grad` needs of the last `compute_gramian`: the rows, or the losses for a second backward.
+    """What `accumulate_grad` needs from the last `compute_gramian`.
 
-    Losses hold the graph, and so all activations: they are not kept beside rows.
+    Attributes:
+        shape: Of the weights.
+        source: The rows; or, for a second backward, the losses. Losses hold the graph, and so all activations: they
+            are not stored along with rows.
+        versions: The parameters' versions, to notice changes.
     """
 
     shape: torch.Size
-    kept: Jacobian | Tensor
+    source: Jacobian | Tensor
     versions: list[tuple[nn.Parameter, int]]
 
 
 class Engine:
     """Computes the Gramian G = J J^T of a batch's losses, and J^T w, from one backward.
 
-    J is the Jacobian of the losses with regard to the trainable parameters of the modules. One ordinary backward of the
-    sum of the losses brings, at each trainable layer, its input and output gradient; since instances are independent in
-    the model, they give each instance's row of J (`rules.py`). What no closed form covers is differentiated module by
-    module (`methods.py`), or objective by objective; a self-check proves the rows on the first step (`check.py`). The
-    approach follows Quinton & Rey, arXiv 2406.16232, Section 6.
+    J is the Jacobian of the losses with respect to the trainable parameters of the modules. One ordinary backward of
+    the sum of the losses visits each trainable layer with its input and output gradient. Since the model treats
+    instances independently, these give each instance's row of J (`rules.py`). Layers without a closed form are
+    differentiated module by module (`methods.py`), or objective by objective. A self-check verifies the rows on the
+    first step (`check.py`). The approach follows Quinton & Rey, arXiv 2406.16232, Section 6.
 
         engine = Engine(model)
         losses = per_instance_loss(model(**batch))      # [m]
@@ -52,19 +56,19 @@ class Engine:
         engine.accumulate_grad(weights)                 # p.grad += J^T w
 
     Args:
-        modules: The modules whose trainable parameters count; what is trainable is read at each step.
+        modules: The modules whose trainable parameters count; `requires_grad` is read at each step.
         batch_dim: The dimension of the losses that holds the instances of the batch; negative ones count from the last.
             None: losses have no instance dimension; each element costs one differentiation.
-        keep_rows: Whether rows are kept for `accumulate_grad` ("one-pass"). True: always. False: never; only the
-            Gramian is kept and `accumulate_grad` walks the graph a second time ("two-pass"). "auto": while rows, or
-            else the factors that they are made of, fit in half of the free memory; a number: in that many bytes.
+        keep_rows: Whether to store rows for `accumulate_grad` ("one-pass"). True: always. False: never; store only the
+            Gramian, and run a second backward in `accumulate_grad` ("two-pass"). "auto": if the rows, or else their
+            factors, fit in half of the free memory. A number: if they fit in that many bytes.
         rules: Closed forms by exact layer type.
-        check: Whether rows are proved against autograd on the first step and when the model's use changes.
-        blocks: Blocks of parameters that have a Gramian and weights of their own (`blocks.py`): "layer", "module",
-            "parameter", a function from a parameter's name to its block's, or a mapping; None: all are one.
+        check: Whether to verify rows against autograd on the first step, and when the model is used in a new way.
+        blocks: Blocks of parameters, each with its own Gramian and weights (`blocks.py`): "layer", "module",
+            "parameter", a function from a parameter's name to its block's name, or a mapping; None: a single block.
 
     Raises:
-        ValueError: No module, or an argument out of its range.
+        ValueError: No module, or an invalid argument.
     """
 
     def __init__(
@@ -80,7 +84,7 @@ class Engine:
             raise ValueError(f"Engine takes one or more torch.nn.Module, got {modules!r}.")
         if any(isinstance(module, torch.jit.ScriptModule) for module in modules):
             raise ValueError(
-                "a scripted module takes no hooks: give Engine the module that torch.jit.script was given."
+                "a scripted module takes no hooks: give Engine the original module, before torch.jit.script."
             )
         if batch_dim is not None and (isinstance(batch_dim, bool) or not isinstance(batch_dim, int)):
             raise ValueError(
@@ -91,8 +95,8 @@ class Engine:
         check_blocks(blocks)
         if blocks is not None and keep_rows is False:
             raise ValueError(
-                "blocks are updated from kept rows, each with weights of its own, which one backward of the losses "
-                'can\'t do: give keep_rows="auto" or True.'
+                "blocks have separate weights, which one second backward of the losses can't apply: keep_rows has to "
+                'be "auto" or True, not False.'
             )
         self.batch_dim = batch_dim
         self.keep_rows = keep_rows
@@ -108,7 +112,7 @@ class Engine:
 
     @contextmanager
     def paused(self) -> Generator[None]:
-        """Leaves forwards and backwards untapped meanwhile: for steps that need no rows, at the price of none."""
+        """Disables the taps within the context: steps that need no rows then cost nothing extra."""
         self._switch.is_paused = self._coverage.inputs.is_paused = True
         try:
             yield
@@ -117,35 +121,35 @@ class Engine:
 
     @property
     def sharded(self) -> bool:
-        """Whether parameters are sharded, so that all processes must make the same number of passes."""
+        """Whether parameters are sharded, so that all processes have to run the same number of passes."""
         return self._coverage.sharded
 
     def held(self) -> list[nn.Parameter]:
-        """The trainable parameters, and frozen ones of and below the modules that bring their rows.
+        """Returns the trainable parameters, and the frozen ones in the modules that form their rows.
 
-        ZeRO 3 has to hold them whole: a pass to the trainable ones goes through all of these, another need not.
+        Sharded ones have to be whole: a pass to the trainable ones goes through all of them, other passes may not.
         """
         held = (p for tap in self._coverage.taps for p in tap.module.parameters())
         return list(dict.fromkeys([*self._coverage.names, *held]))
 
     def compute_gramian(self, losses: Tensor, segments: Tensor | None = None, retain_graph: bool = True) -> Tensor:
-        """The Gramian of the losses, G = J J^T.
+        """Computes the Gramian of the losses, G = J J^T.
 
         Args:
             losses: [m], or of more dimensions: one entry in `batch_dim` per instance of the batch, or, with `segments`,
                 per objective.
             segments: Ids 0..K-1 of the objective that each instance [B], or each token [B, T], belongs to; -1 for none.
-            retain_graph: True keeps the graph, so that `losses.backward(weights)` works too. False lets the backward
-                free activations on the way, as a plain one does, where rows are kept and no pass has to follow.
+            retain_graph: True retains the graph, so that `losses.backward(weights)` works, too. False lets the backward
+                free activations as it goes, like a plain backward, if rows are stored and no other pass follows.
 
         Returns:
-            Losses of shape s give a Gramian of shape s + reversed(s), wherever their instances are: [m] gives [m, m],
-            [m, K] gives [m, K, K, m]. With `blocks`, one for each: [B, m, m]. float32, or float64 for float64
+            Losses of shape s give a Gramian of shape s + reversed(s), whatever `batch_dim` is: [m] gives [m, m],
+            [m, K] gives [m, K, K, m]. With `blocks`, one Gramian per block: [B, m, m]. float32, or float64 for float64
             parameters.
 
         Raises:
-            ValueError: Losses that depend on no trainable parameter, that are not finite, or whose length is not the
-                batch's; segments out of range; a model that mixes instances.
+            ValueError: The losses depend on no trainable parameter, are not finite, or don't have the batch's length;
+                segments are out of range; the model mixes instances.
         """
         self._step = None
         keep = self._keep(losses)
@@ -155,7 +159,7 @@ class Engine:
             rows = keep is Keep.ROWS
             jacobian = self.compute_jacobian(losses, segments, rows, retain_graph or not rows)
             gramian = jacobian.gramian() if self.blocks is None else jacobian.gramians()
-            # Rows by tiers 2 and 3 are dense, which the factors' size did not tell beforehand.
+            # Tiers 2 and 3 give dense rows, which the size of the factors could not predict.
             if keep is Keep.FACTORS and self.blocks is None and jacobian.nbytes > self._budget(losses.device):
                 jacobian = None
         versions = [(p, p._version) for p in self._coverage.names]
@@ -168,13 +172,13 @@ class Engine:
     def compute_jacobian(
         self, losses: Tensor, segments: Tensor | None = None, materialise: bool = True, retain_graph: bool = True
     ) -> Jacobian:
-        """The rows themselves, to be added to or stacked with those of other batches.
+        """Computes the rows themselves, to add to or stack with those of other batches.
 
         Args:
             losses: As for `compute_gramian`. Rows follow `losses.movedim(batch_dim, -1).flatten()`: row k * m + i is of
                 instance i and of index k into the other dimensions.
             segments: As for `compute_gramian`.
-            materialise: False keeps the factors of rows where those are smaller.
+            materialise: False stores rows as factors where those are smaller.
             retain_graph: As for `compute_gramian`.
 
         Raises:
@@ -188,33 +192,37 @@ class Engine:
                 outcome = self._passes.run(vector, batch, keep, retain_graph or losses.dim() > 1)
             self._tiers = outcome.tiers
             rows = {p: outcome.rows.get(p) for p in self._coverage.names}
-            parts.append(Jacobian(rows, len(vector), self.block_names()))
+            parts.append(Jacobian(rows, len(vector), self._block_names()))
         if self.sharded:
             self._passes.finish(losses.sum())
         return Jacobian.cat(parts)
 
     def block_names(self) -> dict[nn.Parameter, str] | None:
-        """The block of each trainable parameter; None without `blocks`. For a `Jacobian` of a step without rows."""
+        """Returns each trainable parameter's block, for a `Jacobian` of a step without rows; None without `blocks`."""
+        self._coverage.read()
+        return self._block_names()
+
+    def _block_names(self) -> dict[nn.Parameter, str] | None:
         if self.blocks is None:
             return None
         names = self._coverage.names
         return dict(zip(names, blocks_of(self.blocks, names.values()), strict=True))
 
     def gradients(self, scalar: Tensor) -> dict[nn.Parameter, Tensor]:
-        """The plain gradient of a scalar, by parameter; `.grad` and the graph are left as they were found.
+        """Computes the plain gradient of a scalar, by parameter; leaves `.grad` and the graph unchanged.
 
-        With sharded parameters, a call of `compute_jacobian` or `keep_up` has to follow.
+        With sharded parameters, call `compute_jacobian` or `keep_up` afterwards.
         """
         self._coverage.read()
         return self._passes.gradients(scalar)
 
     def keep_up(self, scalar: Tensor) -> None:
-        """Does the part of a process that has no objective in this batch, where others have.
+        """Joins the backward passes of the other processes, on a process without an objective in this batch.
 
-        FSDP2 and ZeRO 3 gather parameters in each backward pass, so that all processes have to make as many.
+        Sharded parameters are gathered in each backward pass, so all processes have to run the same number.
 
         Args:
-            scalar: Any that depends on the model as losses would.
+            scalar: Any scalar that depends on the model in the same way as the losses would.
         """
         self._coverage.read()
         if self.sharded:
@@ -222,13 +230,13 @@ class Engine:
         self._coverage.finish_step()
 
     def accumulate_grad(self, weights: Tensor) -> None:
-        """p.grad += J^T w for each trainable parameter; may be called several times.
+        """Adds J^T w to the `.grad` of each trainable parameter; may be called several times.
 
         Args:
-            weights: Shaped like the losses of the last `compute_gramian`; with `blocks`, [B, ...], those of each block.
+            weights: Shaped like the losses of the last `compute_gramian`; with `blocks`, [B, ...], one set per block.
 
         Raises:
-            ValueError: No Gramian was computed, parameters have changed since, or weights of another shape.
+            ValueError: No Gramian was computed, parameters have changed since, or the weights have another shape.
         """
         step = self._step
         if step is None:
@@ -244,27 +252,27 @@ class Engine:
                 f"{len(changed)} parameter(s) have changed since compute_gramian (first: {changed[0]}): call "
                 "accumulate_grad before the optimizer's step, or compute the Gramian again."
             )
-        if isinstance(step.kept, Tensor):
-            torch.autograd.backward(step.kept, weights.to(step.kept), retain_graph=True)
+        if isinstance(step.source, Tensor):
+            torch.autograd.backward(step.source, weights.to(step.source), retain_graph=True)
             return
         ordered = self._instances_last(weights, int(self.blocks is not None))
-        for parameter, gradient in step.kept.weighted_sum(ordered.flatten(int(self.blocks is not None))).items():
+        for parameter, gradient in step.source.weighted_sum(ordered.flatten(int(self.blocks is not None))).items():
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def tiers(self) -> dict[str, int]:
-        """The tier that brought each parameter's rows in the last step, by name.
+        """Returns the tier that formed each parameter's rows in the last step, by name.
 
         1: closed form; 2: module by module; 3: objective by objective; 0: no objective depended on it.
         """
         return {name: self._tiers.get(p, Tier.UNUSED) for p, name in self._coverage.names.items()}
 
     def detach(self) -> None:
-        """Removes the engine's hooks: the model is left as it was."""
+        """Removes the engine's hooks from the model."""
         self._coverage.remove()
         self._step = None
 
     def _vectors(self, losses: Tensor, segments: Tensor | None) -> Iterator[tuple[Tensor, Batch | None]]:
-        """The vectors of losses that one backward each covers, with the instances behind them."""
+        """Yields vectors of losses that take one backward each, with the instances they belong to."""
         self._coverage.read()
         _check_losses(losses, self.batch_dim, segments, bool(self._coverage.names))
         with torch.autocast(losses.device.type, enabled=False):
@@ -288,7 +296,7 @@ class Engine:
         return rest if outcome.gramian is None else (rest + outcome.gramian.to(rest))
 
     def _keep(self, losses: Tensor) -> Keep:
-        """What is kept, from bytes; several backwards always keep rows."""
+        """Decides what to store, by its size; several backwards always store rows."""
         if self.keep_rows is True or self.batch_dim is None or losses.dim() != 1:
             return Keep.ROWS
         if self.keep_rows is False:
@@ -299,18 +307,18 @@ class Engine:
         if len(losses) * sum(p.nbytes for p in parameters) <= budget:
             return Keep.ROWS
         elements = [tap.elements for tap in self._coverage.taps]
-        # Reentrant checkpointing shows no forwards: nothing is known of the factors' size.
+        # Reentrant checkpointing hides forwards, and with them the size of the factors.
         fits = self.blocks is not None or (all(elements) and sum(elements) * size <= budget)
         return Keep.FACTORS if fits else Keep.GRAMIAN
 
     def _budget(self, device: torch.device) -> int:
-        """Bytes that what is kept may take."""
+        """The bytes that rows or factors may take."""
         if self.keep_rows == "auto":
             return int(_free_memory(device) * FREE_MEMORY_SHARE)
         return int(self.keep_rows)
 
     def _instances_last(self, tensor: Tensor, before: int = 0) -> Tensor:
-        """A tensor shaped like the losses, after some dimensions `before`, in the order of rows."""
+        """Puts a tensor that is shaped like the losses, after `before` other dimensions, in the order of rows."""
         if self.batch_dim is None:
             return tensor
         return tensor.movedim(self.batch_dim + before if self.batch_dim >= 0 else self.batch_dim, -1)
@@ -337,15 +345,15 @@ def _check_losses(losses: Tensor, batch_dim: int | None, segments: Tensor | None
         )
     if batch_dim is not None and losses.dim() == 0:
         raise ValueError(
-            "losses is a scalar; one loss an instance [m] is needed (reduction='none'), or Engine(..., batch_dim=None)."
+            "losses is a scalar: give one loss per instance, [m] (reduction='none'), or Engine(..., batch_dim=None)."
         )
     if batch_dim is not None and not -losses.dim() <= batch_dim < losses.dim():
         raise ValueError(
-            f"batch_dim is {batch_dim}, and losses have shape {list(losses.shape)}: allowed are {-losses.dim()} to "
-            f"{losses.dim() - 1}, the dimension of their instances, and None if they have none."
+            f"batch_dim is {batch_dim}, and losses have shape {list(losses.shape)}: give the dimension of their "
+            f"instances, {-losses.dim()} to {losses.dim() - 1}, or None if they have none."
         )
     if batch_dim is None and segments is not None:
-        raise ValueError("segments say whose instances are; they need a batch_dim, not None.")
+        raise ValueError("segments assign instances to objectives: they need a batch_dim, which is None here.")
     if losses.numel() == 0:
         raise ValueError(f"losses has shape {list(losses.shape)}: there is no objective.")
     finite = torch.isfinite(losses.detach())
@@ -355,7 +363,7 @@ def _check_losses(losses: Tensor, batch_dim: int | None, segments: Tensor | None
 
 
 def _batch(objectives: int, segments: Tensor | None, device: torch.device) -> Batch:
-    """The instances of a step; without `segments` each one is an objective."""
+    """Builds the instances of a step; without `segments`, each instance is an objective."""
     if segments is None:
         return Batch(objectives, Segments(objectives))
     if segments.dim() not in (1, 2) or segments.is_floating_point() or segments.dtype == torch.bool:

@@ -1,4 +1,4 @@
-"""Gradients of a scalar that leave `.grad` as it was found, and what can be read from a graph before them."""
+"""Differentiate a scalar without touching `.grad`, and read a graph beforehand."""
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,19 +14,19 @@ from hf_jd.gramian.taps import ModuleTap
 
 
 class Differentiator:
-    """Differentiates the losses of one step, with reentrant activation checkpointing or without.
+    """Differentiates the losses of one step, with or without reentrant activation checkpointing.
 
-    Reentrant checkpointing hides its part of the graph and refuses gradients with regard to given inputs: there, a
-    plain `.backward()` runs, and `.grad` is put back afterwards.
+    Reentrant checkpointing hides its part of the graph and refuses gradients with respect to chosen inputs: a plain
+    `.backward()` runs instead, and `.grad` is restored afterwards.
 
     Args:
         touched: With reentrant checkpointing, the leaves whose `.grad` a plain backward may touch; else None.
-        whole: The leaves of the graph in the place of sharded parameters.
-        lockstep: Where parameters are sharded, what keeps the processes' passes in step.
-        everywhere: What every module depends on: with it among the inputs, a pass leaves out no module.
+        whole: The leaves of the graph that stand for sharded parameters.
+        lockstep: Keeps the processes' passes in step, if parameters are sharded.
+        everywhere: A tensor on which every module depends: with it among the inputs, a pass skips no module.
 
     Raises:
-        ValueError: Reentrant checkpointing of sharded parameters.
+        ValueError: Parameters are sharded, and checkpointing is reentrant.
     """
 
     def __init__(
@@ -41,20 +41,21 @@ class Differentiator:
         self._lockstep, self._everywhere = lockstep, everywhere
         if lockstep is not None and touched is not None:
             raise ValueError(
-                "reentrant activation checkpointing refuses what sharded parameters need: use FSDP's own, or "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+                "reentrant activation checkpointing doesn't work with sharded parameters: use FSDP's own "
+                "checkpointing, or gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
 
     def gradients(self, scalar: Tensor, inputs: Sequence[Tensor], retain_graph: bool = True) -> list[Tensor | None]:
-        """d scalar / d input for each input; None for those it does not depend on.
+        """Computes d scalar / d input for each input; None for inputs that it does not depend on.
 
         Args:
             scalar: 0-d.
             inputs: Leaves of the graph.
-            retain_graph: False frees the graph on the way, but for reentrant checkpointing and sharded parameters.
+            retain_graph: False frees the graph along the way, except with reentrant checkpointing or sharded
+                parameters.
 
         Raises:
-            ValueError: A graph that another backward has freed.
+            ValueError: Another backward has freed the graph.
         """
         if self._lockstep is not None:
             self._lockstep.announce()
@@ -80,9 +81,9 @@ class Differentiator:
 
     def _full_pass(self, scalar: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
         assert self._everywhere is not None
-        asked = [*(self._whole.get(tensor, tensor) for tensor in inputs), self._everywhere]
-        found: list[Tensor | None] = list(torch.autograd.grad(scalar, asked, retain_graph=True, allow_unused=True))
-        return found[:-1]
+        leaves = [*(self._whole.get(tensor, tensor) for tensor in inputs), self._everywhere]
+        gradients: list[Tensor | None] = list(torch.autograd.grad(scalar, leaves, retain_graph=True, allow_unused=True))
+        return gradients[:-1]
 
 
 @contextmanager
@@ -93,17 +94,17 @@ def _named_if_freed() -> Generator[None]:
         if "backward through the graph a second time" not in str(error):
             raise
         raise ValueError(
-            "the graph of these losses was freed by another backward: take the Gramian before it, give that backward "
-            "retain_graph=True, or compute the losses again."
+            "another backward has freed the graph of these losses: compute the Gramian before it, run that backward "
+            "with retain_graph=True, or compute the losses again."
         ) from error
 
 
 @dataclass
 class Graph:
-    """What stands in the graph of some losses.
+    """The contents of the graph of some losses.
 
     Attributes:
-        reentrant: Whether a reentrant checkpoint does, which hides its own part.
+        reentrant: Whether it has a reentrant checkpoint, which hides its part of the graph.
         leaves: The tensors that require grad.
         taps: The nodes of engines' taps, each with its `tap` and the `shapes` of its outputs.
     """
@@ -114,7 +115,7 @@ class Graph:
 
 
 def walk(losses: Tensor) -> Graph:
-    """Walks the graph of the losses; less than a microsecond a node."""
+    """Walks the graph of the losses, in less than a microsecond per node."""
     graph = Graph()
     stack: list[Any] = [losses.grad_fn]
     seen = set(stack)

@@ -1,28 +1,32 @@
-"""The Jacobian of a model's objectives: the rows of all its trainable parameters, and what a step needs of them."""
+"""The Jacobian of a model's objectives: the rows of all trainable parameters, and the products that a step needs."""
 
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from hf_jd.gramian.blocks import places_of
 from hf_jd.gramian.rows import DenseRows, Rows
 from hf_jd.gramian.stacks import Stack
 
-Held = Rows | Stack | None
+ParameterRows = Rows | Stack | None
 
 
 class Jacobian:
-    """The rows of R objectives with regard to the trainable parameters of a model.
+    """The rows of R objectives with respect to the trainable parameters of a model.
 
     Args:
-        rows: The rows of each parameter, or the stack that they are in; `None` where no objective depends on it (a row
-            of zeros).
+        rows: The rows of each parameter, or the stack that holds them; `None` if no objective depends on it (rows of
+            zeros).
         objectives: R.
-        blocks: The name of each parameter's block; None: all are one.
+        blocks: The name of each parameter's block; None: a single block.
     """
 
     def __init__(
-        self, rows: Mapping[nn.Parameter, Held], objectives: int, blocks: Mapping[nn.Parameter, str] | None = None
+        self,
+        rows: Mapping[nn.Parameter, ParameterRows],
+        objectives: int,
+        blocks: Mapping[nn.Parameter, str] | None = None,
     ):
         self._rows = dict(rows)
         self._objectives = objectives
@@ -34,7 +38,7 @@ class Jacobian:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """All trainable parameters, in the model's order, with those that no objective depends on."""
+        """All trainable parameters, in the model's order, including those that no objective depends on."""
         return list(self._rows)
 
     @property
@@ -44,11 +48,11 @@ class Jacobian:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the rows take."""
+        """The memory of the rows, in bytes."""
         return sum(rows.nbytes for rows in [*self._stacks(), *self._single().values()])
 
     def gramian(self) -> Tensor:
-        """G = J J^T [R, R], symmetric; float32, or float64 where a parameter is; inner products summed in float64."""
+        """Computes G = J J^T [R, R], symmetric; float32, or float64 if a parameter is; sums in float64."""
         device = next((p.device for p, rows in self._rows.items() if rows is not None), torch.device("cpu"))
         total = torch.zeros(len(self), len(self), dtype=torch.float64, device=device)
         with torch.autocast(device.type, enabled=False):
@@ -58,14 +62,14 @@ class Jacobian:
 
     @property
     def blocks(self) -> list[str]:
-        """The names of the B blocks, in the model's order; one without a name where no blocks were asked for."""
-        return [""] if self._blocks is None else list(dict.fromkeys(self._blocks[p] for p in self._rows))
+        """The names of the B blocks, in the model's order; without blocks, a single empty name."""
+        return [""] if self._blocks is None else list(dict.fromkeys(self._blocks.values()))
 
     def gramians(self) -> Tensor:
-        """The Gramian of each block, [B, R, R]; their sum is `gramian()`."""
+        """Computes each block's Gramian, [B, R, R]; they sum to `gramian()`."""
         if self._blocks is None:
             return self.gramian()[None]
-        places = self._places()
+        places = places_of(self._blocks, self._rows)
         device = next((p.device for p, rows in self._rows.items() if rows is not None), torch.device("cpu"))
         total = torch.zeros(len(self.blocks), len(self), len(self), dtype=torch.float64, device=device)
         with torch.autocast(device.type, enabled=False):
@@ -77,76 +81,78 @@ class Jacobian:
         return self._symmetric(total)
 
     def weighted_sum(self, weights: Tensor) -> dict[nn.Parameter, Tensor]:
-        """J^T w for weights [R], by parameter and in its dtype; without those that no objective depends on.
+        """Computes J^T w, by parameter and in its dtype, without parameters that no objective depends on.
 
         Args:
-            weights: [R]; or [B, R], those of each block, in the order of `blocks`.
+            weights: [R]; or [B, R], one set per block, in the order of `blocks`.
         """
         sums: dict[nn.Parameter, Tensor] = {}
-        places = self._places() if weights.dim() == 2 else {}
+        if weights.dim() == 2 and self._blocks is None:
+            weights = weights[0]
+        places = places_of(self._blocks, self._rows) if weights.dim() == 2 else {}
         for stack in self._stacks():
             device = stack.rows.device
-            own = weights[[places[p] for p in stack.members]] if places else weights
+            w = weights[[places[p] for p in stack.members]] if places else weights
             with torch.autocast(device.type, enabled=False):
-                sums.update(zip(stack.members, stack.weighted_sums(own.to(device)), strict=True))
+                sums.update(zip(stack.members, stack.weighted_sums(w.to(device)), strict=True))
         for parameter, rows in self._single().items():
-            own = weights[places[parameter]] if places else weights
+            w = weights[places[parameter]] if places else weights
             with torch.autocast(parameter.device.type, enabled=False):
-                sums[parameter] = rows.weighted_sum(own.to(parameter.device))
+                sums[parameter] = rows.weighted_sum(w.to(parameter.device))
         return {p: sums[p].to(p.dtype) for p, rows in self._rows.items() if rows is not None}
 
     def dense(self) -> Tensor:
-        """J [R, n], parameters flattened in order, zeros for those that no objective depends on."""
+        """Returns J [R, n], parameters flattened in order, with zeros for those that no objective depends on."""
         return torch.cat([self.rows(p) for p in self._rows], dim=1)
 
     def rows(self, parameter: nn.Parameter) -> Tensor:
-        """The rows of one parameter [R, parameter.numel()]."""
+        """Returns the rows of one parameter [R, parameter.numel()]."""
         rows = self._apart(parameter)
         if rows is not None:
             return rows.dense()
         return torch.zeros(len(self), parameter.numel(), dtype=parameter.dtype, device=parameter.device)
 
     def columns(self, parameter: nn.Parameter, start: int, stop: int) -> Tensor:
-        """Some columns of the rows of one parameter that is used: [R, stop - start]."""
+        """Returns some columns of the rows of a used parameter: [R, stop - start]."""
         rows = self._apart(parameter)
         assert rows is not None
         return rows.columns(start, stop)
 
     def select(self, index: Tensor) -> "Jacobian":
-        """The rows of some objectives, by indices [R']; the others are dropped, not multiplied by 0."""
+        """Returns the rows of some objectives, by indices [R']; other rows are dropped, not multiplied by 0."""
         return self._map(lambda rows: rows.select(index.to(rows.device)), len(index))
 
     def scaled(self, factors: Tensor) -> "Jacobian":
-        """Each row multiplied by its factor; factors [R]."""
+        """Returns each row times its factor; factors [R]."""
         return self._map(lambda rows: rows.scaled(factors.to(rows.device)), len(self))
 
     def combined(self, matrix: Tensor) -> "Jacobian":
-        """The rows A J of K objectives that are weighted sums of these; A [K, R]."""
+        """Returns the rows A J of K objectives that are weighted sums of these; A [K, R]."""
         with torch.autocast(matrix.device.type, enabled=False):
             return self._map(lambda rows: rows.combined(matrix.to(rows.device)), len(matrix))
 
     def __add__(self, other: "Jacobian") -> "Jacobian":
-        """The same objectives over two batches: their contributions add."""
+        """Adds the rows of the same objectives over another batch."""
         return self._merge(other, lambda a, b: a + b, len(self))
 
     @staticmethod
     def cat(parts: Sequence["Jacobian"]) -> "Jacobian":
-        """The objectives of several batches, one below the other."""
+        """Stacks the rows of several batches' objectives."""
         total = parts[0]
         for part in parts[1:]:
             total = total._merge(part, lambda a, b: a.below(b), len(total) + len(part))
         return total
 
     def _map(self, function: Callable[[Rows], Rows], objectives: int) -> "Jacobian":
-        found: dict[nn.Parameter, Held] = dict.fromkeys(self._rows)
+        mapped: dict[nn.Parameter, ParameterRows] = dict.fromkeys(self._rows)
         for stack in self._stacks():
-            found.update(dict.fromkeys(stack.members, stack.map(function)))
-        found.update({p: function(rows) for p, rows in self._single().items()})
-        return Jacobian(found, objectives, self._blocks)
+            mapped.update(dict.fromkeys(stack.members, stack.map(function)))
+        mapped.update({p: function(rows) for p, rows in self._single().items()})
+        return Jacobian(mapped, objectives, self._blocks)
 
     def _merge(self, other: "Jacobian", function: Callable[[Rows, Rows], Rows], objectives: int) -> "Jacobian":
-        """Joins the rows of each parameter; where more objectives come of it, zeros stand for rows that are missing."""
-        merged: dict[nn.Parameter, Held] = dict.fromkeys(self._rows)
+        """Joins the rows of each parameter; when objectives are stacked, fills missing rows with zeros."""
+        merged: dict[nn.Parameter, ParameterRows] = dict.fromkeys(self._rows)
         for stack in self._stacks():
             theirs = other._rows[stack.members[0]]
             if isinstance(theirs, Stack) and stack.matches(theirs):
@@ -165,11 +171,6 @@ class Jacobian:
     def _symmetric(self, total: Tensor) -> Tensor:
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in self._rows) else torch.float32
         return ((total + total.mT) / 2).to(dtype)
-
-    def _places(self) -> dict[nn.Parameter, int]:
-        """The place of each parameter's block among `blocks`."""
-        place = {name: i for i, name in enumerate(self.blocks)}
-        return {p: 0 if self._blocks is None else place[self._blocks[p]] for p in self._rows}
 
     def _stacks(self) -> list[Stack]:
         return list({id(rows): rows for rows in self._rows.values() if type(rows) is Stack}.values())

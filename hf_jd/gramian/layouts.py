@@ -1,8 +1,9 @@
-"""Whose row is it? The map from the leading rows of a module's tensors to objectives.
+"""Map the leading rows of a module's tensors to objectives.
 
-A module need not see the batch first: OPT flattens it to [B*T, d], preference trainers stack [2B, T, d], XLNet puts
-time first. `candidates` lists, from shapes alone, every way in which a tensor can hold B instances; the self-check
-decides between them, and `Layout.arrange` brings the tensor to [N, ...] with a `Segments` that says whose each row is.
+The batch need not be a tensor's first dimension: OPT flattens it to [B*T, d], preference trainers stack [2B, T, d],
+XLNet puts time first. `candidates` lists, from shapes alone, every way in which a tensor can hold B instances; the
+self-check decides between them; `Layout.arrange` brings the tensor to [N, ...], with `Segments` that give the objective
+of each row.
 """
 
 import itertools
@@ -14,20 +15,20 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-NARROW = 4  # rows of single instances are formed and added up where they are this much smaller than the layer's tensors
-SCATTERED = 0.5  # tensors are sorted where adding the products of further runs would touch this many times their size
+NARROW = 4  # form rows per instance and add them up if they are this many times smaller than the layer's tensors
+SCATTERED = 0.5  # sort tensors if adding up the products of extra runs would touch more than this share of their size
 
 
 class UnsupportedError(ValueError):
-    """A layer that has no rows by its nature; the message says what to do."""
+    """The layer can't have rows; the message says what to do."""
 
 
 class UnmappedError(Exception):
-    """A tensor's leading rows cannot be assigned to objectives; the caller passes to the next tier."""
+    """A tensor's leading rows can't be assigned to objectives; the caller tries the next tier."""
 
 
 class DrawsError(UnmappedError):
-    """A module that is called again draws random numbers, and those of its forward are not known."""
+    """A module draws random numbers when called again, and those of its forward are unknown."""
 
 
 @dataclass(eq=False)
@@ -35,10 +36,10 @@ class Segments:
     """The objective of each leading row.
 
     Args:
-        objectives: Number of objectives R.
-        ids: Objective of each leading row [N], or of each token [N, S]; in 0..R-1, or -1 for none. `None`: the rows
+        objectives: The number of objectives R.
+        ids: The objective of each leading row [N], or of each token [N, S]; in 0..R-1, or -1 for none. `None`: the rows
             are R blocks of `block` rows, in order.
-        block: Leading rows of an objective, where `ids` is None.
+        block: Leading rows per objective, if `ids` is None.
     """
 
     objectives: int
@@ -51,26 +52,27 @@ class Segments:
 
     @property
     def by_token(self) -> bool:
-        """Whether tokens of one leading row may belong to different objectives."""
+        """Whether tokens of the same leading row may belong to different objectives."""
         return self.ids is not None and self.ids.dim() == 2
 
     @cached_property
     def distinguish(self) -> bool:
-        """Whether leading rows or tokens belong to different objectives, so that a wrong order would show."""
+        """Whether there are several objectives, so that a wrong order would show."""
         return self.objectives > 1 if self.ids is None else len(self.ids.unique()) > 1
 
     @cached_property
     def _sorted(self) -> tuple[Tensor | None, list[int]]:
-        """The order that makes each objective contiguous (None: already so), and how many entries each one has."""
+        """The order that makes objectives contiguous (None: they are already), and the number of entries of each."""
         assert self.ids is not None
         ids = self.ids.flatten()
+        # Counting from -1 on: the first count is of entries without an objective, which the sort puts first.
         none, *lengths = torch.bincount(ids + 1, minlength=self.objectives + 1).tolist()
         if none == 0 and bool((ids[1:] >= ids[:-1]).all()):
             return None, lengths
         return torch.argsort(ids, stable=True)[none:], lengths
 
     def members(self) -> list[Tensor]:
-        """The leading rows of each objective, R index tensors. Raises UnmappedError if segments are by token."""
+        """Returns the leading rows of each objective, R index tensors. Raises UnmappedError if by token."""
         if self.by_token:
             raise UnmappedError
         if self.ids is None:
@@ -80,7 +82,7 @@ class Segments:
         return list(index.split(lengths))
 
     def contiguous(self, tensor: Tensor) -> tuple[Tensor, list[int]]:
-        """A tensor [N, S, f] as tokens [n, f] sorted by objective, and the number of tokens of each objective."""
+        """Sorts a tensor [N, S, f] by objective; returns its tokens [n, f], and the number of tokens per objective."""
         order, lengths = self._sorted
         if self.by_token:
             tensor = tensor.flatten(0, 1)
@@ -91,26 +93,27 @@ class Segments:
         return tensor if self.by_token else tensor.flatten(0, 1), lengths
 
     def _shared(self, input: Tensor) -> Tensor:
-        # Query, key and value share an input, and meet one after the other: it is sorted once.
+        # Query, key and value share an input, and are recorded one after another: sort it once.
         key = (input.data_ptr(), input.shape, input._version)
         if self._last is None or self._last[0] != key:
             self._last = key, input, self.contiguous(input)[0]
         return self._last[2]
 
     def outer(self, grad_output: Tensor, input: Tensor) -> Tensor:
-        """Rows [R, p, d] of a linear map: sum of g_t x_t^T over the tokens of each objective.
+        """Computes the rows [R, p, d] of a linear map: the sum of g_t x_t^T over the tokens of each objective.
 
         Args:
             grad_output: [N, S, p].
             input: [N, S, d], of the same dtype.
         """
         p, d = grad_output.shape[-1], input.shape[-1]
-        if self.ids is None:
+        if self.ids is None:  # equal blocks: one batched product
             g, x = grad_output.reshape(self.objectives, -1, p), input.reshape(self.objectives, -1, d)
             return torch.bmm(g.transpose(1, 2), x)
         if not self.by_token and NARROW * p * d <= input.shape[1] * (p + d):
-            # Rows of instances that are far smaller than the layer's own tensors (LoRA): nothing is sorted or cut.
+            # The rows of instances are far smaller than the layer's tensors (LoRA): adding up rows beats sorting.
             return self.reduce(torch.bmm(grad_output.transpose(1, 2), input))
+        # Otherwise one product per run of neighbouring tokens with the same objective; many runs are sorted into R.
         runs = self._runs(grad_output.shape[1])
         g, x = grad_output.flatten(0, 1), input.flatten(0, 1)
         if (len(runs) - self.objectives) * p * d > SCATTERED * len(x) * (p + d):
@@ -118,6 +121,7 @@ class Segments:
             x = self._shared(input)
             stops = list(itertools.accumulate(lengths))
             runs = [(stop - n, stop, k) for k, (n, stop) in enumerate(zip(lengths, stops, strict=True)) if n]
+        # Runs of equal length, in order, are again one batched product.
         even, rest = divmod(len(x), self.objectives)
         if rest == 0 and runs == [(k * even, (k + 1) * even, k) for k in range(self.objectives)]:
             return torch.bmm(g.view(self.objectives, even, p).transpose(1, 2), x.view(self.objectives, even, d))
@@ -133,7 +137,7 @@ class Segments:
         return rows
 
     def _runs(self, tokens: int) -> list[tuple[int, int, int]]:
-        """(first token, last + 1, objective) of each run of neighbours; `tokens` in a leading row."""
+        """Returns (first token, last + 1, objective) of each run of neighbours, with `tokens` per leading row."""
         if self._neighbours is None:
             assert self.ids is not None
             ids, counts = torch.unique_consecutive(self.ids.flatten(), return_counts=True)
@@ -145,7 +149,7 @@ class Segments:
         return [(start * scale, stop * scale, k) for start, stop, k in self._neighbours]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum of values [N, S, f] over the tokens of each objective: [R, f]."""
+        """Sums values [N, S, f] over the tokens of each objective: [R, f]."""
         if self.ids is None:
             return values.reshape(self.objectives, -1, values.shape[-1]).sum(1)
         if self.by_token:
@@ -153,7 +157,7 @@ class Segments:
         return self._index_add(self.ids, values.sum(1))
 
     def reduce(self, rows: Tensor) -> Tensor:
-        """Rows of leading rows [N, ...] -> rows of objectives [R, ...]. Raises UnmappedError if by token."""
+        """Sums per-row values [N, ...] to objectives [R, ...]. Raises UnmappedError if segments are by token."""
         if self.by_token:
             raise UnmappedError
         if self.ids is not None:
@@ -161,25 +165,26 @@ class Segments:
         return rows if self.block == 1 else rows.unflatten(0, (self.objectives, self.block)).sum(1)
 
     def token_ids(self, shape: Sequence[int]) -> Tensor:
-        """The objective of each token of a tensor of leading shape [N, S]: int64 [N, S]."""
+        """Returns the objective of each token of a tensor of leading shape [N, S]: int64 [N, S]."""
         if self.ids is None:
             return torch.arange(self.objectives).repeat_interleave(self.block)[:, None].expand(*shape)
         return self.ids if self.by_token else self.ids[:, None].expand(*shape)
 
     def spread(self, weights: Tensor, tensor: Tensor) -> Tensor:
-        """Each objective's weight, of weights [R], where its rows or tokens of a tensor [N, ...] are; 0 for none."""
+        """Puts each objective's weight, from weights [R], at its rows or tokens in a tensor [N, ...]; 0 for none."""
+        # The id -1 picks the appended zero.
         ids = self.token_ids(tensor.shape[:2] if self.by_token else (len(tensor), 1)).to(weights.device)
         spread = torch.cat([weights, weights.new_zeros(1)])[ids]
         return spread.view([*ids.shape, *[1] * tensor.dim()][: tensor.dim()])
 
     def repeated(self, layout: "Layout", factor: int, device: torch.device) -> "Segments":
-        """The segments of `factor` times as many leading rows (`MAJOR` or `MINOR`), built once per step."""
+        """Returns the segments of `factor` times as many leading rows (`MAJOR` or `MINOR`), built once per step."""
         if (layout, factor) not in self._repeated:
             self._repeated[layout, factor] = self._repeat(layout, factor, device)
         return self._repeated[layout, factor]
 
     def in_layers(self, layers: int) -> "Segments":
-        """The segments of L layers' tensors, one below the other: objective i of layer l is l * R + i; -1 stays -1.
+        """Returns the segments of L layers' concatenated tensors: objective i of layer l is l * R + i; -1 stays -1.
 
         Built once per step.
         """
@@ -201,23 +206,23 @@ class Segments:
             return Segments(self.objectives, ids.repeat(factor, *[1] * (ids.dim() - 1)))
         if not self.by_token:
             return Segments(self.objectives, ids.repeat_interleave(factor))
-        if factor % ids.shape[1]:
+        if factor % ids.shape[1]:  # the rows of an instance can't be split evenly among its tokens
             raise UnmappedError
         return Segments(self.objectives, ids.flatten().repeat_interleave(factor // ids.shape[1]))
 
     def _index_add(self, ids: Tensor, values: Tensor) -> Tensor:
-        # One row more than objectives: entries of no objective (-1) land there and are dropped.
+        # Entries without an objective (-1) land in an extra first row, which is dropped.
         total = values.new_zeros(self.objectives + 1, *values.shape[1:])
         return total.index_add_(0, ids + 1, values)[1:]
 
 
 @dataclass
 class Batch:
-    """The instances of a step and whose they are.
+    """The instances of a step and their objectives.
 
     Attributes:
         instances: B.
-        segments: Of the B instances, or of their tokens.
+        segments: The objectives of the B instances, or of their tokens.
     """
 
     instances: int
@@ -230,21 +235,21 @@ class Layout:
 
     Attributes:
         axis: The dimension of the instances.
-        is_repeated: Whether it is a multiple of B, each instance several times.
+        is_repeated: Whether its size is a multiple of B, with several entries per instance.
     """
 
     axis: int = 0
     is_repeated: bool = False
 
     def arrange(self, batch: Batch, *tensors: Tensor) -> tuple[list[Tensor], Segments]:
-        """Brings tensors to [N, ...], batch first, and the segments of the batch to their leading rows.
+        """Brings tensors to [N, ...], batch first, and returns them with the segments of their leading rows.
 
         Args:
             batch: The instances; their segments are the identity, [B] or [B, T].
-            tensors: Tensors that share the leading dimensions which the layout names.
+            tensors: Tensors with common leading dimensions.
 
         Raises:
-            UnmappedError: Token segments that do not fit the tensors' second dimension.
+            UnmappedError: Segments by token don't fit the tensors' second dimension.
         """
         base = batch.segments
         if self.is_repeated:
@@ -256,23 +261,23 @@ class Layout:
 
 
 AXES = [Layout(axis) for axis in range(64)]
-MAJOR = Layout(is_repeated=True)  # [B*k, ...]: the rows of an instance are neighbours
+MAJOR = Layout(is_repeated=True)  # [B*k, ...]: the k rows of an instance are neighbours
 MINOR = Layout(is_repeated=True)  # [k*B, ...]: k blocks of B instances
 
 
 def candidates(lead: Sequence[int], instances: int) -> list[Layout]:
-    """The layouts in which a tensor of leading shape `lead` can hold B instances, the most common first.
+    """Returns the layouts in which a tensor of leading shape `lead` can hold B instances, the most common first.
 
-    The list is empty where no dimension fits: an input without a batch dimension.
+    The list is empty if no dimension fits: the input has no batch dimension.
     """
-    found = [axis for axis, size in zip(AXES, lead, strict=False) if size == instances]
+    layouts = [axis for axis, size in zip(AXES, lead, strict=False) if size == instances]
     if lead and lead[0] > instances and lead[0] % instances == 0:
-        found += [MAJOR] if instances == 1 else [MAJOR, MINOR]
-    return found
+        layouts += [MAJOR] if instances == 1 else [MAJOR, MINOR]
+    return layouts
 
 
 def shared_features(tensor: Tensor, features: int = 1) -> Tensor:
-    """[N, *shared, *features] -> [N, S, f], the one format in which rules are written."""
+    """Reshapes [N, *shared, *features] to [N, S, f], the format in which all rules are written."""
     if tensor.dim() == 3 and features == 1:
         return tensor
     lead = tensor.shape[1 : tensor.dim() - features]

@@ -1,4 +1,4 @@
-"""How one vector of losses becomes rows: record what a backward to the taps brings, prove it, complete it."""
+"""Turn one vector of losses into rows: record a backward through the taps, verify the rows, add the missing ones."""
 
 import logging
 import time
@@ -23,20 +23,20 @@ from hf_jd.gramian.stacks import Stack
 from hf_jd.gramian.taps import Switch
 
 logger = logging.getLogger(__name__)
-ATTEMPTS = 12  # passes of one self-check: each one takes back a wrong decision of every parameter that has one left
-MIXING_TESTS = 32  # losses differentiated alone when instances are suspected to mix
+ATTEMPTS = 12  # passes of one self-check: each revokes one wrong decision per parameter
+MIXING_TESTS = 32  # losses to differentiate one by one when instances seem to mix
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What is measured.
+    """The losses to compute rows for.
 
     Attributes:
         losses: [R], one entry per objective.
-        batch: The instances behind them.
+        batch: The instances that they belong to.
         differentiator: Of their graph.
-        keep: What is kept of the rows.
-        retain: Whether the graph must be kept where this measurement needs it no more.
+        keep: Whether to store rows, factors or only the Gramian.
+        retain: Whether to retain the graph even when this measurement no longer needs it.
     """
 
     losses: Tensor
@@ -51,9 +51,9 @@ class Outcome:
     """The rows of one vector of losses.
 
     Attributes:
-        rows: By parameter; parameters that no loss depends on are left out.
-        gramian: In a pass that keeps no rows, the part of the Gramian that is not in `rows`.
-        tiers: The tier that brought each parameter's rows.
+        rows: By parameter, without parameters that no loss depends on.
+        gramian: In a pass that stores no rows, the part of the Gramian that is not in `rows`.
+        tiers: The tier that formed each parameter's rows.
     """
 
     rows: dict[nn.Parameter, Rows | Stack]
@@ -62,13 +62,13 @@ class Outcome:
 
 
 class Passes:
-    """Runs backwards for one engine and remembers what they taught.
+    """Runs backwards for one engine and remembers what it learnt from them.
 
     Args:
         plan: Decisions by module.
         coverage: Which module holds which parameter.
         checker: The self-check, or None.
-        switch: What the taps report to.
+        switch: Shared with the taps.
     """
 
     def __init__(self, plan: Plan, coverage: Coverage, checker: Checker | None, switch: Switch):
@@ -78,16 +78,16 @@ class Passes:
         self._warned: set[nn.Parameter] = set()
 
     def run(self, losses: Tensor, batch: Batch, keep: Keep, retain: bool) -> Outcome:
-        """The rows of losses [R].
+        """Computes the rows of losses [R].
 
         Args:
             losses: One entry per objective.
-            batch: The instances behind them.
-            keep: What is kept of the rows.
-            retain: Whether the graph must be kept where this call needs it no more.
+            batch: The instances that they belong to.
+            keep: Whether to store rows, factors or only the Gramian.
+            retain: Whether to retain the graph even when this call no longer needs it.
 
         Raises:
-            ValueError: A model that mixes instances.
+            ValueError: The model mixes instances.
         """
         outlook = self._foresight.look(losses, None if retain or self._coverage.sharded else batch)
         one = Measurement(losses, batch, self._differentiator(losses, outlook), keep, retain)
@@ -95,7 +95,7 @@ class Passes:
             return self._only_pass(one, outlook)
         self._foresight.forget()
         checker = self._checker
-        # What a proof compares is recorded first, where one is expected.
+        # If a proof is likely, record what it compares right away, and save a pass.
         recording = self._record(one, checker.probe(losses) if checker is not None and checker.expects else None)
         self._check_length(losses, batch, recording)
         reached = self._unmet(one, recording)
@@ -107,19 +107,19 @@ class Passes:
         return self._complete(one, recording, reached)
 
     def one_by_one(self, losses: Tensor) -> Outcome:
-        """The rows of losses without an instance dimension: one differentiation each."""
+        """Computes the rows of losses without an instance dimension: one differentiation each."""
         differentiator = self._differentiator(losses, self._foresight.look(losses))
         rows = _individual_rows(differentiator, losses, list(self._coverage.names))
         return Outcome({**rows}, None, dict.fromkeys(rows, Tier.OBJECTIVE))
 
     def gradients(self, scalar: Tensor) -> dict[nn.Parameter, Tensor]:
-        """The gradient of a scalar with regard to each parameter that it depends on; the graph is kept."""
+        """Differentiates a scalar with respect to each parameter that it depends on, and retains the graph."""
         names, differentiator = list(self._coverage.names), self._differentiator(scalar, self._foresight.look(scalar))
-        found = zip(names, differentiator.gradients(scalar, names), strict=True)
-        return {p: g for p, g in found if g is not None}
+        gradients = zip(names, differentiator.gradients(scalar, names), strict=True)
+        return {p: g for p, g in gradients if g is not None}
 
     def finish(self, scalar: Tensor) -> None:
-        """Ends a batch's passes with sharded parameters, once all processes have made theirs."""
+        """With sharded parameters, ends a batch's passes once all processes have run theirs."""
         self._differentiator(scalar, self._foresight.look(scalar)).finish(scalar)
 
     def _differentiator(self, losses: Tensor, outlook: Outlook) -> Differentiator:
@@ -129,10 +129,10 @@ class Passes:
         return Differentiator(touched, self._coverage.whole(), Lockstep(losses.device), self._switch.sentinel)
 
     def _only_pass(self, one: Measurement, outlook: Outlook) -> Outcome:
-        """Rows by one backward that frees the graph."""
+        """Computes the rows with one backward that frees the graph."""
         recording = self._record(one, retain=False)
         if len(recording.tiers) < len(self._coverage.names):
-            self._absent = self._coverage.names.keys() - recording.met.keys()
+            self._absent = self._coverage.names.keys() - recording.uses_of.keys()
         if recording.unmapped:
             self._foresight.forget()
         if self._checker is not None and not outlook.is_settled:
@@ -146,7 +146,7 @@ class Passes:
         doubted: Set[nn.Parameter] = frozenset(),
         retain: bool = True,
     ) -> Recording:
-        """One backward of the sum of the losses to the sentinel; again, where a use was met too late to add up."""
+        """Runs a backward of the summed losses to the sentinel; repeats it if a parameter turns out to be shared."""
         shared = self._coverage.shared() if one.keep is Keep.GRAMIAN else set()
         asleep = set() if self._checker is None else self._checker.asleep
         while True:
@@ -157,7 +157,7 @@ class Passes:
                 inputs = [self._switch.sentinel, *absent]
                 gradients = one.differentiator.gradients(one.losses.sum(), inputs, retain)
             except UnsupportedError as error:
-                name = self._coverage.names[next(iter(recording.meetings[-1].targets.values()))]
+                name = self._coverage.names[next(iter(recording.uses[-1].targets.values()))]
                 raise UnsupportedError(f"{name}: {error}") from None
             finally:
                 self._switch.recorder = None
@@ -168,43 +168,43 @@ class Passes:
             shared = recording.shared
 
     def _unmet(self, one: Measurement, recording: Recording) -> set[nn.Parameter]:
-        """Parameters with gradients that no tap met."""
-        names, individual, met = self._coverage.names, self._plan.individual, recording.met
-        reached = recording.reached - met.keys()
-        missing = [p for p in names if p not in met and p not in individual and p not in self._absent]
+        """Returns the parameters that have gradients but were seen by no tap."""
+        names, individual, seen = self._coverage.names, self._plan.individual, recording.uses_of
+        reached = recording.reached - seen.keys()
+        missing = [p for p in names if p not in seen and p not in individual and p not in self._absent]
         if missing:
             gradients = one.differentiator.gradients(one.losses.sum(), missing)
             reached |= {p for p, g in zip(missing, gradients, strict=True) if g is not None}
-        self._absent = {p for p in names if p not in met and p not in individual and p not in reached}
+        self._absent = {p for p in names if p not in seen and p not in individual and p not in reached}
         self._coverage.climb(reached)
         return reached
 
     def _check_length(self, losses: Tensor, batch: Batch, recording: Recording) -> None:
-        """Raises where no input of the model can hold as many instances as there are losses or segments."""
+        """Raises if no input of the model can hold as many instances as there are losses or segments."""
         seen, n = self._coverage.sizes, batch.instances
-        # Where the batch comes second, some module meets it: a second dimension proves nothing if none did.
-        fits = any(size % n == 0 if axis == 0 else size == n and not recording.meetings for axis, size in seen)
-        if not seen or fits or any(m.layout is not None or m.use.rejected for m in recording.meetings):
+        # If the batch is the second dimension, some module sees it: the dimension alone proves nothing.
+        fits = any(size % n == 0 if axis == 0 else size == n and not recording.uses for axis, size in seen)
+        if not seen or fits or any(m.layout is not None or m.use.rejected for m in recording.uses):
             return
         sizes = ", ".join(str(size) for axis, size in sorted(seen) if axis == 0)
         raise ValueError(
             f"{batch.instances} instances were given (losses of shape {list(losses.shape)}), but the first dimensions "
-            f"of the model's inputs are {sizes}: give one loss an instance of the batch, in its order, or segments [B] "
-            "that say whose each instance is. Losses of separate forwards: Engine(..., batch_dim=None)."
+            f"of the model's inputs are {sizes}: give one loss per instance of the batch, in its order, or segments "
+            "[B] that assign instances to objectives. For losses of separate forwards: Engine(..., batch_dim=None)."
         )
 
     def _prove(self, one: Measurement, first: Recording) -> Recording:
-        """Compares the rows with autograd; takes back decisions until they are right or none is left.
+        """Compares the rows with autograd; revokes decisions until the rows are right or no decision is left.
 
         Returns:
-            The last recording, with a probe in the place of its rows.
+            The last recording, which has sums weighted by a probe instead of rows.
         """
         checker, losses, recording = self._checker, one.losses, first
         assert checker is not None
         start = time.perf_counter()
         checker.underflows = any(p.dtype == torch.float16 for p in self._coverage.parameters())
         probe = checker.probe(losses) if first.probe is None else first.probe
-        expected = probed_gradients(one.differentiator, losses, probe, list(recording.met))
+        expected = probed_gradients(one.differentiator, losses, probe, list(recording.uses_of))
         suspects: set[nn.Parameter] = set()
         first.rows = {}
         for attempt in range(ATTEMPTS):
@@ -216,7 +216,7 @@ class Passes:
                 recording = self._record(one, probe, doubted)
             wrong = errors.keys() - (doubted - recording.refuted)
             suspects |= wrong
-            self._plan.reject({p: [m.use for m in meetings] for p, meetings in recording.met.items() if p in wrong})
+            self._plan.reject({p: [m.use for m in uses] for p, uses in recording.uses_of.items() if p in wrong})
             if not wrong:
                 break
         else:
@@ -227,11 +227,11 @@ class Passes:
             checker.diagnose(first, lost, self._leaking(one), expected, self._coverage.names)
         checker.approve(recording, expected)
         self._warn_of_noise([p for p in doubted - wrong if is_blind(errors[p], expected[p], expected)])
-        logger.info("The rows were proved against autograd in %.2f s.", time.perf_counter() - start)
+        logger.info("Verified the rows against autograd in %.2f s.", time.perf_counter() - start)
         return recording
 
     def _leaking(self, one: Measurement) -> set[nn.Module]:
-        """The modules at which two losses reach the same place."""
+        """Finds the modules at which two losses reach the same place."""
         self._switch.recorder = recording = LeakRecording(one.batch)
         try:
             for loss in one.losses[:MIXING_TESTS]:
@@ -242,10 +242,10 @@ class Passes:
         return recording.leaking
 
     def _complete(self, one: Measurement, recording: Recording, reached: set[nn.Parameter]) -> Outcome:
-        """Adds the rows that only one differentiation per objective brings, and says what that costs."""
+        """Adds rows that need one differentiation per objective, and warns about the cost."""
         alone = self._plan.individual | recording.unmapped | reached
         individual = [p for p in self._coverage.names if p in alone] if alone else []
-        if not recording.meetings and not individual:
+        if not recording.uses and not individual:
             raise ValueError(
                 "the losses depend on no trainable parameter of the engine's modules: compute them with those modules, "
                 "and unfreeze some of their parameters."
@@ -254,11 +254,11 @@ class Passes:
         if individual:
             rows = {p: r for p, r in rows.items() if p not in recording.unmapped}
             tiers = {p: tier for p, tier in tiers.items() if p not in recording.unmapped}
-            found = _individual_rows(one.differentiator, one.losses, individual)
-            rows |= found
-            tiers |= dict.fromkeys(found, Tier.OBJECTIVE)
-            soon = reached | recording.postponed
-            self._warn([p for p in individual if p not in soon and p in found], len(one.losses))
+            added = _individual_rows(one.differentiator, one.losses, individual)
+            rows |= added
+            tiers |= dict.fromkeys(added, Tier.OBJECTIVE)
+            soon = reached | recording.postponed  # the next step has a faster way for these
+            self._warn([p for p in individual if p not in soon and p in added], len(one.losses))
         return Outcome(rows, recording.gramian, tiers)
 
     def _warn_of_noise(self, parameters: list[nn.Parameter]) -> None:
@@ -267,8 +267,8 @@ class Passes:
         if new:
             warnings.warn(
                 f"The self-check can't prove the rows of {len(new)} parameter(s) ({_listed(new)}) on this model: "
-                "rounding alone moves autograd's gradient of them as far. They come from rules that were proved in "
-                "float32, layer by layer, or from their modules called again.",
+                "rounding alone changes autograd's gradient by as much. Their rows come from rules that were verified "
+                "in float32, layer by layer, or from calling their modules again.",
                 stacklevel=2,
             )
 
@@ -277,9 +277,9 @@ class Passes:
         self._warned |= set(parameters)
         if new:
             warnings.warn(
-                f"{len(new)} parameter(s) ({_listed(new)}) bring no rows in the "
-                f"backward of the batch: each step differentiates every objective for them, {objectives} further "
-                "passes now. Freeze them if they matter little.",
+                f"{len(new)} parameter(s) ({_listed(new)}) bring no rows in the backward of the batch: each step "
+                f"differentiates every objective for them, {objectives} further passes now. "
+                "Freeze them if they matter little.",
                 stacklevel=2,
             )
 
@@ -287,10 +287,10 @@ class Passes:
 def _individual_rows(
     differentiator: Differentiator, losses: Tensor, parameters: Sequence[nn.Parameter]
 ) -> dict[nn.Parameter, Rows]:
-    """Tier 3: one differentiation per objective, for these parameters only; always right, and slow.
+    """Applies tier 3: one differentiation per objective, for these parameters only; always right, but slow.
 
     Returns:
-        The rows of those that some loss depends on.
+        The rows of parameters that some loss depends on.
     """
     gradients = [differentiator.gradients(loss, parameters) for loss in losses]
     rows: dict[nn.Parameter, Rows] = {}

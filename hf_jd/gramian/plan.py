@@ -1,7 +1,7 @@
-"""What an engine has learnt about its modules: by which method and in which layout each one's rows come.
+"""What an engine has learnt about its modules: the method and the layout that form each one's rows.
 
-Decisions are tried in order (closed rule in each layout that shapes allow, then the vjp of the module in each layout,
-then one differentiation per objective) and kept once the self-check has proved them.
+Decisions are tried in order (a closed form in each layout that the shapes allow, then the module's vjp in each layout,
+then one differentiation per objective), until the self-check confirms one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,9 +26,9 @@ class ModuleUse:
         module: The module.
         method: How its rows are formed.
         layout: How its tensors hold the batch; None: not yet decided, or no layout fits.
-        rejected: Layouts that were tried in vain with this method.
-        proved: (parameter, layout, training) that a self-check has proved.
-        vacuous: The same where the gradient was too small to prove anything, and how often it was met since.
+        rejected: Layouts that failed with this method.
+        proved: The (parameter, layout, training) that a self-check has confirmed.
+        vacuous: The same where the gradient was too small to prove anything, and how often they were used since.
     """
 
     module: nn.Module
@@ -40,20 +40,20 @@ class ModuleUse:
 
     @property
     def is_closed(self) -> bool:
-        """Whether a rule forms the rows, and the module is not called again."""
+        """Whether a rule forms the rows, without calling the module again."""
         return isinstance(self.method, ClosedForm)
 
     def fall_back(self) -> None:
-        """Takes the next method. Raises AssertionError where there is none."""
+        """Switches to the next method. Raises AssertionError if there is none."""
         assert self.method.next is not None
         self.method = self.method.next
         self.rejected.clear()
 
     def layout_for(self, lead: Sequence[int], instances: int) -> Layout | None:
-        """The layout to read a call's tensors in, as things stand; None where shapes allow none that was not rejected.
+        """Returns the current layout for a call's tensors; None if the shapes allow none that hasn't been rejected.
 
         Args:
-            lead: Dimensions of the output gradient but for the last.
+            lead: Dimensions of the output gradient, without the last.
             instances: B.
         """
         if self.layout is AXES[0] and lead[0] == instances:
@@ -62,18 +62,19 @@ class ModuleUse:
         return self.layout if self.layout in possible else next(iter(possible), None)
 
     def choose_layout(self, lead: Sequence[int], instances: int) -> Layout | None:
-        """Decides for `layout_for`; where all layouts that shapes allow were rejected, for the next method's first."""
+        """Decides on `layout_for`'s layout; if all layouts were rejected, on the next method and its first layout."""
         self.layout = self.layout_for(lead, instances)
         # The vjp of a table would hold rows of its full size.
         if self.layout is None and self.method.next is not None and not isinstance(self.module, nn.Embedding):
-            found = candidates(lead, instances)
-            if found:
+            layouts = candidates(lead, instances)
+            if layouts:
                 self.fall_back()
-                self.layout = found[0]
+                self.layout = layouts[0]
         return self.layout
 
 
-# Module, modes, rank of the output gradient, whether it has one leading row per instance, whether objectives differ.
+# Module, modes, rank of the output gradient, whether it has one leading row per instance, whether there are several
+# objectives.
 _Key = tuple[nn.Module, tuple[bool, ...], int, bool, bool]
 
 
@@ -85,8 +86,8 @@ class Plan:
 
     Attributes:
         individual: Parameters that only tier 3 gets right.
-        several: Parameters whose rows were added up from several uses.
-        stacked: By `kind_of` layers, whether their rows are formed together.
+        several: Parameters whose rows were the sum of several uses.
+        stacked: By the `kind_of` layers, whether their rows are formed together.
     """
 
     def __init__(self, rules: Mapping[type[nn.Module], Rule]):
@@ -97,45 +98,45 @@ class Plan:
         self._uses: dict[_Key, ModuleUse] = {}
 
     def use(self, event: TapEvent, shape: torch.Size, batch: Batch) -> ModuleUse:
-        """The use of a module that an event shows; its decision is made when it is met first.
+        """Returns the use of a module that an event belongs to; the first event decides on its method.
 
         Args:
-            event: Of the module's tap.
+            event: From the module's tap.
             shape: Of the output gradient.
             batch: The instances of the step.
         """
         key = _key(event.tap, event.call.modes, shape, batch)
-        found = self._uses.get(key)
-        if found is None:
-            found = self._uses[key] = ModuleUse(event.tap.module, self._method(event))
-        return found
+        use = self._uses.get(key)
+        if use is None:
+            use = self._uses[key] = ModuleUse(event.tap.module, self._method(event))
+        return use
 
-    def known_use(self, tap: ModuleTap, modes: tuple[bool, ...], shape: torch.Size, batch: Batch) -> ModuleUse | None:
-        """The use, if it was met before."""
+    def past_use(self, tap: ModuleTap, modes: tuple[bool, ...], shape: torch.Size, batch: Batch) -> ModuleUse | None:
+        """Returns the use, if it has been recorded before."""
         return self._uses.get(_key(tap, modes, shape, batch))
 
     def reject(self, wrong: Mapping[nn.Parameter, Sequence[ModuleUse]]) -> None:
-        """Takes back one decision behind each parameter's wrong rows; where none is left, it goes to tier 3.
+        """Revokes one decision behind each parameter's wrong rows; parameters without any left go to tier 3.
 
         Args:
-            wrong: The parameters and the uses in which they were met. Parameters that share one share its decision.
+            wrong: The parameters and their uses. Parameters with a common use share its decision.
         """
-        taken_back: set[ModuleUse] = set()
+        revoked: set[ModuleUse] = set()
         undecided: set[nn.Parameter] = set()
         for parameter, uses in wrong.items():
-            if not taken_back.isdisjoint(uses):
+            if not revoked.isdisjoint(uses):
                 continue
             decided = [(use, use.layout) for use in uses if use.layout is not None]
             if not decided:
                 undecided.add(parameter)
                 continue
-            # The order of several rows per instance is a guess: doubt it before a dimension that has their number.
+            # The order of several rows per instance is a guess: doubt it before a dimension of the right size.
             use, layout = next((pair for pair in decided if pair[1].is_repeated), decided[0])
             use.rejected.add(layout)
             use.layout = None
-            taken_back.add(use)
-        # Rows without a layout of their own come from those of word embeddings, which may have been in a wrong one.
-        if not taken_back:
+            revoked.add(use)
+        # Rows without a layout come from word embeddings, whose layout may have been wrong: revoke that one first.
+        if not revoked:
             self.individual |= undecided
 
     def _method(self, event: TapEvent) -> Method:
@@ -153,10 +154,10 @@ class Plan:
 
 
 def _key(tap: ModuleTap, modes: tuple[bool, ...], shape: torch.Size, batch: Batch) -> _Key:
-    """What calls of a module must have in common to share a decision.
+    """Returns what calls of a module must have in common to share a decision.
 
-    In another mode a module may compute something else. An encoder that is called with B queries and with 2B passages
-    holds the batch in two ways. And where all instances belong to one objective, no check can tell layouts apart: what
-    it approves is kept for such steps only.
+    In another mode, a module may compute something else. An encoder called with B queries and with 2B passages holds
+    the batch in two ways. And if all instances belong to one objective, no check can tell layouts apart: its approval
+    holds for such steps only.
     """
     return tap.module, modes, len(shape), shape[:1] == (batch.instances,), batch.segments.distinguish

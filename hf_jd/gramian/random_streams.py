@@ -1,4 +1,4 @@
-"""The global random streams of torch, numpy and Python: what is called again draws nothing from them."""
+"""Save and restore the global random streams of torch, numpy and Python, so that repeated calls draw nothing."""
 
 import random
 from collections.abc import Callable, Generator
@@ -13,13 +13,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RandomState:
-    """Where the streams stand.
+    """The states of the random streams.
 
     Attributes:
-        cpu: Of torch, on the CPU.
-        device: Of torch, on the device; None where that is the CPU.
-        numpy: Of numpy's global functions.
-        python: Of the module `random`.
+        cpu: torch's, on the CPU.
+        device: torch's, on the device; None if that is the CPU.
+        numpy: That of numpy's global functions.
+        python: That of the module `random`.
     """
 
     cpu: Tensor
@@ -29,15 +29,15 @@ class RandomState:
 
 
 def random_state(device: torch.device) -> RandomState:
-    """Where the streams stand now, that of one device among them."""
-    # Metal has one stream, and its functions take no device.
+    """Returns the states of the streams, on the CPU and on one device."""
+    # Metal has a single stream, and its functions take no device.
     where = () if device.type == "mps" else (device,)
     on_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(*where)
     return RandomState(torch.get_rng_state(), on_device, np.random.get_state(legacy=False), random.getstate())
 
 
 def set_random_state(state: RandomState, device: torch.device) -> None:
-    """Puts the streams back to where they stood."""
+    """Restores the states of the streams."""
     torch.set_rng_state(state.cpu)
     if state.device is not None:
         where = () if device.type == "mps" else (device,)
@@ -48,7 +48,7 @@ def set_random_state(state: RandomState, device: torch.device) -> None:
 
 @contextmanager
 def unchanged_streams(device: torch.device) -> Generator[Callable[[], bool]]:
-    """Puts the streams back at its end; yields a function that tells whether something has been drawn since."""
+    """Restores the streams on exit; yields a function that tells whether anything has been drawn."""
     before = random_state(device)
     try:
         yield lambda: not _equal(before.__dict__, random_state(device).__dict__)

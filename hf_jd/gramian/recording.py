@@ -1,4 +1,4 @@
-"""One backward: what the taps bring -> the rows of each parameter."""
+"""Record one backward: events at the taps -> the rows of each parameter."""
 
 import math
 from collections.abc import Mapping, Sequence, Set
@@ -8,7 +8,7 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from hf_jd.gramian.again import single_precision_gradients
+from hf_jd.gramian.functional_call import single_precision_gradients
 from hf_jd.gramian.layouts import AXES, Batch, DrawsError, Layout, Segments, UnmappedError
 from hf_jd.gramian.methods import FINAL, VECTORISED, ClosedForm, Tier
 from hf_jd.gramian.plan import ModuleUse, Plan
@@ -17,25 +17,25 @@ from hf_jd.gramian.sharding import is_partitioned
 from hf_jd.gramian.stacks import Stack, Stacker, kind_of
 from hf_jd.gramian.taps import Call, ModuleTap, TapEvent
 
-ROUNDED = 0.03  # of the rows' norms, how far a rule may be from autograd in float32 on the same half-precision tensors
+ROUNDED = 0.03  # a rule's largest error against float32 autograd on the same tensors, relative to the rows' norms
 
 
 class Keep(Enum):
-    """What is kept of the rows of a backward."""
+    """What to store of the rows of a backward."""
 
     ROWS = "rows"
-    FACTORS = "factors"  # where they are smaller than rows
+    FACTORS = "factors"  # if they are smaller than rows
     GRAMIAN = "gramian"
 
 
 @dataclass
-class Meeting:
-    """One meeting of a module's input and output gradient in the backward.
+class RecordedUse:
+    """One use of a module, as a backward recorded it.
 
     Attributes:
-        targets: The parameters whose rows it brings, by name.
+        targets: The parameters whose rows it gives, by name.
         use: The module, and how its rows are formed.
-        layout: How its tensors held the batch; None where no layout fits.
+        layout: How its tensors hold the batch; None if no layout fits.
     """
 
     targets: Mapping[str, nn.Parameter]
@@ -45,28 +45,28 @@ class Meeting:
 
 @dataclass
 class Recording:
-    """The rows that one backward brings.
+    """The rows from one backward.
 
     Attributes:
         plan: The engine's decisions.
         batch: The instances of the step.
-        keep: With `GRAMIAN`, rows become inner products at once and are dropped, but for `shared` parameters.
-        shared: Parameters with several uses in the step, whose rows must add up first.
-        asleep: Parameters whose gradient was zero when they were last looked at.
-        probe: Vectors [P, R] of the self-check: sum_i r_i row_i is kept of each parameter and vector, in the place of
-            its rows, beside which the self-check's own backward would not find room.
+        keep: With `GRAMIAN`, rows become inner products at once and are dropped, except for `shared` parameters.
+        shared: Parameters with several uses in the step, whose rows have to be added up first.
+        asleep: Parameters whose gradient was zero at their last check.
+        probe: Vectors [P, R] of the self-check. With a probe, only sum_i r_i row_i is stored per parameter and vector:
+            the rows and the self-check's own backward would not fit in memory together.
         doubted: Parameters whose closed forms are compared with autograd in float32, layer by layer.
-        rows: By parameter, the sum over its uses, or the stack that it is in.
+        rows: By parameter, the sum over its uses, or the stack that holds it.
         gramian: The inner products of the rows that were dropped.
-        meetings: What was met, in the order of the backward.
-        unmapped: Parameters met where no layout fits: tier 3 in this step.
-        postponed: Those of them whose module draws random numbers, which its next forward notes.
-        reached: Parameters without a tap that the backward was asked for and found.
+        uses: Uses of modules, in the order of the backward.
+        unmapped: Parameters used where no layout fits: tier 3 in this step.
+        postponed: Unmapped parameters whose module draws random numbers; its next forward notes their state.
+        reached: Parameters without a tap that have a gradient in this backward.
         tiers: 1 (closed form) or 2 (vjp of a module) of each parameter.
-        awake: Those of `asleep` that have rows other than zero.
+        awake: Members of `asleep` with rows other than zero.
         probed: By parameter, the sums of rows weighted by the probe.
         precisions: By parameter, with a probe: the dtypes that its modules computed with.
-        refuted: Those of `doubted` that were not proved so.
+        refuted: Members of `doubted` whose rule failed that comparison.
     """
 
     plan: Plan
@@ -78,7 +78,7 @@ class Recording:
     doubted: Set[nn.Parameter] = frozenset()
     rows: dict[nn.Parameter, Rows | Stack] = field(default_factory=dict, init=False)
     gramian: Tensor | None = field(default=None, init=False)
-    meetings: list[Meeting] = field(default_factory=list, init=False)
+    uses: list[RecordedUse] = field(default_factory=list, init=False)
     unmapped: set[nn.Parameter] = field(default_factory=set, init=False)
     postponed: set[nn.Parameter] = field(default_factory=set, init=False)
     reached: set[nn.Parameter] = field(default_factory=set, init=False)
@@ -97,23 +97,23 @@ class Recording:
         self._stacker = Stacker(self.batch)
 
     @property
-    def met(self) -> dict[nn.Parameter, list[Meeting]]:
-        """The meetings of each parameter."""
-        found: dict[nn.Parameter, list[Meeting]] = {}
-        for meeting in self.meetings:
-            for parameter in meeting.targets.values():
-                found.setdefault(parameter, []).append(meeting)
-        return found
+    def uses_of(self) -> dict[nn.Parameter, list[RecordedUse]]:
+        """The uses of each parameter."""
+        uses: dict[nn.Parameter, list[RecordedUse]] = {}
+        for recorded in self.uses:
+            for parameter in recorded.targets.values():
+                uses.setdefault(parameter, []).append(recorded)
+        return uses
 
     def record(self, event: TapEvent) -> None:
-        """Takes what a tap met in the backward. Raises nothing for what it cannot map: that is left to tier 3."""
+        """Forms the rows of one event; parameters whose layout is unknown are left to tier 3, without an error."""
         event = self._without_individual(event)
         first, targets = event.first, event.targets
         if first is None or not targets:
             return
         use = self.plan.use(event, first.shape, self.batch)
         layout = use.choose_layout(first.shape[:-1] or first.shape, self.batch.instances)
-        self.meetings.append(Meeting(targets, use, layout))
+        self.uses.append(RecordedUse(targets, use, layout))
         if self.probe is not None:
             dtypes = _precisions(use.module, event.call, [*(event.inputs or ()), first])
             for parameter in targets.values():
@@ -127,53 +127,53 @@ class Recording:
             return
         ModuleTap.look_away = True
         try:
-            found = {} if layout is None else self._form(use, layout, event)
+            rows = {} if layout is None else self._form(use, layout, event)
         except DrawsError:
             event.tap.note_states(first.device)
             self.postponed.update(targets.values())
-            found = {}
+            rows = {}
         finally:
             ModuleTap.look_away = False
-        if found and layout is not None and isinstance(use.module, nn.Embedding):
+        if rows and layout is not None and isinstance(use.module, nn.Embedding):
             (batch_first,), segments = layout.arrange(self.batch, first)
             self._embedded.append((batch_first, segments))
         if kind is not None:
-            dense = [rows for rows in found.values() if type(rows) is DenseRows or not _stays_outer(rows, self.keep)]
-            self.plan.stacked[kind] = use.is_closed and found.keys() == targets.keys() and len(dense) == len(found)
+            dense = [part for part in rows.values() if type(part) is DenseRows or not _stays_outer(part, self.keep)]
+            self.plan.stacked[kind] = use.is_closed and rows.keys() == targets.keys() and len(dense) == len(rows)
             if self.plan.stacked[kind]:
-                # From its first step on, a kind is rounded in the same way: a resumed run is an uninterrupted one.
+                # Stack a kind from its first step on: rounding is then the same in a resumed and an uninterrupted run.
                 self._wait(kind, event)
                 return
-        self._take(targets, found)
+        self._take(targets, rows)
 
     def finish(self) -> None:
-        """Forms the rows of inputs without a batch dimension, once all gradients are known, and those that wait.
+        """Forms the rows of inputs without a batch dimension, once all gradients are known, and the waiting rows.
 
-        Position embeddings are added to word embeddings, so the gradient that reaches them is that of the word
-        embeddings summed over the batch: where such a twin was met, it has the rows that the sum has lost.
+        Position embeddings are added to word embeddings, so their gradient is the word embeddings' gradient summed
+        over the batch. If such a twin was recorded, its gradient still has the rows that the sum has lost.
         """
         for use, event in self._unbatched:
             assert event.first is not None
             assert event.inputs is not None
             x, g, targets = event.inputs[0], event.first, event.targets
             twin = next((pair for pair in self._embedded if _is_sum_of(g, pair[0])), None)
-            found: dict[str, Rows] = {}
+            rows: dict[str, Rows] = {}
             if twin is not None and isinstance(use.method, ClosedForm):
                 one = x if x.shape[0] == 1 else x[None]
                 with torch.no_grad():
                     x = one.expand(len(twin[0]), *one.shape[1:])
-                    found = dict(use.method.rule(use.module, x, *twin))
-            self.tiers.update(dict.fromkeys((targets[name] for name in found if name in targets), Tier.CLOSED))
-            self.refuted |= self.doubted & set(targets.values())  # A twin's gradient is no input of the layer.
-            self._take(targets, found)
+                    rows = dict(use.method.rule(use.module, x, *twin))
+            self.tiers.update(dict.fromkeys((targets[name] for name in rows if name in targets), Tier.CLOSED))
+            self.refuted |= self.doubted & set(targets.values())  # No layer can be called to check a twin's rows.
+            self._take(targets, rows)
         self._release()
         for parameter in self.unmapped & self._waiting:
             self._unstack(parameter)
         if self.keep is Keep.GRAMIAN:
-            self.shared |= self.unmapped & self._dropped  # Their part is in the Gramian, and all their rows will come.
+            self.shared |= self.unmapped & self._dropped  # Tier 3 gives all their rows, but the Gramian has a part.
 
     def _kind(self, use: ModuleUse, layout: Layout | None, event: TapEvent) -> tuple | None:
-        """What layers must have in common with this one to form their rows together; None where it stands alone."""
+        """Returns what layers must share with this one to form their rows together; None if it can't be stacked."""
         if layout is not AXES[0] or self.keep is Keep.GRAMIAN or not isinstance(use.method, ClosedForm):
             return None
         kind, ids = kind_of(use.method.rule, event), self.batch.segments.ids
@@ -184,7 +184,7 @@ class Recording:
                 return None
         if ids is not None and ids.dim() == 2 and kind[1][1:2] != ids.shape[1:]:
             return None
-        return (*kind, ids is None, self.keep)  # Whether rows stay factors depends on these.
+        return (*kind, ids is None, self.keep)  # These decide whether rows stay factors.
 
     def _wait(self, kind: tuple, event: TapEvent) -> None:
         for parameter in event.targets.values():
@@ -202,19 +202,19 @@ class Recording:
                 return event._replace(targets=wanted)
         return event
 
-    def _take(self, targets: Mapping[str, nn.Parameter], found: dict[str, Rows]) -> None:
-        self.unmapped.update(targets[name] for name in targets.keys() - found.keys())
-        for name in list(found):
-            rows = found.pop(name)  # Factors are let go before those of the next parameter become rows.
+    def _take(self, targets: Mapping[str, nn.Parameter], rows: dict[str, Rows]) -> None:
+        self.unmapped.update(targets[name] for name in targets.keys() - rows.keys())
+        for name in list(rows):
+            part = rows.pop(name)  # Free these factors before the next parameter's become rows.
             if name in targets:
-                self._add(targets[name], rows)
+                self._add(targets[name], part)
 
     def _form(self, use: ModuleUse, layout: Layout, event: TapEvent) -> dict[str, Rows]:
-        """The rows of the targets at one use, by its method or the next that works."""
+        """Forms the targets' rows at one use, by its method or the next one that works."""
         while True:
             method = use.method
             if not isinstance(method, ClosedForm) and is_partitioned(event.targets.values()):
-                return {}  # Calling a module would gather its parameters, on this process alone.
+                return {}  # Calling the module would gather its parameters on this process alone.
             if event.inputs is None and not method.mistakes:
                 return {}
             try:
@@ -224,46 +224,45 @@ class Recording:
                     return {}
                 raise
             except method.mistakes:
-                # The shapes of a closed form, what vmap can't trace, a module that can't be called again: the next
-                # method may fit, and the self-check has the last word.
+                # Shapes that a closed form can't handle, code that vmap can't trace, a module that can't be called
+                # again: the next method may fit, and the self-check has the last word.
                 if method.next is None or event.inputs is None:
                     return {}
                 use.fall_back()
 
     def _form_by_method(self, use: ModuleUse, layout: Layout, event: TapEvent) -> dict[str, Rows]:
-        found: dict[str, Rows] = {}
+        rows: dict[str, Rows] = {}
         if isinstance(use.method, ClosedForm):
-            found = dict(use.method.rows(event, layout, self.batch))
+            rows = dict(use.method.rows(event, layout, self.batch))
             if self.doubted and not self.doubted.isdisjoint(event.targets.values()):
-                self._prove_rule(event, layout, found)
+                self._prove_rule(event, layout, rows)
         for name, parameter in event.targets.items():
-            self.tiers[parameter] = Tier.CLOSED if name in found else Tier.MODULE
-        if event.targets.keys() <= found.keys():
-            return found
-        # In a backward, a sharded parameter's module holds the whole one.
-        rest = {name: use.module.get_parameter(name) for name in event.targets if name not in found}
+            self.tiers[parameter] = Tier.CLOSED if name in rows else Tier.MODULE
+        if event.targets.keys() <= rows.keys():
+            return rows
+        # During a backward, a sharded parameter's module holds the whole parameter.
+        rest = {name: use.module.get_parameter(name) for name in event.targets if name not in rows}
         if is_partitioned(rest.values()):
-            return found
+            return rows
         method = VECTORISED if isinstance(use.method, ClosedForm) else use.method
-        return found | method.rows(event._replace(targets=rest), layout, self.batch)
+        return rows | method.rows(event._replace(targets=rest), layout, self.batch)
 
-    def _prove_rule(self, event: TapEvent, layout: Layout, found: Mapping[str, Rows]) -> None:
-        """Compares a rule's rows with autograd through a copy of the layer in float32, from the same tensors."""
+    def _prove_rule(self, event: TapEvent, layout: Layout, rows: Mapping[str, Rows]) -> None:
+        """Compares a rule's rows with autograd through a float32 copy of the layer, on the same tensors."""
         assert self.probe is not None
         assert event.first is not None
         (g, *xs), segments = layout.arrange(self.batch, event.first, *(event.inputs or ()))
         r = self.probe[0].to(accumulation_dtype(g))
-        doubted = {name: p for name, p in event.targets.items() if name in found and p in self.doubted}
+        doubted = {name: p for name, p in event.targets.items() if name in rows and p in self.doubted}
         try:
             gradients = single_precision_gradients(event, list(doubted), xs, segments.spread(r, g) * g)
         except Exception:
-            self.refuted.update(doubted.values())  # A layer that can't be called so, for whatever reason: no proof.
+            self.refuted.update(doubted.values())  # The layer can't be called like this, for whatever reason.
             return
         for name, parameter in doubted.items():
-            rows = found[name]
-            error = float((rows.weighted_sum(r).float() - gradients[name]).norm())
-            # Rows are rounded one by one: relative to them, not to their sum.
-            if not error <= ROUNDED * math.sqrt(float(r.double().square() @ rows.gramian().diagonal().double())):
+            error = float((rows[name].weighted_sum(r).float() - gradients[name]).norm())
+            # Each row is rounded by itself, so the error scales with the rows' norms, not with their sum's.
+            if not error <= ROUNDED * math.sqrt(float(r.double().square() @ rows[name].gramian().diagonal().double())):
                 self.refuted.add(parameter)
 
     def _add(self, parameter: nn.Parameter, rows: Rows) -> None:
@@ -287,7 +286,7 @@ class Recording:
             self.gramian = part if self.gramian is None else self.gramian + part
 
     def _may_wait(self, parameter: nn.Parameter) -> bool:
-        """Whether rows may join those of other parameters; not where uses add up, or a proof looks at each."""
+        """Whether rows may join other parameters' rows: not if uses add up, or a proof needs each one."""
         if (self.asleep or self.doubted or self.plan.several) and self._is_special(parameter):
             return False
         if parameter in self._waiting or (self.rows and parameter in self.rows):
@@ -312,7 +311,7 @@ class Recording:
         self.probed[parameter] = parts if before is None else [a + b for a, b in zip(before, parts, strict=True)]
 
     def _unstack(self, parameter: nn.Parameter) -> Rows | None:
-        """The rows so far of a parameter that are to be added to, or left out: its stack is taken apart."""
+        """Returns a parameter's rows so far, to add to or leave out; takes their stack apart."""
         if parameter in self._waiting:
             self._release()
         rows = self.rows.get(parameter)
@@ -328,7 +327,7 @@ def _stays_outer(rows: Rows, keep: Keep) -> bool:
 
 
 def _precisions(module: nn.Module, call: Call, tensors: Sequence[Tensor]) -> set[torch.dtype]:
-    """The dtypes that a call computed with."""
+    """Returns the dtypes that a call computed with."""
     dtypes = {t.dtype for t in (*tensors, *module.parameters()) if t.is_floating_point()}
     _, autocast, enabled = call.autocast
     return dtypes | {autocast} if enabled else dtypes

@@ -1,7 +1,7 @@
-"""Rows of a mixture of experts: 3-D parameters [E, p, d], each token sent to a few of the E experts.
+"""Rows of a mixture of experts: 3-D parameters [E, p, d], where each token goes to a few of the E experts.
 
-The layer's own routing indices say which expert saw which token; the experts are computed once more, for all tokens
-together, to meet input and output gradient of their two linear maps.
+The layer's routing indices say which expert saw which token. The experts are computed once more, for all tokens
+together, to get the inputs and output gradients of their two linear maps.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_jd.gramian.layouts import Segments
 from hf_jd.gramian.rows import DenseRows, Rows, accumulation_dtype, inner
 
-READ = 64  # multiplications in the time of writing a number of a row, and reading it twice, about
+READ = 64  # multiplications in about the time that it takes to write a number of a row and read it twice
 
 
 class RoutedRows(Rows):
@@ -22,8 +22,8 @@ class RoutedRows(Rows):
     Args:
         grad_output: [n, p], tokens sorted by expert.
         input: [n, d], likewise.
-        owners: Objective of each token [n].
-        lengths: Tokens of each expert.
+        owners: The objective of each token [n].
+        lengths: The number of tokens of each expert.
         objectives: R.
     """
 
@@ -33,7 +33,7 @@ class RoutedRows(Rows):
         self.shape = torch.Size((len(lengths), grad_output.shape[1], input.shape[1]))
 
     def _experts(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(g [n_e, p], x [n_e, d], owners [n_e]) of each expert."""
+        """Returns (g [n_e, p], x [n_e, d], owners [n_e]) for each expert."""
         parts = (self.grad_output, self.input, self.owners)
         return list(zip(*(part.split(self.lengths) for part in parts), strict=True))
 
@@ -44,7 +44,7 @@ class RoutedRows(Rows):
         return rows.flatten(1)
 
     def _fill(self, rows: Tensor, g: Tensor, x: Tensor, owners: Tensor) -> None:
-        """One expert's part [R, p, d]: the weight gradient's product, cut by objective."""
+        """Fills in one expert's rows [R, p, d]: the product of its weight gradient, split by objective."""
         if bool((owners[1:] < owners[:-1]).any()):
             order = torch.argsort(owners, stable=True)
             g, x, owners = g[order], x[order], owners[order]
@@ -54,7 +54,7 @@ class RoutedRows(Rows):
                 torch.mm(g_i.T, x_i, out=rows[i])
 
     def gramian(self) -> Tensor:
-        """Expert by expert, the cheaper of the ghost form sum((x x^T) * (g g^T)) over pairs of tokens and of rows."""
+        """Uses, for each expert, the cheaper of the ghost form sum((x x^T) * (g g^T)) over token pairs and rows."""
         total = self.input.new_zeros(self.objectives, self.objectives, dtype=torch.float64)
         dtype = accumulation_dtype(self.input)
         for g, x, owners in self._experts():
@@ -71,15 +71,15 @@ class RoutedRows(Rows):
         return total
 
     def _ghost_cost(self, tokens: int) -> int:
-        """Multiplications of one expert's Gramian from factors."""
+        """Returns the multiplications of one expert's Gramian from factors."""
         return tokens * tokens * (self.shape[1] + self.shape[2])
 
     def _rows_cost(self) -> int:
-        """The same from rows that are there, with what it costs to write and read them."""
+        """Returns the same from formed rows, including the cost to write and read them."""
         return self.objectives * (self.objectives + READ) * self.shape[1] * self.shape[2]
 
     def compact(self, dtype: torch.dtype, materialise: bool) -> Rows:
-        """Rows, where they may be formed and their Gramian costs less than that of the factors."""
+        """Returns dense rows if they may be formed and their Gramian is cheaper than that of the factors."""
         if materialise and sum(map(self._ghost_cost, self.lengths)) > len(self.lengths) * self._rows_cost():
             return DenseRows(self.dense().to(dtype), self.shape)
         return self
@@ -94,9 +94,9 @@ class RoutedRows(Rows):
         position = torch.full((self.objectives,), -1, device=index.device)
         position[index] = torch.arange(len(index), device=index.device)
         owners = position[self.owners]
-        kept = owners >= 0
-        lengths = [int(part.sum()) for part in kept.split(self.lengths)]
-        return RoutedRows(self.grad_output[kept], self.input[kept], owners[kept], lengths, len(index))
+        selected = owners >= 0
+        lengths = [int(part.sum()) for part in selected.split(self.lengths)]
+        return RoutedRows(self.grad_output[selected], self.input[selected], owners[selected], lengths, len(index))
 
     def scaled(self, factors: Tensor) -> Rows:
         g = self.grad_output * factors.to(self.grad_output.dtype)[self.owners, None]
@@ -127,11 +127,11 @@ class RoutedRows(Rows):
 
 
 def is_experts(module: Any, inputs: Sequence[Tensor]) -> bool:
-    """Whether a module is transformers' layer of experts: 3-D up and down projections, and routing in its inputs."""
-    known = ("has_gate", "has_bias", "is_transposed", "down_proj")
+    """Whether a module is transformers' layer of experts: 3-D up and down projections, and routing among its inputs."""
+    attributes = ("has_gate", "has_bias", "is_transposed", "down_proj")
     return (
         len(inputs) == 3
-        and all(hasattr(module, name) for name in known)
+        and all(hasattr(module, name) for name in attributes)
         and isinstance(module.down_proj, nn.Parameter)
         and module.down_proj.dim() == 3
         and not getattr(module, "has_post_expert_norm", False)
@@ -143,9 +143,9 @@ def experts(module: Any, inputs: Sequence[Tensor], grad_output: Tensor, segments
 
     Args:
         module: The layer.
-        inputs: Tokens [N, d], the experts of each [N, k], and their routing weights [N, k].
+        inputs: Tokens [N, d], the experts of each token [N, k], and their routing weights [N, k].
         grad_output: [N, d].
-        segments: Of the N tokens.
+        segments: The objectives of the N tokens.
     """
     index = next(t for t in inputs if not t.is_floating_point())
     hidden = next(t for t in inputs if t.is_floating_point() and t.shape != index.shape)
@@ -153,9 +153,9 @@ def experts(module: Any, inputs: Sequence[Tensor], grad_output: Tensor, segments
     up_name = "gate_up_proj" if module.has_gate else "up_proj"
     up, down = getattr(module, up_name), module.down_proj
     owners = segments.token_ids((len(hidden), 1)).to(hidden.device).expand(*index.shape).flatten()
-    kept = ((owners >= 0) & (index.flatten() < len(up))).nonzero().squeeze(1)
-    # By expert and, within an expert, by objective: rows are then products of neighbours.
-    chosen = kept[torch.argsort(index.flatten()[kept] * segments.objectives + owners[kept], stable=True)]
+    used = ((owners >= 0) & (index.flatten() < len(up))).nonzero().squeeze(1)
+    # Sort by expert, then by objective: rows are then products of neighbouring tokens.
+    chosen = used[torch.argsort(index.flatten()[used] * segments.objectives + owners[used], stable=True)]
     expert, owners, tokens = index.flatten()[chosen], owners[chosen], chosen // index.shape[1]
     lengths = torch.bincount(expert, minlength=len(up)).tolist()
 
@@ -172,13 +172,13 @@ def experts(module: Any, inputs: Sequence[Tensor], grad_output: Tensor, segments
         activated = module._apply_gate(pre) if module.has_gate else module.act_fn(pre)
     g_down = (grad_output[tokens] * routing.flatten()[chosen][:, None]).to(x.dtype)
     g_up = torch.autograd.grad(activated, pre, through(g_down, down, not module.is_transposed))[0]
-    found: dict[str, Rows] = {}
+    by_name: dict[str, Rows] = {}
     for name, g, value in (("down_proj", g_down, activated.detach()), (up_name, g_up, x)):
         g, value = (value, g) if module.is_transposed else (g, value)
-        found[name] = RoutedRows(g, value, owners, lengths, segments.objectives)
+        by_name[name] = RoutedRows(g, value, owners, lengths, segments.objectives)
     if module.has_bias:
         slots = owners * len(up) + expert
         for name, g in ((up_name + "_bias", g_up), ("down_proj_bias", g_down)):
             rows = g.new_zeros(segments.objectives * len(up), g.shape[1]).index_add_(0, slots, g)
-            found[name] = DenseRows(rows.view(segments.objectives, -1), getattr(module, name).shape)
-    return {name: rows for name, rows in found.items() if getattr(module, name).requires_grad}
+            by_name[name] = DenseRows(rows.view(segments.objectives, -1), getattr(module, name).shape)
+    return {name: rows for name, rows in by_name.items() if getattr(module, name).requires_grad}

@@ -1,7 +1,7 @@
-"""The representations of rows: the ways to hold the gradients of R objectives with regard to one parameter.
+"""The representations of rows: ways to store the gradients of R objectives with respect to one parameter.
 
-Each class knows the products that Jacobian descent needs of its rows. A new representation is added here and nowhere
-else; `jacobian.py` puts the parameters of a model together.
+Each class implements the products that Jacobian descent needs. A new representation is added here and nowhere else;
+`jacobian.py` combines the parameters of a model.
 """
 
 import math
@@ -13,13 +13,13 @@ from torch import Tensor
 
 CHUNK = 65_536  # columns in one inner product: float32 sums of more lose digits (1.7e-3 relative at 10M columns)
 BLOCK = 64  # objectives up to which a symmetric product is fastest in one piece
-COLUMNS = 64  # columns up to which a product of many rows is formed transposed, several times faster
+COLUMNS = 64  # columns up to which forming a tall product transposed is several times faster
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """a b^T of rows [R, n] and [S, n]: [R, S] float64, in chunks of `CHUNK` columns summed in float64.
+    """Computes a b^T of rows [R, n] and [S, n]: [R, S] float64, in chunks of `CHUNK` columns summed in float64.
 
-    Half-precision rows are multiplied in float32. Where b is a, only one half of the blocks is computed.
+    Multiplies half-precision rows in float32. If b is a, only half of the blocks are computed.
     """
     if a is b and len(a) > BLOCK:
         upper, lower = a.split([len(a) // 2, len(a) - len(a) // 2])
@@ -34,12 +34,12 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 def narrow(shape: torch.Size) -> bool:
-    """Whether products of this shape [p, d] are formed faster as [d, p]: those of LoRA's B."""
+    """Whether forming a product of this shape [p, d] as [d, p] is faster, as for LoRA's B."""
     return shape[-1] <= COLUMNS and shape[-1] < shape[0]
 
 
 def combine(weights: Tensor, rows: Tensor) -> Tensor:
-    """w^T rows for weights [R] or [K, R] and rows [R, n], in the rows' dtype; half precision in float32, by chunks."""
+    """Computes w^T rows for weights [R] or [K, R] and rows [R, n], in the rows' dtype; half precision via float32."""
     if accumulation_dtype(rows) == rows.dtype:
         return weights.to(rows.dtype) @ rows
     parts = [weights.float() @ part.float() for part in rows.split(CHUNK, dim=1)]
@@ -47,7 +47,7 @@ def combine(weights: Tensor, rows: Tensor) -> Tensor:
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which products of `tensor` are formed: float32 at least."""
+    """Returns the dtype in which products of `tensor` are computed: at least float32."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
@@ -59,58 +59,58 @@ class Rows(ABC):
     device: torch.device
 
     def dense(self) -> Tensor:
-        """The rows as one tensor [R, numel]."""
+        """Returns the rows as one tensor [R, numel]."""
         return self.block(0, self.shape[0])
 
     @abstractmethod
     def block(self, first: int, last: int) -> Tensor:
-        """The columns of `parameter[first:last]`: [R, (last - first) * numel / len(parameter)]."""
+        """Returns the columns of `parameter[first:last]`: [R, (last - first) * numel / len(parameter)]."""
 
     def columns(self, start: int, stop: int) -> Tensor:
-        """Some columns of `dense()`, without forming much more: [R, stop - start]."""
+        """Returns columns of `dense()`, without forming many others: [R, stop - start]."""
         width = math.prod(self.shape[1:])
         first = start // width
         return self.block(first, -(-stop // width))[:, start - first * width : stop - first * width]
 
     @abstractmethod
     def gramian(self) -> Tensor:
-        """Float64 [R, R]."""
+        """Computes the Gramian of these rows, float64 [R, R]."""
 
     @abstractmethod
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        """sum_i w_i row_i for weights [R], shaped like the parameter, in the rows' dtype."""
+        """Computes sum_i w_i row_i for weights [R], shaped like the parameter, in the rows' dtype."""
 
     def combined(self, matrix: Tensor) -> "Rows":
-        """The rows of K objectives that are sums of these ones; matrix [K, R]."""
+        """Returns the rows of K objectives that are weighted sums of these; matrix [K, R]."""
         return DenseRows(torch.stack([self.weighted_sum(weights).flatten() for weights in matrix]), self.shape)
 
     @abstractmethod
     def select(self, index: Tensor) -> "Rows":
-        """The rows of some objectives, by indices; rows are picked, never multiplied by 0 (0 * NaN is NaN)."""
+        """Returns the rows of some objectives, by index; rows are picked, not multiplied by 0 (0 * NaN is NaN)."""
 
     @abstractmethod
     def scaled(self, factors: Tensor) -> "Rows":
-        """Each row multiplied by its factor; factors [R]."""
+        """Returns each row times its factor; factors [R]."""
 
     @abstractmethod
     def __add__(self, other: "Rows") -> "Rows":
-        """Another use of the same parameter by the same objectives."""
+        """Adds the rows of another use of the parameter by the same objectives."""
 
     @abstractmethod
     def below(self, other: "Rows") -> "Rows":
-        """The rows of other objectives appended."""
+        """Appends the rows of other objectives."""
 
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes held."""
+        """The memory of the rows, in bytes."""
 
     def compact(self, dtype: torch.dtype, materialise: bool) -> "Rows":
-        """The representation that is kept; where factors are one, the one place where memory decides.
+        """Returns the representation to store. For factors, this is the only place where memory decides.
 
         Args:
-            dtype: Of the parameter, for rows that are formed.
-            materialise: Whether rows may be formed where factors are smaller.
+            dtype: The parameter's, for dense rows.
+            materialise: Whether to form rows even if factors are smaller.
         """
         return self
 
@@ -126,7 +126,7 @@ class DenseRows(Rows):
         rows: [R, numel].
         shape: Of the parameter.
         transposed: Whether a row holds the parameter [p, d] column by column. The order is the same for all rows, so
-            their products do not know it.
+            their products don't depend on it.
     """
 
     def __init__(self, rows: Tensor, shape: torch.Size, transposed: bool = False):
@@ -152,11 +152,11 @@ class DenseRows(Rows):
         return self.shaped(combine(weights, self.rows))
 
     def shaped(self, vector: Tensor) -> Tensor:
-        """A sum of rows [numel], shaped like the parameter."""
+        """Reshapes a sum of rows [numel] like the parameter."""
         return vector.view(self.shape[::-1]).T.contiguous() if self.transposed else vector.view(self.shape)
 
     def like(self, rows: Tensor) -> "DenseRows":
-        """Other rows in the same order."""
+        """Wraps other rows in the same order."""
         return DenseRows(rows, self.shape, self.transposed)
 
     def select(self, index: Tensor) -> Rows:
@@ -189,7 +189,7 @@ class DenseRows(Rows):
 class SparseRows(Rows):
     """Rows of an embedding table [V, d]: entry e of `values` [E, d] is row `ids[e]` of the table for `owners[e]`.
 
-    Never holds [R, V, d]. Entries are coalesced: no pair (owner, id) stands twice.
+    Never stores [R, V, d]. Entries are coalesced: each pair (owner, id) occurs once.
     """
 
     def __init__(self, owners: Tensor, ids: Tensor, values: Tensor, objectives: int, shape: torch.Size):
@@ -205,7 +205,7 @@ class SparseRows(Rows):
         return rows.flatten(1)
 
     def gramian(self) -> Tensor:
-        """Over the ids that occur, in chunks of them, so that at most [R, CHUNK] is ever dense."""
+        """Runs over the ids that occur, in chunks, so that at most [R, CHUNK] is dense at a time."""
         used, slots = torch.unique(self.ids, return_inverse=True)
         order = torch.argsort(slots, stable=True)
         step = max(1, CHUNK // self.shape[1])
@@ -220,7 +220,7 @@ class SparseRows(Rows):
         return total
 
     def cross(self, other: "OuterRows") -> Tensor:
-        """<these rows, outer rows> [R, R] without V x d: C_ij = sum_{e of i, s} (v_e . x_js) g_js[id_e]."""
+        """Computes <these rows, outer rows> [R, R] without V x d: C_ij = sum_{e of i, s} (v_e . x_js) g_js[id_e]."""
         owners = torch.nn.functional.one_hot(self.owners, self.objectives).to(accumulation_dtype(self.values))
         columns = []
         for g, x in zip(other.grad_output, other.input, strict=True):
@@ -237,8 +237,8 @@ class SparseRows(Rows):
             0, index, torch.arange(len(index), device=index.device)
         )
         owners = position[self.owners]
-        kept = owners >= 0
-        return SparseRows(owners[kept], self.ids[kept], self.values[kept], len(index), self.shape)
+        selected = owners >= 0
+        return SparseRows(owners[selected], self.ids[selected], self.values[selected], len(index), self.shape)
 
     def scaled(self, factors: Tensor) -> Rows:
         values = self.values * factors.to(self.values.dtype)[self.owners, None]
@@ -275,7 +275,7 @@ class SparseRows(Rows):
 class OuterRows(Rows):
     """Rows as factors: row i = sum_s g_is x_is^T for grad_output [R, S, p] and input [R, S, d].
 
-    What a linear layer holds anyway; smaller than rows where S (p + d) < p d.
+    A linear layer stores these factors anyway; they are smaller than rows if S (p + d) < p d.
     """
 
     def __init__(self, grad_output: Tensor, input: Tensor, shape: torch.Size):
@@ -286,9 +286,9 @@ class OuterRows(Rows):
         return torch.bmm(self.grad_output[..., first:last].transpose(1, 2), self.input).flatten(1)
 
     def gramian(self) -> Tensor:
-        """The cheaper of the ghost form sum((x_i x_j^T) * (g_i g_j^T)) and rows materialised in chunks.
+        """Uses the cheaper of the ghost form sum((x_i x_j^T) * (g_i g_j^T)) and rows formed in chunks.
 
-        The rule of a Gramian, R^2 S^2 (p + d) against 2 R S p d + R^2 p d multiplications, not the one for norms.
+        Compares R^2 S^2 (p + d) with 2 R S p d + R^2 p d multiplications, the costs of a Gramian (not of norms alone).
         """
         (r, s, p), d = self.grad_output.shape, self.input.shape[-1]
         if r * s * (p + d) <= (2 + r / s) * p * d:
@@ -335,10 +335,7 @@ class OuterRows(Rows):
         return DenseRows(torch.cat([self.dense(), other.dense()]), self.shape)
 
     def compact(self, dtype: torch.dtype, materialise: bool) -> Rows:
-        """The factors as they are, or dense rows of the parameter's dtype.
-
-        Memory decides here, and nowhere else.
-        """
+        """Returns the factors themselves, or dense rows in the parameter's dtype."""
         if self.stay_factors(materialise):
             return self
         if narrow(self.shape):
@@ -347,10 +344,10 @@ class OuterRows(Rows):
         return DenseRows(self.dense().to(dtype), self.shape)
 
     def stay_factors(self, materialise: bool) -> bool:
-        """Whether factors are kept.
+        """Whether to store factors.
 
-        They are where they are smaller than rows and rows need not be formed, or where the ghost form makes them
-        cheaper too: R S (p + d) < 2 p d.
+        Yes if they are smaller than rows and rows need not be formed, or if the ghost form also makes them cheaper to
+        multiply: R S (p + d) < 2 p d.
         """
         (r, s, p), d = self.grad_output.shape, self.input.shape[-1]
         return r * s * (p + d) < 2 * p * d or (not materialise and s * (p + d) < p * d)
@@ -361,7 +358,7 @@ class OuterRows(Rows):
 
 
 class SumRows(Rows):
-    """A table used as embedding and as head: sparse rows plus outer rows, kept apart with exact cross terms."""
+    """A table used as embedding and as head: sparse rows plus outer rows, stored separately, with exact cross terms."""
 
     def __init__(self, parts: list[Rows]):
         outer = [part for part in parts if isinstance(part, OuterRows)]

@@ -1,13 +1,14 @@
-"""Tier 1: rows in closed form, one short rule a kind of layer.
+"""Tier 1: rows in closed form, one short rule per kind of layer.
 
 A rule is a pure function
 
     rule(module, input, grad_output, segments) -> {name of a parameter of the module: Rows}
 
-of the layer's input [N, ...] (a list where it was called with several tensors) and output gradient [N, ...], batch
-first, and of whose each of the N leading rows is. It may leave out names; what no rule covers passes to the next tier.
-`RULES` maps exact types to rules; pass `Engine(model, rules={**RULES, MyLayer: my_rule})` to add one. Layers that are
-not in it are recognised by behaviour (`recognise`): a probe of the layer itself decides, not its class name.
+of the layer's input [N, ...] (a list if it was called with several tensors) and output gradient [N, ...], batch first,
+and of the segments that assign the N leading rows to objectives. It may leave out names: the next tier takes the
+parameters that no rule covers. `RULES` maps exact types to rules; pass `Engine(model, rules={**RULES, MyLayer:
+my_rule})` to add one. Other layers are recognised by behaviour (`recognise`): probing the layer decides, not its class
+name.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_jd.gramian.again import call_again, without_traces
+from hf_jd.gramian.functional_call import call_again, without_traces
 from hf_jd.gramian.layouts import Segments, UnsupportedError, shared_features
 from hf_jd.gramian.rows import DenseRows, OuterRows, Rows, SparseRows, accumulation_dtype, narrow
 
@@ -25,7 +26,7 @@ Rule = Callable[[Any, Any, Tensor, Segments], dict[str, Rows]]
 
 
 def outer(grad_output: Tensor, input: Tensor, segments: Segments, shape: torch.Size) -> Rows:
-    """Rows sum_t g_t x_t^T of a weight of `shape`; as factors where the objectives are equal blocks of leading rows."""
+    """Rows sum_t g_t x_t^T of a weight of `shape`; as factors if the objectives are equal blocks of leading rows."""
     if input.dtype != grad_output.dtype:
         input = input.to(grad_output.dtype)
     if segments.ids is not None and narrow(shape):
@@ -65,20 +66,20 @@ def transposed_linear(module: Any, input: Tensor, grad_output: Tensor, segments:
 
 
 def embedding(module: nn.Embedding, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
-    """y = W[ids]: row e of the table gets the gradients of the tokens with id e; none for `padding_idx`."""
+    """y = W[ids]: entry e of the table gets the gradients of the tokens with id e; none for `padding_idx`."""
     if module.scale_grad_by_freq:
         raise UnsupportedError(
             "nn.Embedding(scale_grad_by_freq=True) divides gradients by counts over the whole batch, so instances have "
-            "no rows of their own; set scale_grad_by_freq=False."
+            "no separate rows: set scale_grad_by_freq=False."
         )
     g = shared_features(grad_output)
     ids = input.reshape(g.shape[:2])
     owners = segments.token_ids(g.shape[:2]).to(ids.device)
-    kept = owners >= 0
+    used = owners >= 0
     if module.padding_idx is not None:
-        kept = kept & (ids != module.padding_idx)
-    values = g[kept].to(module.weight.dtype)
-    return {"weight": SparseRows(owners[kept], ids[kept], values, segments.objectives, module.weight.shape)}
+        used = used & (ids != module.padding_idx)
+    values = g[used].to(module.weight.dtype)
+    return {"weight": SparseRows(owners[used], ids[used], values, segments.objectives, module.weight.shape)}
 
 
 def layer_norm(module: nn.LayerNorm, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
@@ -102,14 +103,14 @@ def rms_norm(module: nn.RMSNorm, input: Tensor, grad_output: Tensor, segments: S
 
 
 def _times_normalised(g: Tensor, x: Tensor, eps: float) -> Tensor:
-    """g x / sqrt(mean x^2 + eps) over the features [..., d], with fewer walks through memory than x_hat would take."""
+    """g x / sqrt(mean x^2 + eps) over the features [..., d], with fewer passes through memory than forming x_hat."""
     x = x.to(accumulation_dtype(x))
     mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
     return (g * x).mul_(torch.rsqrt(mean_square + eps))
 
 
 def _channels(module: Any, x_hat: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
-    """Rows of a scale and shift of each channel; tensors [N, C, *]."""
+    """Rows of a scale and a shift per channel; tensors [N, C, *]."""
     rows = {}
     if module.weight is not None and module.weight.requires_grad:
         rows["weight"] = _sum(shared_features((grad_output * x_hat).movedim(1, -1)), segments, module.weight)
@@ -119,23 +120,24 @@ def _channels(module: Any, x_hat: Tensor, grad_output: Tensor, segments: Segment
 
 
 def group_norm(module: nn.GroupNorm, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
-    """As `layer_norm`, over groups of channels; input [N, C, *]."""
+    """Like `layer_norm`, over groups of channels; input [N, C, *]."""
     return _channels(module, F.group_norm(input, module.num_groups, eps=module.eps), grad_output, segments)
 
 
 def batch_norm(module: Any, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
-    """With stored statistics (evaluation mode) a scale and shift of each channel; input [N, C, *]."""
+    """With stored statistics (evaluation mode), a scale and a shift per channel; input [N, C, *]."""
     if module.training or module.running_mean is None:
         raise UnsupportedError(
             f"{type(module).__name__} in training mode normalises over the batch, so the loss of an instance depends "
-            "on the others and has no row of its own; use GroupNorm or LayerNorm, or put the norm in evaluation mode."
+            "on the others, and instances have no separate rows: use GroupNorm or LayerNorm, or put the norm in "
+            "evaluation mode."
         )
     x_hat = F.batch_norm(input, module.running_mean, module.running_var, eps=module.eps)
     return _channels(module, x_hat, grad_output, segments)
 
 
 def convolution(module: Any, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
-    """nn.Conv1d/2d/3d: each objective's weight gradient, all instances as groups of one convolution."""
+    """nn.Conv1d/2d/3d: each objective's weight gradient, with all instances as groups of one convolution."""
     rows = {}
     if module.weight.requires_grad:
         if module.padding in ("same", "valid") or module.padding_mode != "zeros":
@@ -195,16 +197,16 @@ RULES: Mapping[type[nn.Module], Rule] = {
 
 
 def recognise(module: nn.Module, input: Tensor) -> Rule | None:
-    """The rule of a layer that is not in `RULES`, found by probing the layer on its own input.
+    """Finds the rule of a layer that is not in `RULES`, by probing the layer on its own input.
 
-    Knows layers without children that compute x W^T + b, x W + b, c W[ids], or a scale of each feature, y = a(x) +
-    w * f(x) (the RMSNorms of transformers, also those with 1 + w; layer scales).
+    Recognises layers without children that compute x W^T + b, x W + b, c W[ids], or a scale per feature, y = a(x) +
+    w * f(x) (the RMSNorms of transformers, including those with 1 + w; layer scales).
 
     Args:
         module: The layer.
-        input: The input that it was called with, alone.
+        input: The only input that it was called with.
     """
-    if input.is_floating_point():  # Under autocast it may be narrower than the weights.
+    if input.is_floating_point():  # Under autocast, it may have fewer bits than the weights.
         input = input.to(torch.promote_types(input.dtype, next(module.parameters()).dtype))
     names = [name for name, _ in module.named_parameters()]
     if next(module.children(), None) is not None or "weight" not in names or not set(names) <= {"weight", "bias"}:
@@ -222,19 +224,20 @@ def recognise(module: nn.Module, input: Tensor) -> Rule | None:
             if product is not None and _same(output, product if bias is None else product + bias):
                 return transposed_linear
     except Exception:
-        return None  # A layer that cannot be called on this input alone, for whatever reason: no closed form.
+        return None  # The layer can't be called on this input alone, for whatever reason: no closed form.
     return _scale_of(module, "weight", input) if bias is None else None
 
 
 def _same(a: Tensor, b: Tensor, least: float = 1e-5) -> bool:
     tolerance = max(least, 10 * torch.finfo(b.dtype).eps)
-    # Small outputs are alike in absolute terms, whatever they are: in bfloat16, a square matrix and its transpose.
+    # An absolute tolerance must shrink with the outputs: in bfloat16, small outputs of a square matrix and of its
+    # transpose would pass as equal.
     absolute = tolerance * min(1.0, float(b.abs().max())) if b.numel() else 0.0
     return a.shape == b.shape and bool(torch.allclose(a, b.to(a.dtype), rtol=tolerance, atol=absolute))
 
 
 def _scaled_embedding(module: Any, ids: Tensor, output: Tensor) -> Rule | None:
-    """c W[ids] (the scaled word embeddings of BART, Gemma, M2M): the rows of an embedding, times c."""
+    """c W[ids] (the scaled word embeddings of BART, Gemma, M2M): c times the rows of an embedding."""
     plain = F.embedding(ids, module.weight)
     if plain.shape != output.shape or not bool(plain.abs().sum() > 0):
         return None
@@ -247,7 +250,7 @@ def _scaled_embedding(module: Any, ids: Tensor, output: Tensor) -> Rule | None:
 def _scale_of(module: nn.Module, name: str, input: Tensor) -> Rule | None:
     """A layer y = a(x) + w * f(x), w [features]: rows sum_t g_t f(x_t).
 
-    f is the layer itself with w = 1 where a = 0, or with w = 0 where it computes (1 + w) f(x); a random w proves both.
+    f is the layer itself: with w = 1 if a = 0, with w = 0 if the layer computes (1 + w) f(x). A varied w verifies this.
     """
     weight = module.get_parameter(name)
     if weight.dim() != 1 or not input.is_floating_point():
@@ -282,13 +285,13 @@ def _scale_of(module: nn.Module, name: str, input: Tensor) -> Rule | None:
 
 
 def _rms_eps(f: Callable[[Tensor], Tensor], input: Tensor) -> float | None:
-    """The eps of f(x) = x / sqrt(mean x^2 + eps), read from a small x; None where f is another function.
+    """Reads the eps of f(x) = x / sqrt(mean x^2 + eps) from a small x; None if f is another function.
 
-    Also where it computes in float32 by itself in a model of float64: there, its own rounding is part of it.
+    Also None if f computes in float32 within a float64 model: its rounding is then part of the function.
 
     Args:
-        f: A layer of the last dimension.
-        input: One of its inputs: the proof is made on it, and on a thousand times it.
+        f: A layer over the last dimension.
+        input: One of its inputs: verified on it, and on a thousand times it.
     """
     small = 1e-3
     constant = torch.full_like(input[..., :1, :], small, dtype=accumulation_dtype(input))

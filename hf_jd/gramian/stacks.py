@@ -1,7 +1,7 @@
-"""Rows of many small parameters of one shape, formed and multiplied together: one kernel for many layers.
+"""Form and multiply the rows of many small parameters of the same shape together: one kernel for many layers.
 
-Where layers are small, a step's time is spent in starting operations. So what small layers bring in a backward waits
-(`Stacker`) until there is enough of it, and becomes the rows of all of them in one product (`Stack`).
+With small layers, a step spends its time launching operations. So the tensors of small layers wait during a backward
+(`Stacker`) until there are enough of them, and become the rows of all these layers in one product (`Stack`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,17 +15,17 @@ from hf_jd.gramian.rows import CHUNK, DenseRows, Rows, accumulation_dtype, combi
 from hf_jd.gramian.rules import Rule, linear, transposed_linear
 from hf_jd.gramian.taps import TapEvent
 
-ALIKE = {linear, transposed_linear}  # rules that read nothing of a layer but its parameters' shapes
+STACKABLE = {linear, transposed_linear}  # rules that read only the shapes of a layer's parameters
 SMALL, SMALL_ON_CPU = 1024 * 1024, 16 * 1024  # elements of a layer's tensors, or of its rows, up to which they wait
-WAITING = 4 * 1024 * 1024  # elements that may wait: activations that a backward would have freed
+WAITING = 4 * 1024 * 1024  # elements that may wait: a plain backward would have freed these activations
 
 
 class Stack:
-    """The rows of L parameters of one shape, side by side.
+    """The rows of L parameters of the same shape, side by side.
 
     Args:
         members: The L parameters.
-        rows: [R, L * numel]; its `shape`, and whether rows are transposed, are those of one parameter.
+        rows: [R, L * numel]; its `shape` and `transposed` describe a single parameter.
     """
 
     def __init__(self, members: Sequence[nn.Parameter], rows: DenseRows):
@@ -40,15 +40,15 @@ class Stack:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held."""
+        """The memory of the rows, in bytes."""
         return self.rows.nbytes
 
     def gramian(self) -> Tensor:
-        """The sum of the members' Gramians: float64 [R, R]."""
+        """Computes the sum of the members' Gramians: float64 [R, R]."""
         return self.rows.gramian()
 
     def gramians(self) -> Tensor:
-        """Those of each member: float64 [L, R, R]."""
+        """Computes each member's Gramian: float64 [L, R, R]."""
         parts = self._parts()
         if parts.shape[2] <= CHUNK:
             parts = parts.to(accumulation_dtype(parts))
@@ -56,7 +56,7 @@ class Stack:
         return torch.stack([inner(part, part) for part in parts])
 
     def weighted_sums(self, weights: Tensor) -> Sequence[Tensor]:
-        """sum_i w_i row_i of each member, for weights [R], or [L, R] with those of each member."""
+        """Computes sum_i w_i row_i of each member, for common weights [R] or separate ones [L, R]."""
         if weights.dim() == 1:
             total = combine(weights, self.rows.rows)
         else:
@@ -67,18 +67,18 @@ class Stack:
         return total.view(len(self), *shape).unbind()
 
     def apart(self, member: nn.Parameter) -> DenseRows:
-        """The rows of one member."""
+        """Returns the rows of one member."""
         size, place = self.rows.shape.numel(), self._places[member]
         return self.rows.like(self.rows.rows[:, place * size : (place + 1) * size])
 
     def map(self, function: Callable[[Rows], Rows]) -> "Stack":
-        """The stack of other objectives' rows: `function` treats each row as a whole."""
+        """Applies a function of whole rows to the stack, which may change the objectives."""
         rows = function(self.rows)
         assert isinstance(rows, DenseRows)
         return Stack(self.members, rows)
 
     def matches(self, other: "Stack | Rows | None") -> bool:
-        """Whether rows of the same parameters stand in the same order."""
+        """Whether the other stack holds the same parameters in the same order."""
         return (
             isinstance(other, Stack)
             and other.rows.transposed == self.rows.transposed
@@ -87,12 +87,12 @@ class Stack:
         )
 
     def _parts(self) -> Tensor:
-        """The rows of each member, [L, R, numel]."""
+        """Returns the rows of each member, [L, R, numel]."""
         return self.rows.rows.unflatten(1, (len(self), -1)).transpose(0, 1)
 
 
 class Stacker:
-    """Takes what small layers bring as it comes, and returns their rows in stacks.
+    """Collects the tensors and rows of small layers, and returns their rows in stacks.
 
     Args:
         batch: The instances of the step.
@@ -105,13 +105,13 @@ class Stacker:
         self._elements = 0
 
     def wait(self, kind: tuple, event: TapEvent) -> None:
-        """Takes what a layer brings; layers of one `kind_of` differ in nothing that a rule of `ALIKE` reads."""
+        """Takes a layer's tensors; a rule in `STACKABLE` can't tell layers of the same kind (`kind_of`) apart."""
         self._events.setdefault(kind, []).append(event)
         for tensor in (*(event.inputs or ()), event.grad_outputs[0]):
             self._elements += 0 if tensor is None else tensor.numel()
 
     def take(self, parameter: nn.Parameter, rows: Rows) -> bool:
-        """Takes rows that are dense and small, or tells that they are not."""
+        """Takes dense, small rows; returns False for others."""
         if type(rows) is not DenseRows or rows.rows.numel() > _small(rows.device):
             return False
         kind = (rows.transposed, rows.shape, rows.rows.dtype, rows.device)
@@ -120,11 +120,11 @@ class Stacker:
 
     @property
     def is_full(self) -> bool:
-        """Whether no more should wait."""
+        """Whether it is time to `release`."""
         return self._elements > WAITING
 
     def release(self) -> list[Stack]:
-        """All that waits, in stacks."""
+        """Returns the rows of all waiting layers, in stacks."""
         events, self._events, self._elements = self._events, {}, 0
         rows, self._rows = self._rows, {}
         stacks = [stack for (rule, *_), group in events.items() for stack in self._stacked(rule, group)]
@@ -134,11 +134,11 @@ class Stacker:
         return stacks
 
     def _stacked(self, rule: Rule, events: list[TapEvent]) -> Iterator[Stack]:
-        """The rows of L layers alike: for its rule they are one layer, and L R objectives."""
+        """Forms the rows of L layers of the same kind: to the rule, they are one layer with L R objectives."""
         g = torch.cat([g for event in events if (g := event.first) is not None])
         x = torch.cat([event.inputs[0] for event in events if event.inputs])
-        found = rule(events[0].tap.module, x, g, self._batch.segments.in_layers(len(events)))
-        for name, rows in found.items():
+        by_name = rule(events[0].tap.module, x, g, self._batch.segments.in_layers(len(events)))
+        for name, rows in by_name.items():
             members = [event.targets[name] for event in events]
             dense = rows.compact(members[0].dtype, materialise=True)
             assert isinstance(dense, DenseRows)
@@ -147,8 +147,8 @@ class Stacker:
 
 
 def kind_of(rule: Rule, event: TapEvent) -> tuple | None:
-    """What layers must have in common to be stacked; None where this one is no small layer of a rule of `ALIKE`."""
-    if rule not in ALIKE or event.inputs is None or len(event.inputs) != 1 or len(event.grad_outputs) != 1:
+    """Returns what layers must have in common to be stacked; None if this layer is not small, or not `STACKABLE`."""
+    if rule not in STACKABLE or event.inputs is None or len(event.inputs) != 1 or len(event.grad_outputs) != 1:
         return None
     x, g = event.inputs[0], event.grad_outputs[0]
     if g is None or x.numel() + g.numel() > _small(g.device):

@@ -1,9 +1,9 @@
-"""Where input and output gradient of a layer meet: a forward hook and an autograd node.
+"""Observe a layer's input and output gradient together, with a forward hook and an autograd node.
 
 The hook passes a module's outputs through `Tap`, an identity whose backward sees the output gradient and, through
-`save_for_backward`, the input: activation checkpointing then drops and recomputes it, and no memory is added. Every
-tap depends on the engine's `sentinel`, a 0-d tensor that requires grad: a backward to the sentinel alone runs all taps
-and prunes every weight gradient that rules replace.
+`save_for_backward`, the input: activation checkpointing can drop and recompute it, and no memory is added. Every tap
+depends on the engine's `sentinel`, a 0-d tensor that requires grad: a backward to the sentinel alone runs all taps and
+prunes every weight gradient that rules replace.
 """
 
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -18,17 +18,17 @@ from torch.utils import _pytree as pytree
 
 from hf_jd.gramian.random_streams import RandomState, random_state, set_random_state
 
-MOST_FORWARDS = 8  # forwards that a tap remembers, so that a thousand of them without a Gramian take no memory
+MOST_FORWARDS = 8  # forwards that a tap remembers: a thousand forwards without a Gramian must not fill memory
 NO_AUTOCAST = ("cpu", torch.bfloat16, False)
 
 
 @dataclass
 class Call:
-    """How a module was called, but for its tensors, and under which autocast: enough to call it again.
+    """How a module was called, apart from its tensors, and under which autocast: enough to call it again.
 
     Attributes:
-        modes: Whether the module, and each one below it, was in training mode.
-        random_state: Where the random streams stood before it; None where the module was not known to draw.
+        modes: Whether the module and each of its submodules was in training mode.
+        random_state: The state of the random streams before the call; None if the module isn't known to draw.
     """
 
     modes: tuple[bool, ...]
@@ -39,7 +39,7 @@ class Call:
     random_state: RandomState | None = None
 
     def arguments(self, tensors: list[Tensor]) -> tuple[tuple, dict[str, Any]]:
-        """The arguments of the call with `tensors` in the place of the tensors that it had."""
+        """Returns the arguments of the call, with `tensors` in place of the original ones."""
         if self.spec is None:
             return tuple(tensors), {}
         iterator = iter(tensors)
@@ -47,18 +47,18 @@ class Call:
         return pytree.tree_unflatten(leaves, self.spec)
 
     def context(self) -> AbstractContextManager:
-        """The autocast that the call ran under."""
+        """Returns the autocast context of the call."""
         kind, dtype, enabled = self.autocast
         return torch.autocast(kind, dtype=dtype, enabled=enabled)
 
     def replay(self, device: torch.device) -> None:
-        """Puts the random streams where they stood before the call, if that is known."""
+        """Restores the random streams to their state before the call, if known."""
         if self.random_state is not None:
             set_random_state(self.random_state, device)
 
     @contextmanager
     def modes_of(self, module: nn.Module) -> Generator[None]:
-        """The module and those below it in the modes of the call: `eval()` may have come since."""
+        """Puts the module and its submodules in the modes of the call: `eval()` may have been called since."""
         now = {m: m.training for m in module.modules()}
         try:
             for m, mode in zip(now, self.modes, strict=False):
@@ -69,26 +69,26 @@ class Call:
                 m.training = mode
 
     def float_outputs(self, output: Any) -> tuple[Tensor, ...]:
-        """The outputs that the tap wrapped, out of what another call returned."""
+        """Selects the outputs that the tap wrapped from the result of another call."""
         leaves = pytree.tree_leaves(output)
         return tuple(leaves[i] for i in self.outputs)
 
 
 @lru_cache
 def leaf_call(training: bool, autocast: tuple[str, torch.dtype, bool] | None) -> Call:
-    """The call of a module without modules below it, with one positional tensor; the same object for the same call."""
+    """Returns the call of a module without submodules, with one positional tensor; equal calls share one object."""
     return Call((training,)) if autocast is None else Call((training,), autocast=autocast)
 
 
 class TapEvent(NamedTuple):
-    """What a tap meets in a backward.
+    """What a tap observes in a backward.
 
     Attributes:
         tap: The tap.
-        targets: The parameters whose rows its module brings, by name.
+        targets: The parameters whose rows its module gives, by name.
         call: How the module was called.
-        inputs: The tensors it was called with; None where the model has changed them in place since.
-        grad_outputs: Gradients of its outputs.
+        inputs: The tensors it was called with; None if the model has changed them in place since.
+        grad_outputs: The gradients of its outputs.
     """
 
     tap: "ModuleTap"
@@ -107,20 +107,20 @@ class TapEvent(NamedTuple):
 
 
 class Recorder(Protocol):
-    """What takes the events of one backward."""
+    """Records the events of one backward."""
 
     def record(self, event: TapEvent) -> None:
-        """Takes one event."""
+        """Records one event."""
 
 
 @dataclass(eq=False)
 class Switch:
-    """What the taps of one engine share.
+    """The state that all taps of one engine share.
 
     Attributes:
-        sentinel: A 0-d tensor that requires grad, which every tap depends on.
-        recorder: Takes the events of the backward under way; None: no one does.
-        is_paused: Whether forwards are left untapped.
+        sentinel: A 0-d tensor that requires grad, on which every tap depends.
+        recorder: Receives the events of the current backward; None ignores them.
+        is_paused: Whether taps are disabled.
     """
 
     sentinel: Tensor = field(default_factory=lambda: torch.zeros((), requires_grad=True))
@@ -129,12 +129,12 @@ class Switch:
 
 
 class Forward(NamedTuple):
-    """A forward with gradient that a tap has met.
+    """A forward with gradient that a tap has observed.
 
     Attributes:
         call: How the module was called.
         shape: Of its first output.
-        place: Number of the tap's node, among all that autograd has made.
+        place: The sequence number of the tap's node in autograd.
     """
 
     call: Call
@@ -145,7 +145,7 @@ class Forward(NamedTuple):
 class Tap(torch.autograd.Function):
     """The identity on a module's outputs; in a backward it reports a `TapEvent`.
 
-    Outputs are returned detached, not as views and not marked dirty: models that go on in place work as without it.
+    Outputs are returned detached, neither as views nor marked dirty, so models can go on to change them in place.
     """
 
     @staticmethod
@@ -176,7 +176,7 @@ class Tap(torch.autograd.Function):
 
 
 def _apply(*args: Any) -> Any:
-    """`Tap.apply`, without its care for transforms of torch.func where none is active: a third of its time."""
+    """Calls `Tap.apply`, skipping its handling of torch.func transforms if none is active: a third of the time."""
     plain: Any = super(torch.autograd.Function, Tap)
     return Tap.apply(*args) if torch._C._are_functorch_transforms_active() else plain.apply(*args)
 
@@ -185,15 +185,15 @@ class ModuleTap:
     """The forward hook of one module.
 
     Args:
-        switch: Of its engine.
-        module: The module that it is registered on.
+        switch: Of the tap's engine.
+        module: The module to hook.
 
     Attributes:
-        targets: The parameters whose rows this module brings while they are trainable, by their name below the module.
-        calls: Forwards with gradient since the last Gramian.
-        forwards: The first of them.
-        elements: Numbers of inputs and outputs of those forwards, what factors would hold.
-        look_away: Of all engines' taps: whether a module is being called again to form rows.
+        targets: The parameters whose rows this module gives while they are trainable, by their name below the module.
+        calls: The number of forwards with gradient since the last Gramian.
+        forwards: The first of these forwards.
+        elements: The number of elements of their inputs and outputs, which factors would hold.
+        look_away: For all engines: whether a module is being called again to form rows.
     """
 
     look_away: ClassVar[bool] = False
@@ -210,12 +210,12 @@ class ModuleTap:
         self._handles = [module.register_forward_hook(self, with_kwargs=True, prepend=True)]
 
     def remove(self) -> None:
-        """Takes the tap away."""
+        """Removes the tap."""
         for handle in self._handles:
             handle.remove()
 
     def note_states(self, device: torch.device) -> None:
-        """Has the module's forwards note where the random streams stand: it draws from them."""
+        """Makes the module's forwards note the state of the random streams, since it draws from them."""
         if self._states is None:
             self._states = StateTap(device)
             self._handles.append(self.module.register_forward_pre_hook(self._states))
@@ -225,7 +225,7 @@ class ModuleTap:
         return _NoTap, ()
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
-        """The targets that are trainable now."""
+        """Returns the targets that are trainable now."""
         for parameter in self.targets.values():
             if not parameter.requires_grad:
                 return {name: p for name, p in self.targets.items() if p.requires_grad}
@@ -238,27 +238,27 @@ class ModuleTap:
             self.forwards.append(forward)
 
     def forget(self) -> None:
-        """Begins to count forwards anew."""
+        """Resets the count of forwards."""
         self.calls = self.elements = 0
         self.forwards = []
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """Taps the outputs of a forward with gradient."""
         if torch.compiler.is_compiling():
-            # The backward reports to the engine: a compiled graph has to break here.
+            # The backward reports to the engine, so a compiled graph has to break here.
             return torch.compiler.disable(self.tap)(args, kwargs, output)
         return self.tap(args, kwargs, output)
 
     def tap(self, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        """The tapped outputs; None leaves them as they are."""
+        """Returns the tapped outputs; None leaves them unchanged."""
         if torch._C._current_graph_task_id() == -1:
             self._met_forward = True
         elif not self._met_forward:
-            return None  # A recomputation has to save what its forward saved, and this tap came later.
+            return None  # A recomputation has to save what its forward saved, before this tap was set.
         switch = self.switch
         if switch.is_paused or ModuleTap.look_away or not torch.is_grad_enabled():
             return None
-        # A recomputation finds the same parameters trainable as its forward did: autograd itself needs that.
+        # Autograd itself requires the same parameters to be trainable in a recomputation as in its forward.
         targets = self.trainable()
         if not targets:
             return None
@@ -301,10 +301,10 @@ class ModuleTap:
 
 
 class StateTap:
-    """A forward pre-hook of a module that draws random numbers: notes where the streams stand before each forward.
+    """A forward pre-hook of a module that draws random numbers: notes the streams' state before each forward.
 
     Args:
-        device: Of the module.
+        device: The module's.
     """
 
     def __init__(self, device: torch.device):
@@ -326,10 +326,10 @@ class StateTap:
 
 
 class InputTap:
-    """A forward pre-hook of an engine's modules: notes the first two dimensions of their input tensors.
+    """A forward pre-hook of the engine's root modules: notes the first two dimensions of their input tensors.
 
     Args:
-        before_forward: Called before each forward that is not a recomputation in a backward.
+        before_forward: Called before each forward, except recomputations in a backward.
     """
 
     def __init__(self, before_forward: Callable[[], None]):
@@ -351,7 +351,7 @@ class InputTap:
 
 
 class _NoTap:
-    """What a tap becomes in a copy of the model: a hook that does nothing."""
+    """A hook that does nothing: what a tap turns into in a copy of the model."""
 
     def __call__(self, *args: Any) -> None:
         return None
@@ -363,7 +363,7 @@ def _saved(ctx: Any) -> tuple[Tensor, ...] | None:
     except RuntimeError as error:
         if "inplace" not in str(error):
             raise
-        return None  # The model changed an input that autograd itself had no need of.
+        return None  # The model changed an input in place, which autograd itself allows if it doesn't need it.
 
 
 def _autocast(kind: str) -> tuple[str, torch.dtype, bool]:

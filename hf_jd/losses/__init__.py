@@ -1,4 +1,4 @@
-"""What the tokens or instances of a batch lose, unreduced, by the model's kind of loss."""
+"""Unreduced losses of a batch's tokens or instances, by the model's kind of loss."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hf_jd.losses.classification import classification
 from hf_jd.losses.ctc import ctc
 from hf_jd.losses.question_answering import question_answering, start_and_end
 
-# By transformers' `loss_type`; "ForMultipleChoice" and "Seq2SeqLM" have none of their own.
+# By transformers' `loss_type`, which has no "ForMultipleChoice" and no "Seq2SeqLM".
 LOSSES = {
     "ForCausalLM": causal_lm,
     "Seq2SeqLM": aligned,
@@ -36,10 +36,10 @@ LOSSES = {
 }
 
 NAMED_LOSSES = {"ForQuestionAnswering": start_and_end}
-"""The kinds whose loss is a sum of several, by name."""
+"""The kinds whose loss is a sum of several named losses."""
 
 TARGETS = ("labels", "start_positions", "end_positions")
-"""The keys of a batch from which a model would compute its own loss."""
+"""The keys of a batch from which a model computes its own loss."""
 
 __all__ = [
     "LOSSES",
@@ -53,13 +53,14 @@ __all__ = [
 ]
 
 
-def bare(model: nn.Module) -> Any:
-    """The model without PEFT's wrappers."""
+def bare(model: nn.Module | None) -> Any:
+    """Returns the model without the wrappers of torch.compile and PEFT."""
+    model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # ty: ignore[not-callable]
 
 
-def loss_kind(model: nn.Module) -> str:
-    """The key of `LOSSES` for a model, with or without PEFT's wrappers.
+def loss_kind(model: nn.Module | None) -> str:
+    """Returns the key of `LOSSES` for a model, with or without PEFT's wrappers.
 
     Raises:
         ValueError: There is none.
@@ -68,15 +69,15 @@ def loss_kind(model: nn.Module) -> str:
     if kind is None:
         raise ValueError(
             f"{type(bare(model)).__name__} has no built-in unreduced loss (there are: {', '.join(LOSSES)}): override "
-            "`compute_losses` and return one loss for each instance or token."
+            "`compute_losses` and return one loss per instance or per token."
         )
     return kind
 
 
-def known_kind(model: nn.Module) -> str | None:
-    """The key of `LOSSES` for a model; None where there is none."""
+def known_kind(model: nn.Module | None) -> str | None:
+    """Returns the key of `LOSSES` for a model; None if there is none."""
     core = bare(model)
-    name = type(core).__name__.removeprefix("FSDP")  # FSDP2 derives a class of its own.
+    name = type(core).__name__.removeprefix("FSDP")  # FSDP2 derives its own class
     kind = getattr(core, "loss_type", None)
     answers = {
         *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(),
@@ -87,21 +88,21 @@ def known_kind(model: nn.Module) -> str | None:
     elif kind is None and name in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES.values():
         kind = "ForMultipleChoice"
     elif kind is None and name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        kind = "ForCausalLM"  # As GPT2LMHeadModel, whose name does not say it.
+        kind = "ForCausalLM"  # for example GPT2LMHeadModel, whose name does not match
     elif kind is None and name in MODEL_FOR_CTC_MAPPING_NAMES.values():
-        kind = "ForCTC"  # transformers 5.0 doesn't say it
+        kind = "ForCTC"  # transformers 5.0 sets no `loss_type`
     return kind if kind in LOSSES else None
 
 
 def check_targets(kind: str, inputs: Mapping[str, Any]) -> None:
-    """Makes sure that a batch has what the kind's losses are computed from.
+    """Checks that a batch has the targets that this kind of loss needs.
 
     Raises:
-        ValueError: It hasn't.
+        ValueError: Some are missing.
     """
     needed = TARGETS[1:] if kind == "ForQuestionAnswering" else TARGETS[:1]
     missing = [f"`{name}`" for name in needed if inputs.get(name) is None]
     if missing:
         raise ValueError(
-            f"The batch has no {' and no '.join(missing)}, so there are no losses: use a collator that makes them."
+            f"The batch has no {' and no '.join(missing)}, so there are no losses: use a collator that adds them."
         )

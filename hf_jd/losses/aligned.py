@@ -1,4 +1,4 @@
-"""Heads whose logits stand where their labels do: tagging, masked tokens, answers of decoders, multiple choice."""
+"""Losses of heads whose logits align with the labels: tagging, masked tokens, encoder-decoders, multiple choice."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,11 +11,11 @@ from hf_jd.losses.cross_entropy import cross_entropy
 def aligned(
     outputs: Mapping[str, Any], inputs: Mapping[str, Any], model: nn.Module, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """The cross-entropy of each label.
+    """Computes the cross-entropy of each label.
 
     Args:
-        outputs: `logits` [B, T, V], one row per token; or [B, C], one per instance.
-        inputs: `labels` [B, T] or [B], -100 where nothing is to be predicted.
+        outputs: `logits` [B, T, V], per token; or [B, C], per instance.
+        inputs: `labels` [B, T] or [B], -100 where there is nothing to predict.
         model: Unused.
         label_smoothing: Between 0 and 1.
 
@@ -23,6 +23,6 @@ def aligned(
         The losses and where they count (bool), shaped like the labels.
 
     Raises:
-        ValueError: The logits and labels don't belong together.
+        ValueError: The shapes of logits and labels don't match.
     """
-    return cross_entropy(outputs["logits"], inputs["labels"], label_smoothing)
+    return cross_entropy(outputs["logits"], inputs["labels"], label_smoothing, outputs.get("loss"))

@@ -1,4 +1,4 @@
-"""Causal language modelling: each token predicts the next one."""
+"""The loss of causal language modelling, where each token predicts the next one."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,12 +13,12 @@ from hf_jd.losses.cross_entropy import IGNORED, cross_entropy
 def causal_lm(
     outputs: Mapping[str, Any], inputs: Mapping[str, Any], model: nn.Module, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each token, as ForCausalLMLoss computes it (in float32, whatever the model's dtype).
+    """Computes the loss of each token like ForCausalLMLoss (in at least float32, whatever the model's dtype).
 
     Args:
-        outputs: `logits` [B, T', V]; T' > T where a prompt of virtual tokens comes first.
-        inputs: `labels` [B, T], -100 where nothing is to be predicted; or `shift_labels` [B, T], which are already
-            shifted by one, and then replace them.
+        outputs: `logits` [B, T', V]; T' > T if virtual tokens come first.
+        inputs: `labels` [B, T], -100 where there is nothing to predict; or, in their place, `shift_labels` [B, T],
+            which are already shifted by one.
         model: Unused.
         label_smoothing: Between 0 and 1.
 
@@ -26,7 +26,7 @@ def causal_lm(
         The losses [B, T'], 0 where nothing is predicted, and where they count [B, T'] (bool).
 
     Raises:
-        ValueError: The logits and labels don't belong together.
+        ValueError: The shapes of logits and labels don't match.
     """
     logits, labels, targets = outputs["logits"], inputs["labels"], inputs.get("shift_labels")
     if targets is None:
@@ -35,4 +35,4 @@ def causal_lm(
         virtual = logits.shape[1] - labels.shape[1]
         if virtual > 0:
             targets = F.pad(torch.cat([labels[:, :1], targets], dim=1), (virtual - 1, 0), value=IGNORED)
-    return cross_entropy(logits if label_smoothing else logits.float(), targets, label_smoothing)
+    return cross_entropy(logits, targets, label_smoothing, outputs.get("loss"))

@@ -1,4 +1,4 @@
-"""Classification of whole texts, images, videos or sounds, and regression, by the model's `problem_type`."""
+"""The losses of classifying whole texts, images, videos or sounds, and of regression, by the model's `problem_type`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from hf_jd.losses.cross_entropy import cross_entropy
 
 
 def problem_type(config: Any, labels: Tensor) -> str:
-    """The model's problem type; where it has none yet, what transformers' heads infer from the labels."""
+    """Returns the model's problem type; if unset, infers it from the labels like transformers' heads."""
     if config.problem_type is not None:
         return config.problem_type
     if config.num_labels == 1:
@@ -22,22 +22,22 @@ def problem_type(config: Any, labels: Tensor) -> str:
 def classification(
     outputs: Mapping[str, Any], inputs: Mapping[str, Any], model: nn.Module, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each instance.
+    """Computes the loss of each instance.
 
-    The cross-entropy of its class; the mean binary cross-entropy over the labels (multi-label); or the mean squared
-    error over the targets (regression).
+    This is the cross-entropy of its class; the mean binary cross-entropy over the labels (multi-label); or the mean
+    squared error over the targets (regression).
 
     Args:
         outputs: `logits` [B, C].
         inputs: `labels` [B] class ids, -100 for none; or [B, C] (float), 0 or 1 each; or [B] or [B, C] (float) targets.
         model: Its config has `problem_type` and `num_labels`.
-        label_smoothing: Between 0 and 1; of classes only.
+        label_smoothing: Between 0 and 1; for classes only.
 
     Returns:
         The losses [B], and where they count [B] (bool).
 
     Raises:
-        ValueError: The logits and labels don't belong together, or labels that aren't classes are to be smoothed.
+        ValueError: The shapes of logits and labels don't match, or smoothing is set for labels that aren't classes.
     """
     logits, labels = outputs["logits"], inputs["labels"]
     kind = problem_type(model.config, labels)
@@ -51,7 +51,7 @@ def classification(
     if labels.numel() != logits.numel():
         raise ValueError(
             f"Logits of shape {list(logits.shape)} don't belong to labels of shape {list(labels.shape)} with "
-            f"problem_type `{kind}`: give {logits.shape[-1]} for each instance."
+            f"problem_type `{kind}`: give {logits.shape[-1]} labels per instance."
         )
     labels = labels.to(logits.device).view_as(logits)
     if kind == "regression":

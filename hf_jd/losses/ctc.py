@@ -1,4 +1,4 @@
-"""Speech recognition by connectionist temporal classification."""
+"""The loss of speech recognition by connectionist temporal classification (CTC)."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,26 +13,28 @@ from hf_jd.losses.cross_entropy import IGNORED
 def ctc(
     outputs: Mapping[str, Any], inputs: Mapping[str, Any], model: Any, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """The loss of each recording, as ForCTCLoss computes it; with `ctc_loss_reduction` "mean", by its labels' number.
+    """Computes the loss of each recording like ForCTCLoss; divided by its number of labels for the reduction "mean".
 
     Args:
         outputs: `logits` [B, T, V].
         inputs: `labels` [B, U], -100 or the blank for none; `input_values` or `input_features`, and `attention_mask`.
-        model: Knows how many frames a recording has, and its config the rest.
+        model: Gives the number of frames of a recording; its config has the rest.
         label_smoothing: Has to be 0.
 
     Returns:
         The losses [B], and where they count [B] (bool): everywhere.
 
     Raises:
-        ValueError: The labels are to be smoothed, or the model doesn't say how many frames a recording has.
+        ValueError: Label smoothing is set, or the model doesn't say how many frames a recording has.
     """
     if label_smoothing:
-        raise ValueError(f"--label_smoothing_factor is {label_smoothing}, but a CTC loss has no labels to smooth: 0.")
+        raise ValueError(
+            f"--label_smoothing_factor is {label_smoothing}, but a CTC loss has no labels to smooth: set it to 0."
+        )
     if not hasattr(model, "_get_feat_extract_output_lengths"):
         raise ValueError(
             f"{type(model).__name__} does not say how many frames a recording has: override `compute_losses` and "
-            "return one loss for each recording."
+            "return one loss per recording."
         )
     logits, labels, config = outputs["logits"], inputs["labels"].to(outputs["logits"].device), model.config
     mask = inputs.get("attention_mask")

@@ -1,4 +1,4 @@
-"""Extractive question answering: where the answer starts and ends."""
+"""The loss of extractive question answering, which predicts where the answer starts and ends."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,14 +11,14 @@ from torch.nn import functional as F
 def question_answering(
     outputs: Mapping[str, Any], inputs: Mapping[str, Any], model: nn.Module, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """The losses of each instance's start and end, so that their mean is that of ForQuestionAnsweringLoss.
+    """Computes the losses of each instance's start and end, scaled so that their mean is ForQuestionAnsweringLoss.
 
-    That is the mean of two means, over the starts and over the ends that lie inside the input. Where these are of
-    different numbers, each loss is multiplied by (starts + ends) / (2 starts), or / (2 ends).
+    That loss is the mean of two means, over the starts and over the ends inside the input. As their numbers may differ,
+    each loss is multiplied by (starts + ends) / (2 starts), or / (2 ends).
 
     Args:
         outputs: `start_logits` and `end_logits` [B, T].
-        inputs: `start_positions` and `end_positions` [B]; those of T and more are ignored.
+        inputs: `start_positions` and `end_positions` [B]; positions of T or more are ignored.
         model: Unused.
         label_smoothing: Unused, as in Trainer, which smooths `labels` only.
 
@@ -26,14 +26,14 @@ def question_answering(
         The losses [B, 2], and where they count [B, 2] (bool).
     """
     named = start_and_end(outputs, inputs)
-    found = torch.stack([counted for _, counted in named.values()], dim=1)
+    counted = torch.stack([counts for _, counts in named.values()], dim=1)
     values = torch.stack([losses for losses, _ in named.values()], dim=1)
-    each = found.sum(0).to(values.dtype)
-    return values * (each.sum() / each.clamp(min=1)), found
+    totals = counted.sum(0).to(values.dtype)
+    return values * (totals.sum() / totals.clamp(min=1)), counted
 
 
 def start_and_end(outputs: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The losses of the starts and of the ends, whose means add up to ForQuestionAnsweringLoss: half the cross-entropy.
+    """Computes the losses of starts and ends, half the cross-entropy each: their means sum to ForQuestionAnsweringLoss.
 
     Args:
         outputs: As for `question_answering`.

@@ -1,1 +1,1 @@
-"""What happened in this run? Its own files -> pictures, and one page. Knows neither torch nor transformers."""
+"""Turn a run's files into pictures and one page. Needs neither torch nor transformers."""

@@ -1,4 +1,4 @@
-"""What a run logged -> pictures. Few groups are lines; more are rows of a map, in which forty of them stay apart."""
+"""A run's logs -> pictures. Few groups are drawn as lines, more as rows of a map, where even forty stay legible."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from hf_jd.report.history import LINES, History, Series, binned, mean
 from hf_jd.report.theme import Theme
 
 PAIRS = 24
-"""Pairs of groups that are shown over time: those with the lowest cosines."""
+"""The most pairs of groups to show over time: those with the lowest cosines."""
 BINS = 120
-"""Columns of a map over time, and points of a line, at most: more are averaged."""
+"""The most columns of a map over time, and points of a line; more are averaged."""
 DOTS = 200
-"""Of an inch."""
+"""Dots per inch."""
 WIDTH = 9.6
-"""Inches of every picture, so that letters have one size on the page."""
+"""The width of every picture in inches, so that text has the same size on the page."""
 NAME = 26
-"""Letters of a name."""
+"""The most letters of a name."""
 
 Draw = Callable[[History, Theme], Figure | None]
 
@@ -35,7 +35,7 @@ def render(figure: Figure) -> bytes:
     """Encode the picture as PNG."""
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Letters that the font lacks are drawn as boxes.
+        warnings.simplefilter("ignore")  # characters missing from the font are drawn as boxes
         figure.savefig(file, format="png", dpi=DOTS, facecolor=figure.get_facecolor())
     return file.getvalue()
 
@@ -109,7 +109,7 @@ def matrix(history: History, theme: Theme) -> Figure | None:
     for (a, b), series in history.pairs.items():
         i, j = sorted((place[a], place[b]))
         table[j][i] = mean([value for _, value in series])
-    few, table = len(names) <= 12, [row[:-1] for row in table[1:]]  # The first has nobody above it, the last below.
+    few, table = len(names) <= 12, [row[:-1] for row in table[1:]]  # the triangle has no first row and no last column
     side = 1.0 + (0.5 if few else 0.185) * len(names)
     figure = Figure(figsize=(WIDTH, side), layout="constrained")
     axes = figure.subplots()
@@ -129,10 +129,10 @@ def matrix(history: History, theme: Theme) -> Figure | None:
 
 @_styled
 def pairs(history: History, theme: Theme) -> Figure | None:
-    """Over the steps, the share of conflicting pairs of objectives, and the cosines of the pairs that conflict most."""
+    """Draw the share of conflicting pairs of objectives, and the cosines of the pairs that conflict most, over time."""
     chosen = sorted(history.pairs, key=lambda pair: mean([v for _, v in history.pairs[pair]]))[:PAIRS]
     share = history.totals.get("jd/conflicts", [])
-    share = share if len(share) > 1 else []  # One log is no curve: its number stands above, on the page.
+    share = share if len(share) > 1 else []  # A single log makes no curve; the page shows its number above.
     if not chosen:
         return _single(history, theme, "jd/conflicts", "share of conflicting pairs")
     height = 1.0 + max(1.3, 0.22 * len(chosen))
@@ -150,7 +150,7 @@ def pairs(history: History, theme: Theme) -> Figure | None:
     axes.set_title(
         f"cosine of the {len(chosen)} of {len(history.pairs)} pairs of groups that conflict most"
         if len(chosen) < len(history.pairs)
-        else "cosine of each two groups",
+        else "cosine of each pair of groups",
         loc="left",
         fontsize=9,
         color=theme.muted,
@@ -175,7 +175,7 @@ FIGURES: Mapping[str, Draw] = {
 
 
 def shown(name: str, letters: int = NAME) -> str:
-    """Shorten a long name to its beginning and its end, and escape what matplotlib would read as a formula."""
+    """Shorten a long name to its beginning and end, and escape what matplotlib would read as a formula."""
     end = letters // 3
     short = name if len(name) <= letters else f"{name[: letters - end - 1]}\N{HORIZONTAL ELLIPSIS}{name[-end:]}"
     return short.replace("$", r"\$")
@@ -233,7 +233,7 @@ def _lines(
 
 
 def _bars(series: Mapping[str, Series], label: str, colours: Mapping[str, str], level: float | None) -> Figure:
-    """Draw the values of a run that has one log: there is no curve to draw."""
+    """Draw the values of a run with a single log, which makes no curve."""
     values = {name: value for name in sorted(series, reverse=True) for _, value in series[name] if math.isfinite(value)}
     figure = Figure(figsize=(WIDTH, 1.0 + 0.32 * max(1, len(values))), layout="constrained")
     axes = figure.subplots()
@@ -248,7 +248,7 @@ def _bars(series: Mapping[str, Series], label: str, colours: Mapping[str, str], 
 
 
 def _end_labels(axes: Axes, ends: Sequence[tuple[float, str]], colours: Mapping[str, str]) -> None:
-    """Write names and last values right of the lines' ends, moved apart, instead of a legend."""
+    """Write names and last values next to the lines' ends, spaced apart, instead of a legend."""
     axes.figure.canvas.draw()
     place = axes.transAxes.inverted()
     heights = {name: place.transform(axes.transData.transform((0, value)))[1] for value, name in ends}
@@ -256,7 +256,7 @@ def _end_labels(axes: Axes, ends: Sequence[tuple[float, str]], colours: Mapping[
     spots = [heights[name] for name in order]
     for i in range(1, len(spots)):
         spots[i] = max(spots[i], spots[i - 1] + gap)
-    for i in range(len(spots) - 1, -1, -1):  # What was pushed above the frame pushes back.
+    for i in range(len(spots) - 1, -1, -1):  # Push labels above the frame back down.
         spots[i] = min(spots[i], 1.0 if i == len(spots) - 1 else spots[i + 1] - gap)
     values = {name: value for value, name in ends}
     for name, y in zip(order, spots, strict=True):
@@ -265,7 +265,7 @@ def _end_labels(axes: Axes, ends: Sequence[tuple[float, str]], colours: Mapping[
 
 
 def _rows(theme: Theme, series: Mapping[str, Series], label: str, good: str = "high") -> Figure:
-    """Draw a row per group, in the order of last values, coloured by the logarithm of base 2."""
+    """Draw a row per group, sorted by last value, coloured by the base-2 logarithm."""
     logs = {name: [(x, math.log2(y)) for x, y in points if 0 < y < math.inf] for name, points in series.items()}
     order = sorted(logs, key=lambda name: logs[name][-1][1] if logs[name] else -math.inf, reverse=True)
     figure = Figure(figsize=(WIDTH, 1.2 + 0.185 * len(logs)), layout="constrained")
@@ -298,7 +298,7 @@ def _map(
 
 
 def _single(history: History, theme: Theme, key: str, label: str) -> Figure | None:
-    """One curve, of all objectives together."""
+    """Draw a single curve, for all objectives together."""
     series = history.totals.get(key, [])
     if len(series) < 2:
         return None
@@ -332,7 +332,7 @@ def _diverging(theme: Theme) -> Colormap:
 
 
 def _relative(series: Mapping[str, Series]) -> dict[str, Series]:
-    """Each series as multiples of its first value above 0."""
+    """Express each series as multiples of its first value above 0."""
     relative = {}
     for name, points in series.items():
         first = next((value for _, value in points if value > 0), math.nan)
@@ -341,19 +341,19 @@ def _relative(series: Mapping[str, Series]) -> dict[str, Series]:
 
 
 def _edges(series: Iterable[Series]) -> list[float]:
-    """Return the edges of bins over all steps: one bin per log if these are few enough."""
+    """Return the edges of bins over all steps: one bin per log if there are few enough."""
     steps = sorted({step for points in series for step, _ in points})
     if not steps:
         return [0.0, 1.0]
     if len(steps) <= BINS:
-        every = steps[1] - steps[0] if len(steps) > 1 else 1
-        return [float(max(0, steps[0] - every)), *map(float, steps)]
+        interval = steps[1] - steps[0] if len(steps) > 1 else 1
+        return [float(max(0, steps[0] - interval)), *map(float, steps)]
     width = (steps[-1] - steps[0]) / BINS
     return [steps[0] + i * width - (0.5 if i == 0 else 0) for i in range(BINS + 1)]
 
 
 def _leads(value: float) -> bool:
-    """Whether a number between powers of ten is 2 or 5 times one: enough of them to read a narrow range."""
+    """Whether a number is 2 or 5 times a power of ten: enough labels to read a narrow range."""
     return round(value / 10 ** math.floor(math.log10(value))) in (2, 5)
 
 

@@ -1,4 +1,4 @@
-"""A run's files -> what it logged, step by step; also of a run that is under way, or was killed."""
+"""A run's files -> its logs, step by step, even if it is still running or was killed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FACTS_FILE = "jd_run.json"
 STATE_FILE = "trainer_state.json"
 
 LINES = 8
-"""Groups that lines and colours keep apart."""
+"""The most groups that lines and colours can tell apart."""
 
 Series = list[tuple[int, float]]
 """Pairs of a step and a value."""
@@ -21,22 +21,22 @@ Series = list[tuple[int, float]]
 
 @dataclass
 class History:
-    """What a run logged.
+    """The logs of a run.
 
     Attributes:
-        folder: Of the run.
+        folder: The run's folder.
         source: The file that was read.
-        facts: What the run was started with, by the flags' names; empty where that isn't known.
-        losses: Training loss per token of each group.
-        evaluations: Loss on each evaluation set.
-        weights: Share of the weights' sum of each group.
-        norms: Norm of each group's row.
-        against: Of each group, the share of the steps since the last log that went against it.
-        pairs: Mean cosine of the rows of each pair of groups.
-        totals: What is logged of all objectives together, by its key.
-        steps: The last step that is known.
-        max_steps: How many there will be, if that is known.
-        finished: Whether the run came to its end.
+        facts: The flags that the run was started with, by name; empty if unknown.
+        losses: Each group's training loss per token.
+        evaluations: The loss on each evaluation set.
+        weights: Each group's share of the weights' sum.
+        norms: The norm of each group's row.
+        against: For each group, the share of the steps since the last log that went against it.
+        pairs: The mean cosine of the rows of each pair of groups.
+        totals: Metrics of all objectives together, by key.
+        steps: The last logged step.
+        max_steps: The total number of steps, if known.
+        finished: Whether the run has finished.
     """
 
     folder: Path
@@ -59,7 +59,7 @@ class History:
         return sorted({*self.losses, *self.weights, *self.norms})
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Take in one log."""
+        """Add one log."""
         step = entry.get("step", 0)
         self.steps = max(self.steps, step)
         self.max_steps = entry.get("max_steps", self.max_steps)
@@ -92,7 +92,7 @@ def read_history(folder: Path) -> History:
     """Read a run's folder: its `jd_log.jsonl`, or else the state that Trainer saved last.
 
     Raises:
-        ValueError: There is no such folder, or nothing was logged in it.
+        ValueError: There is no such folder, or it has no logs.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file." if folder.exists() else f"There is no folder {folder}.")
@@ -106,7 +106,7 @@ def read_history(folder: Path) -> History:
 def _facts(folder: Path) -> dict[str, Any]:
     try:
         facts = json.loads((folder / FACTS_FILE).read_text("utf-8"))
-    except (OSError, ValueError):  # A run of one's own script has none.
+    except (OSError, ValueError):  # A run of the user's script has none.
         return {}
     return facts if isinstance(facts, dict) else {}
 
@@ -121,11 +121,11 @@ def _logs(folder: Path) -> tuple[Path, list[dict[str, Any]]]:
             state = json.loads(path.read_text("utf-8"))
             entries = [{**entry, "max_steps": state.get("max_steps")} for entry in state["log_history"]]
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # It isn't there, or was cut off by a kill: an older one may be whole.
+            continue  # It is missing, or truncated by a kill: an older one may be complete.
         if entries:
             return path, entries
     raise ValueError(
-        f"{folder} holds no logs of a run: no {LOG_FILE}, and no {STATE_FILE} in it or in a checkpoint of it. A run "
+        f"{folder} holds no logs of a run: it has no {LOG_FILE}, and no {STATE_FILE}, not even in a checkpoint. A run "
         "writes them from its first log on (--logging_steps)."
     )
 
@@ -138,8 +138,8 @@ def _step_of(checkpoint: Path) -> int:
 def current_lines(text: str) -> list[dict[str, Any]]:
     """Return the lines that belong to the latest attempt of the run.
 
-    Above a line that begins a run anew, none does; above one that begins a resumed run, those of earlier steps do.
-    Lines that a kill has cut off are left out.
+    A line that begins a new run discards all lines above it; one that begins a resumed run discards those of the same
+    and later steps. Lines truncated by a kill are skipped.
     """
     entries: list[dict[str, Any]] = []
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""Pictures and numbers -> one page of HTML that needs nothing beside it."""
+"""Pictures and numbers -> one self-contained page of HTML."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from hf_jd.report.verdict import setup, verdict, why_pairs
 
 @dataclass(frozen=True)
 class Text:
-    """What stands around a picture.
+    """The text around a picture.
 
     Attributes:
-        title: Above it.
-        few: What it shows, of groups that are lines.
-        many: The same, of more of them.
+        title: The heading.
+        few: What the picture shows, if groups are lines.
+        many: The same, if there are more groups.
         look: What to look for.
     """
 
@@ -34,41 +34,41 @@ class Text:
 TEXTS = {
     "losses": Text(
         "Losses",
-        "The training loss of each group, per token. Dots are evaluations, where there are some.",
-        "The training loss of each group, as a multiple of its first value: blue has fallen, red has risen. The "
-        "highest are above.",
+        "Each group's training loss per token. Dots are evaluations, if there are any.",
+        "Each group's training loss, as a multiple of its first value: blue has fallen, red has risen. The highest are "
+        "at the top.",
         "Does every group get better? A group that rises while the others fall is being sacrificed.",
     ),
     "weights": Text(
         "Weights",
-        "The share of the weights that each group gets from the weighting. The broken line is an equal share.",
-        "The share of the weights that each group gets from the weighting, against an equal one: blue is more, red is "
-        "less. The largest are above.",
+        "Each group's share of the weights. The dashed line is an equal share.",
+        "Each group's share of the weights, relative to an equal share: blue is more, red is less. The largest are at "
+        "the top.",
         "A share far above an equal one: without it, the others would outvote the group. A share near 0 over many "
-        "steps: the group is helped along by the others, or its rows are long. Influence is share times norm, below.",
+        "steps: the others help the group along, or its rows are long. Influence is share times norm (below).",
     ),
     "conflicts": Text(
         "Conflicts between groups",
-        "The mean cosine of the gradients of each two groups, over the whole run.",
-        "The mean cosine of the gradients of each two groups, over the whole run.",
-        "Below 0 (red), a step for one group works against the other. If all is near 0 or above, the groups do not "
-        "disturb each other, and any weighting will do much the same as the mean.",
+        "The mean cosine between the gradients of each pair of groups, over the whole run.",
+        "The mean cosine between the gradients of each pair of groups, over the whole run.",
+        "Below 0 (red), a step for one group works against the other. If all cosines are near 0 or above, the groups "
+        "don't disturb each other, and any weighting will do much the same as the mean.",
     ),
     "conflicts_over_time": Text(
         "Conflicts over time",
+        "How many pairs of objectives have gradients that point against each other, and the cosines between groups. "
+        "Empty where two groups shared no update.",
         "How many pairs of objectives have gradients that point against each other, and the cosines of the pairs of "
-        "groups. Empty where two groups were not in one update.",
-        "How many pairs of objectives have gradients that point against each other, and the cosines of those pairs of "
-        "groups that conflict most. Empty where two groups were not in one update.",
-        "Conflict that comes late is common: losses are low then, and noise is left. A pair that is red throughout is "
-        "a real opposition: look at what these two groups ask for.",
+        "groups that conflict most. Empty where two groups shared no update.",
+        "Late conflict is common: losses are low then, and gradients are mostly noise. A pair that is red throughout "
+        "is a real conflict: look at what these two groups ask for.",
     ),
     "norms": Text(
         "Norms of rows",
         "The length of each group's gradient, before the weighting, on a logarithmic scale.",
-        "The length of each group's gradient, before the weighting, against the median of all: blue is longer, red is "
-        "shorter. The longest are above.",
-        "Lengths that differ by a factor of ten or more decide much: long ones win in the mean, short ones in MGDA. A "
+        "The length of each group's gradient, before the weighting, relative to the median of all: blue is longer, red "
+        "is shorter. The longest are at the top.",
+        "Lengths that differ by a factor of ten or more matter a lot: long ones win in the mean, short ones in MGDA. A "
         "jump is a batch worth looking at.",
     ),
 }
@@ -78,8 +78,8 @@ def page(history: History, images: Mapping[str, Mapping[str, bytes]]) -> str:
     """Build the page.
 
     Args:
-        history: What the run logged.
-        images: PNGs by the figure's name and the theme's; figures of which nothing was logged are left out.
+        history: The run's logs.
+        images: PNGs by the names of figure and theme, without figures that have nothing to show.
     """
     sections = "\n".join(_section(name, images[name], history) for name in TEXTS if name in images)
     missing = [TEXTS[name].title.lower() for name in TEXTS if name not in images]
@@ -111,8 +111,8 @@ def page(history: History, images: Mapping[str, Mapping[str, bytes]]) -> str:
 {sections}
 {note}
 {_table(history)}
-<footer>Read from {escape(history.source.name)}. What a weighting guarantees, it guarantees of the direction
-that the optimizer gets, before clipping, and not of what the optimizer makes of it.</footer>
+<footer>Read from {escape(history.source.name)}. A weighting's guarantees hold for the direction that the optimizer
+receives, before clipping, and not for the optimizer's own step.</footer>
 </main>
 </body>
 </html>
@@ -121,7 +121,7 @@ that the optimizer gets, before clipping, and not of what the optimizer makes of
 
 def _status(history: History) -> str:
     steps = f"{history.steps:,} of {history.max_steps:,} steps" if history.max_steps else f"{history.steps:,} steps"
-    state = "finished" if history.finished else "under way, or ended early"
+    state = "finished" if history.finished else "running, or ended early"
     kind = "done" if history.finished else "open"
     last = datetime.fromtimestamp(history.source.stat().st_mtime, timezone.utc)
     return f'<span class="dot {kind}"></span>{state} &middot; {steps} &middot; last log {last:%Y-%m-%d %H:%M} UTC'
@@ -193,7 +193,7 @@ def _share(series: Series, form: str) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits, never in powers of ten where a person would write it out."""
+    """Format a number with three digits, without powers of ten where a person would write it out."""
     if math.isnan(value):
         return "&ndash;"
     return f"{value:.3g}" if abs(value) < 1000 or abs(value) >= 1e6 else f"{value:,.0f}"
@@ -237,7 +237,7 @@ img {{ display: block; width: 100%; height: auto; }}
 @media (max-width: 700px) {{
   main {{ padding: 24px 10px 40px; }}
   section {{ padding: 16px 12px; }}
-  .wide img {{ width: 860px; max-width: none; }}  /* Letters stay as large as the text: the picture scrolls. */
+  .wide img {{ width: 860px; max-width: none; }}  /* Scroll the picture rather than shrink its text. */
 }}
 .look {{ margin: 14px 0 0; padding-top: 12px; border-top: 1px solid var(--line); }}
 .look b {{ color: var(--ink); margin-right: 6px; }}

@@ -1,4 +1,4 @@
-"""How pictures look, by day and by night."""
+"""The colours of pictures and page, light and dark."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of the pictures, and of the page around them.
+    """The colours of the pictures, and of the page around them.
 
     Attributes:
         name: Part of the pictures' file names.
-        surface: What pictures stand on.
-        page: What the page stands on.
+        surface: The background of pictures.
+        page: The background of the page.
         ink: Text.
-        muted: Text beside the point.
+        muted: Secondary text.
         line: Grid and frames.
-        accent: The one curve of a picture that has only one.
-        series: Of up to eight groups, told apart by people who are colour-blind too.
-        diverging: From below nothing over nothing to above: conflict is warm.
+        accent: A single curve.
+        series: Up to eight groups; distinguishable with colour blindness.
+        diverging: From negative over zero to positive: conflict is warm.
     """
 
     name: str

@@ -1,17 +1,17 @@
-"""What a run logged -> what to make of it, in sentences."""
+"""A run's logs -> a verdict, in sentences."""
 
 from __future__ import annotations
 
 from hf_jd.report.history import History, mean
 
 FEW = 0.05
-"""A share of pairs or steps below which there is nothing to mend."""
+"""The share of pairs or steps below which there is nothing to fix."""
 _CONTROLS = ("mean", "sum", "constant")
-"""Weightings that don't look at conflicts."""
+"""Weightings that ignore conflicts."""
 
 
 def setup(history: History) -> str:
-    """Name model, data, objectives, weighting and learning rate; "" where they aren't known."""
+    """Name model, data, objectives, weighting and learning rate; "" if they are unknown."""
     facts = history.facts
     if not {"model", "data"} <= facts.keys():
         return ""
@@ -19,16 +19,16 @@ def setup(history: History) -> str:
     method = "transformers' Trainer"
     if not facts.get("stock"):
         objectives = {
-            "instance": "an objective per example",
-            "group": f"an objective per {facts.get('jd_group_column')}",
+            "instance": "one objective per example",
+            "group": f"one objective per {facts.get('jd_group_column')}",
         }
-        asked = facts.get("jd_objectives", "")
-        method = f"{facts.get('jd_weighting')}, {objectives.get(asked, f'objectives `{asked}`')}"
+        flag = facts.get("jd_objectives", "")
+        method = f"{facts.get('jd_weighting')}, {objectives.get(flag, f'objectives `{flag}`')}"
     return f"{facts['model']} ({kind}) on {facts['data']}; {method}; learning rate {facts.get('learning_rate'):g}"
 
 
 def verdict(history: History) -> str:
-    """Tell whether there was conflict, who was gone against, and what follows; "" if nothing was measured."""
+    """Say whether there was conflict, which group suffered most, and what follows; "" if nothing was measured."""
     shares = {name: mean([value for _, value in series]) for name, series in history.against.items()}
     conflicts = mean([value for _, value in history.totals.get("jd/conflicts", [])])
     if not shares and conflicts != conflicts:
@@ -39,31 +39,31 @@ def verdict(history: History) -> str:
     disturbed = any(mean([value for _, value in series]) < -FEW for series in history.pairs.values())
     if against >= FEW:
         end = (
-            "A weighting such as UPGrad would have kept it from that; look first whether its loss suffered."
+            "A weighting such as UPGrad would have prevented that; check first whether its loss suffered."
             if blind
-            else "This weighting doesn't promise otherwise of whole groups: look whether the group's loss suffered."
+            else "This weighting makes no promise about whole groups: check whether the group's loss suffered."
         )
         return f"{against:.0%} of the steps went against {worst}. {end}"
-    clean = "No group was gone against" if shares else "Nothing is known of groups"
+    clean = "No steps went against a group" if shares else "Nothing is known about groups"
     if not conflicts >= FEW and not disturbed:
         return f"{clean}, and there was hardly any conflict: the mean of the losses would have done as well."
     if blind:
         return f"{clean}, although {_pairs(conflicts)}: the mean does well enough here."
     return (
-        f"{clean}, although {_pairs(conflicts)}: that is as it should be. A run with --jd_weighting mean tells what "
-        "the weighting was worth."
+        f"{clean}, although {_pairs(conflicts)}: that is as it should be. Compare with a run with --jd_weighting mean "
+        "to see what the weighting was worth."
     )
 
 
 def why_pairs(history: History) -> str:
-    """Explain why examples conflict where their groups don't; "" where that isn't so."""
+    """Explain why examples conflict although their groups don't; "" if that isn't the case."""
     conflicts = mean([value for _, value in history.totals.get("jd/conflicts", [])])
     calm = history.pairs and all(mean([v for _, v in series]) >= 0 for series in history.pairs.values())
     if history.facts.get("jd_objectives", "instance") != "instance" or not calm or not conflicts >= FEW:
         return ""
     return (
-        "Here the pairs are of single examples, whose gradients are mostly noise: two of one group often point apart, "
-        "while the groups, in which the noise averages out, agree."
+        "These pairs are single examples, whose gradients are mostly noise: two examples of the same group often point "
+        "apart, while the groups agree, because the noise averages out."
     )
 
 

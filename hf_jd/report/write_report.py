@@ -1,4 +1,4 @@
-"""`hf-jd report`: what happened in this run? Pictures and one page, at any time of a run."""
+"""`hf-jd report`: turn a run's logs into pictures and one page, at any time of the run."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="hf-jd report",
-        description="Draw what a run logged: losses, weights, conflicts and norms, as PNGs and one page that stands "
-        "alone. The run may be under way, or have been killed.",
+        description="Draw a run's losses, weights, conflicts and norms, as PNGs and one self-contained page. The run "
+        "may still be running, or have been killed.",
     )
     parser.add_argument("run_dir", type=Path, help="The run's folder, its --output_dir.")
-    parser.add_argument("--output_dir", type=Path, help="Where to; without it: `report` in the run's folder.")
+    parser.add_argument("--output_dir", type=Path, help="Where to save it (default: `report` in the run's folder).")
     arguments = parser.parse_args(argv)
     print(f"Open {report(arguments.run_dir, arguments.output_dir)} in a browser.")
     return 0
@@ -36,17 +36,17 @@ def report(run: Path, folder: Path | None = None) -> Path:
 
     Args:
         run: The run's folder.
-        folder: Where to; None: `report` in the run's folder.
+        folder: Where to save them; None: `report` in the run's folder.
 
     Returns:
-        The page.
+        The page's path.
 
     Raises:
-        ValueError: The folder holds no logs of a run, or can't be written to, or matplotlib is missing.
+        ValueError: The run's folder has no logs, the target can't be written to, or matplotlib is missing.
     """
     history = read_history(run)
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("hf-jd report draws with matplotlib, which isn't installed: `pip install matplotlib`.")
+        raise ValueError("hf-jd report needs matplotlib, which isn't installed: `pip install matplotlib`.")
     images = draw(history)
     files = {f"{name}.png": themes[LIGHT.name] for name, themes in images.items()}
     files["index.html"] = page(history, images).encode()
@@ -54,7 +54,7 @@ def report(run: Path, folder: Path | None = None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            part = folder / f"{name}.part"  # Who has the page open meets the old one or the new one.
+            part = folder / f"{name}.part"  # A reader sees the old file or the new one, never half a file.
             part.write_bytes(content)
             os.replace(part, folder / name)
     except OSError as error:
@@ -63,7 +63,7 @@ def report(run: Path, folder: Path | None = None) -> Path:
 
 
 def draw(history: History) -> dict[str, dict[str, bytes]]:
-    """Draw all figures of which something was logged: PNGs by the names of figure and theme."""
+    """Draw all figures that have something to show: PNGs by the names of figure and theme."""
     from hf_jd.report.figures import FIGURES, render
 
     images: dict[str, dict[str, bytes]] = {}

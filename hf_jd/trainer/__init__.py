@@ -1,4 +1,4 @@
-"""What happens in one step of Jacobian descent, inside Hugging Face's Trainer: the bridge between all rooms."""
+"""Jacobian descent inside Hugging Face's Trainer: the bridge between all packages."""
 
 from hf_jd.trainer.mixin import JDSeq2SeqTrainer, JDTrainer, JDTrainerMixin
 from hf_jd.trainer.weighing import JDState

@@ -1,12 +1,12 @@
-"""One micro-batch: Trainer's own step runs, and the loss that it would descend becomes rows.
+"""One micro-batch: run Trainer's own step, and turn its loss into rows.
 
-Trainer's step ends in `accelerator.backward(loss)`. That call is taken over: the loss is split by instance
-(`splitting.py`), so that any `compute_loss` works as it stands, with its own metrics and scaling.
+Trainer's step ends in `accelerator.backward(loss)`. That call is replaced: the loss is split by instance
+(`splitting.py`), so any `compute_loss` works unchanged, with its own metrics and scaling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 Step = Callable[[nn.Module, Any], Tensor]
-"""Trainer's own step, of a model and a batch without the groups' ids; returns what it logs."""
+"""Trainer's own step, for a model and a batch without group ids; returns the value to log."""
 
 
 @dataclass
@@ -42,14 +42,14 @@ class Passed:
     """A micro-batch after a forward pass.
 
     Attributes:
-        batch: As collated; of zeros where it held no example.
-        whose: What it tells of its instances.
+        batch: As collated; zeros if it held no example.
+        whose: The groups, examples and documents of the batch.
         inputs: The batch as Trainer prepared it.
-        streams: Where the random streams stood before the forward, if a second pass may follow.
+        streams: The random streams' state before the forward, if a second pass may follow.
         shares: The instances' shares of the loss.
-        members: The objectives of these.
-        table: What is known of the objectives, and of the loss's rest where that is one more.
-        broken: [] how many instances, and losses of the whole batch, are left out because they aren't finite.
+        members: The objectives of the instances.
+        table: The objectives' losses, counts and labels, including the loss's rest if that is an objective.
+        broken: [] the number of instances, and losses of the whole batch, left out because they aren't finite.
     """
 
     batch: Any
@@ -66,12 +66,12 @@ class Recorded(NamedTuple):
     """A micro-batch after its rows are recorded.
 
     Attributes:
-        table: What is known of its objectives.
-        jacobian: Their rows, multiplied by the scale of GradScaler; None where there are none.
+        table: Its objectives' losses, counts and labels.
+        jacobian: Their rows, times GradScaler's scale; None if there are none.
         broken: See `Passed`.
-        normalised: Whether rows are shares of Trainer's loss, instead of sums.
-        extra: The gradient of the part of the loss that no instance owns and no weighting sees, if there is one.
-        passed: The micro-batch, for a second pass; None where it is one objective as a whole.
+        normalised: Whether rows are shares of Trainer's loss, not sums.
+        extra: The gradient of the part of the loss that belongs to no instance and that no weighting sees, if any.
+        passed: The micro-batch, for a second pass; None if the whole batch is one objective.
     """
 
     table: ObjectiveTable
@@ -86,16 +86,16 @@ class Recorder:
     """Runs the micro-batches of one update.
 
     Args:
-        trainer: Whose step runs.
-        backend: Where.
-        model: The model as Trainer has wrapped it.
+        trainer: The trainer whose step to run.
+        backend: The backend.
+        model: The model as wrapped by Trainer.
         present: [G] the sorted ids of the groups that are weighed together; None without a group column.
-        materialise: Whether rows are formed, or kept as the layers' inputs and gradients where those are smaller.
-        keep_graph: Whether the graph of the losses is kept.
+        materialise: Whether to form rows even if the layers' inputs and gradients are smaller.
+        keep_graph: Whether to retain the graph of the losses.
 
     Attributes:
-        scale: What rows are multiplied by: the scale of GradScaler.
-        has_rest: Whether a loss had a part that no instance owns.
+        scale: GradScaler's scale, which multiplies the rows.
+        has_rest: Whether a loss had a part that belongs to no instance.
     """
 
     def __init__(
@@ -115,14 +115,14 @@ class Recorder:
         self.has_rest = False
 
     def record(self, batch: Any, step: Step) -> tuple[Tensor, Recorded]:
-        """Runs Trainer's own step on a micro-batch, whose loss becomes rows.
+        """Runs Trainer's own step on a micro-batch, and turns its loss into rows.
 
         Args:
             batch: As collated.
             step: The step.
 
         Returns:
-            What the step returned, for Trainer's log; and the rows.
+            The step's value, for Trainer's log; and the rows.
 
         Raises:
             ValueError: The step didn't call `accelerator.backward` once, or its loss can't be split.
@@ -132,14 +132,14 @@ class Recorder:
             value = self.run(batch, step, lambda passed: recorded.append(self.rows(passed)))
         if any(bool(gradient.any()) for gradient in past.values()):
             raise ValueError(
-                f"{type(self.trainer).__name__} ran a backward pass of its own, past accelerator.backward, which left "
-                "gradients that can't be split by instance: take these from torch.autograd.grad, add the losses up, or "
-                "choose --jd_objectives batch, which takes each batch as one objective."
+                f"{type(self.trainer).__name__} ran its own backward pass, past accelerator.backward, which left "
+                "gradients that can't be split by instance: use torch.autograd.grad for them, add up the losses, or "
+                "choose --jd_objectives batch, which makes each batch one objective."
             )
         return value, recorded[0]
 
     def run(self, batch: Any, step: Step, backward: Callable[[Passed], None]) -> Tensor:
-        """Runs the step with another backward in the place of accelerate's; returns what it returned."""
+        """Runs the step with another backward in place of accelerate's; returns the step's value."""
         trainer = self.trainer
         whose = Whose.of(batch, trainer.jd_args.jd_packed, trainer.args.device)
         batch = stand_in(batch) if whose.empty else batch
@@ -147,7 +147,7 @@ class Recorder:
         return torch.zeros_like(value) if whose.empty else value
 
     def whole(self, batch: Any, step: Step) -> tuple[Tensor, Recorded]:
-        """Runs the step on a micro-batch that is one objective: its row is its gradient, of all passes it makes."""
+        """Runs the step on a micro-batch that is one objective: its row is its gradient, over all of its passes."""
         losses: list[Tensor] = []
 
         def backward(loss: Tensor) -> None:
@@ -157,29 +157,28 @@ class Recorder:
         with self.trainer.engine().paused(), set_aside(self.trainer.trainable()) as gradients:
             value = self._step(batch, step, backward)
         finite = losses[0].isfinite()[None]
-        rows = {p: DenseRows(g.reshape(1, -1), p.shape) for p, g in gradients.items()} if finite else {}
         unknown = finite.double() * torch.nan
         labels = torch.stack([finite.long() * 0 - 1, finite.long() * 0], dim=1)
         table = ObjectiveTable.of(torch.stack([unknown, unknown, finite.double()], dim=1), labels)
-        jacobian = Jacobian({p: rows.get(p) for p in self.trainer.trainable()}, 1)
+        jacobian = self.jacobian_of(gradients if finite else {})
         return value, Recorded(table, jacobian, (~finite).sum(), True, {}, None)
 
-    def again(self, first: Passed, model: nn.Module, kept: Tensor | None = None) -> Passed:
+    def again(self, first: Passed, model: nn.Module, keep: Tensor | None = None) -> Passed:
         """Runs a micro-batch forward once more, with the random numbers of its first pass.
 
         Args:
-            first: After that.
+            first: The result of the first pass.
             model: The model to run.
-            kept: [B] (bool) the instances to run; None for all.
+            keep: [B] (bool) the instances to run; None for all.
         """
         trainer, batch, inputs = self.trainer, first.batch, first.inputs
         if first.streams is None:
             raise ValueError(
-                f"The training step of {type(trainer).__name__} has to be run once more, which isn't possible where it "
+                f"The training step of {type(trainer).__name__} has to be run once more, which isn't possible since it "
                 "does not call `_prepare_inputs`: leave --jd_backward at one_pass, and check the losses of the batch."
             )
-        if kept is not None:
-            batch, inputs = (selected(part, kept, first.whose.documents) for part in (batch, inputs))
+        if keep is not None:
+            batch, inputs = (selected(part, keep, first.whose.documents) for part in (batch, inputs))
         set_random_state(first.streams, trainer.args.device)
         trainer.jd_outputs.begin(batch)
         trainer.jd_inputs = inputs
@@ -187,12 +186,12 @@ class Recorder:
             loss = trainer.compute_loss(model, copy(inputs), num_items_in_batch=trainer.jd_items)
         whose = first.whose if first.whose.empty else Whose.of(batch, trainer.jd_args.jd_packed, trainer.args.device)
         passed = self._passed(batch, whose, loss, first.streams)
-        # What Trainer's step does to a loss is in the sizes of the first pass.
-        passed.shares.like(first.shares, kept)
+        # The sizes of the first pass include all that Trainer's step does to a loss.
+        passed.shares.like(first.shares, keep)
         return passed
 
     def rows(self, passed: Passed) -> Recorded:
-        """The rows of a micro-batch's objectives; its graph is let go, unless it is kept."""
+        """Computes the rows of a micro-batch's objectives; frees its graph, unless it has to be retained."""
         engine, shares = self.trainer.engine(), passed.shares
         rest = shares.rest
         self.has_rest |= rest is not None
@@ -201,16 +200,16 @@ class Recorder:
         if rest is not None and not apart and not self.backend.owns_backward:
             extra = engine.gradients(rest)
         objectives = len(passed.members.groups) // shares.names
-        found = [self._rows_of_instances(passed, objectives, self.keep_graph or (apart and rest is not None))]
+        parts = [self._rows_of_instances(passed, objectives, self.keep_graph or (apart and rest is not None))]
         if apart:
             alone = None
             if rest is not None and passed.table.counts[-1] > 0:
                 segments = torch.zeros(shares.instances, dtype=torch.int64, device=rest.device)
                 alone = engine.compute_jacobian(rest[None], segments, self.materialise, self.keep_graph)
-            found.append(alone or self._no_rows(1))
+            parts.append(alone or self._no_rows(1))
         if not self.keep_graph:
             shares.release()
-        jacobians = [jacobian for jacobian in found if jacobian is not None]
+        jacobians = [jacobian for jacobian in parts if jacobian is not None]
         jacobian = Jacobian.cat(jacobians) if jacobians else None
         return Recorded(passed.table, jacobian, passed.broken, shares.normalised, extra, passed)
 
@@ -223,12 +222,18 @@ class Recorder:
         if shares.names > 1:
             losses = losses.view(shares.names, -1).T
         if not self.keep_graph:
-            shares.pieces = []  # The logits' gradients are let go on the way.
+            shares.pieces = []  # frees the logits' gradients along the way
         of_rows = segments if passed.whose.documents is None else at(segments, passed.whose.documents)
         return engine.compute_jacobian(losses, of_rows, self.materialise, retain_graph)
 
     def _no_rows(self, objectives: int) -> Jacobian | None:
-        return Jacobian(dict.fromkeys(self.trainer.trainable()), objectives) if objectives else None
+        return self.jacobian_of({}, objectives) if objectives else None
+
+    def jacobian_of(self, gradients: Mapping[nn.Parameter, Tensor], objectives: int = 1) -> Jacobian:
+        """The row of one objective from its gradient; without a gradient, rows of zeros, of any number."""
+        rows = {p: DenseRows(g.reshape(1, -1), p.shape) for p, g in gradients.items()}
+        trainer = self.trainer
+        return Jacobian({p: rows.get(p) for p in trainer.trainable()}, objectives, trainer.engine().block_names())
 
     def _step(self, batch: Any, step: Step, backward: Callable[[Tensor], None]) -> Tensor:
         trainer, losses = self.trainer, []
@@ -254,7 +259,7 @@ class Recorder:
         return value
 
     def _passed(self, batch: Any, whose: Whose, loss: Tensor, streams: RandomState | None = None) -> Passed:
-        """Splits the loss of a micro-batch, and says which objectives that is of."""
+        """Splits the loss of a micro-batch, and assigns the shares to objectives."""
         trainer, last = self.trainer, self.trainer.jd_outputs.last
         shares, names = shares_of(trainer, loss * (self.scale / self.backend.divisor()), whose, self.scale)
         broken = self._take_out_broken(shares, whose)
@@ -278,16 +283,16 @@ class Recorder:
         return passed
 
     def _without_broken(self, passed: Passed) -> Passed:
-        """Runs a batch once more without instances whose unreduced loss isn't finite: behind it, 0 may meet NaN."""
-        kept: Tensor | None = passed.shares.finite.all(1)
-        some = bool(kept.any() and not kept.all()) and not passed.whose.empty
-        # Where forwards gather parameters, all processes make as many.
-        if not (anywhere(some, kept.device) if self.backend.shards else some):
+        """Runs a batch again without instances of nonfinite unreduced loss, whose backward may multiply 0 by NaN."""
+        finite = passed.shares.finite.all(1)
+        some = bool(finite.any() and not finite.all()) and not passed.whose.empty
+        # If forwards gather parameters, all processes have to run the same number.
+        if not (anywhere(some, finite.device) if self.backend.shards else some):
             return passed
-        return replace(self.again(passed, self.model, kept if some else None), broken=passed.broken)
+        return replace(self.again(passed, self.model, finite if some else None), broken=passed.broken)
 
     def _row_of_rest(self, loss: Tensor, shares: Shares, last: Any) -> ObjectiveTable:
-        """[1] what is known of the part of the loss that no instance owns."""
+        """Returns the table [1] of the part of the loss that belongs to no instance."""
         router = part_of_router(self.trainer, last)
         value = loss.detach().double() * (torch.nan if router is None else router)
         counts = torch.tensor(float(shares.rest is not None and bool(loss.isfinite())), device=loss.device)
@@ -297,7 +302,7 @@ class Recorder:
         return ObjectiveTable.of(numbers, labels)
 
     def _take_out_broken(self, shares: Shares, whose: Whose) -> Tensor:
-        """Takes what isn't finite out of all objectives, and logs the instances; returns how many, and losses."""
+        """Removes nonfinite instances and losses from all objectives, and logs them; returns their number."""
         losses = shares.drop_broken_losses()
         broken = ~shares.finite.all(1) & (not whose.empty)
         if broken.any():
@@ -310,7 +315,7 @@ class Recorder:
 
 
 def _table(shares: Shares, members: Membership) -> ObjectiveTable:
-    """What is known of a micro-batch's objectives; losses are NaN where values aren't known."""
+    """Builds the table of a micro-batch's objectives; losses are NaN if values are unknown."""
     counts = members.added(shares.counts)
     if shares.values is None:
         sums = parts = torch.full_like(counts, torch.nan, dtype=torch.float64)

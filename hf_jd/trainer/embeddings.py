@@ -1,6 +1,6 @@
-"""`JDSentenceTransformerTrainer`: Jacobian descent inside sentence-transformers, with `hf-jd[sentence-transformers]`.
+"""`JDSentenceTransformerTrainer`: Jacobian descent in sentence-transformers; needs `hf-jd[sentence-transformers]`.
 
-Sentence-transformers fills each batch from one of several datasets. Each dataset is a group here, without a column.
+Sentence-transformers fills each batch from one of several datasets. Here each dataset is a group, without a column.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class JDSentenceTransformerTrainingArguments(JDArguments, SentenceTransformerTra
 class JDSentenceTransformerTrainer(JDTrainerMixin, SentenceTransformerTrainer):
     """`SentenceTransformerTrainer` with Jacobian descent; its `args` are `JDSentenceTransformerTrainingArguments`.
 
-    Losses with negatives from the batch are split exactly, too: what a pair is a negative for is in its row.
+    Losses with in-batch negatives are split exactly, too: a pair's row includes its effect as a negative.
     """
 
     training_args_class = JDSentenceTransformerTrainingArguments
@@ -48,17 +48,17 @@ class JDSentenceTransformerTrainer(JDTrainerMixin, SentenceTransformerTrainer):
         """Makes what the flags decide; see JDTrainerMixin."""
         if self.jd_args.jd_group_column == DATASET_COLUMN and not isinstance(self.train_dataset, Mapping):
             raise ValueError(
-                "--jd_objectives group has one objective per dataset, and there is one dataset: give a dict of them, "
-                "or name the column of the groups with --jd_group_column."
+                "--jd_objectives group has one objective per dataset, but there is only one dataset: give a dict of "
+                "datasets, or choose the column of groups with --jd_group_column."
             )
         super().follow_flags()
 
     def should_dataset_name_column_be_added(self, dataset: Any, args: Any, loss: Any) -> bool:
-        """Whether examples hold the name of their dataset; see sentence-transformers."""
-        asked = args.jd_group_column == DATASET_COLUMN and isinstance(dataset, Mapping)
-        return asked or super().should_dataset_name_column_be_added(dataset, args, loss)
+        """Whether examples include the name of their dataset; see sentence-transformers."""
+        by_dataset = args.jd_group_column == DATASET_COLUMN and isinstance(dataset, Mapping)
+        return by_dataset or super().should_dataset_name_column_be_added(dataset, args, loss)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        # The collator and a dict of losses ask for it, too.
+        # The collator and a dict of losses read it, too.
         self.jd_model_takes_groups |= self.jd_args.jd_group_column == DATASET_COLUMN

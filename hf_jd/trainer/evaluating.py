@@ -1,4 +1,4 @@
-"""Evaluation: the loss of each group, beside Trainer's own loss."""
+"""Evaluation: the loss of each group, in addition to Trainer's own loss."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from hf_jd.trainer.unreduced import LossesMixin, by_name
 
 
 class EvaluationMixin(LossesMixin):
-    """What `JDTrainerMixin` adds to evaluation: `eval_<group>_loss`, the mean over a group's tokens (or instances)."""
+    """The part of `JDTrainerMixin` that adds `eval_<group>_loss`, the mean over a group's tokens (or instances)."""
 
     jd_group_names: list[str] | None
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        # Of each batch: its instances' groups [B], and the sums and numbers of their losses [B, K], by K names.
+        # For each batch: its instances' groups [B], and the sums and counts of their losses [B, K], by K names.
         self._jd_evaluated: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Predicts, without the groups' ids, and keeps the losses of their instances; see Trainer."""
+        """Predicts without the group ids, and stores the losses of the instances; see Trainer."""
         groups, inputs = group_ids(inputs), without_groups(inputs)
-        if groups is None or not self._tells_losses:  # A scalar of the trainer's own tells no group's loss.
+        if groups is None or not self._tells_losses:  # the trainer's own scalar gives no group's loss
             return super().prediction_step(model, inputs, *args, **kwargs)
         seen: dict[str, Any] = {}
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            # The last one that has logits: generation comes before, and TRL's metrics after.
+            # Keep the last output with logits: generation comes before it, and TRL's metrics after.
             if isinstance(output, Mapping) and ("logits" in output or "logits" not in seen.get("output", {})):
                 seen["output"] = output
 
@@ -55,13 +55,13 @@ class EvaluationMixin(LossesMixin):
             self._jd_evaluated = []
             assert output.metrics is not None
             for k in groups[(groups >= 0) & (counts > 0).any(1)].unique().tolist():
-                mine = groups == k
-                means = sums[mine].sum(0) / counts[mine].sum(0).clamp(min=1)
+                members = groups == k
+                means = sums[members].sum(0) / counts[members].sum(0).clamp(min=1)
                 output.metrics[f"{prefix}_{self.group_name(k)}_loss"] = means.sum().item()
         return output
 
     def group_name(self, k: int) -> str:
-        """The name of the group with the id k."""
+        """Returns the name of the group with the id k."""
         return str(k) if self.jd_group_names is None else self.jd_group_names[k]
 
     @torch.no_grad()
@@ -70,23 +70,23 @@ class EvaluationMixin(LossesMixin):
         documents = packed_documents(inputs, self.jd_args.jd_packed)
         if documents is not None:
             of_tokens = [name for name, values in losses.items() if values.ndim > 1]
-            losses, counted = (by_document({n: found[n] for n in of_tokens}, documents) for found in (losses, counted))
+            losses, counted = (by_document({n: part[n] for n in of_tokens}, documents) for part in (losses, counted))
         names = [name for name, values in losses.items() if len(values.shape[:1]) and len(values) == len(groups)]
         if not names:
-            return  # Losses of whole batches, or of rows that hold several documents: no group's.
+            return  # losses of whole batches, or of rows with several documents, belong to no group
         masked = [losses[name].double().masked_fill(~counted[name], 0) for name in names]
         sums = torch.stack([values.reshape(len(groups), -1).sum(1) for values in masked], dim=1)
         numbers = torch.stack([counted[name].reshape(len(groups), -1).sum(1) for name in names], dim=1)
-        # Without those that fill up the last round of batches.
+        # This leaves out the examples that fill up the last round of batches.
         self._jd_evaluated.append(self.accelerator.gather_for_metrics((groups, sums, numbers)))
 
     @property
     def _tells_losses(self) -> bool:
-        """Whether it is known what instances lose."""
+        """Whether the instances' losses are known."""
         return self.knows_losses or self.jd_loss_func is not None or overridden(self) == "compute_losses"
 
     def _evaluated_losses(self, model: nn.Module, inputs: dict[str, Any], outputs: Any) -> Any:
-        """The unreduced losses of a batch whose outputs are there; only losses of the user's own take another pass."""
+        """Computes the unreduced losses from a batch's outputs; only the user's own losses take another pass."""
         if overridden(self) == "compute_losses":
             with self.compute_loss_context_manager():
                 return self.compute_losses(model, inputs)

@@ -1,4 +1,4 @@
-"""Any callable G -> w as the weighting, TorchJD's objects among them: what is taken, and what it may return."""
+"""Accept any callable G -> w as a weighting, including TorchJD's objects, and check its weights."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from torch import Tensor
 
 from hf_jd.weighting import WEIGHTINGS
 
-# TorchJD's weightings of a Jacobian that read no more of it than its number of rows, which the Gramian has too.
+# TorchJD's weightings of a Jacobian that read only its number of rows, which is the same for the Gramian.
 _READ_THE_NUMBER_OF_ROWS = {"MeanWeighting", "SumWeighting", "ConstantWeighting", "RandomWeighting"}
 
 
-def as_weighting(given: Any) -> Callable[[Tensor], Tensor]:
-    """Returns what weighs a Gramian in what a user handed over as the weighting.
+def as_weighting(weighting: Any) -> Callable[[Tensor], Tensor]:
+    """Returns the callable that weighs a Gramian, from the user's `weighting`.
 
-    That is the object itself, but for TorchJD's aggregators, which take a Jacobian [m, n] and return [n]: where one
-    weighs by the Gramian, its own weighting takes its place, which gives the same update.
+    This is the object itself, except for TorchJD's aggregators, which take a Jacobian [m, n] and return [n]: if one
+    weighs by the Gramian, its inner weighting is used, which gives the same update.
 
     Raises:
         ValueError: It isn't callable, is a class, or takes a Jacobian.
     """
-    if isinstance(given, type) or not callable(given):
-        what = f"the class `{given.__name__}`" if isinstance(given, type) else f"{reprlib.repr(given)}"
+    if isinstance(weighting, type) or not callable(weighting):
+        what = f"the class `{weighting.__name__}`" if isinstance(weighting, type) else f"{reprlib.repr(weighting)}"
         raise ValueError(
-            f"`weighting` is {what}, and has to be an object that is called with a Gramian [m, m] and returns weights "
-            "[m], such as `UPGradWeighting()`; for one by its name, leave `weighting` out and use --jd_weighting."
+            f"`weighting` is {what}, but has to be an object that takes a Gramian [m, m] and returns weights [m], such "
+            "as `UPGradWeighting()`; to choose one by name, leave `weighting` out and use --jd_weighting."
         )
-    inner = _called(given)
+    inner = _called(weighting)
     bases = {base.__name__: base for base in type(inner).__mro__ if base.__module__.partition(".")[0] == "torchjd"}
     if "Aggregator" in bases:
         weighted = bases.get("WeightedAggregator")
-        # A subclass with another `forward` does more than to weigh.
+        # A subclass with another `forward` does more than weigh.
         weighs = weighted is not None and type(inner).forward is weighted.forward
         if not weighs or not _is_of_gramian(inner.weighting):
             raise _takes_a_jacobian(inner, "aggregator")
@@ -46,60 +46,56 @@ def as_weighting(given: Any) -> Callable[[Tensor], Tensor]:
         return inner.weighting
     if "_MatrixWeighting" in bases and not _READ_THE_NUMBER_OF_ROWS & bases.keys():
         raise _takes_a_jacobian(inner, "weighting")
-    return given
+    return weighting
 
 
-def _called(given: Any) -> Any:
-    """The object behind a partial, or behind a method that only calls it."""
-    inner = given.func if isinstance(given, functools.partial) else given
+def _called(function: Any) -> Any:
+    """Returns the object behind a partial, or behind a method that only calls it."""
+    inner = function.func if isinstance(function, functools.partial) else function
     calls = isinstance(inner, types.MethodType) and inner.__name__ in ("forward", "__call__")
     return inner.__self__ if calls else inner
 
 
 def _is_of_gramian(weighting: Any) -> bool:
-    """Whether it composes a weighting of the Gramian with the Gramian of a Jacobian."""
+    """Whether a weighting of a Jacobian computes the Gramian and weighs that."""
     return getattr(getattr(weighting, "fn", None), "__name__", "") == "compute_gramian"
 
 
-def _takes_a_jacobian(given: Any, kind: str) -> ValueError:
-    name = type(given).__name__
+def _takes_a_jacobian(foreign: Any, kind: str) -> ValueError:
+    name = type(foreign).__name__
     wanted = name.removesuffix("Weighting") + "Weighting"
     matching = {cls.__name__: key for key, cls in WEIGHTINGS.items()}
     if wanted in matching:
         advice = f"give `hf_jd.weighting.{wanted}`, or leave `weighting` out and use --jd_weighting {matching[wanted]}"
     else:
-        advice = (
-            f"no weighting is the same; leave `weighting` out, and choose a --jd_weighting: {', '.join(WEIGHTINGS)}"
-        )
+        advice = f"no weighting matches it; leave `weighting` out, and choose a --jd_weighting: {', '.join(WEIGHTINGS)}"
     return ValueError(
-        f"`weighting` is TorchJD's {kind} `{name}`, which takes a Jacobian [m, n], and a weighting takes its Gramian "
+        f"`weighting` is TorchJD's {kind} `{name}`, which takes a Jacobian [m, n], but a weighting takes its Gramian "
         f"[m, m]: {advice}."
     )
 
 
 def checked_weights(weighting: Any, weights: Any, m: int) -> Tensor:
-    """Returns the weights [m] that a weighting returned as a tensor [m]; arrays of NumPy are taken, too.
+    """Checks the weights that a weighting returned, and converts NumPy arrays to tensors [m].
 
     Raises:
-        ValueError: They are something else than m finite real numbers.
+        ValueError: They are not m finite real numbers.
     """
-    found = weights
+    tensor = weights
     if isinstance(weights, np.ndarray) and weights.dtype.kind in "biuf":
-        found = torch.from_numpy(np.array(weights, dtype=np.float64))  # A copy: it may be read-only, or a view.
-    right = (
-        isinstance(found, Tensor) and found.shape == (m,) and not found.is_complex() and found.layout is torch.strided
-    )
-    if not right or not found.isfinite().all():
+        tensor = torch.from_numpy(np.array(weights, dtype=np.float64))  # copied, as it may be read-only or a view
+    is_vector = isinstance(tensor, Tensor) and tensor.shape == (m,)
+    if not is_vector or tensor.is_complex() or tensor.layout is not torch.strided or not tensor.isfinite().all():
         name = getattr(weighting, "__name__", type(weighting).__name__)
         raise ValueError(
             f"The weighting `{name}` has to return {m} finite weights [{m}] for a Gramian [{m}, {m}]; it returned "
             f"{_described(weights)}."
         )
-    return found
+    return tensor
 
 
 def _described(value: Any) -> str:
     if not isinstance(value, Tensor | np.ndarray):
         return f"{reprlib.repr(value)} ({type(value).__name__})"
-    kind, numbers = ("a tensor", value.to_dense()) if isinstance(value, Tensor) else ("an array of NumPy", value)
+    kind, numbers = ("a tensor", value.to_dense()) if isinstance(value, Tensor) else ("a NumPy array", value)
     return f"{kind} of shape {list(value.shape)} and dtype {value.dtype}: {reprlib.repr(numbers.tolist())}"

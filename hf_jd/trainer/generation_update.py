@@ -1,4 +1,4 @@
-"""One update of a trainer that generates: its completions' groups, or its rewards, as objectives."""
+"""One update of a trainer that generates, with its completions' groups, or its rewards, as objectives."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ class Shares(NamedTuple):
         objectives: K objectives' cotangents at each output, [B, ...].
         advantages: [B, K]; see `directions`.
         apart: The cotangents of an objective that is no reward, if there is one.
-        rest: Those of the part of the mean that no weighting sees.
-        noise: Those that the objectives' were told from.
-        finite: [B] (bool) whether a completion's are finite; what isn't is 0.
+        rest: The cotangents of the part of the mean that no weighting sees.
+        noise: The cotangents from which the objectives' were computed as differences.
+        finite: [B] (bool) whether a completion's cotangents are finite; others are set to 0.
     """
 
     objectives: list[list[Tensor]]
@@ -50,7 +50,7 @@ class GenerationRecorder(Recorder):
     trainer: GeneratingMixin
 
     def _passed(self, batch: Any, whose: Whose, loss: Tensor, streams: RandomState | None = None) -> Passed:
-        """Takes the groups that the batch has as TRL has prepared it, which the list of prompts had not."""
+        """Takes the groups from the batch as TRL has prepared it; the list of prompts has none."""
         groups = self.trainer.jd_groups_of_batch
         whose = whose if groups is None else Whose(groups, len(groups), None)
         return super()._passed(batch, whose, loss, streams)
@@ -62,7 +62,7 @@ class RewardRecorder(NamedRecorder):
     trainer: GeneratingMixin
 
     def split(self, loss: Tensor) -> tuple[Any, Tensor, Tensor]:
-        """The policy's loss by reward."""
+        """Splits the policy's loss by reward."""
         trainer = self.trainer
         policy = trainer.take_policy()
         assert policy.loss is not None
@@ -78,7 +78,7 @@ class RewardRecorder(NamedRecorder):
         return (policy, shares), counts, (~shares.finite).sum()
 
     def form(self, content: Any) -> Rows:
-        """The rows [K, n] of the rewards, and of the divergence if that is an objective; see `directions`."""
+        """Forms the rows [K, n] of the rewards, and of the divergence if that is an objective; see `directions`."""
         policy, shares = content
         extra = {}
         if any(bool(c.any()) for c in shares.rest):
@@ -96,22 +96,22 @@ class RewardRecorder(NamedRecorder):
         return scalar(policy.outputs, total)
 
     def _rows_by_reward(self, policy: PolicyLoss, shares: Shares) -> Jacobian:
-        """The rows [K, n] of the rewards, by the fewest backward passes; logs how many these are."""
+        """Forms the rows [K, n] of the rewards with the fewest backward passes, and logs their number."""
         trainer, count = self.trainer, len(shares.objectives)
-        found = directions(shares.objectives, shares.advantages, shares.noise)
-        passes = len(found) if 0 < len(found) < count else count
+        common = directions(shares.objectives, shares.advantages, shares.noise)
+        passes = len(common) if 0 < len(common) < count else count
         trainer.jd_metrics.add(Metrics(("jd/reward_passes",), torch.tensor([float(passes)], dtype=torch.float64)))
         if passes == count:
             return Jacobian.cat([self.gradient_row(scalar(policy.outputs, c)) for c in shares.objectives])
-        rows = [self._rows_along(policy, direction, i + 1 == passes) for i, direction in enumerate(found)]
+        rows = [self._rows_along(policy, direction, i + 1 == passes) for i, direction in enumerate(common)]
         return rows[0] if passes == 1 else rows[0] + rows[1]
 
     def _rows_along(self, policy: PolicyLoss, direction: Direction, last: bool) -> Jacobian:
-        """The objectives' rows that are sums of completions', by one backward pass."""
+        """Forms the objectives' rows as weighted sums of completions' rows, with one backward pass."""
         trainer, membership = self.trainer, direction.membership
         some = (membership != 0).any(0)
         if not some.any():
-            return Jacobian(dict.fromkeys(trainer.trainable()), len(membership))
+            return self.jacobian_of({}, len(membership))
         ids, m = torch.where(some, some.cumsum(0) - 1, -1), int(some.sum())
         pairs = zip(policy.outputs, direction.gradients, strict=True)
         parts = [surrogates(Cotangent(output, gradient), ids, m) for output, gradient in pairs if output.dim()]
@@ -129,12 +129,12 @@ class GenerationUpdate(Update):
         return GenerationRecorder(self.trainer, self.backend, self.model, self.present, self._rows_fit(), keep_graph)
 
     def _present_groups(self) -> Tensor | None:
-        """All groups' ids: those of an update are not known before TRL has shuffled its completions."""
+        """Returns all groups' ids: an update's groups are unknown until TRL has shuffled its completions."""
         if self.jd.jd_group_column is None:
             return None
         names = self.trainer.jd_group_names
         if names is None:
-            raise ValueError("A stream's groups of prompts can't be known beforehand: list them with --jd_groups.")
+            raise ValueError("A stream's groups of prompts can't be known in advance: list them with --jd_groups.")
         return torch.arange(len(names), device=self.trainer.args.device)
 
 
@@ -150,11 +150,11 @@ class RewardUpdate(NamedUpdate):
 
 
 def _shares(policy: PolicyLoss, factor: Tensor, kl_apart: bool) -> Shares:
-    """Evaluates TRL's loss with no advantage, and with each reward's.
+    """Evaluates TRL's loss without advantages, and with each reward's.
 
     Args:
         policy: The loss.
-        factor: [] what its gradients are multiplied by.
+        factor: [] multiplies its gradients.
         kl_apart: Whether the divergence is an objective.
     """
     advantages = policy.advantages

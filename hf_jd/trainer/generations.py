@@ -1,7 +1,7 @@
-"""Trainers of TRL that generate what they learn from: groups and rewards travel with the completions.
+"""TRL's trainers that generate completions: groups and rewards travel with these.
 
-Their batches are lists of prompts. What belongs to a prompt is added where TRL has scored its completions, so that it
-goes through TRL's own shuffling and splitting, over accumulation, `steps_per_generation` and `num_iterations`.
+Their batches are lists of prompts. A prompt's group and rewards are added when TRL has scored its completions, so that
+they pass through TRL's own shuffling and splitting, over accumulation, `steps_per_generation` and `num_iterations`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class JDGenerationArguments(JDArguments):
     jd_kl: str = field(
         default="mean",
         metadata={
-            "help": "With `--jd_objectives reward`, what the divergence from the reference model is: a part of the "
-            "`mean` that no weighting sees, or an `objective` named `kl`."
+            "help": "With `--jd_objectives reward`, how to treat the divergence from the reference model: as part of "
+            "the `mean`, which no weighting sees, or as an `objective` named `kl`."
         },
     )
 
@@ -73,11 +73,11 @@ class GeneratingMixin(JDTrainerMixin):
             _check_rewards(self)
 
     def advantages_by_reward(self, rewards: Tensor, total: Tensor) -> Tensor:
-        """Each reward's own advantages; with a last column for the divergence, where TRL makes that a reward.
+        """Computes each reward's own advantages, with a last column for the divergence if TRL makes that a reward.
 
         Args:
-            rewards: [N, K] of the completions of all processes, NaN where a function returned None.
-            total: [N] the advantages of TRL.
+            rewards: [N, K] of all processes' completions, NaN where a function returned None.
+            total: [N] TRL's advantages.
         """
         raise NotImplementedError
 
@@ -119,25 +119,25 @@ class GeneratingMixin(JDTrainerMixin):
         return ids
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's own loss; in training, what is needed to split it is kept."""
+        """Computes TRL's own loss; in training, stores what is needed to split it."""
         training = model.training and isinstance(inputs, Mapping)
         self.jd_groups_of_batch = inputs.get(GROUP_KEY) if training else None
         if not training or ADVANTAGES_KEY not in inputs:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        policy, self._jd_found = PolicyLoss(self, model, inputs), None
+        policy, self._jd_logps = PolicyLoss(self, model, inputs), None
         loss = super().compute_loss(model, inputs, *args, **kwargs)
-        policy.keep(self._jd_found or (), loss)
+        policy.keep(self._jd_logps or (), loss)
         self._jd_policy = policy
         return loss
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)  # ty: ignore[missing-attribute]  # TRL's
+        logps = super()._get_per_token_logps_and_entropies(*args, **kwargs)  # ty: ignore[missing-attribute]  # TRL's
         if torch.is_grad_enabled():
-            self._jd_found = found
-        return found
+            self._jd_logps = logps
+        return logps
 
     def take_policy(self) -> PolicyLoss:
-        """The loss of the last batch, once.
+        """Returns the loss of the last batch, once.
 
         Raises:
             ValueError: The trainer computes its loss without TRL's method.
@@ -153,17 +153,17 @@ class GeneratingMixin(JDTrainerMixin):
 
 
 def _check_rewards(trainer: GeneratingMixin) -> None:
-    """Raises a ValueError for rewards that can't be objectives; says where they are one."""
+    """Raises a ValueError for rewards that can't be objectives; warns if there is only one."""
     names = trainer.reward_func_names
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(
-            f"Several reward functions are named `{twice[0]}`, and --jd_objectives reward weighs them by name: give "
-            "each a name of its own."
+            f"Several reward functions are named `{twice[0]}`, but --jd_objectives reward weighs them by name: give "
+            "them different names."
         )
     if trainer.jd_args.jd_group_column is not None:
         raise ValueError(
-            "--jd_objectives reward weighs the rewards of whole batches, in which there are no groups: leave out "
+            "--jd_objectives reward weighs the rewards of whole batches, which have no groups: leave out "
             "--jd_group_column, or choose --jd_objectives group."
         )
     by_itself = "kl" in names or getattr(trainer.args, "jd_kl", "mean") == "mean" or not trainer.beta
@@ -174,6 +174,6 @@ def _check_rewards(trainer: GeneratingMixin) -> None:
         )
     if len(names) == 1 and by_itself:
         logger.warning(
-            f"There is one reward function, `{names[0]}`: --jd_objectives reward has nothing to weigh, and trains as "
-            "TRL does."
+            f"There is only one reward function, `{names[0]}`: --jd_objectives reward has nothing to weigh, and trains "
+            "like TRL."
         )

@@ -1,4 +1,4 @@
-"""`.grad`, where a stream that ended in mid-accumulation may have left something: added to, or left as it was."""
+"""Add to `.grad`, or set it aside: it may hold a gradient from a stream that ended in mid-accumulation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def accumulate(gradients: Mapping[nn.Parameter, Tensor]) -> None:
 
 
 def added(parts: Iterable[Mapping[nn.Parameter, Tensor]]) -> dict[nn.Parameter, Tensor]:
-    """The sums of gradients."""
+    """Adds up gradients."""
     total: dict[nn.Parameter, Tensor] = {}
     for part in parts:
         for p, gradient in part.items():
@@ -25,24 +25,24 @@ def added(parts: Iterable[Mapping[nn.Parameter, Tensor]]) -> dict[nn.Parameter, 
 
 
 def all_finite(gradients: Sequence[Tensor]) -> bool:
-    """Whether no gradient holds an infinity or a NaN."""
+    """Whether all gradients are finite."""
     return not gradients or bool(torch.stack(torch._foreach_norm(list(gradients))).isfinite().all())
 
 
 @contextmanager
 def set_aside(parameters: Iterable[nn.Parameter]) -> Generator[dict[nn.Parameter, Tensor]]:
-    """Gives backward passes a `.grad` of their own.
+    """Sets `.grad` aside during backward passes.
 
     Yields:
-        An empty dict, which holds their gradients at the end; `.grad` is then as it was before.
+        An empty dict, which gets their gradients on exit, when `.grad` is restored.
     """
     before = {p: p.grad for p in parameters}
     for p in before:
         p.grad = None
-    found: dict[nn.Parameter, Tensor] = {}
+    gradients: dict[nn.Parameter, Tensor] = {}
     try:
-        yield found
-        found.update({p: p.grad for p in before if p.grad is not None})
+        yield gradients
+        gradients.update({p: p.grad for p in before if p.grad is not None})
     finally:
         for p, gradient in before.items():
             p.grad = gradient

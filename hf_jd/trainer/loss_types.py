@@ -1,7 +1,7 @@
 """TRL's lists of losses as objectives: DPO with several `loss_type`s, as in mixed preference optimisation (MPO).
 
-TRL adds the losses up, each times its weight. With weights that have a gradient, the sum's derivative by a weight is
-that weight's loss, as TRL computed it: one evaluation tells all losses apart.
+TRL adds up the losses, each times its weight. If the weights require a gradient, the sum's derivative with respect to a
+weight is that weight's loss, as TRL computed it: one evaluation separates all losses.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class LossTypesMixin(JDTrainerMixin):
         self.jd_loss_weights: list[Tensor] = []
         if self.jd_args.jd_objectives == "loss" and len(set(self.loss_types)) < 2:
             raise ValueError(
-                f"--jd_objectives loss weighs several losses, and --loss_type names `{self.loss_types[0]}` alone: name "
+                f"--jd_objectives loss weighs several losses, but --loss_type has only `{self.loss_types[0]}`: give "
                 "several, or choose --jd_objectives instance or group."
             )
 
@@ -44,33 +44,33 @@ class LossTypesMixin(JDTrainerMixin):
         return kind(self, model, batches, alone)
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's own loss, whose weights have a gradient in training where its parts are objectives."""
+        """Computes TRL's own loss, with weights that require a gradient if its parts are objectives in training."""
         if self.jd_args.jd_objectives != "loss" or not model.training:
             return super().compute_loss(model, inputs, *args, **kwargs)
-        given = self.loss_weights
-        self.jd_loss_weights = [torch.tensor(float(w), device=self.args.device, requires_grad=True) for w in given]
+        plain = self.loss_weights
+        self.jd_loss_weights = [torch.tensor(float(w), device=self.args.device, requires_grad=True) for w in plain]
         self.loss_weights = self.jd_loss_weights
         try:
             return super().compute_loss(model, inputs, *args, **kwargs)
         finally:
-            self.loss_weights = given
+            self.loss_weights = plain
 
 
 class LossTypesRecorder(NamedRecorder):
-    """Records micro-batches by loss, a plain backward pass each; see `Recorder`."""
+    """Records micro-batches by loss, with one plain backward pass per loss; see `Recorder`."""
 
     trainer: LossTypesMixin
 
     def split(self, loss: Tensor) -> tuple[Any, Tensor, Tensor]:
-        """Each loss times its weight, with a graph, as it is a part of the whole."""
+        """Returns each loss times its weight, with a graph: its part of the whole."""
         weights = self.trainer.jd_loss_weights
-        found = torch.autograd.grad(loss, weights, create_graph=True)
-        losses = [weight.detach() * part for weight, part in zip(weights, found, strict=True)]
+        unweighted = torch.autograd.grad(loss, weights, create_graph=True)
+        losses = [weight.detach() * part for weight, part in zip(weights, unweighted, strict=True)]
         finite = torch.stack(losses).detach().isfinite()
         return (loss, losses), finite.long(), (~finite).sum()
 
     def form(self, content: Any) -> Rows:
-        """The rows [K, n] of the losses; a router's balancing loss joins the mean."""
+        """Forms the rows [K, n] of the losses; a router's balancing loss joins the mean."""
         loss, losses = content
         extra = {}
         if getattr(self.trainer, "aux_loss_enabled", False):

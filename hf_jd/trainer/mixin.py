@@ -1,7 +1,7 @@
-"""`JDTrainerMixin`: which of Trainer's methods are taken over.
+"""`JDTrainerMixin`: the methods of Trainer that Jacobian descent replaces.
 
-Trainer's own step runs for each micro-batch, but for its `accelerator.backward`, in whose place rows are recorded; at
-the last micro-batch of an update they are weighed and make `.grad`. Clipping, optimizer, schedule, logging, evaluation
+Trainer's own step runs for each micro-batch, except for its `accelerator.backward`, which records rows instead; at the
+last micro-batch of an update, they are weighed and become `.grad`. Clipping, optimizer, schedule, logging, evaluation
 and checkpoints remain Trainer's.
 """
 
@@ -37,13 +37,13 @@ from hf_jd.trainer.weighing import JDState
 
 
 class JDTrainerMixin(EvaluationMixin):
-    """Jacobian descent for any subclass of Trainer, to be placed left of it.
+    """Jacobian descent for any subclass of Trainer; put it to the left of that class.
 
     Args:
-        weighting: Any callable from a Gramian [m, m] to weights [m]; by default the one that `--jd_weighting` names.
-        engine_options: More arguments of `hf_jd.gramian.Engine`, such as `rules`.
+        weighting: Any callable from a Gramian [m, m] to weights [m]; by default, the one in `--jd_weighting`.
+        engine_options: Further arguments of `hf_jd.gramian.Engine`, such as `rules`.
 
-    All other arguments are Trainer's; `args` has to hold the --jd_* flags (`JDTrainingArguments`).
+    All other arguments are Trainer's; `args` has to have the --jd_* flags (`JDTrainingArguments`).
     """
 
     jd_backward: Callable[[Tensor], None] | None = None
@@ -57,14 +57,14 @@ class JDTrainerMixin(EvaluationMixin):
     ):
         arguments = kwargs.get("args", args[1] if len(args) > 1 else None)
         if getattr(arguments, "should_save", False) and arguments.output_dir is not None:
-            check_writable(Path(arguments.output_dir))  # Trainer would answer with a traceback.
+            check_writable(Path(arguments.output_dir))  # before Trainer fails with a traceback
         super().__init__(*args, **kwargs)
         self.weighting: Any = weighting
         self._jd_from_flags = FromFlags()
         self.jd_model_takes_groups = False
         self.jd_group_names: list[str] | None = None
         self._jd_engine: tuple[nn.Module, Engine] | None = None
-        self._jd_engine_options = dict(engine_options or {})
+        self.jd_engine_options = dict(engine_options or {})
         self.jd_outputs = OutputObserver([])
         self.jd_log = RunLog()
         self.follow_flags()
@@ -73,10 +73,10 @@ class JDTrainerMixin(EvaluationMixin):
     # ---- Trainer's side ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains, after a look at what can't work; see Trainer.
+        """Checks the set-up, and trains; see Trainer.
 
         Args:
-            resume_from_checkpoint: True takes the newest checkpoint that is whole, and says which it skipped.
+            resume_from_checkpoint: True uses the newest complete checkpoint, and says which ones it skipped.
             args: Trainer's.
             kwargs: Trainer's.
 
@@ -85,22 +85,22 @@ class JDTrainerMixin(EvaluationMixin):
         """
         check_liger(self)
         if resume_from_checkpoint:
-            check_alike({"resume_from_checkpoint": resume_from_checkpoint})  # Before one process alone refuses its own.
+            check_alike({"resume_from_checkpoint": resume_from_checkpoint})  # before a single process refuses its own
             resume_from_checkpoint = checkpoint_to_resume(self, resume_from_checkpoint, needed_files(self))
         try:
             with lost_peers(self):
                 return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._leave_model()
-            self.is_in_train = False  # Trainer leaves it so where an error ends the run.
+            self.is_in_train = False  # Trainer doesn't reset it after an error
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
-        # By now Trainer has made the model, and set the flags, of a search's trial; it has compiled nothing yet.
+        # By now, Trainer has built the model and set the flags of a search's trial, but has compiled nothing.
         self._begin(kwargs.get("resume_from_checkpoint"))
         return super()._inner_training_loop(*args, **kwargs)
 
     def _begin(self, checkpoint: str | None) -> None:
-        """Begins a run as the flags are now, with nothing of the run before."""
+        """Begins a run with the current flags, and without any state of the previous run."""
         self._leave_model()
         self.follow_flags()
         self._forget()
@@ -110,8 +110,8 @@ class JDTrainerMixin(EvaluationMixin):
         check_setup(self)
         self.jd_log.begin(resumed=checkpoint is not None)
         if self.args.torch_compile:
-            # The engine walks a graph, and keeps it for another walk: its buffers must not be given away. And what was
-            # compiled for a model without the engine's hooks must not run in the place of one with them.
+            # The engine may retain a graph, whose buffers must not be donated. And code compiled for a model without
+            # the engine's hooks must not run for one with them.
             functorch_config.donated_buffer = False  # ty: ignore[invalid-assignment]
             dynamo_config.skip_nnmodule_hook_guards = False  # ty: ignore[invalid-assignment]
         self.engine()  # Hooks must be there before anything compiles the model.
@@ -122,16 +122,16 @@ class JDTrainerMixin(EvaluationMixin):
         self.jd_metrics = Averages()
         self.jd_apart = False
         self.jd_items: Any = None
-        self.jd_streams: RandomState | None = None  # where the random streams stood before the forward
+        self.jd_streams: RandomState | None = None  # the random streams' state before the forward
         self._jd_batches: list[Any] = []
         self._jd_seen = 0
         self._jd_update: Update | None = None
-        self._jd_logged: Any = 0.0  # in the micro-batches of the update until now
+        self._jd_logged: Any = 0.0  # for the update's micro-batches so far
         self._jd_broken_in_a_row = 0
         self.forget_losses()
 
     def _leave_model(self) -> None:
-        """Takes the engine's hooks away, and lets its graphs go: the model is as it was."""
+        """Removes the engine's hooks and frees its graphs: the model is as before."""
         if self._jd_engine is not None:
             self._jd_engine[1].detach()
         self.jd_outputs.remove()
@@ -139,11 +139,11 @@ class JDTrainerMixin(EvaluationMixin):
         self._jd_batches = []
 
     def follow_flags(self) -> None:
-        """Makes what the flags decide: before each run, as a search sets other ones for each trial."""
+        """Applies the flags, before each run: a search changes them for each trial."""
         self.jd_control = follow_flags(self, self._jd_from_flags)
 
     def get_train_dataloader(self) -> Any:
-        """Has batches tell how many examples they hold; see Trainer."""
+        """Makes batches include their number of examples; see Trainer."""
         collator = self.data_collator
         self.data_collator = ExampleCounter(collator)
         try:
@@ -160,12 +160,12 @@ class JDTrainerMixin(EvaluationMixin):
         return batches, num_items_in_batch
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Runs Trainer's own step with its backward taken over; at the last micro-batch, adds the update to `.grad`.
+        """Runs Trainer's own step with its backward replaced; at the last micro-batch, adds the update to `.grad`.
 
         Returns:
-            What Trainer's own step returns, for its log.
+            The value that Trainer's own step returns, for its log.
         """
-        self.engine()  # Its hooks have to be there before the forward.
+        self.engine()  # sets its hooks before the forward
         self.jd_items = num_items_in_batch
         self._jd_seen += 1
         alone = self.jd_args.jd_scope == "micro_batch" or self.jd_apart
@@ -197,39 +197,39 @@ class JDTrainerMixin(EvaluationMixin):
         return Update(self, model, batches, alone)
 
     def jd_instances(self, output: Tensor, instances: int) -> Tensor:
-        """Says whose row each leading row of an output is: the method to override where a loss pairs rows otherwise.
+        """Assigns the leading rows of an output to examples: override this method if a loss pairs rows differently.
 
         Args:
-            output: [N, ...] a tensor that the model returned and the loss reads.
-            instances: B, how many examples the batch has; N is a multiple of it.
+            output: [N, ...] an output of the model that the loss reads.
+            instances: B, the number of examples in the batch; N is a multiple of it.
 
         Returns:
-            [N] the position of each row's example, int64. By default row n is of example n % B: the rows of one call on
-            [chosen, rejected] belong together.
+            [N] the index of each row's example, int64. By default, row n belongs to example n % B: this fits one call
+            on [chosen, rejected].
 
         Raises:
-            ValueError: The rows may be in another order, as far as shapes tell.
+            ValueError: Shapes suggest another order.
         """
         if not self.jd_outputs.tells_order(len(output), instances):
             raise ValueError(
-                f"The batch has {instances} examples, and the loss reads an output of shape {list(output.shape)}, "
-                f"whose row n may be of example n % {instances} or of n // {len(output) // instances}, or a token's of "
-                "all examples: say which in `jd_instances`, or choose --jd_objectives batch."
+                f"The batch has {instances} examples, but the loss reads an output of shape {list(output.shape)}, "
+                f"whose row n may belong to example n % {instances}, to example n // {len(output) // instances}, or to "
+                "a token of all examples: say which in `jd_instances`, or choose --jd_objectives batch."
             )
         return torch.arange(len(output)) % instances
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Makes the accelerator, whose `backward` can be taken over; see Trainer."""
+        """Creates the accelerator, with a `backward` that can be replaced; see Trainer."""
         super().create_accelerator_and_postprocess()
         backward = self.accelerator.backward
 
-        def taken_over(loss: Tensor, **kwargs: Any) -> None:
+        def replaced(loss: Tensor, **kwargs: Any) -> None:
             if self.jd_backward is None:
                 backward(loss, **kwargs)
             else:
                 self.jd_backward(loss)
 
-        self.accelerator.backward = taken_over
+        self.accelerator.backward = replaced
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds the metrics under `jd/` to the logs of training; see Trainer."""
@@ -238,11 +238,11 @@ class JDTrainerMixin(EvaluationMixin):
         super().log(logs, *args, **kwargs)
         if self.is_world_process_zero() and self.args.output_dir is not None:
             entry = {**self.state.log_history[-1], "max_steps": self.state.max_steps}
-            folder = self._get_output_dir(getattr(self, "_trial", None))  # A search's trial has one of its own.
+            folder = self._get_output_dir(getattr(self, "_trial", None))  # differs for each trial of a search
             self.jd_log.write(Path(folder), entry, pairs(averages))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # A checkpoint that is written over another one is not whole until it is finished.
+        # A checkpoint that overwrites another one must not look complete until it is.
         run = Path(self._get_output_dir(trial=trial))
         if self.args.should_save:
             (run / f"checkpoint-{self.state.global_step}" / STATE_FILE).unlink(missing_ok=True)
@@ -251,13 +251,13 @@ class JDTrainerMixin(EvaluationMixin):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            save_weighting(self.weighting, Path(output_dir))
+            save_weighting(self.jd_control, Path(output_dir))
             self.jd_control.save(Path(output_dir))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            load_weighting(self.weighting, Path(checkpoint))
+            load_weighting(self.jd_control, Path(checkpoint), self.engine().blocks is not None)
             self.jd_control.load(Path(checkpoint))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -280,6 +280,8 @@ class JDTrainerMixin(EvaluationMixin):
     def trainable(self) -> list[nn.Parameter]:
         """The trainable parameters, in the same order on all processes."""
         assert self.model is not None
+        if self._jd_update is not None:
+            return self._jd_update.trainable  # The walk over all modules takes time.
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def engine(self) -> Engine:
@@ -287,7 +289,8 @@ class JDTrainerMixin(EvaluationMixin):
         assert self.model is not None
         if self._jd_engine is None or self._jd_engine[0] is not self.model:
             self._leave_model()
-            options: dict[str, Any] = {"check": self.jd_args.jd_check, **self._jd_engine_options}
+            blocks = None if self.jd_args.jd_blocks == "none" else self.jd_args.jd_blocks
+            options: dict[str, Any] = {"check": self.jd_args.jd_check, "blocks": blocks, **self.jd_engine_options}
             self._jd_engine = (self.model, Engine(self.model, **options))
             inner = getattr(self.model, "get_base_model", None)  # Some losses call the model inside a PEFT model.
             self.jd_outputs = OutputObserver([self.model] if inner is None else [self.model, inner()])

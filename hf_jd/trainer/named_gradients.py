@@ -1,4 +1,4 @@
-"""Objectives by name whose rows are gradients as they come: of rewards, and of a trainer's own list of losses."""
+"""Objectives by name whose rows are whole gradients: rewards, and a trainer's own list of losses."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from hf_jd.gramian import Jacobian
 from hf_jd.gramian.random_streams import RandomState
-from hf_jd.gramian.rows import DenseRows
 from hf_jd.objectives import Membership, ObjectiveTable
 from hf_jd.trainer.backward import Passed, Recorded, Recorder
 from hf_jd.trainer.splitting import Whose
@@ -21,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class Named:
-    """A micro-batch's loss by name, with its graph: what takes the place of the instances' shares.
+    """A micro-batch's loss by name, with its graph, in place of the instances' shares.
 
     Args:
-        content: What the recorder makes rows of; None once the graph is let go.
+        content: The recorder forms rows from it; None once the graph is freed.
     """
 
     normalised = True
@@ -34,7 +33,7 @@ class Named:
         self.content = content
 
     def release(self) -> None:
-        """Lets the graph go."""
+        """Frees the graph."""
         self.content = None
 
 
@@ -43,7 +42,7 @@ class Rows(NamedTuple):
 
     Attributes:
         jacobian: [K, n].
-        extra: The gradient of what no weighting sees; empty if there is nothing.
+        extra: The gradient of the part of the loss that no weighting sees; may be empty.
     """
 
     jacobian: Jacobian
@@ -55,23 +54,23 @@ class NamedRecorder(Recorder):
 
     @abstractmethod
     def split(self, loss: Tensor) -> tuple[Any, Tensor, Tensor]:
-        """Tells a loss apart by name.
+        """Splits a loss by name.
 
         Returns:
-            What `form` and `weighted` take; [K] how many things each objective is of; [] how many are left out because
+            The content for `form` and `weighted`; the count of each objective [K]; and the number [] left out because
             they aren't finite.
         """
 
     @abstractmethod
     def form(self, content: Any) -> Rows:
-        """The rows."""
+        """Forms the rows."""
 
     @abstractmethod
     def weighted(self, content: Any, weights: Tensor) -> Tensor:
-        """[] whose gradient is that of the loss, each objective times its weight [K]."""
+        """Returns a scalar with the gradient of the loss, with each objective times its weight [K]."""
 
     def rows(self, passed: Passed) -> Recorded:
-        """The rows of a micro-batch's objectives."""
+        """Forms the rows of a micro-batch's objectives."""
         assert isinstance(passed.shares, Named)
         jacobian, extra = self.form(passed.shares.content)
         passed.shares.release()
@@ -79,14 +78,12 @@ class NamedRecorder(Recorder):
         return Recorded(passed.table, jacobian, passed.broken, True, extra, None)
 
     def gradient_row(self, loss: Tensor) -> Jacobian:
-        """The row of one objective, by a plain backward pass."""
-        gradients = self.trainer.engine().gradients(loss) if loss.requires_grad else {}
-        rows = {p: DenseRows(g.reshape(1, -1), p.shape) for p, g in gradients.items()}
-        return Jacobian({p: rows.get(p) for p in self.trainer.trainable()}, 1)
+        """Computes the row of one objective with a plain backward pass."""
+        return self.jacobian_of(self.trainer.engine().gradients(loss) if loss.requires_grad else {})
 
     def _passed(self, batch: Any, whose: Whose, loss: Tensor, streams: RandomState | None = None) -> Passed:
         content, counts, broken = self.split(loss * (self.scale / self.backend.divisor()))
-        self.trainer.jd_outputs.take()  # These are not read.
+        self.trainer.jd_outputs.take()  # discarded
         unknown = torch.full_like(counts, torch.nan, dtype=torch.float64)
         names = torch.arange(len(counts), device=counts.device)
         labels = torch.stack([torch.full_like(names, -1), names], dim=1)
@@ -107,6 +104,6 @@ class NamedUpdate(Update):
 
     def _measure_again(self) -> None:
         raise ValueError(
-            f"Update {self.trainer.state.global_step + 1}: the gradient isn't finite, and was not measured, so what to "
-            "leave out isn't known: lower the learning rate, or measure at every update."
+            f"Update {self.trainer.state.global_step + 1}: the gradient isn't finite, but was not measured, so it is "
+            "unknown what to leave out: lower the learning rate, or measure at every update."
         )

@@ -1,18 +1,18 @@
-"""Which of Trainer's losses is the user's own?"""
+"""Find out whether `compute_loss` or `compute_losses` is the user's own."""
 
 from __future__ import annotations
 
 from typing import Any
 
 _OURS = ("transformers.trainer", "hf_jd.trainer.unreduced")
-"""The modules whose `compute_loss` and `compute_losses` are nobody's own."""
+"""The modules whose `compute_loss` and `compute_losses` are not the user's."""
 
 
 def overridden(trainer: Any) -> str | None:
-    """Which of `compute_losses` and `compute_loss` is the user's own, the nearer one; None: neither is.
+    """Returns "compute_losses" or "compute_loss", whichever the user overrides nearer to the instance; None if neither.
 
-    Be it a class's, an instance's or one that was put in the place of Trainer's. A step of the user's own, right of the
-    mixin, has a loss of its own as well.
+    It may belong to a class or an instance, or replace Trainer's own. The user's own `training_step`, to the right of
+    the mixin, counts as a `compute_loss`.
     """
     right = False
     for attributes in (vars(trainer), *(vars(cls) for cls in type(trainer).__mro__)):

@@ -1,4 +1,4 @@
-"""The other processes: were they given the same, do they stay the same, and what if one of them ends?"""
+"""The other processes: check that they train the same, and explain what to do if one of them ends."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _SIGNS = ("connection", "timed out", "timeout", "nccl", "gloo", "broken pipe", "
 
 
 def check_given(trainer: JDTrainerMixin, resumed: str | bool | None) -> None:
-    """Raises a ValueError where processes have other seeds, flags, groups or examples, or resume another checkpoint."""
+    """Raises a ValueError if processes differ in seeds, flags, groups, examples or the checkpoint to resume."""
     args = trainer.args
-    own = {name: value for name, value in vars(trainer.jd_args).items() if name.startswith("jd_")}
+    flags = {name: value for name, value in vars(trainer.jd_args).items() if name.startswith("jd_")}
     names = ["seed", "data_seed", "gradient_accumulation_steps", "max_steps", "num_train_epochs", "learning_rate"]
-    given = {name: getattr(args, name) for name in names}
-    found = {"groups": trainer.jd_group_names, "examples": _examples(trainer.train_dataset)}
-    check_alike({**given, **own, **found, "resume_from_checkpoint": resumed})
+    trainers = {name: getattr(args, name) for name in names}
+    data = {"groups": trainer.jd_group_names, "examples": _examples(trainer.train_dataset)}
+    check_alike({**trainers, **flags, **data, "resume_from_checkpoint": resumed})
 
 
 def check_same_weights(trainer: JDTrainerMixin) -> None:
-    """Raises a ValueError where, every `--jd_check_processes` updates, the weights are not the same everywhere."""
+    """Compares all processes' weights every `--jd_check_processes` updates; raises a ValueError if they differ."""
     every, step = trainer.jd_args.jd_check_processes, trainer.state.global_step
     if every and step % every == 0:
         assert trainer.model is not None
@@ -39,24 +39,24 @@ def check_same_weights(trainer: JDTrainerMixin) -> None:
 
 @contextmanager
 def lost_peers(trainer: JDTrainerMixin) -> Generator[None]:
-    """Says what happened, and what to do, where another process has ended."""
+    """Explains what happened, and what to do, if another process has ended."""
     try:
         yield
     except RuntimeError as error:
         if process_count() == 1 or not any(sign in str(error).lower() for sign in _SIGNS):
             raise
         directory = trainer.args.output_dir
-        found = None if directory is None else newest_whole(Path(directory), needed_files(trainer))[0]
-        kept = f"The last whole checkpoint is `{found}`" if found else "There is no whole checkpoint yet"
+        newest = None if directory is None else newest_whole(Path(directory), needed_files(trainer))[0]
+        saved = f"The last complete checkpoint is `{newest}`" if newest else "There is no complete checkpoint yet"
         raise RuntimeError(
             f"Process {rank()} of {process_count()} ends in update {trainer.state.global_step + 1}, because another "
-            f"one has ended or didn't answer in time (--ddp_timeout): see the others' logs. {kept}; start all "
-            "processes again, with --resume_from_checkpoint, to go on from there."
+            f"one has ended or didn't answer in time (--ddp_timeout): see the others' logs. {saved}; restart all "
+            "processes with --resume_from_checkpoint to continue from there."
         ) from error
 
 
 def _examples(dataset: Any) -> Any:
-    """How many examples there are, and some of them, where they can be read without side effects."""
+    """Returns the number of examples, and a few of them if they can be read without side effects."""
     if isinstance(dataset, Mapping):  # Several training sets by name.
         return {name: _examples(one) for name, one in dataset.items()}
     if not hasattr(dataset, "__len__"):

@@ -1,9 +1,9 @@
-"""The policy loss of each reward, from one forward pass: cotangents at the log-probabilities, and the rows they bring.
+"""The policy loss of each reward, from one forward pass: cotangents at the log-probabilities, and their rows.
 
-TRL's loss is a function of the completions' log-probabilities and advantages. With reward k's own advantages it is
-objective k, so TRL's own code, evaluated again on log-probabilities that are kept, tells each reward's cotangents.
-On-policy they are multiples of one another within each completion: the rows of the completions, from one backward
-pass, bring those of any number of rewards. Where clipping tells good completions from bad ones, two passes do.
+TRL's loss is a function of the completions' log-probabilities and advantages. With reward k's own advantages, it is
+objective k, so TRL's own code, evaluated again on stored log-probabilities, gives each reward's cotangents. On-policy,
+these are multiples of each other within each completion: the rows of the completions, from one backward pass, give the
+rows of any number of rewards. Where clipping treats good and bad completions differently, two passes are enough.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from hf_jd.trainer.generations import GeneratingMixin
 
 ADVANTAGES_KEY = "jd_advantages"
-"""The batch's key of the advantages [B, K], by reward."""
+"""The batch's key for the advantages [B, K], by reward."""
 
 ROUNDING = 64
-"""By how many units of rounding cotangents of TRL's loss may differ that are multiples of one another."""
+"""The rounding units by which cotangents of TRL's loss may differ from being multiples of each other."""
 
 
 class Direction(NamedTuple):
@@ -41,16 +41,16 @@ class Direction(NamedTuple):
 
 
 class PolicyLoss:
-    """TRL's loss of one batch of completions, to be evaluated again with other advantages.
+    """TRL's loss of one batch of completions, to evaluate again with other advantages.
 
     Args:
-        trainer: Made before TRL computes the loss, which moves counters and an entropy coefficient on.
+        trainer: Copied before TRL computes the loss, which advances counters and an entropy coefficient.
         model: As TRL's loss takes it.
         inputs: As TRL prepared them.
     """
 
     def __init__(self, trainer: GeneratingMixin, model: Any, inputs: Mapping[str, Any]):
-        self._twin: Any = copy(trainer)  # What it logs and counts is its own.
+        self._twin: Any = copy(trainer)  # logs and counts separately
         self._twin._metrics = {mode: defaultdict(list) for mode in ("train", "eval")}
         self._twin.accelerator = _Alone(trainer.accelerator)
         self._model, self._inputs = model, inputs
@@ -60,21 +60,21 @@ class PolicyLoss:
         self._leaves: list[Tensor] = []
         self.loss: Tensor | None = None
 
-    def keep(self, found: Sequence[Any], loss: Tensor) -> None:
-        """Takes what the model brought for the loss, and the loss as TRL computed it.
+    def keep(self, outputs: Sequence[Any], loss: Tensor) -> None:
+        """Stores the inputs of the loss, and the loss as TRL computed it.
 
         Args:
-            found: Log-probabilities [B, T], entropies [B, T], and a router's loss []; any but the first may be None.
+            outputs: Log-probabilities [B, T], entropies [B, T], and a router's loss []; all but the first may be None.
             loss: [] with a graph.
         """
         self.loss = loss
-        leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in found]
+        leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in outputs]
         self._twin._get_per_token_logps_and_entropies = lambda *args, **kwargs: tuple(leaves)
-        pairs = [(t, leaf) for t, leaf in zip(found, leaves, strict=True) if t is not None and t.requires_grad]
+        pairs = [(t, leaf) for t, leaf in zip(outputs, leaves, strict=True) if t is not None and t.requires_grad]
         self.outputs, self._leaves = [t for t, _ in pairs], [leaf for _, leaf in pairs]
 
     def gradients(self, advantages: Tensor, **settings: Any) -> list[Tensor]:
-        """The gradient of the loss with other advantages [B] at each output, the trainer's attributes being `settings`.
+        """Computes the gradient at each output with other advantages [B], and `settings` as the trainer's attributes.
 
         Raises:
             ValueError: The loss doesn't depend on the log-probabilities that TRL's own method returns.
@@ -85,19 +85,19 @@ class PolicyLoss:
             loss = twin._compute_loss(self._model, {**self._inputs, "advantages": advantages})
         if not loss.requires_grad:
             raise ValueError(_past_the_method(self._twin))
-        found = torch.autograd.grad(loss, self._leaves, allow_unused=True)
-        return [torch.zeros_like(t) if g is None else g for t, g in zip(self._leaves, found, strict=True)]
+        gradients = torch.autograd.grad(loss, self._leaves, allow_unused=True)
+        return [torch.zeros_like(t) if g is None else g for t, g in zip(self._leaves, gradients, strict=True)]
 
     def prove(self) -> None:
-        """Compares what is evaluated again with the loss that TRL computed, which this frees.
+        """Compares the repeated evaluation with the loss that TRL computed, and frees the latter.
 
         Raises:
-            ValueError: It has another gradient, or depends on the model in another way.
+            ValueError: The gradients differ, or the loss depends on the model in other ways.
         """
         assert self.loss is not None
         again = self.gradients(self._inputs["advantages"])
-        found, rest = split(self.loss, self.outputs)
-        by_output = {id(c.output): c.gradient for c in found}
+        cotangents, rest = split(self.loss, self.outputs)
+        by_output = {id(c.output): c.gradient for c in cotangents}
         for output, gradient in zip(self.outputs, again, strict=True):
             first = by_output.get(id(output), torch.zeros_like(output))
             if rest is not None or not torch.allclose(first, gradient, rtol=1e-3, atol=1e-3 * float(first.abs().max())):
@@ -126,21 +126,21 @@ class _Alone:
 def _past_the_method(trainer: Any) -> str:
     return (
         f"The loss of {type(trainer).__name__}, evaluated again on the log-probabilities of "
-        "`_get_per_token_logps_and_entropies`, is another one: it draws random numbers or reads the model past that "
+        "`_get_per_token_logps_and_entropies`, is different: it draws random numbers or reads the model outside that "
         "method, so no reward's part of it is known. Choose --jd_objectives instance, group or batch."
     )
 
 
 def directions(parts: Sequence[Sequence[Tensor]], advantages: Tensor, noise: Sequence[Tensor]) -> list[Direction]:
-    """As few cotangents per completion as bring every objective's: one, two by the sign of the advantage, or none.
+    """Finds as few cotangents per completion as span every objective's: one, or two by the sign of the advantage.
 
     Args:
         parts: K objectives' cotangents at each output, [B, ...].
         advantages: [B, K]; where one is 0, so is that objective's cotangent.
-        noise: For each output, [B, ...] cotangents of whose rounding `parts` are not free.
+        noise: For each output, cotangents [B, ...] whose rounding errors are in `parts`.
 
     Returns:
-        The directions; empty where more than two are needed.
+        The directions; empty if more than two are needed.
     """
     stacked = [torch.stack(list(of_output)) for of_output in zip(*parts, strict=True)]  # [K, B, ...]
     advantages = advantages.to(stacked[0].dtype)
@@ -169,7 +169,7 @@ def directions(parts: Sequence[Sequence[Tensor]], advantages: Tensor, noise: Seq
 
 
 def _unit(stacked: Sequence[Tensor], advantages: Tensor, sign: int) -> list[Tensor]:
-    """Each completion's cotangent per unit of advantage, of one sign: by the objective with the largest; else 0."""
+    """Returns each completion's cotangent per unit of advantage of one sign, from its largest advantage; else 0."""
     largest, which = (sign * advantages).max(1)
     rows = torch.arange(len(which), device=which.device)
     scale = torch.where(largest > 0, sign / largest.clamp(min=torch.finfo(largest.dtype).tiny), 0)
@@ -177,24 +177,24 @@ def _unit(stacked: Sequence[Tensor], advantages: Tensor, sign: int) -> list[Tens
 
 
 def _tolerance(stacked: Tensor, noise: Tensor) -> Tensor:
-    """[B, 1, ...] what is rounding in each completion's cotangents [K, B, ...]."""
+    """Returns the rounding error [B, 1, ...] of each completion's cotangents [K, B, ...]."""
     size = stacked.abs().amax(0) + noise.abs()
     size = size.flatten(1).amax(1) if size[0].numel() else size.new_zeros(len(size))
     return _wide(ROUNDING * torch.finfo(stacked.dtype).eps * size, noise)
 
 
 def _any(where: Tensor) -> Tensor:
-    """[B] whether it is so anywhere in each [B, ...]."""
+    """Returns whether any entry of each [B, ...] is true: [B]."""
     return where.flatten(1).any(1)
 
 
 def _wide(leading: Tensor, like: Tensor) -> Tensor:
-    """A tensor with 1 for each dimension of another one that it lacks."""
+    """Appends dimensions of size 1, up to the number of another tensor's."""
     return leading.view(leading.shape + (1,) * (like.dim() - leading.dim()))
 
 
 def scalar(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """[] whose gradient is the pullback of the cotangents; its value is 0."""
+    """Returns a scalar whose gradient is the pullback of the cotangents; its value is 0."""
     parts = []
     for output, gradient in zip(outputs, gradients, strict=True):
         ids = torch.zeros(output.shape[:1], dtype=torch.int64, device=output.device)

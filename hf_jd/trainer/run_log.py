@@ -1,4 +1,4 @@
-"""`jd_log.jsonl`: what a run tells of itself while it runs, a line for each log, for `hf-jd report`."""
+"""`jd_log.jsonl`: a run's logs, one per line, for `hf-jd report`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ LOG_FILE = "jd_log.jsonl"
 
 
 class RunLog:
-    """The file.
+    """Writes the file.
 
-    A line is what Trainer logged, with `max_steps`, and `pairs`, the mean cosines of the groups' rows since the last
-    log of training. The first line of a run has `begins`, which is "anew" or "resumed". Nothing is ever taken out of
-    the file: a reader leaves out what stands above a new run, and, above a resumed one, the steps that it makes again.
+    A line has Trainer's logs, `max_steps`, and `pairs`, the mean cosines of the groups' rows since the last log of
+    training. The first line of a run has `begins`, either "anew" or "resumed". Lines are never removed: a reader skips
+    all lines above a new run, and, above a resumed run, the steps that it repeats.
     """
 
     def __init__(self):
@@ -27,12 +27,12 @@ class RunLog:
         self._begins = "resumed" if resumed else "anew"
 
     def write(self, folder: Path, entry: Mapping[str, Any], cosines: Mapping[tuple[str, str], float]) -> None:
-        """Adds a line; a line that a kill has cut off is left alone.
+        """Appends a line, also after a line that was truncated by a kill.
 
         Args:
-            folder: Of the file.
-            entry: What Trainer logged.
-            cosines: Of pairs of groups.
+            folder: The file's folder.
+            entry: Trainer's logs.
+            cosines: The cosines of pairs of groups.
         """
         line = {**entry, **({"begins": self._begins} if self._begins else {}), **_compact(cosines)}
         self._begins = None
@@ -44,9 +44,9 @@ class RunLog:
 
 
 def _compact(cosines: Mapping[tuple[str, str], float]) -> dict[str, Any]:
-    """The cosines above the diagonal, row by row; None for pairs that weren't in a step together."""
+    """Lists the cosines above the diagonal, row by row; None for pairs that shared no step."""
     if not cosines:
         return {}
     names = list(dict.fromkeys(name for pair in cosines for name in pair))
-    found = [cosines.get((a, b), cosines.get((b, a))) for a, b in combinations(names, 2)]
-    return {"pairs": {"names": names, "cosines": [None if value is None else round(value, 4) for value in found]}}
+    values = [cosines.get((a, b), cosines.get((b, a))) for a, b in combinations(names, 2)]
+    return {"pairs": {"names": names, "cosines": [None if value is None else round(value, 4) for value in values]}}

@@ -1,4 +1,4 @@
-"""The order of the training examples, where it is not Trainer's own."""
+"""Build the sampler of the training examples, if it is not Trainer's own."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 
 def stratified_sampler(trainer: JDTrainerMixin, dataset: Any) -> StratifiedSampler:
-    """The sampler of `--jd_sampler stratified`, for updates as Trainer and accelerate will make them.
+    """Builds the sampler of `--jd_sampler stratified`, for the updates that Trainer and accelerate will form.
 
-    accelerate gives the processes whole batches in turn, or, with `split_batches`, a piece of each. Where it would fill
-    up the last round of batches with the epoch's first examples, the sampler does so with a share of every group.
+    accelerate gives the processes whole batches in turn, or, with `split_batches`, a piece of each. It would fill up
+    the last round of batches with the epoch's first examples; the sampler fills it with a share of every group.
     """
     args, accelerator, column = trainer.args, trainer.accelerator, trainer.jd_args.jd_group_column
     assert column is not None
@@ -32,6 +32,6 @@ def stratified_sampler(trainer: JDTrainerMixin, dataset: Any) -> StratifiedSampl
         batch_size=batch // processes if accelerator.split_batches else batch,
         length=length,
         seed=args.seed if args.data_seed is None else args.data_seed,
-        # accelerate tells a sampler the epoch, but not always on resuming: not behind two of its wrappers.
+        # accelerate sets a sampler's epoch, but not behind two of its wrappers, when resuming.
         epoch=lambda: int(trainer.state.epoch or 0),
     )

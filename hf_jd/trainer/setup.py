@@ -1,4 +1,4 @@
-"""Before training: what the flags decide is made, and what can't be trained is said."""
+"""Before training: build what the flags ask for, and refuse set-ups that can't work."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hf_jd.arguments import JDArguments
 from hf_jd.checkpoints import check_room, check_writable
 from hf_jd.collator import GroupCollator
+from hf_jd.contradictions import check_blocks
 from hf_jd.groups import group_names
 from hf_jd.trainer.control import Control
 from hf_jd.trainer.foreign_weightings import as_weighting
@@ -22,12 +23,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class FromFlags:
-    """What was made from the flags, which tells it from what the user hands over.
+    """The objects built from flags, to tell them apart from the user's.
 
     Attributes:
-        weighting: The weighting that they name; None where the user's takes its place.
+        weighting: The weighting from the flags; None if the user passed one.
         named: Its name and arguments.
-        source: The training set, the group column and the groups, from which the groups' names are.
+        source: The training set, the group column and the groups, from which the groups' names were read.
         collator: The collator that adds the groups.
     """
 
@@ -38,17 +39,17 @@ class FromFlags:
 
 
 def follow_flags(trainer: JDTrainerMixin, made: FromFlags) -> Control:
-    """Makes what the flags decide as they are now: the weighting, the groups' names and the collator.
+    """Builds the weighting, the groups' names and the collator from the current flags.
 
     Args:
-        trainer: Whose flags they are.
-        made: What was made of them before, for this trainer.
+        trainer: The trainer with the flags.
+        made: The objects built for this trainer before.
 
     Returns:
         The control.
 
     Raises:
-        ValueError: A flag has a value that isn't allowed, or contradicts another one or what the trainer was given.
+        ValueError: A flag has a value that isn't allowed, or contradicts another flag or the trainer's arguments.
     """
     jd = trainer.args
     if not isinstance(jd, JDArguments):
@@ -69,7 +70,7 @@ def _follow_weighting(trainer: JDTrainerMixin, jd: JDArguments, made: FromFlags)
     elif made.named not in (None, named):
         raise ValueError(
             f"--jd_weighting is now `{' '.join(named)}`, and was `{' '.join(made.named)}`, but the trainer was given a "
-            "`weighting`, which takes its place: leave that out, or the flag as it was."
+            "`weighting`, which overrides it: leave that out, or leave the flag unchanged."
         )
     trainer.weighting = as_weighting(trainer.weighting)
     made.named = named
@@ -94,7 +95,7 @@ def _follow_groups(trainer: JDTrainerMixin, jd: JDArguments, made: FromFlags) ->
 
 
 def check_setup(trainer: JDTrainerMixin) -> None:
-    """Raises a ValueError for what can't be trained."""
+    """Raises a ValueError if training can't work."""
     if not trainer.trainable():
         raise ValueError("The model has no trainable parameter: add an adapter, or unfreeze some parameters.")
     unknown = set(trainer.jd_args.jd_ascend or []) - set(trainer.jd_group_names or trainer.jd_args.jd_ascend or [])
@@ -105,9 +106,10 @@ def check_setup(trainer: JDTrainerMixin) -> None:
         )
     if trainer.jd_args.jd_sampler != "trainer" and not hasattr(trainer.train_dataset, "__len__"):
         raise ValueError(
-            f"--jd_sampler {trainer.jd_args.jd_sampler} orders the examples, and those of a stream come as they come: "
-            "use a dataset with a length, or --jd_sampler trainer."
+            f"--jd_sampler {trainer.jd_args.jd_sampler} orders the examples, but a stream has its own order: use a "
+            "dataset with a length, or --jd_sampler trainer."
         )
+    check_blocks(trainer.jd_args, trainer.jd_engine_options.get("blocks"))
     trainer.jd_backend.check()
     _check_losses(trainer)
     check_liger(trainer)
@@ -118,28 +120,28 @@ def check_setup(trainer: JDTrainerMixin) -> None:
     optimizer = str(getattr(trainer.args.optim, "value", trainer.args.optim))
     if "lomo" in optimizer or "layerwise" in optimizer:
         raise ValueError(
-            f"The optimizer `{optimizer}` steps inside the backward pass, before any weights are known: choose "
+            f"The optimizer `{optimizer}` steps inside the backward pass, before the weights are known: choose "
             "another one with --optim."
         )
 
 
 def check_liger(trainer: JDTrainerMixin) -> None:
-    """Raises a ValueError for Liger's kernels, which Trainer puts into the model at the very start."""
+    """Raises a ValueError for Liger's kernels, which Trainer applies to the model first of all."""
     if trainer.args.use_liger_kernel:
-        raise ValueError("Liger's fused loss keeps no loss of each token: switch --use_liger_kernel off.")
+        raise ValueError("Liger's fused loss computes no loss per token: switch --use_liger_kernel off.")
 
 
 def _check_losses(trainer: JDTrainerMixin) -> None:
-    """Raises a ValueError for what the loss of the trainer can't be asked for."""
+    """Raises a ValueError for flags that the trainer's loss doesn't allow."""
     jd, name, whose = trainer.jd_args, type(trainer).__name__, overridden(trainer)
     if jd.kind.of_rewards and not hasattr(trainer, "advantages_by_reward"):
         raise ValueError(
-            f"--jd_objectives reward weighs the reward functions of JDGRPOTrainer and JDRLOOTrainer, and {name} is "
+            f"--jd_objectives reward weighs the reward functions of JDGRPOTrainer and JDRLOOTrainer, but {name} is "
             "neither: use one of these, or choose other objectives."
         )
     if jd.kind.several and whose == "compute_loss" and not trainer.tells_losses_apart:
         raise ValueError(
-            f"--jd_objectives {jd.jd_objectives} weighs several losses by name, and {name}.compute_loss returns "
+            f"--jd_objectives {jd.jd_objectives} weighs several losses by name, but {name}.compute_loss returns "
             "one: return a dict of losses from `compute_losses`, or choose --jd_objectives instance."
         )
     unvalued = jd.kind.of_batches or not (trainer.knows_losses or whose == "compute_losses" or trainer.jd_loss_func)
@@ -148,7 +150,7 @@ def _check_losses(trainer: JDTrainerMixin) -> None:
     if flag is not None:
         what = f"--jd_objectives {jd.jd_objectives} takes" if jd.kind.of_batches else f"the loss of {name} is"
         raise ValueError(
-            f"{flag} needs the value of each objective, and {what} one for the whole batch: leave it out, or "
+            f"{flag} needs the value of each objective, but {what} one for the whole batch: leave it out, or "
             "override `compute_losses` and return unreduced losses."
         )
     whole = jd.kind.of_batches or jd.kind.of_rewards or apart

@@ -1,6 +1,6 @@
-"""`JDSFTTrainer`: Jacobian descent inside TRL's SFTTrainer, for those who have installed `hf-jd[trl]`.
+"""`JDSFTTrainer`: Jacobian descent in TRL's SFTTrainer; needs `hf-jd[trl]`.
 
-TRL's own `compute_loss` runs; what is left over are names, packing with groups, and a head that is trained.
+TRL's own `compute_loss` runs; this file only adds names, packing with groups, and support for a trained head.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
     """`SFTTrainer` with Jacobian descent; its `args` are a `JDSFTConfig`, all else is SFTTrainer's.
 
     TRL multiplies the hidden states by the weight of the language model's head without calling that module, so no tap
-    meets it. Where the head is trained, the losses are computed from the logits instead, as any other trainer does.
+    sees it. If the head is trained, losses are computed from the logits instead, like in any other trainer.
     """
 
     args: JDSFTConfig
 
     def __init__(self, *args: Any, **kwargs: Any):
-        given = kwargs.get("args", args[1] if len(args) > 1 else None)
-        if not isinstance(given, JDSFTConfig):
+        config = kwargs.get("args", args[1] if len(args) > 1 else None)
+        if not isinstance(config, JDSFTConfig):
             raise ValueError(
-                f"The arguments of {type(self).__name__} are {type(given).__name__}, without the flags of both TRL's "
+                f"The arguments of {type(self).__name__} are {type(config).__name__}, without the flags of both TRL's "
                 "SFT and Jacobian descent: use JDSFTConfig."
             )
-        _check_packing(given)
+        _check_packing(config)
         self._jd_warned_of_logits = False
         super().__init__(*args, **kwargs)
 
@@ -64,14 +64,14 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
-        """Prepares a dataset as TRL does; where it is packed, each row names its documents' groups, which TRL drops."""
+        """Prepares a dataset like TRL; in packed rows, keeps the documents' groups, which TRL drops."""
         column = args.jd_group_column if packing else None
         if column is not None and dataset_name == "train":
-            group_names(dataset, column)  # After the packing, rows could not be told.
+            group_names(dataset, column)  # checks the column while errors can still name the row
         if column is None or column not in (get_dataset_column_names(dataset) or []):
             return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
         whole = copy(args)
-        whole.max_length = None  # The packing cuts.
+        whole.max_length = None  # packing truncates
         tokens: Any = super()._prepare_dataset(dataset, processing_class, whole, False, formatting_func, dataset_name)
         tokens = tokens.select_columns(["input_ids", "labels", column])
         tokens = tokens.map(lambda example: {column: [example[column]] * len(example["input_ids"])})
@@ -80,7 +80,7 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
         return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """TRL's own loss; from logits where the head is trained, as whoever has a `compute_loss_func` gets it."""
+        """Computes TRL's own loss; if the head is trained, from logits, as with a `compute_loss_func`."""
         if not model.training or self.jd_loss_func is not None or not self._trains_head():
             return super().compute_loss(model, inputs, *args, **kwargs)
         self.compute_loss_func = self._loss_of_logits
@@ -92,11 +92,11 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
     @property
     def knows_losses(self) -> bool:
         """See JDTrainerMixin."""
-        own = type(self).compute_loss is not JDSFTTrainer.compute_loss or "compute_loss" in vars(self)
-        return not own and self.jd_loss_func is None and overridden(self) == "compute_loss"
+        replaced = type(self).compute_loss is not JDSFTTrainer.compute_loss or "compute_loss" in vars(self)
+        return not replaced and self.jd_loss_func is None and overridden(self) == "compute_loss"
 
     def read_losses(self, outputs: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Reads the tokens' losses, as TRL's `loss_type` has them, with or without logits; see JDTrainerMixin."""
+        """Reads the tokens' losses according to TRL's `loss_type`, with or without logits; see JDTrainerMixin."""
         if outputs.get("log_probs") is not None:
             losses, counted = -outputs["log_probs"], outputs["label_mask"]
         else:
@@ -110,28 +110,28 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
         return self.args.label_smoothing_factor if self.args.loss_type == "nll" else 0.0
 
     def _trains_head(self) -> bool:
-        """Whether TRL would read a trained weight behind the taps' back; says once what the logits cost."""
+        """Whether TRL would read a trained weight without a tap; warns once about the cost of logits."""
         if self.label_smoother is not None and self.args.loss_type == "nll":
-            return False  # TRL asks for logits then.
-        core = bare(self.accelerator.unwrap_model(self.model))
+            return False  # TRL computes logits anyway
+        core = bare(self.model)
         trained = any(p.requires_grad for p in core.get_output_embeddings().parameters())
         if trained and not self._jd_warned_of_logits:
             self._jd_warned_of_logits = True
             logger.warning(
-                "The head of the language model is trained, and TRL's fused loss reads its weight past the module: the "
-                "losses are computed from the logits, which take memory, and TRL runs one more forward pass without "
-                "gradient for its metrics. Freeze the head (and the embeddings, if they are tied) if it matters little."
+                "The head of the language model is trained, but TRL's fused loss reads its weight without calling the "
+                "module: losses are computed from the logits, which take memory, and TRL runs one more forward pass "
+                "without gradient for its metrics. Freeze the head (and tied embeddings) if it matters little."
             )
         return trained
 
     def _loss_of_logits(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        """TRL's loss of a batch, from the logits: what it computes from its fused ones otherwise."""
+        """Computes TRL's loss of a batch from the logits, instead of its fused loss."""
         losses, counted = self.read_losses(outputs, {"labels": labels})
         shared = num_items_in_batch is not None
         divide_by = torch.as_tensor(num_items_in_batch if shared else counted.sum()).clamp(min=1)
         loss = losses.sum() / divide_by.to(losses.device)
         if self.aux_loss_enabled:
-            # TRL multiplies a loss of tokens by the processes that share their number.
+            # TRL multiplies a loss of tokens by the number of processes that share their count.
             averaged = self.current_gradient_accumulation_steps if shared else 1
             averaged *= process_count() if shared and self.args.average_tokens_across_devices else 1
             loss = loss + self.router_aux_loss_coef * outputs["aux_loss"] / averaged
@@ -139,7 +139,7 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
 
 
 def _check_packing(args: JDSFTConfig) -> None:
-    """Raises a ValueError for flags that need one group for each row, where a row packs several examples."""
+    """Raises a ValueError for flags that need one group per row, if rows pack several examples."""
     if args.packing and args.jd_group_column is not None and args.packing_strategy == "wrapped":
         raise ValueError(
             f"--packing_strategy wrapped cuts documents anywhere, so no row has one group of the column "
@@ -147,6 +147,6 @@ def _check_packing(args: JDSFTConfig) -> None:
         )
     if args.packing and args.jd_sampler != "trainer":
         raise ValueError(
-            f"--jd_sampler {args.jd_sampler} orders the examples by their group, and a row of --packing holds "
-            "several: leave one of the two out."
+            f"--jd_sampler {args.jd_sampler} orders the examples by their group, but a row of --packing holds several: "
+            "leave one of the two out."
         )

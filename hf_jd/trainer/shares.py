@@ -1,4 +1,4 @@
-"""Each instance's share of a loss, as cotangents where the loss is cut: how large is it, and what does it descend?"""
+"""Each instance's share of a loss, as cotangents where the loss is cut: its size, and its surrogate loss."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Piece(NamedTuple):
     """A place where a loss is cut.
 
     Attributes:
-        cotangent: The tensor, and the gradient of the loss there.
-        owner: The instance of each of its leading rows [N], or tokens [N, T]; -1 for none. A loss of the whole batch
-            [] is owned by instance 0.
-        name: The position of its loss among the losses.
+        cotangent: The tensor, and the gradient of the loss with respect to it.
+        owner: The instance of each leading row [N], or token [N, T]; -1 for none. A loss of the whole batch [] belongs
+            to instance 0.
+        name: The index of its loss among the losses.
     """
 
     cotangent: Cotangent
@@ -27,11 +27,11 @@ class Piece(NamedTuple):
 
 
 class Values(NamedTuple):
-    """What B instances lose, without a graph.
+    """The losses of B instances, without a graph.
 
     Attributes:
         sums: [B, K] float64, the sum of an instance's losses.
-        counts: [B, K] int64, how many losses (of tokens, instances or batches) that is.
+        counts: [B, K] int64, the number of these losses (of tokens, instances or batches).
         parts: [B, K] float64, the instance's part of Trainer's loss.
     """
 
@@ -41,21 +41,21 @@ class Values(NamedTuple):
 
 
 class Shares:
-    """The shares of B instances in K losses; those that aren't finite are taken out.
+    """The shares of B instances in K losses; shares that aren't finite are removed.
 
     Args:
         pieces: Where the losses are cut.
         instances: B.
         names: K.
-        rest: [] what of the loss goes past the pieces, with a graph; None: there is nothing.
-        values: What the instances lose, if it is known.
-        normalised: Whether the shares are those of Trainer's loss; else they are of plain sums of losses.
-        factor: What the cotangents still have to be multiplied by.
-        unreduced: Whether the loss is cut at unreduced losses, whose own graph may hold what isn't finite.
+        rest: [] the part of the loss that bypasses the pieces, with a graph; None if there is none.
+        values: The instances' losses, if known.
+        normalised: Whether these are shares of Trainer's loss, not of plain sums of losses.
+        factor: A factor still to apply to the cotangents.
+        unreduced: Whether the loss is cut at unreduced losses, whose own graph may not be finite.
 
     Attributes:
         sizes: [B, K] float64, the norms of the instances' cotangents, summed over places.
-        counts: [B, K] int64, how many losses each share is of, or at how many places the loss depends on the instance.
+        counts: [B, K] int64, the number of losses in each share, or of places where the loss depends on the instance.
         finite: [B, K] (bool).
     """
 
@@ -80,21 +80,21 @@ class Shares:
         self.counts = counts * self.finite
         if not self.finite.all():
             self._keep(self.finite)
-            # What counts nothing has been divided by 0.
+            # Losses without a count have been divided by 0.
             self.finite = self.finite | (counts == 0)
 
     @property
     def some(self) -> Tensor:
-        """[B, K] (bool) which shares there are."""
+        """[B, K] (bool) the shares that aren't empty."""
         return self.counts > 0
 
     def take_out(self, instances: Tensor) -> None:
-        """Leaves instances [B] (bool) out of all losses, as if nothing of them counted."""
+        """Removes instances [B] (bool) from all losses, as if they had no tokens that count."""
         self.counts = self.counts * ~instances[:, None]
         self._keep(~instances[:, None].expand_as(self.finite))
 
     def drop_broken_losses(self) -> int:
-        """Leaves losses of the whole batch out where they aren't finite, as if they were none; returns how many."""
+        """Removes losses of the whole batch that aren't finite; returns their number."""
         broken = [p for p in self.pieces if not p.owner.ndim and not self.finite[0, p.name]]
         self.pieces = [piece for piece in self.pieces if all(piece is not other for other in broken)]
         for piece in broken:
@@ -102,7 +102,7 @@ class Shares:
         return len(broken)
 
     def surrogates(self, segments: Tensor, objectives: int) -> Tensor:
-        """s [S K], whose gradients are those of the objectives' shares, the first loss's first; the values are 0.
+        """Returns s [S K], with the gradients of the objectives' shares, the first loss's first; the values are 0.
 
         Args:
             segments: [B] the segment of each instance; -1 for none.
@@ -112,41 +112,41 @@ class Shares:
         for cotangent, owner, name in self.pieces:
             columns[name].append(surrogates(cotangent, at(segments, owner), objectives))
         none = torch.zeros(objectives, device=segments.device)
-        found = torch.cat([torch.stack(parts).sum(0) if parts else none for parts in columns])
-        return found * self.factor.to(found) if isinstance(self.factor, Tensor) else found * self.factor
+        sums = torch.cat([torch.stack(parts).sum(0) if parts else none for parts in columns])
+        return sums * self.factor.to(sums) if isinstance(self.factor, Tensor) else sums * self.factor
 
     def weighted(self, weights: Tensor) -> Tensor:
-        """[] whose gradient is that of the sum of all shares, each times its weight [B, K]; the value is 0."""
+        """Returns a scalar with the gradient of all shares' sum, each times its weight [B, K]; its value is 0."""
         each = self.surrogates(torch.arange(self.instances, device=weights.device), self.instances)
         return (each * weights.T.flatten().to(each)).sum()
 
     def release(self) -> None:
-        """Lets the graph go."""
+        """Frees the graph."""
         self.pieces, self.rest = [], None
 
-    def like(self, first: Shares, kept: Tensor | None) -> None:
-        """Scales the shares as those of the first pass are, whose instances were kept [B] (bool)."""
-        sizes = first.sizes if kept is None else first.sizes[kept]
+    def like(self, first: Shares, keep: Tensor | None) -> None:
+        """Scales the shares like those of the first pass, restricted to the instances `keep` [B] (bool)."""
+        sizes = first.sizes if keep is None else first.sizes[keep]
         scale = sizes.sum() / self.sizes.sum()
         if scale.isfinite():
             self.factor = first.factor * scale
 
-    def _keep(self, kept: Tensor) -> None:
-        """Makes the cotangents of all others zero: in a backward, NaN times 0 is NaN."""
-        self.sizes = self.sizes.masked_fill(~kept, 0)
-        self.pieces = [_where(piece, kept[:, piece.name]) for piece in self.pieces]
+    def _keep(self, keep: Tensor) -> None:
+        """Zeroes the cotangents of all other shares: in a backward, NaN times 0 is NaN."""
+        self.sizes = self.sizes.masked_fill(~keep, 0)
+        self.pieces = [_where(piece, keep[:, piece.name]) for piece in self.pieces]
 
     def _measured(self) -> tuple[Tensor, Tensor]:
-        """How large each instance's cotangents are [B, K], and at how many places the loss depends on it [B, K]."""
+        """Returns the size of each instance's cotangents [B, K], and the number of places with a gradient [B, K]."""
         device = self.pieces[0].owner.device
         sizes = torch.zeros(self.instances, self.names, dtype=torch.float64, device=device)
         counts = torch.zeros_like(sizes, dtype=torch.int64)
         for cotangent, owner, name in self.pieces:
             places = _sizes(cotangent.gradient, owner)
             where = owner.view(owner.shape + (1,) * (places.dim() - owner.dim())).expand_as(places)
-            mine = where >= 0
-            sizes[:, name].index_add_(0, where[mine], places[mine].double())
-            counts[:, name].index_add_(0, where[mine], (places[mine] != 0).long())
+            owned = where >= 0
+            sizes[:, name].index_add_(0, where[owned], places[owned].double())
+            counts[:, name].index_add_(0, where[owned], (places[owned] != 0).long())
         return sizes, counts
 
 
@@ -157,40 +157,40 @@ def sums_of(
 
     Args:
         losses: [N], [N, T] or [] each.
-        counted: Which of them count (bool), the same shapes.
+        counted: Which ones count (bool), in the same shapes.
         owners: See `Piece`.
         instances: B.
 
     Returns:
-        The sums [B, K], float64, and how many losses they are of [B, K].
+        The sums [B, K], float64, and the numbers of losses [B, K].
     """
     device = owners[0].device
     sums = torch.zeros(instances, len(losses), dtype=torch.float64, device=device)
     counts = torch.zeros_like(sums, dtype=torch.int64)
     for k, (values, mask, owner) in enumerate(zip(losses, counted, owners, strict=True)):
         where = owner.view(owner.shape + (1,) * (values.dim() - owner.dim())).expand_as(values)
-        mine = mask.to(device) & (where >= 0)
-        sums[:, k].index_add_(0, where[mine], values.detach().to(device)[mine].double())
-        counts[:, k].index_add_(0, where[mine], torch.ones_like(where[mine]))
+        used = mask.to(device) & (where >= 0)
+        sums[:, k].index_add_(0, where[used], values.detach().to(device)[used].double())
+        counts[:, k].index_add_(0, where[used], torch.ones_like(where[used]))
     return sums, counts
 
 
 def at(ids: Tensor, owner: Tensor) -> Tensor:
-    """The objective of each leading row or token, from that of each instance; -1 for none."""
+    """Returns the objective of each leading row or token, from each instance's; -1 for none."""
     return torch.where(owner >= 0, ids[owner.clamp(min=0)], -1)
 
 
 def _sizes(gradient: Tensor, owner: Tensor) -> Tensor:
-    """How large the cotangent is at each place: of the dimensions of `owner`, and one more where that holds tokens."""
+    """Returns the norms of the cotangent, over all but the dimensions of `owner` and, if that has only rows, tokens."""
     dims = tuple(range(max(owner.dim(), min(gradient.dim() - 1, 2)), gradient.dim()))
     if not dims:
         return gradient.abs()
     return torch.linalg.vector_norm(gradient, dim=dims, dtype=torch.promote_types(gradient.dtype, torch.float32))
 
 
-def _where(piece: Piece, kept: Tensor) -> Piece:
-    """The piece with zeros where its instance is not kept."""
+def _where(piece: Piece, keep: Tensor) -> Piece:
+    """Returns the piece with zeros for instances not in `keep`."""
     gradient = piece.cotangent.gradient
-    mask = kept[piece.owner.clamp(min=0)]
+    mask = keep[piece.owner.clamp(min=0)]
     mask = mask.view(mask.shape + (1,) * (gradient.dim() - mask.dim()))
     return piece._replace(cotangent=piece.cotangent._replace(gradient=torch.where(mask, gradient, 0)))

@@ -1,6 +1,6 @@
-"""TRL's trainers with Jacobian descent, for those who have installed `hf-jd[trl]`.
+"""TRL's trainers with Jacobian descent; needs `hf-jd[trl]`.
 
-Each is TRL's own: its data, losses, metrics and model cards. Only what the backward pass descends is ours.
+Each keeps TRL's data, losses, metrics and model cards. Only the backward pass is ours.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ except ImportError as error:
     raise ImportError(f"The trainers of TRL need TRL ({error}): pip install 'hf-jd[trl]'.") from error
 
 EPSILON = 1e-4
-"""What TRL adds to a standard deviation before it divides by that."""
+"""The number that TRL adds to a standard deviation before dividing by it."""
 
 
 @dataclass
@@ -63,7 +63,7 @@ class JDKTOConfig(JDArguments, KTOConfig):
 
 
 class JDKTOTrainer(JDTrainerMixin, KTOTrainer):
-    """`KTOTrainer` with Jacobian descent; `--jd_group_column label` has desirable and undesirable as groups."""
+    """`KTOTrainer` with Jacobian descent; `--jd_group_column label` makes desirable and undesirable two groups."""
 
 
 @dataclass
@@ -95,16 +95,16 @@ class JDRLOOConfig(JDGenerationArguments, RLOOConfig):
 class JDRLOOTrainer(GeneratingMixin, RLOOTrainer):
     """`RLOOTrainer` with Jacobian descent; with `--jd_objectives reward`, each reward function is an objective.
 
-    TRL subtracts the divergence from the reference model from the rewards. It is one reward more here, the last.
+    TRL subtracts the divergence from the reference model from the rewards. Here it is one more reward, the last.
     """
 
     def follow_flags(self) -> None:
         """Makes what the flags decide; see JDTrainerMixin."""
         super().follow_flags()
-        asked = self.beta and self.jd_args.kind.of_rewards and len(self.reward_func_names) > 1
-        if asked and (self.normalize_advantages or self.reward_clip_range):
+        separate = self.beta and self.jd_args.kind.of_rewards and len(self.reward_func_names) > 1
+        if separate and (self.normalize_advantages or self.reward_clip_range):
             raise ValueError(
-                "--jd_objectives reward can't tell the divergence from the rewards where --normalize_advantages or "
+                "--jd_objectives reward can't separate the divergence from the rewards if --normalize_advantages or "
                 "--reward_clip_range changes their sum: leave these out, or set --beta 0."
             )
 
@@ -126,12 +126,12 @@ class JDRLOOTrainer(GeneratingMixin, RLOOTrainer):
         return torch.cat([_scored(advantages), divergence], dim=1)
 
     def _leave_one_out(self, rewards: Tensor) -> Tensor:
-        """[N, K] rewards less the mean of the others of the same prompt."""
+        """Returns rewards [N, K] minus the mean of the others for the same prompt."""
         groups = rewards.view(-1, self.num_generations, rewards.shape[1])
         others = (~groups.isnan()).sum(dim=1, keepdim=True) - 1
         return (groups - (groups.nansum(dim=1, keepdim=True) - groups) / others).view_as(rewards)
 
 
 def _scored(advantages: Tensor) -> Tensor:
-    """Advantages with 0 where there is no reward, or no other one to compare it with."""
+    """Returns advantages with 0 where there is no reward, or none to compare it with."""
     return advantages.nan_to_num(nan=0.0)

@@ -15,7 +15,7 @@ from transformers.utils import logging
 from hf_jd.batches import group_ids, row_count
 from hf_jd.distributed.gradients import add_gradients
 from hf_jd.distributed.processes import add_over_processes, anywhere, gather_uneven, process_count
-from hf_jd.distributed.rows import AddedRows, GatheredRows, OwnRows
+from hf_jd.distributed.rows import AddedRows, GatheredRows, LocalRows
 from hf_jd.gramian.random_streams import unchanged_streams
 from hf_jd.gramian.sharding import whole_bytes
 from hf_jd.metrics import Metrics
@@ -35,29 +35,30 @@ class Update:
     """The objectives of some micro-batches, weighed together.
 
     Args:
-        trainer: Whose model, arguments and step these are.
-        model: The model as Trainer has wrapped it.
-        batches: The micro-batches of this process, which `take` is then given one by one.
-        alone: Whether they are weighed apart from the other micro-batches and processes.
+        trainer: Provides the model, the arguments and the step.
+        model: The model as wrapped by Trainer.
+        batches: The micro-batches of this process, to `take` one by one.
+        alone: Whether to weigh them separately from other micro-batches and processes.
     """
 
     def __init__(self, trainer: JDTrainerMixin, model: nn.Module, batches: list[Any], alone: bool):
         self.trainer, self.model, self.batches, self.alone = trainer, model, batches, alone
         self.jd, self.kind, self.backend = trainer.jd_args, trainer.jd_args.kind, trainer.jd_backend
-        self.trainable = trainer.trainable()  # The walk over all modules takes time.
+        self.trainable = trainer.trainable()
+        self.blocks = trainer.engine().block_names()
         self.budget = allowed(trainer)
         self.present = self._present_groups()
         self.measured = trainer.jd_control.measures(trainer.state.global_step)
         self.two_passes = self.jd.jd_backward == "two_pass"
-        # A second pass can walk the graph of one micro-batch again; those of several would not fit in memory.
+        # A second pass can reuse the graph of a single micro-batch; several graphs would not fit in memory.
         keep_graph = self.two_passes and len(batches) == 1 and not self.backend.owns_backward
         self.recorder = self._make_recorder(keep_graph)
         self.store = RowStore(self.kind.shared)
         self.measuring = ExitStack()
         self.seconds = 0.0
-        # What Trainer logs of the update, if its step doesn't know.
+        # The loss to log, if Trainer's step doesn't know it.
         self.logged: Tensor | None = None
-        # Of an update that isn't measured.
+        # Only in an update that isn't measured.
         self.passed: list[Passed] = []
         self.gradients: list[dict[nn.Parameter, Tensor]] = []
 
@@ -65,21 +66,21 @@ class Update:
         return Recorder(self.trainer, self.backend, self.model, self.present, self._rows_fit(), keep_graph)
 
     def take(self, batch: Any, step: Step) -> Tensor:
-        """Runs Trainer's own step on a micro-batch, and keeps its rows, or its gradient where the weights are known.
+        """Runs Trainer's own step on a micro-batch, and stores its rows, or its gradient if the weights are known.
 
         Args:
             batch: As collated.
             step: The step.
 
         Returns:
-            What the step returned, for Trainer's log.
+            The step's value, for Trainer's log.
         """
         if not self.measured and not self.kind.of_batches:
             with self.trainer.engine().paused():
                 return self.recorder.run(batch, step, self._descend_now)
         start = time.perf_counter()
         record = self.recorder.whole if self.kind.of_batches else self.recorder.record
-        if not self.store.recorded:  # ZeRO 3 gathers once for the whole update.
+        if not self.store.recorded:  # Parameters are gathered once per update.
             self.measuring.enter_context(self.backend.measuring(self.model))
         value, recorded = record(batch, step)
         self.store.add(recorded)
@@ -92,7 +93,7 @@ class Update:
 
     @contextmanager
     def measuring_unless_raised(self) -> Generator[None]:
-        """Leaves the model as it was where an error ends the update."""
+        """Restores the model if an error ends the update."""
         try:
             yield
         except BaseException:
@@ -107,16 +108,16 @@ class Update:
             self._weigh()
 
     def _weigh(self) -> None:
-        """Weighs the rows that were recorded, and adds the update to `.grad`."""
+        """Weighs the recorded rows, and adds the update to `.grad`."""
         start, recorded = time.perf_counter(), self.store.recorded
         table, jacobian = self.store.joined()
         rows = self._rows(jacobian)
         objectives = self._objectives(rows.exchange(table), recorded[0].normalised)
-        gramian = rows.gramian() / self.recorder.scale**2
+        gramians = rows.gramians() / self.recorder.scale**2
         self.measuring.close()
-        usable = objectives.usable(gramian)
+        usable = objectives.usable(gramians.sum(0))
         broken = self._count_broken(torch.stack([r.broken for r in recorded]).sum(), objectives, usable)
-        result = weigh(gramian, objectives, usable, self._settings())
+        result = weigh(gramians, objectives, usable, self._settings())
         weights = result.weights * self._share(objectives)
         self.trainer.jd_state = result.state or self.trainer.jd_state
         for metrics in result.metrics:
@@ -129,19 +130,19 @@ class Update:
             accumulate({p: torch.full_like(p, torch.inf) for p in self.trainable})
         elif self.backend.owns_backward:
             with unchanged_streams(self.trainer.args.device):
-                self._second_pass_of_backend(recorded, weights[rows.mine], usable[rows.mine])
+                self._second_pass_of_backend(recorded, weights[0, rows.local], usable[rows.local])
         elif not self.two_passes or self.kind.of_batches or objectives.broken(usable).any():
-            # Rows are picked; a second pass would multiply those that aren't finite by 0, which is NaN.
-            # GradScaler divides by its scale, which is in the rows.
+            # Pick rows: a second pass would multiply nonfinite ones by 0, which is NaN. The rows include GradScaler's
+            # scale, by which it divides.
             accumulate(rows.weighted_sum(weights, usable))
         else:
             with unchanged_streams(self.trainer.args.device):
-                self._second_pass(recorded, weights[rows.mine])
+                self._second_pass(recorded, weights[0, rows.local])
         if not self.backend.owns_backward and anywhere(self.recorder.has_rest, self.trainer.args.device):
             accumulate(add_gradients(extra, self.trainable))
 
     def _second_pass(self, recorded: list[Recorded], weights: Tensor) -> None:
-        """Descends the weighted losses, computed again; see `_weigh`."""
+        """Computes the losses again, and descends their weighted sum; see `_weigh`."""
         gradients = []
         for passed, each in self._micro_batches(recorded, weights):
             again = passed if self.recorder.keep_graph else self.recorder.again(passed, self.recorder.model)
@@ -149,23 +150,23 @@ class Update:
         accumulate(add_gradients(added(gradients), self.trainable))
 
     def _second_pass_of_backend(self, recorded: list[Recorded], weights: Tensor, usable: Tensor) -> None:
-        """The same by a backend that owns the backward pass, without instances whose gradient times 0 would be NaN."""
+        """Does the same with a backend that owns the backward pass, without instances of nonfinite gradients."""
         losses: list[Callable[[], Tensor]] = []
-        usables = [mine for _, mine in self._micro_batches(recorded, usable)]
-        for (passed, each), mine in zip(self._micro_batches(recorded, weights), usables, strict=True):
-            broken = passed.table.counts.to(mine.device).bool() & ~mine
-            kept = self._finite_instances(passed, broken)
-            losses.append(partial(self._loss_again, passed, each, kept))
+        usables = [flags for _, flags in self._micro_batches(recorded, usable)]
+        for (passed, each), flags in zip(self._micro_batches(recorded, weights), usables, strict=True):
+            broken = passed.table.counts.to(flags.device).bool() & ~flags
+            finite = self._finite_instances(passed, broken)
+            losses.append(partial(self._loss_again, passed, each, finite))
         self.backend.descend(losses)
 
-    def _loss_again(self, passed: Passed, weights: Tensor, kept: Tensor | None) -> Tensor:
-        again = self.recorder.again(passed, self.model, kept)
-        by_instance = passed.members.segments if kept is None else passed.members.segments[kept]
+    def _loss_again(self, passed: Passed, weights: Tensor, finite: Tensor | None) -> Tensor:
+        again = self.recorder.again(passed, self.model, finite)
+        by_instance = passed.members.segments if finite is None else passed.members.segments[finite]
         again.members = passed.members._replace(segments=by_instance)
         return self._weighted(again, weights, rest=True)
 
     def _finite_instances(self, passed: Passed, broken: Tensor) -> Tensor | None:
-        """[B] (bool) the instances whose loss and row are finite; None where all are."""
+        """Returns the instances [B] (bool) whose loss and row are finite; None if all are."""
         segments = passed.members.segments
         out = ~passed.shares.finite.all(1)
         if broken.any():
@@ -173,24 +174,24 @@ class Update:
         return ~out if out.any() and not out.all() else None
 
     def _micro_batches(self, recorded: list[Recorded], of_rows: Tensor) -> list[tuple[Passed, Tensor]]:
-        """The micro-batches of this process, with what is known of their rows [m]."""
+        """Pairs this process's micro-batches with their rows' values [m]."""
         if self.kind.shared:
             each = [of_rows] * len(recorded)
         else:
             each = list(of_rows.split([len(r.table) for r in recorded]))
-        return [(r.passed, mine) for r, mine in zip(recorded, each, strict=True) if r.passed is not None]
+        return [(r.passed, values) for r, values in zip(recorded, each, strict=True) if r.passed is not None]
 
     def _weighted(self, passed: Passed, weights: Tensor, rest: bool) -> Tensor:
-        """[] whose gradient is the weighted sum of the objectives of a micro-batch, by weights [m].
+        """Returns a scalar whose gradient is the weighted sum of a micro-batch's objectives.
 
         Args:
             passed: With a graph.
-            weights: [m] of its objectives.
-            rest: Whether the part of the loss that no instance owns is descended, too, unless it is an objective.
+            weights: [m], one per objective.
+            rest: Whether to include the part of the loss that belongs to no instance, unless it is an objective.
         """
         shares, segments = passed.shares, passed.members.segments
         by_segment = weights[: len(passed.members.groups)].view(shares.names, -1).T
-        # One more, for instances that are in none.
+        # Segment -1, of instances in no objective, picks the appended zero.
         by_segment = torch.cat([by_segment, by_segment.new_zeros(1, shares.names)])
         of_instances = by_segment[segments.to(weights.device)]
         total = shares.weighted(of_instances.to(segments.device))
@@ -201,7 +202,7 @@ class Update:
         return total + shares.rest if rest else total
 
     def _descend_now(self, passed: Passed) -> None:
-        """Descends a micro-batch of known weights, unless they depend on how much the others count."""
+        """Descends a micro-batch of known weights, unless they depend on the other micro-batches' counts."""
         passed.shares.normalised = passed.shares.normalised and not self.jd.own_mean
         if passed.shares.normalised:
             self.gradients.append(self._gradient(passed, self._multipliers(passed.table), rest=True))
@@ -209,13 +210,13 @@ class Update:
         self.passed.append(passed)
 
     def _gradient(self, passed: Passed, weights: Tensor, rest: bool) -> dict[nn.Parameter, Tensor]:
-        """The gradient of what `_weighted` returns; its graph is let go."""
+        """Returns the gradient of `_weighted`, and frees the graph."""
         gradient = self.backend.gradient(self._weighted(passed, weights, rest))
         passed.shares.release()
         return gradient if passed.table.counts.any() else {}
 
     def _descend(self) -> bool:
-        """Adds the gradient of losses whose weights were known to `.grad`; False where something isn't finite."""
+        """Adds the gradient of losses of known weights to `.grad`; returns False if it isn't finite."""
         first = self.passed[0].shares
         table = (ObjectiveTable.added if self.kind.shared else ObjectiveTable.cat)([p.table for p in self.passed])
         rows = self._rows(None)
@@ -223,7 +224,7 @@ class Update:
         usable = objectives.table.counts > 0
         if not first.normalised:
             each = objectives.factors(usable) * self._share(objectives) / objectives.number(usable)
-            each = (each * self._multipliers(objectives.table))[rows.mine]
+            each = (each * self._multipliers(objectives.table))[rows.local]
             sizes = [len(p.table) for p in self.passed]
             of_each = [each] * len(sizes) if self.kind.shared else each.split(sizes)
             for passed, weights in zip(self.passed, of_each, strict=True):
@@ -239,33 +240,33 @@ class Update:
         return True
 
     def _measure_again(self) -> None:
-        """Records the rows of micro-batches that were descended, and aren't finite."""
+        """Records the rows of micro-batches whose plain gradient wasn't finite."""
         with unchanged_streams(self.trainer.args.device):
             for passed in self.passed:
                 recorded = self.recorder.rows(self.recorder.again(passed, self.recorder.model))
                 self.store.add(recorded._replace(broken=torch.maximum(recorded.broken, passed.broken)))
 
-    def _log_of_sums(self, objectives: Objectives, rows: OwnRows, usable: Tensor) -> None:
-        """Has Trainer log the part of this process in losses that are divided at the end of the update only."""
+    def _log_of_sums(self, objectives: Objectives, rows: LocalRows, usable: Tensor) -> None:
+        """Makes Trainer log this process's part of losses that are only divided at the end of the update."""
         if objectives.normalised or self.jd.own_mean or self.recorder.has_rest:
             return
         each = objectives.factors(usable) * self._share(objectives) / objectives.number(usable)
-        parts = (each * objectives.table.losses)[rows.mine][usable[rows.mine]]
+        parts = (each * objectives.table.losses)[rows.local][usable[rows.local]]
         self.logged = parts.sum() * process_count() / (process_count() if self.kind.shared and not self.alone else 1)
 
     def weigh_apart(self) -> None:
-        """From now on each micro-batch is weighed by itself, as rows that are too many stay so."""
+        """Weighs each micro-batch separately from now on: rows that don't fit won't fit later."""
         if not self.trainer.jd_apart:
             logger.warning(
                 "The rows of all micro-batches of an update are too many for --jd_keep_rows "
-                f"{self.jd.jd_keep_rows}: each micro-batch is weighed by itself from now on, as --jd_when_full asks."
+                f"{self.jd.jd_keep_rows}: each micro-batch is weighed separately from now on, as set by --jd_when_full."
             )
         self.trainer.jd_apart = True
 
-    def _rows(self, jacobian: Any) -> OwnRows:
-        """This process's rows among those that are weighed together; None where it has none."""
-        kind = OwnRows if self.alone else AddedRows if self.kind.shared else GatheredRows
-        return kind(jacobian, self.trainable)
+    def _rows(self, jacobian: Any) -> LocalRows:
+        """Returns this process's share of the rows to weigh together."""
+        kind = LocalRows if self.alone else AddedRows if self.kind.shared else GatheredRows
+        return kind(jacobian, self.trainable, self.blocks)
 
     def _objectives(self, table: ObjectiveTable, normalised: bool) -> Objectives:
         apart = self.jd.jd_extra_losses == "objective" and not self.kind.shared
@@ -280,14 +281,15 @@ class Update:
             trainer.group_name,
             self.jd.jd_ascend or [],
             partial(trainer.jd_control.weights, step=step),
+            list(dict.fromkeys((self.blocks or {}).values())),
         )
 
     def _multipliers(self, table: ObjectiveTable) -> Tensor:
-        known = partial(self.trainer.jd_control.multiplier, step=self.trainer.state.global_step)
-        return multipliers(table, self._settings(), known)
+        multiplier = partial(self.trainer.jd_control.multiplier, step=self.trainer.state.global_step)
+        return multipliers(table, self._settings(), multiplier)
 
     def _share(self, objectives: Objectives) -> float:
-        """What an update like this one counts, unless the losses already hold their share of the whole."""
+        """Returns the share of this update in the whole, unless the losses already include it."""
         alone = self.alone and not objectives.normalised
         return 1 / (self.trainer.current_gradient_accumulation_steps * process_count()) if alone else 1.0
 
@@ -297,17 +299,17 @@ class Update:
         self.trainer.jd_metrics.add(Metrics(keys, price))
 
     def _count_broken(self, instances: Tensor, objectives: Objectives, usable: Tensor) -> Tensor:
-        """How many instances and objectives are left out because they aren't finite; the same on all processes."""
+        """Counts instances and objectives that are left out because they aren't finite; the same on all processes."""
         rows = objectives.broken(usable).sum()
         broken = add_over_processes(instances + rows) if self.alone else add_over_processes(instances) + rows
         self.trainer.jd_metrics.add(Metrics(("jd/non_finite",), broken.double()[None]))
-        if self.trainer.accelerator.scaler is None:  # An overflow is how GradScaler finds its scale.
+        if self.trainer.accelerator.scaler is None:  # GradScaler needs overflows to find its scale
             self._report(objectives, usable)
             self.trainer.count_broken(bool(broken))
         return broken
 
     def _report(self, objectives: Objectives, usable: Tensor) -> None:
-        """Logs the objectives whose loss is finite, and row isn't."""
+        """Logs the objectives with a finite loss, but a row that isn't finite."""
         for k in objectives.broken(usable).nonzero().flatten().tolist():
             group = int(objectives.table.groups[k])
             named = f" (group `{self.trainer.group_name(group)}`)" if group >= 0 else ""
@@ -315,7 +317,7 @@ class Update:
             logger.warning(f"Update {step}: the row of objective {k}{named} isn't finite, and is left out.")
 
     def _present_groups(self) -> Tensor | None:
-        """The sorted ids [G] of the groups that are weighed together; None without a group column."""
+        """Returns the sorted ids [G] of the groups that are weighed together; None without a group column."""
         column = self.jd.jd_group_column
         if column is None or not self.batches:
             return None
@@ -325,8 +327,8 @@ class Update:
             if groups is None:
                 named = ", ".join(f"`{key}`" for key in batch) if hasattr(batch, "keys") else "no names"
                 raise ValueError(
-                    f"An example has no group column `{column}`; its batch has {named}. (A collator that a DataLoader "
-                    "of your own is given has to be `trainer.data_collator`.)"
+                    f"An example has no group column `{column}`; its batch has {named}. (Your own DataLoader has to "
+                    "use `trainer.data_collator`.)"
                 )
             if (groups < 0).any():
                 raise ValueError(
@@ -338,7 +340,7 @@ class Update:
         return ids if self.alone else gather_uneven(ids)[0].unique()
 
     def _rows_fit(self) -> bool:
-        """Whether rows are kept as they are, or as the layers' inputs and gradients where those are smaller."""
+        """Whether rows fit; otherwise they are stored as the layers' inputs and gradients, if those are smaller."""
         if self.budget is None:
             return self.jd.keep_rows() is True
         instances = sum(map(row_count, self.batches))
@@ -347,5 +349,5 @@ class Update:
 
 
 def at_segments(flags: Tensor, segments: Tensor) -> Tensor:
-    """[B] (bool) a flag of each instance's segment [S]; False for none."""
+    """Returns the flags [B] of each instance's segment, from [S]; False for instances in no segment."""
     return (segments >= 0) & flags[segments.clamp(min=0)]

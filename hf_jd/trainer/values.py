@@ -1,6 +1,6 @@
-"""What each instance loses, where the model's head is known: for logs, and for weightings that read losses.
+"""The loss of each instance, if the model's head is known: for logs, and for weightings that read losses.
 
-Gradients never depend on it.
+Gradients never depend on these values.
 """
 
 from __future__ import annotations
@@ -26,64 +26,71 @@ _ROUNDING = 1e-5  # of a loss in float32
 
 
 def needs_values(trainer: JDTrainerMixin) -> str | None:
-    """The flag that needs the value of each objective, if one does."""
+    """Returns the flag that needs each objective's value, if there is one."""
     jd = trainer.jd_args
-    asked = {
+    flags = {
         "--jd_normalize loss": jd.jd_normalize == "loss",
         f"the weighting `{jd.jd_weighting}`": getattr(trainer.weighting, "reads", "gramian") != "gramian",
     }
-    return next((flag for flag, given in asked.items() if given), None)
+    return next((flag for flag, is_set in flags.items() if is_set), None)
 
 
 @torch.no_grad()
-def known_values(
-    trainer: JDTrainerMixin, outputs: Any, loss: Tensor, has_rest: bool, instances: int, documents: Tensor | None
-) -> Values | None:
-    """The instances' losses as the model's head computes them; None where it isn't known, or computes others.
+def known_losses(
+    trainer: JDTrainerMixin, outputs: Any, examples: int | None, documents: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """Reads the instances' losses from the model's outputs; None if the head is unknown, or computes something else.
+
+    Call it before the graph of the loss is freed: autograd's saved tensors spare computing the losses again.
 
     Args:
-        trainer: Whose model and batch these are.
-        outputs: What the model returned, by name.
-        loss: [] Trainer's loss.
-        has_rest: Whether it has a part that no instance owns.
-        instances: B.
+        trainer: Has the model and the batch.
+        outputs: The model's outputs, by name.
+        examples: B, if known.
         documents: [N, T] the document of each token, if rows are packed.
+
+    Returns:
+        The sums of the instances' losses [B, 1], float64, and the numbers of losses [B, 1].
     """
-    inputs = trainer.jd_inputs
     if not (trainer.jd_valued and trainer.knows_losses) or not isinstance(outputs, Mapping):
         return None
-    losses, counted = trainer.read_losses(outputs, inputs)
+    losses, counted = trainer.read_losses(outputs, trainer.jd_inputs)
     owner = torch.arange(len(losses), device=losses.device)
+    instances = len(losses)
     if documents is not None:
         owner = documents[:, : losses.shape[1]] if losses.ndim > 1 else owner[:0]
-    if len(owner) != len(losses) or (documents is None and len(losses) != instances):
+        instances = int(documents.max()) + 1
+    if len(owner) != len(losses) or (documents is None and examples not in (None, instances)):
         return None
-    sums, counts = sums_of([losses], [counted], [owner.to(loss.device)], instances)
+    sums, counts = sums_of([losses], [counted], [owner.to(losses.device)], instances)
     _compare(trainer, outputs, sums, counts)
-    scale = _scale(trainer, outputs, loss, sums, counts, has_rest)
-    return Values(sums, counts, sums * scale) if trainer.jd_valued else None
+    return (sums, counts) if trainer.jd_valued else None
+
+
+def values_of(
+    trainer: JDTrainerMixin, sums: Tensor, counts: Tensor, outputs: Any, loss: Tensor, has_rest: bool
+) -> Values:
+    """Turns the instances' losses into their parts of Trainer's loss [], which may have a rest."""
+    total = sums[sums.isfinite()].sum()
+    router = part_of_router(trainer, outputs) if has_rest else torch.zeros_like(total)
+    if router is None or not sums.isfinite().all() or not loss.isfinite() or not total.abs() > 0:
+        divisor = counts.sum().clamp(min=1) * trainer.current_gradient_accumulation_steps
+    else:
+        divisor = _divisor(trainer, total / (loss.double() * (1 - router)), counts)
+    return Values(sums, counts, sums / divisor)
 
 
 def part_of_router(trainer: JDTrainerMixin, outputs: Any) -> Tensor | None:
-    """[] how much of the model's own loss is its router's; None where that isn't known."""
-    coefficient = getattr(bare(trainer.accelerator.unwrap_model(trainer.model)), "router_aux_loss_coef", None)
-    known = isinstance(outputs, Mapping) and all(isinstance(outputs.get(n), Tensor) for n in ("loss", "aux_loss"))
-    if coefficient is None or not known:
+    """Returns the router's share [] of the model's own loss; None if unknown."""
+    coefficient = getattr(bare(trainer.model), "router_aux_loss_coef", None)
+    has_both = isinstance(outputs, Mapping) and all(isinstance(outputs.get(n), Tensor) for n in ("loss", "aux_loss"))
+    if coefficient is None or not has_both:
         return None
     return coefficient * outputs["aux_loss"].detach().double() / outputs["loss"].detach().double()
 
 
-def _scale(trainer: JDTrainerMixin, outputs: Any, loss: Tensor, sums: Tensor, counts: Tensor, has_rest: bool) -> Tensor:
-    """[] what the instances' losses are multiplied by in Trainer's loss."""
-    total = sums[sums.isfinite()].sum()
-    router = part_of_router(trainer, outputs) if has_rest else torch.zeros_like(total)
-    if router is None or not sums.isfinite().all() or not loss.isfinite() or not total.abs() > 0:
-        return 1 / (counts.sum().clamp(min=1) * trainer.current_gradient_accumulation_steps).double()
-    return 1 / _divisor(trainer, total / (loss.double() * (1 - router)), counts)
-
-
 def _divisor(trainer: JDTrainerMixin, quotient: Tensor, counts: Tensor) -> Tensor:
-    """[] what Trainer divides the sum of the losses by, without the rounding of a loss in float32."""
+    """Returns the number [] by which Trainer divides the sum of the losses, without a float32 loss's rounding."""
     numbers = [1.0, float(counts.sum()), *([] if trainer.jd_items is None else [float(trainer.jd_items)])]
     averaged = {1, getattr(trainer, "current_gradient_accumulation_steps", 1)}
     processes = {1, process_count()}
@@ -93,7 +100,7 @@ def _divisor(trainer: JDTrainerMixin, quotient: Tensor, counts: Tensor) -> Tenso
 
 
 def _compare(trainer: JDTrainerMixin, outputs: Mapping[str, Any], sums: Tensor, counts: Tensor) -> None:
-    """Takes the instances' losses for unknown from now on, where their mean is not the model's own loss.
+    """Treats the instances' losses as unknown from now on if their mean is not the model's own loss.
 
     Raises:
         ValueError: A flag needs them.
@@ -112,10 +119,10 @@ def _compare(trainer: JDTrainerMixin, outputs: Mapping[str, Any], sums: Tensor, 
         return
     trainer.jd_valued = False
     why = (
-        f"The model's own loss is {whole.item():.6g}, and the mean of its tokens' or instances' losses, as they are "
-        f"computed for models of its kind, is {means[0].item():.6g}. So the value of each objective is not known"
+        f"The model's own loss is {whole.item():.6g}, but the mean of its tokens' or instances' losses, as computed "
+        f"for models of its kind, is {means[0].item():.6g}. So the value of each objective is not known"
     )
     flag = needs_values(trainer)
     if flag is not None:
         raise ValueError(f"{why}, which {flag} needs: leave it out, or return unreduced losses from `compute_losses`.")
-    logger.warning(f"{why}: the model's own loss is trained, and no `jd/loss/` is logged.")
+    logger.warning(f"{why}: training uses the model's own loss, and logs no `jd/loss/`.")

@@ -1,16 +1,16 @@
-"""The weighing: (objectives, G) -> w, and what a step leaves to be read of it."""
+"""The weighing: (objectives, Gramians) -> w, with metrics and the state for callbacks."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_jd.metrics import Metrics, loss_metrics, step_metrics
+from hf_jd.metrics import Metrics, block_metrics, loss_metrics, step_metrics
 from hf_jd.objectives import Kind, Objectives, ObjectiveTable
 from hf_jd.trainer.foreign_weightings import checked_weights
 from hf_jd.weighting import Weighting
@@ -18,34 +18,37 @@ from hf_jd.weighting import Weighting
 
 @dataclass(frozen=True)
 class JDState:
-    """The last update that was measured, for callbacks.
+    """The last measured update, for callbacks.
 
     Attributes:
-        names: [m] the objectives' names: those of groups or losses, the positions of instances in the update, or both,
+        names: [m] the objectives' names: groups or losses, the positions of instances in the update, or both,
             as `0/loss`.
-        gramian: [m, m].
-        weights: [m].
-        losses: [m] the objectives' values, whose mean is Trainer's loss; those of `--jd_ascend` are negated. NaN where
-            the loss was split at the model's outputs: its parts have gradients, and no known values.
+        gramian: [m, m], of all parameters.
+        weights: [m]; with `--jd_blocks`, [B, m], one set per block.
+        losses: [m] the objectives' values, whose mean is Trainer's loss; negated for `--jd_ascend`. NaN if the loss was
+            split at the model's outputs: its parts then have gradients, but no known values.
+        blocks: With `--jd_blocks`, each block's Gramian [m, m], by the block's name, in the order of the weights.
     """
 
     names: list[str]
     gramian: Tensor
     weights: Tensor
     losses: Tensor
+    blocks: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What an update is weighed by, beside its rows.
+    """The settings for weighing an update.
 
     Attributes:
-        kind: Of the objectives.
+        kind: The kind of objectives.
         objectives: Its name.
         losses: The names of the losses.
-        group_name: The name of a group, by its id.
-        raised: The names of the groups whose loss is to be raised.
-        weights: W(G, losses, names of objectives that stay the same), as `Control.weights` has it at this step.
+        group_name: Returns the name of a group, from its id.
+        raised: The names of the groups whose loss is raised.
+        weights: W(G, losses, names of objectives, if they stay the same, block): `Control.weights` at this step.
+        blocks: The names of the blocks of parameters; empty if all parameters are weighed together.
     """
 
     kind: Kind
@@ -53,15 +56,16 @@ class StepSettings:
     losses: Sequence[str]
     group_name: Callable[[int], str]
     raised: Sequence[str]
-    weights: Callable[[Tensor, Tensor, Sequence[str] | None], Tensor]
+    weights: Callable[[Tensor, Tensor, Sequence[str] | None, str | None], Tensor]
+    blocks: Sequence[str] = ()
 
 
 class StepResult(NamedTuple):
-    """What comes of an update.
+    """The result of weighing an update.
 
     Attributes:
-        weights: [M] of the rows, 0 for those that aren't usable.
-        state: The objectives, for callbacks; None where none is usable.
+        weights: [B, M] the rows' weights in each block, 0 for unusable rows.
+        state: The objectives, for callbacks; None if no row is usable.
         metrics: What is logged.
     """
 
@@ -70,46 +74,52 @@ class StepResult(NamedTuple):
     metrics: list[Metrics]
 
 
-def weigh(gramian: Tensor, objectives: Objectives, usable: Tensor, settings: StepSettings) -> StepResult:
-    """Finds the weights of an update's rows.
+def weigh(gramians: Tensor, objectives: Objectives, usable: Tensor, settings: StepSettings) -> StepResult:
+    """Computes the weights of an update's rows, separately in each block of parameters.
 
-    A row is its objective but for a factor f_k, negative for a loss that is to be raised: with D = diag(f) and w the
-    weights of the objectives' Gramian D G D, the update is that of the rows by weights D w.
+    A row times a factor f_k is its objective's row; f_k is negative for a loss that is raised. With D = diag(f) and w
+    the weights for the objectives' Gramian D G D, the rows have the weights D w.
 
     Args:
-        gramian: [M, M], of the rows.
-        objectives: What is known of the M rows.
+        gramians: [B, M, M], one per block; B = 1 without blocks.
+        objectives: The table of the M objectives.
         usable: [M] (bool).
         settings: See `StepSettings`.
     """
-    weights = torch.zeros(len(usable), dtype=torch.float64, device=gramian.device)
+    weights = torch.zeros(len(gramians), len(usable), dtype=torch.float64, device=gramians.device)
     if not usable.any():
         return StepResult(weights, None, [])
     factors = objectives.factors(usable) * signs(objectives.table.groups, settings)
-    gramian = (factors.outer(factors).to(gramian) * gramian)[usable][:, usable]
+    gramians = (factors.outer(factors).to(gramians) * gramians)[:, usable][:, :, usable]
     members, joined = objectives.members(usable), objectives.joined(usable).table
-    m = len(joined)
-    if m < len(gramian):
-        gramian = gramian.new_zeros(m, len(gramian)).index_add(0, members, gramian)
-        gramian = gramian.new_zeros(m, m).index_add(1, members, gramian)
+    (b, m), n = (len(gramians), len(joined)), len(members)
+    if m < n:
+        gramians = gramians.new_zeros(b, m, n).index_add(1, members, gramians)
+        gramians = gramians.new_zeros(b, m, m).index_add(2, members, gramians)
     losses = torch.zeros_like(joined.losses).index_add(0, members, (factors * objectives.table.losses)[usable])
     names = _names(joined, objectives.whole, settings)
-    weights_of_objectives = settings.weights(gramian, losses, names if settings.kind.shared else None)
-    weights[usable] = weights_of_objectives[members] * factors[usable].to(weights)
+    lasting = names if settings.kind.shared else None
+    pairs = zip(gramians, settings.blocks or [None], strict=True)
+    of_objectives = torch.stack([settings.weights(gramian, losses, lasting, block) for gramian, block in pairs])
+    weights[:, usable] = of_objectives[:, members] * factors[usable].to(weights)
     metrics = [
-        step_metrics(gramian, weights_of_objectives, _means(joined), joined.counts, ids, label)
+        step_metrics(gramians, of_objectives, _means(joined), joined.counts, ids, label)
         for ids, label in _labels(joined, settings)
     ]
-    return StepResult(weights, JDState(names, gramian, weights_of_objectives, losses), metrics)
+    if settings.blocks:
+        metrics.append(block_metrics(gramians, of_objectives))
+        blocks = dict(zip(settings.blocks, gramians, strict=True))
+        return StepResult(weights, JDState(names, gramians.sum(0), of_objectives, losses, blocks), metrics)
+    return StepResult(weights, JDState(names, gramians[0], of_objectives[0], losses), metrics)
 
 
 def _means(table: ObjectiveTable) -> Tensor | None:
-    """[m] the loss per token; None where values aren't known."""
+    """Returns the losses per token [m]; None if values are unknown."""
     return None if table.sums.isnan().all() else table.means
 
 
 def _names(table: ObjectiveTable, whole: int | None, settings: StepSettings) -> list[str]:
-    """The objectives' names: those of groups or losses, or the positions of instances in the update."""
+    """Returns the objectives' names: groups or losses, or the positions of instances in the update."""
     losses, seen, names = settings.losses, Counter[int](), []
     for group, name in zip(table.groups.tolist(), table.names.tolist(), strict=True):
         if settings.objectives in ("loss", "reward") or name == whole:
@@ -124,7 +134,7 @@ def _names(table: ObjectiveTable, whole: int | None, settings: StepSettings) -> 
 
 
 def _labels(table: ObjectiveTable, settings: StepSettings) -> list[tuple[Tensor, dict[int, str]]]:
-    """What tells the objectives apart in logs: the ids [M] of their groups, and of their losses, with the names."""
+    """Returns the labels for logs: the ids [M] of groups, and of losses if there are several, with their names."""
     labels = [(table.groups, {k: settings.group_name(k) for k in table.groups.unique().tolist() if k >= 0})]
     if len(settings.losses) > 1:
         labels.append((table.names, dict(enumerate(settings.losses))))
@@ -132,28 +142,28 @@ def _labels(table: ObjectiveTable, settings: StepSettings) -> list[tuple[Tensor,
 
 
 def plain_metrics(table: ObjectiveTable, settings: StepSettings) -> list[Metrics]:
-    """The losses by group and by name, of an update that isn't weighed."""
+    """Returns the losses by group and by name, for an update that isn't weighed."""
     if _means(table) is None:
         return []
     return [loss_metrics(table.means, table.counts, ids, label) for ids, label in _labels(table, settings)]
 
 
-def multipliers(table: ObjectiveTable, settings: StepSettings, known: Callable[[str], float]) -> Tensor:
-    """c [M], float64, of an update that isn't measured: each objective's last weight over the mean's, with its sign.
+def multipliers(table: ObjectiveTable, settings: StepSettings, last: Callable[[str], float]) -> Tensor:
+    """Returns c [M], float64, for an update that isn't measured: last weights over the mean's, with signs.
 
     Args:
         table: The objectives.
         settings: See `StepSettings`.
-        known: The last weight over the mean's, by an objective's name.
+        last: Returns an objective's last weight over the mean's, from its name.
     """
     c = signs(table.groups, settings)
     if not settings.kind.shared:
         return c
-    return c * c.new_tensor([known(name) for name in _names(table, None, settings)])
+    return c * c.new_tensor([last(name) for name in _names(table, None, settings)])
 
 
 def signs(groups: Tensor, settings: StepSettings) -> Tensor:
-    """[M] -1 for the objectives of groups [M] whose loss is to be raised, 1 for the others."""
+    """Returns -1 for objectives whose groups [M] have their loss raised, 1 for the others: [M]."""
     if not settings.raised:
         return torch.ones(len(groups), dtype=torch.float64, device=groups.device)
     raised = [k >= 0 and settings.group_name(k) in settings.raised for k in groups.tolist()]
@@ -161,20 +171,20 @@ def signs(groups: Tensor, settings: StepSettings) -> Tensor:
 
 
 def call_weighting(weighting: Any, gramian: Tensor, losses: Tensor, names: Sequence[str] | None) -> Tensor:
-    """W(G) [m], float64, from a weighting of `hf_jd.weighting` or any other callable.
+    """Computes W(G) [m], float64, with a weighting of `hf_jd.weighting` or any other callable.
 
     Args:
         weighting: The callable.
         gramian: [m, m].
         losses: [m], for weightings that read them.
-        names: [m] the objectives' names, where they stay the same from step to step.
+        names: [m] the objectives' names, if they stay the same from step to step.
 
     Raises:
-        ValueError: It returned something else than m finite real weights.
+        ValueError: It did not return m finite real weights.
     """
     m = len(losses)
     if m == 1:
-        # One objective has nothing to be weighed against: the stock step.
+        # A single objective has no others to be weighed against: the stock step.
         return torch.ones(1, dtype=torch.float64, device=gramian.device)
     if isinstance(weighting, Weighting):
         weights = weighting(losses if weighting.reads == "losses" else gramian, names=names)

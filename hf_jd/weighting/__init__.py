@@ -124,23 +124,23 @@ __all__ = [
 
 
 def build_weighting(name: str, **arguments: Any) -> Weighting:
-    """Builds a weighting of `WEIGHTINGS` by its name.
+    """Builds a weighting from its name in `WEIGHTINGS`.
 
     Args:
         name: A key of `WEIGHTINGS`.
-        **arguments: The method's own parameters.
+        **arguments: The method's parameters.
 
     Raises:
-        ValueError: The name or an argument is unknown, or a required argument is missing; the message lists what there
-            is, the nearest first.
+        ValueError: The name or an argument is unknown, or a required argument is missing; the message lists the
+            allowed ones, closest match first.
     """
     if name not in WEIGHTINGS:
-        raise ValueError(f"Unknown weighting {name!r}. The known ones are {_nearest_first(name, WEIGHTINGS)}.")
+        raise ValueError(f"Unknown weighting {name!r}. Choose one of {_closest_first(name, WEIGHTINGS)}.")
     parameters = inspect.signature(WEIGHTINGS[name]).parameters
     for argument in arguments:
         if argument not in parameters:
-            known = f"takes {_nearest_first(argument, parameters)}" if parameters else "takes no arguments"
-            raise ValueError(f"Unknown argument {argument!r}: the weighting {name!r} {known}.")
+            allowed = f"takes {_closest_first(argument, parameters)}" if parameters else "takes no arguments"
+            raise ValueError(f"Unknown argument {argument!r}: the weighting {name!r} {allowed}.")
     for argument, parameter in parameters.items():
         if parameter.default is parameter.empty and argument not in arguments:
             raise ValueError(f"The weighting {name!r} needs the argument {argument!r}.")
@@ -150,8 +150,8 @@ def build_weighting(name: str, **arguments: Any) -> Weighting:
 CRMOGMWeighting.by_name = staticmethod(build_weighting)
 
 
-def _nearest_first(word: str, known: Iterable[str]) -> str:
+def _closest_first(word: str, names: Iterable[str]) -> str:
     def likeness(other: str) -> float:
         return difflib.SequenceMatcher(None, word.lower(), other.lower()).ratio()
 
-    return ", ".join(sorted(known, key=likeness, reverse=True))
+    return ", ".join(sorted(names, key=likeness, reverse=True))

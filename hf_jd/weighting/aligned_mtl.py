@@ -1,4 +1,4 @@
-"""Aligned-MTL: the rows' principal components, made equally long."""
+"""Aligned-MTL: scales the rows' principal components to equal length."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ ScaleMode = Literal["min", "median", "rmse"]
 
 @dataclass(frozen=True)
 class AlignedMTLWeighting(PreferenceWeighting):
-    """Independent component alignment: the Jacobian is replaced by the nearest one of condition number 1.
+    """Independent component alignment: replaces the Jacobian with the nearest one of condition number 1.
 
     With G = V diag(lambda) V^T, of rank r, the weights are w = sigma V_r diag(lambda_r)^(-1/2) V_r^T p.
 
     Attributes:
-        scale_mode: The length sigma of the aligned components: that of the shortest ("min", the paper's), of the
-            "median" one (the lower, of an even number), or the root mean square of all ("rmse").
+        scale_mode: How long the aligned components are, sigma: as long as the shortest ("min", as in the paper), as the
+            median ("median"; of an even number, the lower one), or the root mean square of all ("rmse").
 
     References:
         Senushkin et al., "Independent Component Alignment for Multi-Task Learning", CVPR 2023, algorithm 1.
@@ -43,9 +43,9 @@ class AlignedMTLWeighting(PreferenceWeighting):
         preference = self.preference(gramian)
         values, vectors = torch.linalg.eigh(gramian)
         noise = torch.maximum(-values[0], values[-1] * len(values) * torch.finfo(values.dtype).eps)
-        kept = values > noise
-        if not kept.any():
+        significant = values > noise
+        if not significant.any():
             return preference
-        values, vectors = values[kept], vectors[:, kept]
+        values, vectors = values[significant], vectors[:, significant]
         scale = {"min": torch.amin, "median": torch.median, "rmse": torch.mean}[self.scale_mode](values)
         return (vectors * (scale / values).sqrt()) @ (vectors.mT @ preference)

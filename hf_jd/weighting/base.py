@@ -1,4 +1,4 @@
-"""What a weighting is: a callable from a Gramian, or from losses, to weights."""
+"""The interface of a weighting: a callable from a Gramian, or from losses, to weights."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ class Weighting(ABC):
     """Turns the Gramian G = J J^T of a step into the weights w of its objectives; the update is J^T w.
 
     Call it as `weights = weighting(gramian)`: `gramian` [m, m], symmetric and positive semi-definite, of any floating
-    dtype, on any device; `weights` [m], of the same dtype and device, without a graph. The work is done in float64.
-    A `ValueError` names what is wrong with a Gramian that isn't one.
+    dtype, on any device; `weights` [m], of the same dtype and device, without a graph. Computes in float64. Raises a
+    `ValueError` that says what is wrong with an invalid Gramian.
 
-    The trainer needs no more than a callable G -> w, so any function or TorchJD object will do. What a subclass of this
-    one adds, and how a caller makes use of it:
+    The trainer only needs a callable G -> w, so any function or TorchJD object will do. Subclasses of this class add:
 
     * `weighting.reads` is `"gramian"` or `"losses"`. One that reads losses (`LossWeighting`) is called with the step's
       losses [m] instead, and no Gramian need be computed.
-    * `weighting(gramian, names=names)` tells it which objectives the rows are, for the weightings that remember past
+    * `weighting(gramian, names=names)` says which objective each row belongs to, for weightings that remember past
       steps (`Stateful`): groups may be absent from a batch, or come in another order. Without names, row i is objective
-      i. Weightings without memory take `names` and ignore it.
-    * `isinstance(weighting, Stateful)`: it has `state_dict()`, `load_state_dict(state)` and `reset()`.
+      i. Weightings without memory ignore `names`.
+    * A `Stateful` weighting has `state_dict()`, `load_state_dict(state)` and `reset()`.
 
-    A subclass defines `weigh`, which meets only valid float64 Gramians. Its `guarantee` (what is proved of the update)
-    and `cost` (of the weights, besides the Gramian's) are for the documents.
+    A subclass defines `weigh`, which receives only valid float64 Gramians. `guarantee` (what is proved about the
+    update) and `cost` (of the weights, on top of the Gramian) are shown in the documents.
     """
 
     guarantee: ClassVar[str] = ""
@@ -40,7 +39,7 @@ class Weighting(ABC):
 
     @property
     def reads(self) -> Literal["gramian", "losses"]:
-        """What this weighting is called with."""
+        """The input that this weighting takes."""
         return "gramian"
 
     def __call__(self, gramian: Tensor, /, *, names: Names | None = None) -> Tensor:
@@ -55,15 +54,15 @@ class Weighting(ABC):
 
 
 class LossWeighting(Weighting):
-    """Turns the losses of a step into weights: no Gramian is read, so none need be computed.
+    """Turns the losses of a step into weights, without a Gramian.
 
     Call it as `weights = weighting(losses)`: `losses` [m], finite, of any floating dtype. The weights multiply the
-    losses, and are constants for the backward, as those of every weighting are.
+    losses; like all weights, they are constants in the backward pass.
     """
 
     @property
     def reads(self) -> Literal["gramian", "losses"]:
-        """What this weighting is called with."""
+        """The input that this weighting takes."""
         return "losses"
 
     def __call__(self, losses: Tensor, /, *, names: Names | None = None) -> Tensor:
@@ -78,7 +77,7 @@ class LossWeighting(Weighting):
 
 
 class GeneralizedWeighting(ABC):
-    """Turns a generalized Gramian [m1, ..., mk, mk, ..., m1] into weights [m1, ..., mk], one for each loss."""
+    """Turns a generalized Gramian [m1, ..., mk, mk, ..., m1] into weights [m1, ..., mk], one per loss."""
 
     @abstractmethod
     def __call__(self, gramian: Tensor, /) -> Tensor:
@@ -87,7 +86,7 @@ class GeneralizedWeighting(ABC):
 
 @dataclass(frozen=True)
 class Flattening(GeneralizedWeighting):
-    """Weighs every loss as an objective of its own: flattens the generalized Gramian to [m, m], m = m1 ... mk.
+    """Weighs every loss as a separate objective: flattens the generalized Gramian to [m, m], m = m1 ... mk.
 
     Attributes:
         weighting: The weighting of the m objectives, any callable G -> w.
@@ -103,7 +102,7 @@ class Flattening(GeneralizedWeighting):
             raise ValueError(
                 f"A generalized Gramian has the shape [m1, ..., mk, mk, ..., m1]; this one has {list(gramian.shape)}."
             )
-        # The second half of the dimensions is mirrored: it is put back in the order of the first before flattening.
+        # The second half of the dimensions is mirrored: reverse it before flattening.
         mirrored = [*range(order), *reversed(range(order, gramian.ndim))]
         m = shape.numel()
         return self.weighting(gramian.permute(mirrored).reshape(m, m)).reshape(shape)
@@ -119,11 +118,12 @@ def checked_gramian(gramian: Tensor) -> Tensor:
     if not gramian.is_floating_point():
         raise ValueError(f"A Gramian has a floating dtype; this one has {gramian.dtype}.")
     double = _in_double(gramian)
-    # What engines hand over, told by one number: infinity less itself isn't 0, and not a number never is.
+    # The usual case needs one transfer from the device: the sum is 0 only for a symmetric Gramian of finite entries
+    # (inf - inf and NaN are not 0) without a negative diagonal.
     asymmetry = (double - double.mT.contiguous()).abs_().sum()
     if (asymmetry - double.diagonal().amin().clamp_(max=0)).item() == 0:
         return double
-    # Rows in low precision give a Gramian whose halves differ by rounding; half the digits must agree.
+    # With low-precision rows the two halves of G differ by rounding: half of the digits must agree.
     symmetric = (double + double.mT) / 2
     scale = double.diagonal().clamp(min=0).sqrt()
     tolerance = torch.finfo(gramian.dtype).eps ** 0.5
@@ -165,15 +165,15 @@ def checked_losses(losses: Tensor) -> Tensor:
 
 
 def checked_names(names: Names | None, m: int) -> Names:
-    """Returns the m names, `range(m)` for None; a `ValueError` if their number is wrong or one comes twice."""
+    """Returns the m names, `range(m)` for None; raises a `ValueError` if there are not m different names."""
     if names is None:
         return range(m)
     if len(names) != m or len(set(names)) != m:
-        raise ValueError(f"names has to hold {m} different names, one for each objective; it is {list(names)}.")
+        raise ValueError(f"names has to hold {m} different names, one per objective; it is {list(names)}.")
     return names
 
 
 def _in_double(tensor: Tensor) -> Tensor:
-    # Apple's GPUs know no float64; m x m numbers are soon copied.
+    # Apple's GPUs have no float64, and copying m x m numbers is cheap.
     device = torch.device("cpu") if tensor.device.type == "mps" else tensor.device
     return tensor.detach().to(device=device, dtype=torch.float64).contiguous()

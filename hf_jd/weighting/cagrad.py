@@ -1,4 +1,4 @@
-"""CAGrad: the worst objective's best, near the mean."""
+"""CAGrad: the best update near the mean for the worst-off objective."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _STATIONARY = 1e-7  # |g_w| / sum_i w_i |g_i| below which the rows cancel as far
 class CAGradWeighting(PreferenceWeighting):
     """Conflict-averse gradient descent, solved exactly.
 
-    The update maximises min_i <g_i, d> among the d with |d - g_0| <= c |g_0|, g_0 = J^T p the mean row. In weights,
+    The update maximises min_i <g_i, d> among all d with |d - g_0| <= c |g_0|, g_0 = J^T p the mean row. In weights,
     d = g_0 + c |g_0| g_w / |g_w|, where w on the simplex minimises <g_w, g_0> + c |g_0| |g_w|, g_w = J^T w. Where
     g_w = 0 is best, the step is Pareto stationary and the weights are 0.
 
     Attributes:
-        c: The radius, 0 or more; 0 gives the mean, and from 1 on no row is in conflict with the update.
+        c: The radius, 0 or more; 0 gives the mean; from 1 on, the update conflicts with no row.
 
     References:
         Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", arXiv 2110.14048, equation 3 and
@@ -54,10 +54,10 @@ class CAGradWeighting(PreferenceWeighting):
         scale = lengths.max()
         if not scale or not self.c:
             return preference
-        # A zero row is indifferent: whatever is best for the others is best with it.
+        # No update helps or hurts the objective of a zero row: the other rows decide.
         present = lengths > 0
         lengths, rows = lengths[present], gramian[present][:, present]
-        # Unit rows and their multiples from here on, in units of the longest.
+        # From here on, rows are written as multiples of unit rows, with the longest row as the unit of length.
         cosines = cosine_matrix(rows, lengths)
         multiples = preference[present] * lengths / scale
         slopes = cosines @ multiples
@@ -112,16 +112,19 @@ def _stationary(
     if not len(factor) or factor.diagonal().min() ** 2 < SINGULAR:
         return None
     a, q = np.linalg.solve(system, np.stack([o[support], b[support]], axis=1)).T
-    # From t = (v a - q) / radius, its length gives v: a quadratic equation, whose larger root has o^T t > 0.
+    # With t = (v a - q) / radius, t^T C t = 1 is a quadratic equation for v. Its larger root has o^T t > 0.
     square, cross, free = o[support] @ a, o[support] @ q, b[support] @ q - radius**2
-    # Too large a support may have none: its best value without the length then says which rows leave.
+    # If the support is too large, there may be no root: the vertex of the parabola then shows which rows to drop.
     value = (cross + max(cross**2 - square * free, 0.0) ** 0.5) / square
     multiples[support] = (value * a - q) / radius
     return value
 
 
 def _bisect(cosines: np.ndarray, offsets: np.ndarray, slopes: np.ndarray, radius: float) -> np.ndarray | None:
-    """The same for dependent rows: g_w + beta g_0 is shortest in the hull of g_i + beta g_0, beta = |g_w| / c."""
+    """Finds the same vector for dependent rows, by bisection.
+
+    g_w + beta g_0 is the shortest vector in the hull of the g_i + beta g_0, where beta = |g_w| / c.
+    """
     cross = np.outer(offsets, slopes)
     low, high = 1e-12, 2 / (radius * offsets.min())
     multiples = np.zeros_like(offsets)

@@ -1,4 +1,4 @@
-"""ConFIG: the same cosine with every row."""
+"""ConFIG: an update with the same cosine to every row."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class ConFIGWeighting(PreferenceWeighting):
     """Conflict-free inverse gradients.
 
     The update's direction has the same cosine with every row, u = U^+ 1 with U the unit rows, and its length is the sum
-    of the rows' projections onto it: d = (sum_i <g_i, u>) u / |u|^2. Zero rows take no part. For independent rows it
-    conflicts with none.
+    of the rows' projections onto it: d = (sum_i <g_i, u>) u / |u|^2. Zero rows are ignored. If the rows are
+    independent, the update conflicts with none.
 
     Attributes:
-        pref_vector: The cosines are in proportion to it. None makes them equal.
+        pref_vector: The cosines are proportional to it. None makes them equal.
 
     References:
         Liu et al., "ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks", arXiv 2408.11104,
@@ -40,6 +40,6 @@ class ConFIGWeighting(PreferenceWeighting):
         solution = solve_semidefinite(cosines, wanted)
         reached = cosines @ solution
         square = solution @ reached
-        # Where no direction comes nearer to the rows than to their opposites, rounding is all there is of u.
+        # Where no direction is closer to the rows than to their opposites, u is nothing but rounding error.
         meaningful = (reached.norm() > 1e-12 * wanted.norm()) & (square > 0)
         return torch.where(meaningful, divide(solution, lengths) * (lengths @ reached / square), 0)

@@ -1,4 +1,4 @@
-"""Weights that the user sets."""
+"""Constant weights, set by the user."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from hf_jd.weighting.base import Names, Weighting
-from hf_jd.weighting.preference import checked_numbers, given_or
+from hf_jd.weighting.preference import checked_numbers, per_objective
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class ConstantWeighting(Weighting):
     """w is the same at every step: linear scalarization.
 
     Attributes:
-        weights: The w, [m], non-negative and not all zero (kept as a tuple of floats).
+        weights: w, [m], non-negative and not all zero (stored as a tuple of floats).
     """
 
     guarantee: ClassVar[str] = "none"
@@ -30,4 +30,4 @@ class ConstantWeighting(Weighting):
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
         """Returns the weights, [m]."""
-        return given_or("weights", self.weights, gramian, 1.0)
+        return per_objective("weights", self.weights, gramian, 1.0)

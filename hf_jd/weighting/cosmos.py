@@ -9,18 +9,18 @@ from typing import ClassVar
 from torch import Tensor
 
 from hf_jd.weighting.base import LossWeighting, Names
-from hf_jd.weighting.preference import checked_numbers, given_or
+from hf_jd.weighting.preference import checked_numbers, per_objective
 
 
 @dataclass(frozen=True)
 class COSMOSWeighting(LossWeighting):
-    """The gradient of r^T L - lambda cos(r, L): losses are drawn to the ray of the preference r.
+    """The gradient of r^T L - lambda cos(r, L), which pulls the losses towards the ray of the preference r.
 
-    w = r - lambda (r / |r| - cos(r, L) L / |L|) / |L|; a loss that is far too large for the ray gains weight, one that
-    is too small may be driven up. The paper draws r anew at each step and tells the model; here r is constant.
+    w = r - lambda (r / |r| - cos(r, L) L / |L|) / |L|; a loss far above the ray gains weight, one below it may be
+    driven up. The paper samples r at each step and feeds it to the model; here r is constant.
 
     Attributes:
-        lambda_: lambda, how much the direction counts, 0 or more; the paper has 0.01 to 8.
+        lambda_: lambda, the weight of the direction, 0 or more; the paper uses 0.01 to 8.
         weights: r, [m], non-negative and not all zero; None for 1/m each.
 
     References:
@@ -42,7 +42,7 @@ class COSMOSWeighting(LossWeighting):
 
     def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
         """Computes r - lambda d cos(r, L) / dL, [m]."""
-        preference = given_or("weights", self.weights, losses, 1 / len(losses))
+        preference = per_objective("weights", self.weights, losses, 1 / len(losses))
         length = losses.norm()
         if not length:
             return preference

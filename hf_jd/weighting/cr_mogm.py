@@ -18,12 +18,12 @@ from hf_jd.weighting.upgrad import UPGradWeighting
 class CRMOGMWeighting(Stateful):
     """Correlation-reduced multi-objective gradient manipulation: smooths the weights of any other weighting.
 
-    w_t = alpha w_(t-1) + (1 - alpha) W(G_t). An objective's first weight is W's, unless initial ones are given; while
-    it is absent, it keeps its last.
+    w_t = alpha w_(t-1) + (1 - alpha) W(G_t). Without initial weights, an objective starts with W's weight. An absent
+    objective keeps its last weight.
 
     Attributes:
         weighting: W: a weighting, its name, or any callable G -> w.
-        alpha: How much of the last weights stays, in [0, 1].
+        alpha: The share of the previous weights, in [0, 1].
         initial_weights: w_0 of the first step's objectives, [m], non-negative; None for W's first weights.
 
     References:
@@ -31,9 +31,9 @@ class CRMOGMWeighting(Stateful):
         algorithm 1.
     """
 
-    guarantee: ClassVar[str] = "those of an average of updates' weights"
+    guarantee: ClassVar[str] = "none for one step; those of averaged weights"
     cost: ClassVar[str] = "the other's"
-    # The package sets it, which alone knows all names.
+    # Set by the package, which knows all names; importing it here would be circular.
     by_name: ClassVar[Callable[[str], Weighting]]
 
     weighting: Callable[[Tensor], Tensor] | str = UPGradWeighting()
@@ -52,7 +52,7 @@ class CRMOGMWeighting(Stateful):
 
     @property
     def reads(self) -> Literal["gramian", "losses"]:
-        """What this weighting is called with: what the other one is."""
+        """The input that the other weighting takes."""
         return getattr(self.weighting, "reads", "gramian")
 
     def __call__(self, statistic: Tensor, /, *, names: Names | None = None) -> Tensor:
@@ -61,7 +61,7 @@ class CRMOGMWeighting(Stateful):
         return self.weigh(checked, checked_names(names, len(statistic))).to(statistic)
 
     def weigh(self, statistic: Tensor, names: Names, /) -> Tensor:
-        """Moves the remembered weights [m] towards the other weighting's."""
+        """Moves the stored weights [m] towards the other weighting's."""
         inner: Any = self.weighting
         if isinstance(inner, Weighting):
             weights = inner(statistic, names=names)
@@ -81,18 +81,18 @@ class CRMOGMWeighting(Stateful):
         return smoothed
 
     def reset(self) -> None:
-        """Forgets all past steps, the other weighting's too."""
+        """Forgets all past steps, including the other weighting's."""
         super().reset()
         if isinstance(self.weighting, Stateful):
             self.weighting.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns all that is remembered, the other weighting's state under "weighting"."""
+        """Returns the state, with the other weighting's under "weighting"."""
         inner = {"weighting": self.weighting.state_dict()} if isinstance(self.weighting, Stateful) else {}
         return super().state_dict() | inner
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up what `state_dict` returned."""
+        """Restores what `state_dict` returned."""
         super().load_state_dict(state)
         if isinstance(self.weighting, Stateful):
             self.weighting.load_state_dict(state["weighting"])

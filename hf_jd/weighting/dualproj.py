@@ -16,8 +16,8 @@ from hf_jd.weighting.preference import PreferenceWeighting
 class DualProjWeighting(PreferenceWeighting):
     """Projects J^T p, the mean row, onto the dual cone {x : J x >= 0} of the rows.
 
-    It is the update nearest to the mean that conflicts with no row: where the mean itself conflicts with none, it is
-    the mean. Unlike UPGrad, a long row can take most of the update.
+    The update is the vector nearest to the mean row that conflicts with no row; if the mean itself conflicts with none,
+    it is the mean. Unlike with UPGrad, a long row can dominate the update.
 
     References:
         Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", arXiv 1706.08840, equation 11; named

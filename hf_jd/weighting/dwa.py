@@ -17,11 +17,11 @@ class DWAWeighting(StatefulLoss):
     """Dynamic weight average: w = m softmax(r / T), r_i = L_i(t-1) / L_i(t-2).
 
     The paper's t counts epochs. Here it counts windows of `window` steps, over which an objective's loss is averaged.
-    Until an objective has two windows behind it, its r is 1.
+    Until an objective has completed two windows, its r is 1.
 
     Attributes:
         temperature: T; the larger, the more equal the weights.
-        window: The number of steps at which an objective is present that make a window.
+        window: Steps per window, counting those in which the objective is present.
 
     References:
         Liu, Johns and Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019, equation 7.
@@ -41,7 +41,7 @@ class DWAWeighting(StatefulLoss):
             )
 
     def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
-        """Returns the weights from the windows before this step's, [m], and counts the losses."""
+        """Returns the weights [m] from the windows completed before this step, and records its losses."""
         nan = float("nan")
         last = self.memory.read("last", names, losses, initial=nan)
         before = self.memory.read("before", names, losses, initial=nan)

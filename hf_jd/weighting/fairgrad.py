@@ -16,11 +16,11 @@ from hf_jd.weighting.base import Names, Weighting
 class FairGradWeighting(Weighting):
     """Fair resource allocation: the update maximises sum_i u(<g_i, d>), u(x) = x^(1 - alpha) / (1 - alpha).
 
-    Every row has progress <g_i, d> = w_i^(-1/alpha) > 0. Where no update gives all rows progress, w = 0.
+    Every objective makes progress <g_i, d> = w_i^(-1/alpha) > 0. Where no update makes progress on all, w = 0.
 
     Attributes:
-        alpha: How much fairness: 0 gives the mean, 1 proportional fairness (Nash-MTL's weights), 2 minimum potential
-            delay, infinity would give the worst-off objective everything.
+        alpha: The degree of fairness: 0 gives the mean, 1 proportional fairness (Nash-MTL's weights), 2 minimum
+            potential delay. Towards infinity, only the worst-off objective counts.
 
     References:
         Ban and Ji, "Fair Resource Allocation in Multi-Task Learning", arXiv 2402.15638, equation 4.

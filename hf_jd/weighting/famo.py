@@ -1,4 +1,4 @@
-"""FAMO: every loss to fall at the same rate, from the losses alone."""
+"""FAMO: makes all losses fall at the same rate, from their values alone."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from hf_jd.weighting.stateful import StatefulLoss
 
 @dataclass(frozen=True)
 class FAMOWeighting(StatefulLoss):
-    """Fast adaptive multitask optimization: equal rates of improvement, without gradients of the single losses.
+    """Fast adaptive multitask optimization: equal rates of improvement, without gradients of individual losses.
 
-    w = softmax(xi - log L), the gradient of sum_i z_i log L_i up to its factor, z = softmax(xi). Then xi takes a step
-    against the losses that fell the most, xi <- xi - lr (dz/dxi^T [log L(t-1) - log L(t)] + decay xi). The paper takes
-    L(t) from the same batch after the update, which costs a second forward; here it is the objective's loss at its next
+    w = softmax(xi - log L), up to a factor the gradient of sum_i z_i log L_i, z = softmax(xi). Then xi takes a step
+    away from the losses that fell most, xi <- xi - lr (dz/dxi^T [log L(t-1) - log L(t)] + decay xi). The paper computes
+    L(t) on the same batch after the update, which costs a second forward; here it is the objective's loss at its next
     step, on another batch.
 
     Attributes:
         lr: The learning rate of xi.
-        decay: How fast xi returns to 0.
+        decay: The weight decay of xi.
 
     References:
         Liu, Feng, Stone and Liu, "FAMO: Fast Adaptive Multitask Optimization", arXiv 2306.03792, algorithm 1.
@@ -42,7 +42,7 @@ class FAMOWeighting(StatefulLoss):
             raise ValueError(f"FAMO needs lr > 0 and decay >= 0; they are {self.lr} and {self.decay}.")
 
     def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
-        """Moves xi by what the losses did since they were last seen, and returns softmax(xi - log L), [m]."""
+        """Updates xi from each loss's change since it was last present, and returns softmax(xi - log L), [m]."""
         logs = log_losses("FAMO", losses)
         last = self.memory.read("logs", names, losses, initial=float("nan"))
         logits = self.memory.read("logits", names, losses)

@@ -1,4 +1,4 @@
-"""GAPO: MGDA of rows whose lengths have been evened out."""
+"""GAPO: MGDA on rows rescaled by a power of their length."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from hf_jd.weighting.mgda import MGDAWeighting
 class GAPOWeighting(Weighting):
     """Gradient-adaptive policy optimization: MGDA on the rows g_i / |g_i|^p.
 
-    The update is the shortest convex combination of the rescaled rows. MGDA itself, p = 0, follows the shortest row;
-    unit rows, p = 1, all count the same; beyond, the longest row decides. No row is in conflict with the update.
+    The update is the shortest convex combination of the rescaled rows. With p = 0 it is MGDA, which follows the
+    shortest row; with p = 1 (unit rows) all count the same; beyond, the longest row decides. The update conflicts with
+    no row.
 
     Attributes:
-        p: The power of a row's length that it is divided by, 0 or more.
+        p: The exponent, 0 or more: each row is divided by its length to this power.
 
     References:
         Li et al., "Gradient-Adaptive Policy Optimization: Towards Multi-Objective Alignment of Large Language Models",
@@ -39,6 +40,6 @@ class GAPOWeighting(Weighting):
         """Computes w = lambda / |g|^p, lambda = argmin |sum_i lambda_i g_i / |g_i|^p| on the simplex, [m]."""
         lengths = gramian.diagonal().sqrt()
         scale = lengths.where(lengths > 0, 1) ** -self.p
-        # MGDA doesn't know the unit of the rows, and powers of it may leave float64's range.
+        # A common factor doesn't change MGDA's weights, and without it powers may leave float64's range.
         unit = scale / scale.max()
         return MGDAWeighting().weigh(gramian * unit * unit[:, None], names) * scale

@@ -1,4 +1,4 @@
-"""GradVac: each pair of rows brought to the cosine that it usually has."""
+"""GradVac: brings each pair of rows to its usual cosine."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _LARGEST_TARGET = 1 - 1e-9  # a cosine: a row can't be made parallel to another 
 class GradVacWeighting(Stateful):
     """Gradient vaccine.
 
-    Row i visits the others in random order. Where its cosine phi with row j is below its target, the moving average of
-    this pair's cosines, row i gets as much of g_j as it takes to reach it:
+    Row i visits the others in random order. Where its cosine phi with row j is below the target, the moving average of
+    this pair's cosines, a multiple of g_j is added to row i that brings it to the target:
 
         |g_i| (target sqrt(1 - phi^2) - phi sqrt(1 - target^2)) / (|g_j| sqrt(1 - target^2))
 
-    Then the target moves: target <- (1 - beta) target + beta phi. The update is the sum of the rows so changed.
+    Then the target moves: target <- (1 - beta) target + beta phi. The update is the sum of the changed rows.
 
     Attributes:
         beta: How fast the targets, which start at 0, follow the cosines, in [0, 1]. With 0 the method is PCGrad.
-        seed: The seed of the weighting's own generator, which draws the orders.
+        seed: The seed of the weighting's generator, which draws the orders.
 
     References:
         Wang et al., "Gradient Vaccine: Investigating and Improving Multi-task Optimization in Massively Multilingual
@@ -55,13 +55,13 @@ class GradVacWeighting(Stateful):
         products = gramian.clone()  # of the changed row i with row j
         for visited in visits(m, self.memory.generator).to(gramian.device):
             column = visited[:, None]
-            own = (coefficients * products).sum(dim=1).clamp(min=0).sqrt()
-            scale = own * lengths[visited]
+            norms = (coefficients * products).sum(dim=1).clamp(min=0).sqrt()  # of the changed rows
+            scale = norms * lengths[visited]
             cosine = torch.where(scale > 0, products.gather(1, column)[:, 0] / scale, 0).clamp(-1, 1)
             target = targets.gather(1, column)[:, 0]
             reachable = target.clamp(max=_LARGEST_TARGET)
             sine, wanted = (1 - cosine.square()).sqrt(), (1 - reachable.square()).sqrt()
-            step = own * (reachable * sine - cosine * wanted) / (lengths[visited] * wanted)
+            step = norms * (reachable * sine - cosine * wanted) / (lengths[visited] * wanted)
             step = torch.where((cosine < reachable) & (scale > 0), step, 0)
             coefficients.scatter_add_(1, column, step[:, None])
             products += step[:, None] * gramian[visited]

@@ -15,8 +15,8 @@ from hf_jd.weighting.stateful import StatefulLoss
 class GroupDROWeighting(StatefulLoss):
     """Distributionally robust optimisation over groups: exponentiated gradient ascent on the worst mixture's weights.
 
-    q_i <- q_i exp(step_size L_i), normalised over all groups met so far; w_i = q_i. A group absent from a step keeps
-    its weight but for the normalisation, so that the weights of those present sum to less than 1.
+    q_i <- q_i exp(step_size L_i), normalised over all groups seen so far; w_i = q_i. Absent groups keep their share up
+    to the normalisation, so the weights of the present ones sum to less than 1.
 
     Attributes:
         step_size: The ascent's step, per unit of loss.
@@ -36,11 +36,11 @@ class GroupDROWeighting(StatefulLoss):
             raise ValueError(f"step_size is positive; it is {self.step_size}.")
 
     def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
-        """Moves q and returns those of the groups present, [m]."""
+        """Updates q and returns its entries for the groups present, [m]."""
         self.memory.read("weights", names, losses, initial=float("nan"))
-        known = self.memory.values["weights"]
-        # A new group starts with an equal share of all.
-        mixture = known.where(~known.isnan(), 1 / len(known))
+        stored = self.memory.values["weights"]
+        # A new group starts with 1 / (number of groups).
+        mixture = stored.where(~stored.isnan(), 1 / len(stored))
         index = [self.memory.names.index(name) for name in names]
         logarithms = mixture.log()
         logarithms[index] += self.step_size * losses.cpu()

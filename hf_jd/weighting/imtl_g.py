@@ -1,4 +1,4 @@
-"""IMTL-G: equal projections of the update onto all rows."""
+"""IMTL-G: an update with equal projections onto all rows."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from hf_jd.weighting.preference import PreferenceWeighting
 
 @dataclass(frozen=True)
 class IMTLGWeighting(PreferenceWeighting):
-    """Impartial multi-task learning, its gradient balance.
+    """The gradient balance of impartial multi-task learning.
 
     The update has the same projection onto every row's direction, and its weights sum to 1: w = v / sum(v), with
-    v = G^+ n and n_i = |g_i|. Weights may be negative, and where sum(v) is, the update goes against every row; the
-    definition is so. Where it is zero, there is no such update, and w = 0.
+    v = G^+ n and n_i = |g_i|. Weights may be negative; where sum(v) is negative, the update goes against every row, by
+    definition. Where sum(v) is zero, there is no such update, and w = 0.
 
     Attributes:
-        pref_vector: p: the projections are in proportion to it, n_i = p_i |g_i|. None makes them equal.
+        pref_vector: p: the projections are proportional to it, n_i = p_i |g_i|. None makes them equal.
 
     References:
         Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021, equation 6; for dependent rows, as in arXiv

@@ -1,4 +1,4 @@
-"""IMTL-L: learnt scales that bring all losses to one size."""
+"""IMTL-L: learns scales that bring all losses to the same size."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from hf_jd.weighting.stateful import StatefulLoss
 
 @dataclass(frozen=True)
 class IMTLLWeighting(StatefulLoss):
-    """Impartial multi-task learning, its loss balance: minimises sum_i exp(s_i) L_i - s_i over the model and s.
+    """The loss balance of impartial multi-task learning: minimises sum_i exp(s_i) L_i - s_i over the model and s.
 
-    w_i = exp(s_i), which goes to 1 / L_i. After every step s, which starts at 0, takes a step of gradient descent of
-    its own, implicitly (its gradient is that of where it arrives), so that losses of any size are safe. Up to a factor
-    of two it is `uncertainty`.
+    w_i = exp(s_i), which tends to 1 / L_i. s starts at 0 and takes one implicit gradient step per training step (with
+    the gradient at its end point), which is stable for losses of any size. Up to a factor of two, this is
+    `uncertainty`.
 
     Attributes:
-        lr: The learning rate of s. The model's optimizer does not know s.
+        lr: The learning rate of s. The model's optimizer does not update s.
 
     References:
         Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021, equation 8.
@@ -38,7 +38,7 @@ class IMTLLWeighting(StatefulLoss):
             raise ValueError(f"lr is positive; it is {self.lr}.")
 
     def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
-        """Returns exp(s_i), [m], then moves s."""
+        """Returns exp(s_i), [m], then updates s."""
         if (losses < 0).any():
             raise ValueError(f"IMTL-L needs losses of 0 or more; they are {losses.tolist()}.")
         scales = self.memory.read("log_scales", names, losses)

@@ -1,4 +1,4 @@
-"""Krum: the row that is nearest to most others."""
+"""Krum: the row nearest to most others."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hf_jd.weighting.base import Names, Weighting
 
 @dataclass(frozen=True)
 class KrumWeighting(Weighting):
-    """Byzantine-tolerant selection of rows, for objectives some of which may be corrupt.
+    """Byzantine-tolerant selection of rows, where some objectives may be corrupt.
 
-    Row i's score is the sum of its squared distances to its m - f - 2 nearest other rows. The update is the row of
-    lowest score, or (Multi-Krum) the mean of the `n_selected` lowest; of equal scores, the first counts as lowest.
+    Row i's score is the sum of its squared distances to its m - f - 2 nearest other rows. The update is the row with
+    the lowest score, or (Multi-Krum) the mean of the `n_selected` lowest; ties go to the first row.
 
     Attributes:
         n_byzantine: f, the number of rows that may be corrupt; m >= f + 3 is needed.
@@ -49,7 +49,7 @@ class KrumWeighting(Weighting):
             )
         squares = gramian.diagonal()
         distances = (squares + squares[:, None] - 2 * gramian).clamp(min=0).fill_diagonal_(0)
-        # The nearest of all is the row itself, at 0.
+        # Every row's nearest row is itself, at 0.
         scores = distances.topk(m - self.n_byzantine - 1, dim=1, largest=False, sorted=False).values.sum(dim=1)
         selected = scores.argsort(stable=True)[: self.n_selected]
         return gramian.new_zeros(m).index_fill_(0, selected, 1 / self.n_selected)

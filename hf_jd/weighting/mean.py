@@ -12,7 +12,7 @@ from hf_jd.weighting.base import Names, Weighting
 
 @dataclass(frozen=True)
 class MeanWeighting(Weighting):
-    """w_i = 1/m: the update is the mean of the rows, and training is the stock trainer's."""
+    """w_i = 1/m: the update is the mean of the rows, as in the stock trainer."""
 
     guarantee: ClassVar[str] = "the stock step"
     cost: ClassVar[str] = "m"

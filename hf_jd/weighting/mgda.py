@@ -1,4 +1,4 @@
-"""MGDA: the shortest vector of the convex hull of the rows."""
+"""MGDA: the shortest vector in the convex hull of the rows."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from hf_jd.weighting.preference import PreferenceWeighting, checked_numbers
 class MGDAWeighting(PreferenceWeighting):
     """Multiple-gradient descent algorithm, solved exactly.
 
-    The update is the shortest convex combination d of the rows; no row has less progress along it than d itself,
-    <g_i, d> >= |d|^2, and d = 0 exactly where the step is Pareto stationary. A short row decides, however long the
-    others are.
+    The update is the shortest convex combination d of the rows; <g_i, d> >= |d|^2 for every row, and d = 0 exactly
+    where the step is Pareto stationary. Short rows dominate, however long the others are.
 
     Attributes:
-        pref_vector: Positive p: rows are divided by m p_i first, so that <g_i, d> is in proportion to p_i for the
-            objectives that decide. None leaves them as they are.
+        pref_vector: Positive p: rows are divided by m p_i first, so that <g_i, d> is proportional to p_i for the
+            objectives of positive weight. None leaves rows as they are.
 
     References:
         Désidéri, "Multiple-gradient descent algorithm (MGDA) for multiobjective optimization", C. R. Acad. Sci. Paris

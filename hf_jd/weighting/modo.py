@@ -1,4 +1,4 @@
-"""MoDo: one step of gradient descent on the length of the update, at every step."""
+"""MoDo: MGDA's weights, approached by one gradient step per update."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from hf_jd.weighting.stateful import Stateful
 
 @dataclass(frozen=True)
 class MoDoWeighting(Stateful):
-    """Multi-objective gradient with double sampling, but from one batch: a slow MGDA.
+    """Multi-objective gradient with double sampling, here from a single batch: a slow MGDA.
 
     lambda <- the point of the simplex nearest to lambda - gamma (G + rho) lambda; the update is J^T lambda. The paper
-    takes J_1 J_2^T of two independent batches for G, so that noise adds no bias; G = J J^T of one batch leans to the
-    rows of the least noise. Objectives that are absent keep their lambda; those present are scaled to a sum of 1.
+    uses J_1 J_2^T of two independent batches for G, so noise adds no bias; G = J J^T of one batch favours the rows with
+    the least noise. Absent objectives keep their lambda; those of the present ones are scaled to a sum of 1.
 
     Attributes:
         gamma: The step of lambda, positive, per squared length of the rows.
-        rho: How much lambda is drawn to equal shares, 0 or more.
+        rho: The pull of lambda towards equal shares, 0 or more.
 
     References:
         Chen, Fernando, Ying and Chen, "Three-Way Trade-Off in Multi-Objective Learning: Optimization, Generalization
@@ -41,7 +41,7 @@ class MoDoWeighting(Stateful):
             raise ValueError(f"MoDo needs gamma > 0 and rho >= 0; they are {self.gamma} and {self.rho}.")
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
-        """Moves lambda and returns it, [m]."""
+        """Updates lambda and returns it, [m]."""
         shares = self.memory.read_shares("shares", names, gramian)
         moved = nearest_on_simplex(shares - self.gamma * (gramian @ shares + self.rho * shares))
         self.memory.write("shares", names, moved)

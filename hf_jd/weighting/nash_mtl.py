@@ -17,14 +17,14 @@ from hf_jd.weighting.stateful import Stateful
 class NashMTLWeighting(Stateful):
     """The Nash bargaining solution, solved exactly.
 
-    The update maximises the product of the objectives' progress, prod_i <g_i, d>, among updates of one length; then
-    G w = 1/w, and |J^T w| = sqrt(m) whatever the rows' lengths, before `max_norm`. Where no update gives all rows
-    progress there is no agreement, and w = 0.
+    The update maximises the product of the objectives' progress, prod_i <g_i, d>, among updates of equal length; then
+    G w = 1/w, and |J^T w| = sqrt(m) whatever the rows' lengths, before `max_norm` applies. Where no update makes
+    progress on all objectives, there is no agreement, and w = 0.
 
     Attributes:
         max_norm: The largest |J^T w|; longer updates are scaled to it. 0 sets no limit.
-        update_weights_every: Weights are computed at every such step and kept in between; also computed as soon as an
-            objective appears that has none.
+        update_weights_every: Steps between computations of the weights, which are reused in between. An objective
+            without a weight brings the next computation forward.
 
     References:
         Navon et al., "Multi-Task Learning as a Bargaining Game", arXiv 2202.01017, claim 3.1 and algorithm 1.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_jd.weighting.base import LossWeighting, Names
-from hf_jd.weighting.preference import checked_numbers, given_or
+from hf_jd.weighting.preference import checked_numbers, per_objective
 
 
 @dataclass(frozen=True)
@@ -18,11 +18,11 @@ class PBIWeighting(LossWeighting):
     """Penalty-based boundary intersection: the gradient of d1 + theta d2.
 
     d1 = <L - z, r> / |r| is how far the losses are along the ray of the preference r, d2 = |L - z - d1 r / |r|| their
-    distance from it. w = r / |r| + theta (L - z - d1 r / |r|) / d2: of a constant length, and so without rest on the
-    ray; a loss that is too small for it is driven up.
+    distance from it. w = r / |r| + theta (L - z - d1 r / |r|) / d2. The second term has constant length, so the losses
+    never settle on the ray; a loss below it is driven up.
 
     Attributes:
-        theta: How much the distance counts, 0 or more.
+        theta: The weight of the distance, 0 or more.
         weights: r, [m], non-negative and not all zero; None for equal ones.
         reference: z, the ideal losses, [m]; None for 0.
 
@@ -48,9 +48,9 @@ class PBIWeighting(LossWeighting):
 
     def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
         """Computes r / |r| + theta (L - z - d1 r / |r|) / d2, [m]; without the second term on the ray."""
-        ray = given_or("weights", self.weights, losses, 1.0)
+        ray = per_objective("weights", self.weights, losses, 1.0)
         ray = ray / ray.norm()
-        above = losses - given_or("reference", self.reference, losses, 0.0)
+        above = losses - per_objective("reference", self.reference, losses, 0.0)
         aside = above - (above @ ray) * ray
         distance = aside.norm()
         on_the_ray = distance <= len(losses) * torch.finfo(losses.dtype).eps * above.norm()

@@ -1,4 +1,4 @@
-"""PCD: a primary objective, and progress for the others."""
+"""PCD: follows a primary objective, with progress for the others."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from hf_jd.weighting.stateful import Stateful
 class PCDWeighting(Stateful):
     """Priority-constrained descent.
 
-    The update is as near to the primary objective's row as it can be while every other objective j makes a fraction tau
-    of the progress that its own normalised row would give it:
+    The update is as near to the primary objective's row as possible while every other objective j makes at least a
+    fraction tau of the progress that a step along its own normalised row would make:
 
         min_d |d - h_1|^2   subject to   <h_j, d> >= tau |h_j|^2,      h_i = g_i / sqrt(moving average of |g_i|^2),
 
     scaled to the length of g_1. If g_1 = 0 the weights are 0; if the constraints contradict each other, d is g_1.
 
     Attributes:
-        tau: In [0, 1]; or one for each other objective, in the order of rows.
-        beta: The decay of the moving averages, in [0, 1); they are corrected for their start at 0.
+        tau: In [0, 1]: one number, or one per other objective, in the order of rows.
+        beta: The decay of the moving averages, in [0, 1); averages are bias-corrected.
         primary: The primary objective's name; None for the first row.
 
     References:
@@ -76,7 +76,7 @@ class PCDWeighting(Stateful):
         return torch.where(lengths > 0, multiples / lengths, 0) * lengths[first] / square.sqrt()
 
     def _scales(self, gramian: Tensor, names: Names) -> Tensor:
-        """Moves the averages of |g_i|^2, each by its own count of steps, and returns 1 / sqrt of them, [m]."""
+        """Updates the moving averages of |g_i|^2, bias-corrected per objective, and returns 1 / sqrt of each, [m]."""
         average = self.memory.read("squares", names, gramian) * self.beta + gramian.diagonal() * (1 - self.beta)
         weight = self.memory.read("weight", names, gramian) * self.beta + (1 - self.beta)
         self.memory.write("squares", names, average)
@@ -92,7 +92,7 @@ class PCDWeighting(Stateful):
 
 
 def _nearest(cosines: np.ndarray, first: int, others: list[int], length: float, bounds: np.ndarray) -> np.ndarray:
-    """Multipliers of <unit row j, d> >= bound_j, for the d nearest to `length` times the first unit row."""
+    """Finds the multipliers of <unit row j, d> >= bound_j for the d nearest to `length` times the first unit row."""
     factor = cosine_factor(cosines)
     rows = factor[others]
     if not len(others):

@@ -1,4 +1,4 @@
-"""PCGrad: each row freed of its conflicts with the others, one after the other."""
+"""PCGrad: removes each row's conflicts with the others, one after another."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from hf_jd.weighting.stateful import Stateful
 class PCGradWeighting(Stateful):
     """Projecting conflicting gradients.
 
-    Each row visits the others in random order, and wherever it conflicts with one, its component along that one is
-    removed. The update is the sum of the rows so changed; for m > 2 it may still conflict with rows.
+    Each row visits the others in random order, and wherever it conflicts with one, its component along that row is
+    removed. The update is the sum of the changed rows; for m > 2 it may still conflict with the original rows.
 
     Attributes:
-        seed: The seed of the weighting's own generator, which draws the orders.
+        seed: The seed of the weighting's generator, which draws the orders.
 
     References:
         Yu et al., "Gradient Surgery for Multi-Task Learning", arXiv 2001.06782, algorithm 1.
@@ -39,7 +39,7 @@ class PCGradWeighting(Stateful):
         products = gramian.clone()  # of the changed row i with row j
         for visited in visits(m, self.memory.generator).to(gramian.device):
             product = products.gather(1, visited[:, None])[:, 0]
-            # Zero rows have no conflicts but rounding errors.
+            # A conflict with a zero row is a rounding error.
             step = torch.where((product < 0) & (squares[visited] > 0), -product / squares[visited], 0)
             coefficients.scatter_add_(1, visited[:, None], step[:, None])
             products += step[:, None] * gramian[visited]
@@ -47,6 +47,6 @@ class PCGradWeighting(Stateful):
 
 
 def visits(m: int, generator: torch.Generator) -> Tensor:
-    """Draws, for each of m rows, an order of the others; returns whom each visits at each time, [m - 1, m]."""
+    """Draws a random order of the others for each of m rows; entry [t, i] is the row that row i visits at time t."""
     orders = torch.stack([torch.randperm(m - 1, generator=generator) for _ in range(m)])
     return (orders + (orders >= torch.arange(m)[:, None])).mT

@@ -17,8 +17,8 @@ class PreferenceWeighting(Weighting):
     """A weighting that takes a preference vector.
 
     Attributes:
-        pref_vector: How much of each objective is wanted, [m], non-negative and not all zero: a tensor or numbers (kept
-            as a tuple of floats). Its sum matters as well; None stands for 1/m each.
+        pref_vector: How much of each objective is wanted, [m], non-negative and not all zero: a tensor or numbers
+            (stored as a tuple of floats). Its sum matters, too; None means 1/m each.
     """
 
     pref_vector: Sequence[float] | Tensor | None = None
@@ -28,7 +28,7 @@ class PreferenceWeighting(Weighting):
             object.__setattr__(self, "pref_vector", checked_numbers("pref_vector", self.pref_vector))
 
     def preference(self, gramian: Tensor) -> Tensor:
-        """Returns the preferences [m] for a Gramian [m, m], on its device; a `ValueError` if there aren't m of them."""
+        """Returns the preferences [m] for a Gramian [m, m], on its device; raises a `ValueError` if there aren't m."""
         m = len(gramian)
         if self.pref_vector is None:
             return gramian.new_full((m,), 1 / m)
@@ -41,7 +41,7 @@ class PreferenceWeighting(Weighting):
 
 
 def checked_numbers(name: str, values: Sequence[float] | Tensor, positive: bool = False) -> tuple[float, ...]:
-    """Returns the values as a tuple of floats; a `ValueError` if one is negative (or zero, if `positive`)."""
+    """Returns the values as a tuple of floats; raises a `ValueError` if one is negative (or zero, if `positive`)."""
     numbers = values.detach().cpu().flatten().tolist() if isinstance(values, Tensor) else [float(v) for v in values]
     if isinstance(values, Tensor) and values.ndim != 1:
         raise ValueError(f"{name} has one dimension; this one has the shape {list(values.shape)}.")
@@ -52,8 +52,8 @@ def checked_numbers(name: str, values: Sequence[float] | Tensor, positive: bool 
     return tuple(numbers)
 
 
-def given_or(name: str, values: Sequence[float] | Tensor | None, like: Tensor, default: float) -> Tensor:
-    """Returns the user's values [m], or m times the default for None; a `ValueError` if there aren't m of them."""
+def per_objective(name: str, values: Sequence[float] | Tensor | None, like: Tensor, default: float) -> Tensor:
+    """Returns the user's values as a tensor [m], filled with the default for None; raises a `ValueError` if not m."""
     m = len(like)
     if values is None:
         return like.new_full((m,), default)
@@ -63,7 +63,7 @@ def given_or(name: str, values: Sequence[float] | Tensor | None, like: Tensor, d
 
 
 def log_losses(method: str, losses: Tensor) -> Tensor:
-    """Returns log L, [m], as if losses below 1e-12 of the largest were that; a `ValueError` if one is negative."""
+    """Returns log L, [m], with losses clamped to 1e-12 of the largest; raises a `ValueError` if one is negative."""
     if (losses < 0).any():
         raise ValueError(f"{method} needs losses of 0 or more; they are {losses.tolist()}.")
     largest = losses.max()

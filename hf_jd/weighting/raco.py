@@ -1,4 +1,4 @@
-"""RACO: CAGrad whose correction gives no objective more than its preference."""
+"""RACO: CAGrad with its correction clipped to the preferences."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_jd.weighting.cagrad import CAGradWeighting
 class RACOWeighting(CAGradWeighting):
     """Reward-free alignment for conflicting objectives: conflict-averse gradient descent with clipping.
 
-    CAGrad's update is g_0 + c |g_0| g_w / |g_w|, with a w on the simplex that may give all to one objective. Here w is
+    CAGrad's update is g_0 + c |g_0| g_w / |g_w|, whose w on the simplex may give everything to one objective. Here w is
     clipped to min(w_i, p_i), p the preferences scaled to a sum of 1, and the correction has the same length as before:
     d = g_0 + c |g_0| g_v / |g_v|, v = min(w, p). Where g_v = 0, or CAGrad finds the step Pareto stationary, the weights
     are 0.
@@ -25,7 +25,7 @@ class RACOWeighting(CAGradWeighting):
         Chen, Li, Chen and Lin, "Reward-free Alignment for Conflicting Objectives", arXiv 2602.02495, algorithm 1.
     """
 
-    guarantee: ClassVar[str] = "within c of the mean; no correction beyond the preferences"
+    guarantee: ClassVar[str] = "within c of the mean; correction clipped to the preferences"
     cost: ClassVar[str] = "m³, a few times"
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:

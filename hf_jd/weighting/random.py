@@ -14,10 +14,10 @@ from hf_jd.weighting.stateful import Memory, Stateful, StatefulLoss
 
 @dataclass(frozen=True)
 class RandomWeighting(Stateful):
-    """w = softmax of m standard normal numbers, drawn anew at each step.
+    """w = softmax of m standard normal numbers, redrawn at each step.
 
     Attributes:
-        seed: The seed of the weighting's own generator.
+        seed: The seed of the weighting's generator.
 
     References:
         Lin et al., "Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task Learning", arXiv
@@ -39,7 +39,7 @@ class RLWWeighting(StatefulLoss):
     """Random loss weighting: the same weights as `RandomWeighting`, without the cost of a Gramian.
 
     Attributes:
-        seed: The seed of the weighting's own generator.
+        seed: The seed of the weighting's generator.
 
     References:
         Lin et al., arXiv 2111.10603, algorithm 1.

@@ -1,4 +1,4 @@
-"""SDMGrad: the shortest update, drawn to a preferred direction."""
+"""SDMGrad: the shortest update, pulled towards a preferred direction."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hf_jd.weighting._solvers.simplex import nearest_on_simplex
 from hf_jd.weighting.base import Names
-from hf_jd.weighting.preference import checked_numbers, given_or
+from hf_jd.weighting.preference import checked_numbers, per_objective
 from hf_jd.weighting.stateful import Stateful
 
 
@@ -20,14 +20,14 @@ class SDMGradWeighting(Stateful):
     """Stochastic direction-oriented multi-objective gradient descent, from one batch.
 
     The update is (g_w + lambda g_0) / (1 + lambda), g_0 = J^T p, where w on the simplex descends on |g_w + lambda g_0|:
-    `n_iter` projected gradient steps with momentum per step of training, from where the last ones ended. G is divided
-    by the square of the rows' mean length first. The paper takes J_1 J_2^T of two independent batches for G, and the
-    update from a third, so that noise adds no bias.
+    `n_iter` projected gradient steps with momentum per training step, starting where the last ones ended. G is first
+    divided by the square of the rows' mean length. The paper uses J_1 J_2^T of two independent batches for G, and takes
+    the update from a third, so that noise adds no bias.
 
     Attributes:
-        lr: The step of w, positive.
-        momentum: Of those steps, in [0, 1).
-        n_iter: Their number.
+        lr: The step size of w, positive.
+        momentum: The momentum of these steps, in [0, 1).
+        n_iter: The number of these steps.
         lambda_: lambda, 0 or more: the pull of g_0; 0 is MGDA.
         pref_vector: p, [m], non-negative and not all zero; None for 1/m each.
 
@@ -56,8 +56,8 @@ class SDMGradWeighting(Stateful):
             object.__setattr__(self, "pref_vector", checked_numbers("pref_vector", self.pref_vector))
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
-        """Moves w and returns (w + lambda p) / (1 + lambda), [m]."""
-        pull = self.lambda_ * given_or("pref_vector", self.pref_vector, gramian, 1 / len(gramian))
+        """Updates w and returns (w + lambda p) / (1 + lambda), [m]."""
+        pull = self.lambda_ * per_objective("pref_vector", self.pref_vector, gramian, 1 / len(gramian))
         shares = self.memory.read_shares("shares", names, gramian)
         square = gramian.diagonal().sqrt().mean().square()
         scaled = gramian / square.where(square > 0, 1)

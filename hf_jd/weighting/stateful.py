@@ -1,4 +1,4 @@
-"""What a weighting remembers of past steps: numbers by objective, and a generator of its own."""
+"""A weighting's memory of past steps: numbers per objective, and a random generator."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from hf_jd.weighting.base import LossWeighting, Names, Weighting
 
 
 class Memory:
-    """Tensors [M] or [M, M] over the M objectives met so far, float64, on the CPU; they grow as objectives appear.
+    """Tensors [M] or [M, M] over the M objectives seen so far, float64, on the CPU; they grow as objectives appear.
 
     Attributes:
         names: The objectives' names, in the order in which they appeared.
-        values: Each quantity's tensor.
+        values: One tensor per quantity.
         steps: The number of steps taken.
-        generator: A generator apart from torch's global one, so that neither disturbs the other.
+        generator: Separate from torch's global generator, so that neither disturbs the other.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -31,27 +31,27 @@ class Memory:
     def read(self, quantity: str, names: Names, like: Tensor, initial: float = 0.0, dims: int = 1) -> Tensor:
         """Returns a quantity for these objectives, [m] or [m, m], on the device of `like`; `initial` for new ones."""
         index = self._index(names)
-        known = self.values.get(quantity, torch.empty((0,) * dims, dtype=torch.float64))
+        stored = self.values.get(quantity, torch.empty((0,) * dims, dtype=torch.float64))
         grown = torch.full((len(self.names),) * dims, initial, dtype=torch.float64)
-        grown[(slice(len(known)),) * dims] = known
+        grown[(slice(len(stored)),) * dims] = stored
         self.values[quantity] = grown
         return grown[torch.meshgrid(*[index] * dims, indexing="ij")].to(like.device)
 
     def write(self, quantity: str, names: Names, values: Tensor) -> None:
-        """Stores what `read` gave, changed; objectives that are absent keep what they had."""
+        """Stores a quantity for these objectives; absent objectives keep their values."""
         index = self._index(names)
         self.values[quantity][torch.meshgrid(*[index] * values.ndim, indexing="ij")] = values.detach().cpu()
 
     def read_shares(self, quantity: str, names: Names, like: Tensor) -> Tensor:
-        """Returns shares that sum to 1 among these objectives, [m]; new ones have an equal share."""
+        """Returns shares that sum to 1 over these objectives, [m]; new ones start with an equal share."""
         shares = self.read(quantity, names, like, initial=float("nan"))
         shares = shares.where(~shares.isnan(), 1 / len(self.names))
         total = shares.sum()
         return torch.where(total > 0, shares / total, 1 / len(shares))
 
     def _index(self, names: Names) -> Tensor:
-        known = set(self.names)
-        self.names.extend(name for name in names if name not in known)
+        seen = set(self.names)
+        self.names.extend(name for name in names if name not in seen)
         place = {name: i for i, name in enumerate(self.names)}
         return torch.tensor([place[name] for name in names])
 
@@ -60,8 +60,8 @@ class Memory:
 class Stateful(Weighting):
     """A weighting whose result depends on past steps, or on chance.
 
-    What is remembered is kept by the objectives' names (`weighting(gramian, names=names)`), so their number and order
-    may change from step to step. A run resumed from `state_dict()` goes on as if it had not been interrupted.
+    The memory is stored by the objectives' names (`weighting(gramian, names=names)`), so their number and order may
+    change from step to step. A run resumed from `state_dict()` continues as if it had not been interrupted.
     """
 
     memory: Memory = field(init=False, repr=False, compare=False, default_factory=Memory)
@@ -73,8 +73,12 @@ class Stateful(Weighting):
         """Forgets all past steps; the generator starts from the seed again."""
         object.__setattr__(self, "memory", Memory(getattr(self, "seed", 0)))
 
+    def remember_as(self, other: Stateful) -> None:
+        """Shares what another weighting remembers: of the same method, with other parameters."""
+        object.__setattr__(self, "memory", other.memory)
+
     def state_dict(self) -> dict[str, Any]:
-        """Returns all that is remembered: plain containers and tensors, for `torch.save`."""
+        """Returns the memory as plain containers and tensors, for `torch.save`."""
         memory = self.memory
         return {
             "names": list(memory.names),
@@ -84,7 +88,7 @@ class Stateful(Weighting):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes up what `state_dict` returned; a `ValueError` if it is something else."""
+        """Restores what `state_dict` returned; raises a `ValueError` for anything else."""
         missing = {"names", "values", "steps", "generator"} - state.keys()
         if missing:
             raise ValueError(f"This is not the state of a weighting: it lacks {sorted(missing)}.")

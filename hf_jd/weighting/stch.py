@@ -9,14 +9,14 @@ from typing import ClassVar
 from torch import Tensor
 
 from hf_jd.weighting.base import LossWeighting, Names
-from hf_jd.weighting.preference import checked_numbers, given_or
+from hf_jd.weighting.preference import checked_numbers, per_objective
 
 
 @dataclass(frozen=True)
 class STCHWeighting(LossWeighting):
     """Smooth Tchebycheff scalarization: the gradient of mu log sum_i exp(p_i (L_i - z_i) / mu).
 
-    w_i = p_i softmax(p (L - z) / mu)_i. As mu goes to 0, only the largest p_i (L_i - z_i) is followed.
+    w_i = p_i softmax(p (L - z) / mu)_i. As mu goes to 0, only the largest p_i (L_i - z_i) counts.
 
     Attributes:
         mu: The smoothing, positive, in units of the losses.
@@ -44,6 +44,6 @@ class STCHWeighting(LossWeighting):
 
     def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
         """Computes w = p softmax(p (L - z) / mu), [m]."""
-        preference = given_or("weights", self.weights, losses, 1 / len(losses))
-        ideal = given_or("reference", self.reference, losses, 0.0)
+        preference = per_objective("weights", self.weights, losses, 1 / len(losses))
+        ideal = per_objective("reference", self.reference, losses, 0.0)
         return preference * (preference * (losses - ideal) / self.mu).softmax(dim=0)

@@ -1,4 +1,4 @@
-"""Uncertainty weighting: each loss divided by a learnt variance."""
+"""Uncertainty weighting: divides each loss by a learnt variance."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from hf_jd.weighting.stateful import StatefulLoss
 class UncertaintyWeighting(StatefulLoss):
     """Homoscedastic uncertainty: minimises sum_i exp(-s_i) L_i / 2 + s_i / 2 over the model and the log-variances s.
 
-    w_i = exp(-s_i) / 2. After every step s, which starts at 0, takes a step of gradient descent of its own, implicitly
-    (its gradient is that of where it arrives), so that losses of any size are safe.
+    w_i = exp(-s_i) / 2. s starts at 0 and takes one implicit gradient step per training step (with the gradient at its
+    end point), which is stable for losses of any size.
 
     Attributes:
-        lr: The learning rate of s. The model's optimizer does not know s.
+        lr: The learning rate of s. The model's optimizer does not update s.
 
     References:
         Kendall, Gal and Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and
@@ -38,7 +38,7 @@ class UncertaintyWeighting(StatefulLoss):
             raise ValueError(f"lr is positive; it is {self.lr}.")
 
     def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
-        """Returns exp(-s_i) / 2, [m], then moves s."""
+        """Returns exp(-s_i) / 2, [m], then updates s."""
         if (losses < 0).any():
             raise ValueError(f"Uncertainty weighting needs losses of 0 or more; they are {losses.tolist()}.")
         variances = self.memory.read("log_variances", names, losses)

@@ -19,8 +19,8 @@ class UPGradWeighting(PreferenceWeighting):
     The update is sum_i p_i pi_J(g_i), where pi_J projects onto the dual cone {x : J x >= 0} of the rows g_1, ..., g_m:
     every projection, and so the update, conflicts with no row. Where no two rows conflict, it is J^T p, the mean.
 
-    Guarantees: non-conflicting; linear under scaling (the update is linear in the scale of each row, while it is
-    positive); the update lies in the span of the rows.
+    Guarantees: non-conflicting; linear under scaling (the update is linear in the positive scale of each row); the
+    update lies in the span of the rows.
 
     References:
         Quinton and Rey, "Jacobian Descent for Multi-Objective Optimization", arXiv 2406.16232, equation 4 and

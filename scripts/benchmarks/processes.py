@@ -88,9 +88,9 @@ class Update:
         numbers = values.detach().double()[:, None].expand(-1, 3)
         objectives = len(rows.exchange(ObjectiveTable.of(numbers, torch.zeros(len(values), 2))))
         self.watch("table")
-        gramian = rows.gramian()
+        gramians = rows.gramians()
         self.watch("gramian")
-        weights = self._weighting(gramian)
+        weights = self._weighting(gramians[0])[None]
         self.watch("weights")
         for p, gradient in rows.weighted_sum(weights, torch.ones(objectives, dtype=torch.bool)).items():
             p.grad = gradient

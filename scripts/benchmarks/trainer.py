@@ -107,7 +107,7 @@ def logging_cost(groups: int, steps: int = 200) -> float:
     weights, means, counts = torch.rand(3, groups, dtype=torch.float64)
     begin = time.perf_counter()
     for step in range(steps):
-        averages.add(step_metrics(rows @ rows.T, weights, means, counts, torch.arange(groups), names))
+        averages.add(step_metrics((rows @ rows.T)[None], weights[None], means, counts, torch.arange(groups), names))
         if step % 10 == 9:
             readable(averages.take())
     return (time.perf_counter() - begin) / steps

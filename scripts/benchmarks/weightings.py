@@ -1,8 +1,8 @@
 """Times weightings against torchjd's and against quadprog called directly: `python scripts/benchmark.py weightings`.
 
 Every entry is the median of interleaved runs, in milliseconds: each round runs all contestants once, so that a busy
-machine slows them alike. `--json FILE` keeps the numbers; `--alone` leaves the others out, which take minutes from
-m = 512 on.
+machine slows them alike. The last table, which the documents show, has a column per kind of Gramians. `--json FILE`
+keeps the numbers; `--alone` leaves the others out, which take minutes from m = 512 on.
 """
 
 from __future__ import annotations
@@ -161,8 +161,34 @@ def table(rows: list[dict[str, object]]) -> str:
     return "\n".join([*lines, *("| " + " | ".join(_cell(row[c]) for c in columns) + " |" for row in rows)])
 
 
+def by_kind(rows: list[dict[str, object]]) -> str:
+    """Formats what was measured as a markdown table per number of threads, with a column per kind of Gramians.
+
+    A line is of a size m or, of several weightings, of one weighting, with torchjd / hf_jd in brackets.
+    """
+    several = len({row["weighting"] for row in rows}) > 1
+    tables: dict[object, dict[object, dict[str, object]]] = {}
+    for row in rows:
+        line, column = ("weighting", f"{row['Gramians']}, m = {row['m']}") if several else ("m", str(row["Gramians"]))
+        ratio = row["torchjd / hf_jd"]
+        entry = _cell(row["hf_jd, ms"]) + ("" if ratio is None else f" ({_cell(ratio)})")
+        tables.setdefault(row["threads"], {}).setdefault(row[line], {line: row[line]})[column] = entry
+    return "\n\n".join(f"threads: {n}\n\n{table(list(found.values()))}" for n, found in tables.items())
+
+
 def _cell(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def inputs_of(arguments: argparse.Namespace) -> list[tuple[str, list[Tensor]]]:
+    """The Gramians to measure on, of one size per entry, with the name of their kind."""
+    if arguments.gramians is None:
+        generator = torch.Generator().manual_seed(0)
+        return [(k, [gramian(k, m, generator) for _ in range(5)]) for m in arguments.sizes for k in arguments.kinds]
+    found = torch.load(arguments.gramians)
+    # The last batch of an epoch may be smaller.
+    same = {kind: [g.double() for g in kept if len(g) == len(kept[0])] for kind, kept in found.items()}
+    return [(kind.partition(", m = ")[0], matrices) for kind, matrices in same.items()]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -170,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--weightings", nargs="+", default=["upgrad", "dualproj", "mgda"], help="names, or all")
     parser.add_argument("--sizes", nargs="+", type=int, default=[8, 32, 64, 128, 256])
-    parser.add_argument("--kinds", nargs="+", default=["random", "correlated"], choices=KINDS)
+    parser.add_argument("--kinds", nargs="+", default=["random", "correlated", "low rank"], choices=KINDS)
     parser.add_argument("--gramians", type=Path, help="of `benchmark.py gramians`, instead")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--seconds", type=float, default=10.0, help="for each line of the table")
@@ -181,18 +207,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--warm-starts", action="store_true", help="only what the last step's solution is worth")
     arguments = parser.parse_args(argv)
     names = list(WEIGHTINGS) if arguments.weightings == ["all"] else arguments.weightings
-    generator = torch.Generator().manual_seed(0)
-    inputs: list[tuple[str, list[Tensor]]]
-    if arguments.gramians:
-        found = torch.load(arguments.gramians)
-        # The last batch of an epoch may be smaller.
-        inputs = [(kind, [g.double() for g in kept if len(g) == len(kept[0])]) for kind, kept in found.items()]
-    else:
-        inputs = [(k, [gramian(k, m, generator) for _ in range(5)]) for m in arguments.sizes for k in arguments.kinds]
+    inputs = inputs_of(arguments)
     rows: list[dict[str, object]] = []
+    measure = measure_solvers if arguments.solvers else measure_warm_starts
     if arguments.solvers or arguments.warm_starts:
         torch.set_num_threads(arguments.threads[0])
-        measure = measure_solvers if arguments.solvers else measure_warm_starts
         print(table([r for k, g in inputs for r in measure(g, k, arguments.seconds, arguments.rounds)]))
         return 0
     for name in names:
@@ -201,7 +220,7 @@ def main(argv: list[str] | None = None) -> int:
                 torch.set_num_threads(threads)
                 m = len(matrices[0])
                 runs = contestants(name, m, arguments.alone)
-                if arguments.gramians:
+                if arguments.gramians or kind == "low rank":
                     runs.pop("quadprog", None)  # it takes no singular matrix
                 if getattr(runs["hf_jd"], "reads", "gramian") == "losses":
                     continue
@@ -211,6 +230,7 @@ def main(argv: list[str] | None = None) -> int:
                             | {f"{label}, ms": found.get(label) for label in ("hf_jd", "torchjd", "quadprog")}
                             | {"torchjd / hf_jd": ratio})  # fmt: skip
                 print(table(rows[-1:]).splitlines()[-1] if len(rows) > 1 else table(rows), flush=True)
+    print(f"\n{by_kind(rows)}")
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
     return 0

@@ -113,12 +113,12 @@ def test_what_is_finished_is_not_run_again(plan, tmp_path, machine, capsys):
     command = ["compare", str(plan), "--seeds", "2", "--output_dir", str(tmp_path / "out")]
     machine.until = 2
     assert main(command) == 130
-    assert "goes on with --resume" in capsys.readouterr().err
+    assert "add --resume to the same command" in capsys.readouterr().err
     assert main(command) == 2
     assert "--resume" in capsys.readouterr().err
     machine.until = None
     assert main([*command, "--resume"]) == 0
-    assert "2 of 6 runs are there already" in capsys.readouterr().out
+    assert "2 of 6 runs are already done" in capsys.readouterr().out
     assert sorted(machine.made) == sorted(
         f"{name}, seed {seed}" for name in ("stock Trainer", "stock Trainer (twin)", "by task") for seed in (0, 1)
     )
@@ -178,7 +178,7 @@ def test_a_tradeoff_has_its_own_table_and_picture(plan, tmp_path, machine, capsy
     assert "never" in capsys.readouterr().out
     with_parts(plan, tradeoff=tradeoff | {"keep": "sums"})
     assert main([*command, str(tmp_path / "other")]) == 2
-    assert "`sums`; evaluated were story, sum" in capsys.readouterr().err
+    assert "`sums`; the evaluated tasks are story, sum" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,11 @@ def test_what_is_told_of_a_run(script):
 
 def test_the_rewards(script):
     assert script.short([""], ["One two. Three four!"]) == [-2.0]
-    assert script.happy([""], ["Happy, happy"]) == [2.0]
-    assert script.dialogue(["", ""], ['"Hi"', "Hi"]) == [100.0, 0.0]
+    assert script.long([""], ["One two. Three four!"]) == [2.0]
+    assert script.word("happy")(["", ""], ["Happy, happy", "sad"]) == [1.0, 0.0]
+    assert script.dialogue(["", ""], ['"Hi"', "Hi"]) == [1.0, 0.0]
+    assert script.narration(["", ""], ['"Hi"', "Hi"]) == [0.0, 1.0]
+    assert script.named("dialogue", script.dialogue, 100)([""], ['"Hi"'], kind=["a"]) == [100.0]
     assert script.variety([""], ["a a b c"]) == [0.75]
 
 
@@ -46,8 +49,9 @@ def test_an_unknown_method_is_told(script, capsys):
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("names", [slow(["upgrad", "sum, then normalise"])])
-def test_a_small_comparison(names, script, tmp_path):
-    plan = yaml.safe_load((ROOT / "examples" / "rewards.yaml").read_text("utf-8"))
+@pytest.mark.parametrize("example", ["rewards", "many_rewards"])
+def test_a_small_comparison(example, names, script, tmp_path):
+    plan = yaml.safe_load((ROOT / "examples" / f"{example}.yaml").read_text("utf-8"))
     plan |= {"model": str(ROOT / plan["model"]), "seeds": [0], "learning_rates": [1e-3], "evaluated": 2}
     plan["trainer"] |= {"max_steps": 1, "max_completion_length": 4}
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan), "utf-8")
@@ -55,7 +59,7 @@ def test_a_small_comparison(names, script, tmp_path):
     assert script.main(words) == 0
     results = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [r["method"] for r in results] == names
-    assert all(len(r["changes"]) == 5 and len(r["way"]) == 1 for r in results)
+    assert all(len(r["changes"]) == len(plan["rewards"]) and len(r["way"]) == 1 for r in results)
     assert script.main(words) == 0  # Nothing is run again.
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "out" / "table.md").read_text().count("\n") == 4

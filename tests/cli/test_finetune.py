@@ -74,7 +74,7 @@ def test_the_loss_after_training_is_the_mean_over_tokens_whatever_the_batch(lora
 
 def test_card_tells_the_weighting_and_the_results(lora_run):
     card = (lora_run / "README.md").read_text("utf-8")
-    assert "the weighting `upgrad`, with one objective for each instance" in card
+    assert "the weighting `upgrad`, with one objective per instance" in card
     assert "| story |" in card
     assert "loss before" in card
     assert card.startswith("---\n")
@@ -177,17 +177,15 @@ def test_resumes_its_newest_whole_checkpoint(harm, flags, finetune, saved_run, r
     newest = "checkpoint-2" if (folder / "checkpoint-10").exists() else "checkpoint-1"
     finetune(folder, *LAST, *flags)
     assert resumed == [newest]
-    assert (
-        f"Skipping checkpoint-{10 if newest == 'checkpoint-2' else 2}, which was not written to its end" in caplog.text
-    )
+    assert f"Skipping checkpoint-{10 if newest == 'checkpoint-2' else 2}, which is incomplete" in caplog.text
 
 
 def test_a_run_that_goes_on_otherwise_says_so(finetune, saved_run, tmp_path, caplog):
     folder = shutil.copytree(saved_run, tmp_path / "run")
     shutil.rmtree(folder / "checkpoint-2")
     finetune(folder, *LAST, "--jd_weighting", "mgda")
-    assert "begun with --jd_weighting upgrad, and goes on with mgda" in caplog.text
-    assert caplog.text.count("goes on with") == 1
+    assert "began with --jd_weighting upgrad, and continues with mgda" in caplog.text
+    assert caplog.text.count("continues with") == 1
 
 
 def test_ctrl_c_tells_how_to_go_on(train_file, tmp_path, monkeypatch, capsys):
@@ -219,7 +217,7 @@ def test_without_a_whole_checkpoint_it_says_that_it_starts_anew(flags, finetune,
         cut_off(folder / name / "adapter_model.safetensors")
     finetune(folder, *LAST, *flags)
     assert resumed == [None]
-    assert "No checkpoint is whole: training starts at the beginning" in caplog.text
+    assert "No checkpoint is complete: training starts from the beginning" in caplog.text
     assert Results.read(folder).steps == 2
 
 
@@ -228,7 +226,7 @@ def test_a_named_checkpoint_that_is_cut_off_is_refused(saved_run, train_file, tm
     cut_off(folder / "checkpoint-2" / "adapter_model.safetensors")
     flags = ["--train_file", train_file, "--output_dir", folder, "--resume_from_checkpoint", folder / "checkpoint-2"]
     assert main(["finetune", *map(str, flags)]) == 2
-    assert "its adapter_model.safetensors is not whole. Take another one, or" in capsys.readouterr().err
+    assert "its adapter_model.safetensors is incomplete. Use another one, or" in capsys.readouterr().err
 
 
 def test_overwriting_removes_the_other_run(finetune, tmp_path):

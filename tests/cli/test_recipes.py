@@ -19,8 +19,8 @@ from hf_jd.finetune.run import parse
 from tests.cli.conftest import ROWS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-# Of rewards, tests/cli/test_compare_rewards.py runs the plan.
-RECIPES = sorted(path for path in EXAMPLES.glob("*.yaml") if path.stem != "rewards")
+# Plans of rewards: tests/cli/test_compare_rewards.py runs the plan.
+RECIPES = sorted(path for path in EXAMPLES.glob("*.yaml") if not path.stem.endswith("rewards"))
 PLANS = [path for path in RECIPES if "configurations" in read_settings(path)]
 SHORT = ["--max_steps", "2", "--per_device_train_batch_size", "6", "--max_length", "12", "--eval_strategy", "no"]
 SHORT += ["--eval_on_start", "false", "--logging_steps", "1", "--disable_tqdm", "true"]

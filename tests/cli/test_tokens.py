@@ -143,7 +143,7 @@ def test_tools_reach_the_template(tokenizer):
 def test_plain_texts_for_a_model_that_chats_are_remarked_on(tokenizer, caplog):
     tokenizer.chat_template = CHATML
     tokens([{"prompt": "a", "completion": "b"}], tokenizer)
-    assert "wants `messages`" in caplog.text
+    assert "give `messages` to train a chat model" in caplog.text
 
 
 def test_names_of_other_tools_are_understood():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -108,11 +110,25 @@ def test_a_file_of_ones_own_is_trained_on(name, models, common, tmp_path):
     assert {key.rpartition("/")[2] for key in log if key.startswith("jd/weight/")} == NAMES[name]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dpo", "grpo"])
+def test_scripts_run_under_accelerate_with_two_processes(name, models, common, tmp_path):
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    script = Path(__file__).parents[2] / "scripts" / f"{name}.py"
+    data = ["--model_name_or_path", models["causal"], "--dataset_name", written(name, tmp_path)]
+    command = [sys.executable, *launch, "--main_process_port", "0", script, *data, *common, *FLAGS[name]]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    log = json.loads((tmp_path / "out" / "jd_log.jsonl").read_text().splitlines()[0])
+    assert {key.rpartition("/")[2] for key in log if key.startswith("jd/weight/")} == NAMES[name]
+
+
 MISTAKES = {
-    "model": (["dpo", "--dataset_name", "d.jsonl"], "No model is named: give its name or folder"),
-    "data": (["dpo", "--model_name_or_path", "m"], "No data is named: give --dataset_name"),
-    "kind": (["dpo", "--model_name_or_path", "m", "--dataset_name", "my_rewards.py"], "is a file of kind `.py`"),
-    "reward": (["grpo", "--model_name_or_path", "m", "--dataset_name", "DATA"], "No reward is named"),
+    "model": (["dpo", "--dataset_name", "d.jsonl"], "No model is given: name it, or its folder"),
+    "data": (["dpo", "--model_name_or_path", "m"], "No data is given: set --dataset_name"),
+    "kind": (["dpo", "--model_name_or_path", "m", "--dataset_name", "my_rewards.py"], "ends in `.py`"),
+    "reward": (["grpo", "--model_name_or_path", "m", "--dataset_name", "DATA"], "No reward is given"),
     "import": (
         ["grpo", "--model_name_or_path", "m", "--dataset_name", "DATA", "--reward_funcs", "nowhere.f"],
         "No module named 'nowhere': give the import path",

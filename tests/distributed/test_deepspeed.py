@@ -203,7 +203,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(tmp_p
     assert answered is not None
     rank, (failed, answer) = answered
     assert (rank, failed) == (0, True)
-    assert "The last whole checkpoint is" in answer
+    assert "The last complete checkpoint is" in answer
     resumed = own_pools(2).run(TRAIN, resume=True, **saving)[0]
     assert relative(resumed, unharmed) < ROUNDING
 
@@ -245,7 +245,7 @@ def test_what_is_refused(flags, says, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("stage", "flags", "says"),
     [
-        (2, {"jd_every": 2, **GROUP}, "--jd_every.*does not work with DeepSpeed yet"),
+        (2, {"jd_every": 2, **GROUP}, "--jd_every.*do not work with DeepSpeed yet"),
         (2, {"jd_objectives": "batch"}, "--jd_objectives batch.*which DeepSpeed keeps for itself"),
     ],
 )

@@ -15,6 +15,8 @@ KINDS = {
     "group-lora": ({**GROUP, "model": "lora"}, 1e-10),
     "group-full": ({**GROUP, "model": "full"}, 1e-10),
     "instance-float32": ({**INSTANCE, "model": "lora32"}, 1e-6),
+    "instance-blocks": ({**INSTANCE, "model": "lora", "jd_blocks": "module"}, 1e-10),
+    "group-blocks": ({**GROUP, "model": "full", "jd_blocks": "parameter"}, 1e-10),
     "group-float32-norms": ({**GROUP, "model": "llama"}, 1e-6),
 }
 
@@ -47,8 +49,9 @@ def test_many_processes_are_one(processes, kind, accumulated, pools, alone):
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
-def test_what_gpus_run_is_the_same(sharded, pools, alone):
-    configuration = {**GROUP, "model": "full", "n": 24, "tasks": "00112101221000001111"}
+@pytest.mark.parametrize("blocks", ["none", "layer"])
+def test_what_gpus_run_is_the_same(blocks, sharded, pools, alone):
+    configuration = {**GROUP, "jd_blocks": blocks, "model": "full", "n": 24, "tasks": "00112101221000001111"}
     many = pools(4).run("train", **configuration, bucket=5000, summed_here=False, sharded=sharded)
     assert REDUCE_SCATTER in {call.name for call in many[0]["calls"]}
     assert relative(many[0], alone(**configuration)) < 1e-10

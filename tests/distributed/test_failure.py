@@ -22,7 +22,7 @@ from tests.marks import slow
 def test_what_differs_is_said_by_all(what, name, pools):
     for failed, answer in pools(2).answers_of("differ", what=what):
         assert failed
-        assert f"The processes were not given the same: {name} (here: " in answer
+        assert f"The processes differ in {name} (here: " in answer
 
 
 def test_weights_that_differ_are_found(pools):
@@ -53,7 +53,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(shard
     assert "because another one has ended or didn't answer in time" in answer
     checkpoint, _ = newest_whole(tmp_path, ["scheduler.pt"])
     assert checkpoint is not None
-    assert f"The last whole checkpoint is `{checkpoint}`" in answer
+    assert f"The last complete checkpoint is `{checkpoint}`" in answer
     pool = Pool(2)
     try:
         resumed = pool.run("survive", directory=str(tmp_path), sharded=sharded)
@@ -67,7 +67,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(shard
     ("sharded", "rank", "file", "missing"),
     [
         slow(False, 0, 2, "it has no trainer_state.json"),
-        (False, 0, 6, "its trainer_state.json is cut off"),
+        (False, 0, 6, "its trainer_state.json is truncated"),
         (False, 1, 1, "rng_state_1.pth"),
         slow(True, 1, 1, "rng_state_1.pth"),
     ],
@@ -81,7 +81,7 @@ def test_a_process_killed_while_several_write_a_checkpoint(sharded, rank, file, 
     survivor, (failed, answer) = answered
     assert survivor == 1 - rank
     assert failed
-    assert f"The last whole checkpoint is `{tmp_path / 'checkpoint-6'}`" in answer
+    assert f"The last complete checkpoint is `{tmp_path / 'checkpoint-6'}`" in answer
     pool = Pool(2)
     try:
         resumed = pool.run("survive", directory=str(tmp_path), sharded=sharded)
@@ -90,5 +90,5 @@ def test_a_process_killed_while_several_write_a_checkpoint(sharded, rank, file, 
     for result in resumed:
         assert result["parameters"] == unharmed[sharded]["parameters"]
         (skipped,) = result["said"]
-        assert "Skipping checkpoint-9, which was not written to its end" in skipped
+        assert "Skipping checkpoint-9, which is incomplete" in skipped
         assert missing in skipped

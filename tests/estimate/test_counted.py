@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hf_jd.estimate.cases import Case
-from hf_jd.estimate.memory import kept_as, row_bytes
+from hf_jd.estimate.memory import row_bytes, storage
 from hf_jd.estimate.operations import (
     backward_flops,
     forward_flops,
@@ -63,10 +63,10 @@ def test_a_plain_step_of_an_encoder_and_its_decoder(name):
 
 def test_rows_are_kept_in_each_way_in_these_cases():
     shape = shape_of(build_on_meta(CONFIGS["mixtral"], None))
-    kept = {name: {kept_as(m, Case(**numbers(**case))) for m in shape.trained} for name, case in CASES.items()}
-    assert kept["factors"] == {"dense", "factors", "routed"}
-    assert kept["more groups"] == {"dense", "routed"}
-    assert kept["two groups"] == {"dense"}
+    stored = {name: {storage(m, Case(**numbers(**case))) for m in shape.trained} for name, case in CASES.items()}
+    assert stored["factors"] == {"dense", "factors", "routed"}
+    assert stored["more groups"] == {"dense", "routed"}
+    assert stored["two groups"] == {"dense"}
 
 
 @pytest.mark.parametrize("name, rank", TUNED)

@@ -29,8 +29,8 @@ def printed(letter: str) -> str:
 def test_a_row_of_the_table_is_what_its_command_prints(letter):
     lines = dict(line.split(maxsplit=1) for line in printed(letter).splitlines())
     rows, sent, times, time = ROWS[letter][5:]
-    assert lines["rows"].startswith(f"{rows} a process")
-    assert lines["sent"].startswith(f"{sent} a process, {times} of" if sent else "nothing")
+    assert lines["rows"].startswith(f"{rows} per process")
+    assert lines["sent"].startswith(f"{sent} per process, {times} of" if sent else "nothing")
     fits = lines["one-pass"].startswith("fits")
     assert lines["time"].startswith(f"{time} of") if fits else time == "does not fit"
 

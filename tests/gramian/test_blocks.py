@@ -136,7 +136,7 @@ def test_what_is_no_block(blocks):
 
 def test_what_blocks_need():
     model = mlp()
-    with pytest.raises(ValueError, match='give keep_rows="auto" or True'):
+    with pytest.raises(ValueError, match='keep_rows has to be "auto" or True'):
         Engine(model, blocks="layer", keep_rows=False)
     with pytest.raises(ValueError, match=r"leave out \d+ trainable parameter"):
         Engine(model, blocks={"nothing": "here"}).compute_gramian(model(batch(B, 4)).square().sum(1))

@@ -149,5 +149,5 @@ def test_a_trainer_without_rewards_says_so(tmp_path):
     from tests.invariant.test_trl_trainers import CASES as TRLS
     from tests.invariant.test_trl_trainers import trained as trained_by_mixin
 
-    with pytest.raises(ValueError, match="weighs the reward functions of JDGRPOTrainer and JDRLOOTrainer, and JDDPO"):
+    with pytest.raises(ValueError, match="weighs the reward functions of JDGRPOTrainer and JDRLOOTrainer, but JDDPO"):
         trained_by_mixin(TRLS["DPO"], tmp_path, ours=True, **REWARD)

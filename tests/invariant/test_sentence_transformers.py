@@ -157,7 +157,7 @@ def test_cached_losses_are_refused_and_run_by_batch(kind, path, tmp_path, monkey
 
 
 def test_one_dataset_has_no_groups_without_a_column(path, tmp_path):
-    with pytest.raises(ValueError, match="there is one dataset: give a dict of them, or name the column"):
+    with pytest.raises(ValueError, match="there is only one dataset: give a dict of datasets, or choose the column"):
         trainer_of("mnrl", path, tmp_path, ours=True, jd_objectives="group")
 
 

@@ -232,9 +232,7 @@ def test_mean_is_trls_own_trainer(name, kind, stock, tmp_path):
 
 @pytest.mark.parametrize("flags", [GROUP, {"jd_group_column": "task"}], ids=["group", "grouped"])
 def test_batches_that_are_lists_have_no_groups(flags, tmp_path):
-    with pytest.raises(
-        ValueError, match="returned a list, which has no place for the ids of the groups of --jd_group_column"
-    ):
+    with pytest.raises(ValueError, match="returned a list, which can't hold the group ids of --jd_group_column"):
         trained(CASES["GRPO"], tmp_path, ours=True, **flags)
 
 

@@ -75,7 +75,7 @@ def test_a_folder_without_logs(prepare, tmp_path):
         write_state(tmp_path, [])
     elif prepare == "a log without lines":
         write_log(tmp_path, [])
-    with pytest.raises(ValueError, match=r"holds no logs of a run: no jd_log.jsonl, and no trainer_state.json"):
+    with pytest.raises(ValueError, match=r"holds no logs of a run: it has no jd_log.jsonl, and no trainer_state.json"):
         read_history(tmp_path)
 
 

@@ -40,7 +40,7 @@ def test_forty_groups_of_a_killed_run(tmp_path):
     write_run(tmp_path, FORTY, finished=False)
     assert main(["report", str(tmp_path)]) == 0
     html = (tmp_path / "report" / "index.html").read_text("utf-8")
-    assert "under way, or ended early" in html
+    assert "running, or ended early" in html
     assert html.count("<tr><td>task") == 40
     assert "of &lt;many&gt; &amp;" in html
     assert "<many>" not in html
@@ -88,14 +88,14 @@ FACTS |= {"jd_objectives": "instance"}
 @pytest.mark.parametrize(
     "weighting, against, conflicts, parts",
     [
-        ("mean", 0.25, 0.3, ["25% of the steps went against b", "UPGrad would have kept"]),
-        ("krum", 0.25, 0.3, ["25% of the steps went against b", "doesn't promise"]),
-        ("mean", 0.0, 0.3, ["No group was gone against", "the mean does well enough"]),
+        ("mean", 0.25, 0.3, ["25% of the steps went against b", "UPGrad would have prevented"]),
+        ("krum", 0.25, 0.3, ["25% of the steps went against b", "makes no promise about whole groups"]),
+        ("mean", 0.0, 0.3, ["No steps went against a group", "the mean does well enough"]),
         (
             "upgrad",
             0.0,
             0.3,
-            ["No group was gone against, although 30% of the pairs", "that is as it should be"],
+            ["No steps went against a group, although 30% of the pairs", "that is as it should be"],
         ),
         ("upgrad", 0.0, 0.01, ["hardly any conflict: the mean of the losses would have done as well"]),
     ],
@@ -108,7 +108,7 @@ def test_the_verdict(weighting, against, conflicts, parts, tmp_path):
     main(["report", str(tmp_path)])
     html = (tmp_path / "report" / "index.html").read_text("utf-8")
     assert all(part in html for part in parts)
-    assert f"llm (LoRA, r = 8) on d.jsonl; {weighting}, an objective per example; learning rate 0.0002" in html
+    assert f"llm (LoRA, r = 8) on d.jsonl; {weighting}, one objective per example; learning rate 0.0002" in html
     assert ("whose gradients are mostly noise" in html) == (conflicts > 0.1)
 
 

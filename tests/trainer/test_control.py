@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from hf_jd import JDTrainer
 from hf_jd.gramian import Engine
 from hf_jd.trainer.control import Control
-from hf_jd.weighting import MeanWeighting, UPGradWeighting
+from hf_jd.weighting import MeanWeighting, SDMGradWeighting, UPGradWeighting
 from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, relative, run, stock
 from tests.trainer.tasks import TABLE, examples_of, model_of
 from tests.trainer.tasks import collate as collate_task
@@ -31,17 +31,27 @@ def control(tmp_path, weighting=None, **flags) -> Control:
 def test_preferences_are_shares_of_those_that_are_there(tmp_path):
     steered = control(tmp_path, jd_preferences=["code=4", "docs=0"])
     losses = torch.ones(3).double()
-    found = steered.weights(gramian(), losses, NAMES, 0)
+    found = steered.weights(gramian(), losses, NAMES, step=0)
     assert torch.allclose(found, UPGradWeighting([0.2, 0.8, 0.0])(gramian()), rtol=1e-12, atol=0)
-    found = steered.weights(gramian(2), losses[:2], ["docs", "code"], 0)
+    found = steered.weights(gramian(2), losses[:2], ["docs", "code"], step=0)
     assert torch.allclose(found, UPGradWeighting([0.0, 1.0])(gramian(2)), rtol=1e-12, atol=0)
-    assert steered.weights(gramian(1), losses[:1], ["docs"], 0).tolist() == [0]
+    assert steered.weights(gramian(1), losses[:1], ["docs"], step=0).tolist() == [0]
+
+
+def test_a_weighting_with_preferences_remembers(tmp_path):
+    few = ["n_iter=1", "lr=0.1"]
+    steered = control(tmp_path, jd_weighting="sdmgrad", jd_weighting_args=few, jd_preferences=["code=4"])
+    expected = SDMGradWeighting(n_iter=1, lr=0.1, pref_vector=[1 / 6, 4 / 6, 1 / 6])
+    losses = torch.ones(3).double()
+    for seed in range(3):
+        found = steered.weights(gramian(seed=seed), losses, NAMES, step=seed)
+        assert torch.allclose(found, expected(gramian(seed=seed), names=NAMES), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(("how", "sizes"), [("rows", lambda g, _: g.diagonal().sqrt()), ("loss", lambda _, x: x)])
 def test_normalised_rows_are_weighed_and_descended(how, sizes, tmp_path):
     losses = torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64)
-    found = control(tmp_path, jd_normalize=how).weights(gramian(), losses, NAMES, 0)
+    found = control(tmp_path, jd_normalize=how).weights(gramian(), losses, NAMES, step=0)
     d = 1 / sizes(gramian(), losses)
     expected = d * UPGradWeighting()(d[:, None] * gramian() * d)
     assert torch.allclose(found, expected, rtol=1e-10, atol=0)
@@ -50,7 +60,7 @@ def test_normalised_rows_are_weighed_and_descended(how, sizes, tmp_path):
 def test_rows_of_zeros_are_not_divided(tmp_path):
     g = torch.zeros(3, 3).double()
     g[0, 0] = 4.0
-    found = control(tmp_path, MeanWeighting(), jd_normalize="rows").weights(g, torch.ones(3).double(), NAMES, 0)
+    found = control(tmp_path, MeanWeighting(), jd_normalize="rows").weights(g, torch.ones(3).double(), NAMES, step=0)
     assert found.tolist() == pytest.approx([1 / 6, 1 / 3, 1 / 3])
 
 
@@ -235,7 +245,7 @@ def test_a_callable_weighs(tmp_path):
     trainer.train()
     assert len(seen) >= 3
     assert trainer.jd_state.weights.tolist() == [1.0] + [0.0] * (len(trainer.jd_state.names) - 1)
-    with pytest.raises(ValueError, match="for weightings that take preferences, and `first` does not.*`upgrad`"):
+    with pytest.raises(ValueError, match="needs a weighting that takes preferences, and `first` does not.*`upgrad`"):
         JDTrainer(
             lora("gpt2"),
             arguments(tmp_path, jd_preferences=["code=2"], **GROUP),
@@ -253,7 +263,7 @@ def test_a_preference_for_an_unknown_group_lists_the_groups(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({**GROUP, "jd_preferences": ["code"]}, "`code`; each argument is given as `name=value`"),
+        ({**GROUP, "jd_preferences": ["code"]}, "`code`; write each argument as `name=value`"),
         ({**GROUP, "jd_preferences": ["code=much"]}, "`much` for `code`; give a number of 0 or more"),
         ({**GROUP, "jd_preferences": ["code=-1"]}, "`-1` for `code`"),
         ({**GROUP, "jd_preferences": ["code=1", "code=2"]}, "two values for `code`"),
@@ -265,15 +275,15 @@ def test_a_preference_for_an_unknown_group_lists_the_groups(tmp_path):
             "say the same: leave one of them out",
         ),
         ({"jd_normalize": "row"}, "--jd_normalize is `row`; choose one of `rows`"),
-        ({"jd_normalize": "rows", "jd_weighting": "dwa", **GROUP}, "`dwa` reads losses only"),
-        ({"jd_normalize": "loss", "jd_ascend": ["code"], **GROUP}, "those of --jd_ascend are negated"),
+        ({"jd_normalize": "rows", "jd_weighting": "dwa", **GROUP}, "`dwa` reads only losses"),
+        ({"jd_normalize": "loss", "jd_ascend": ["code"], **GROUP}, "--jd_ascend negates some"),
         ({"jd_every": 0}, "--jd_every is 0; give 1 or more"),
-        ({"jd_every": 2}, "keeps weights by name, and objectives `instance` have none"),
+        ({"jd_every": 2}, "reuses weights by name, and objectives `instance` have none"),
         ({"jd_every": 2, "jd_weighting": "mean", **GROUP}, "use --jd_monitor_every"),
         ({"jd_every": 2, "jd_scope": "micro_batch", **GROUP}, "leave --jd_scope at global"),
         ({"jd_warmup_steps": -1}, "--jd_warmup_steps is -1; give 0 or more"),
         ({"jd_warmup_steps": 3, "jd_weighting": "mean"}, "leave it at 0"),
-        ({"jd_monitor_every": 5}, "only watches, and the weighting `upgrad` changes the steps"),
+        ({"jd_monitor_every": 5}, "only watches, but the weighting `upgrad` changes the steps"),
         ({"jd_monitor_every": 5, "jd_weighting": "mean", "jd_normalize": "rows"}, "--jd_normalize changes the steps"),
         ({"jd_weighting": "cagrad", "jd_weighting_args": ["cc=1"]}, "Unknown argument 'cc'.*takes c"),
     ],

@@ -26,9 +26,9 @@ from tests.trainer.runs import arguments, collate, examples, flat, lora, relativ
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"jd_weighting": "upgrat"}, "Unknown weighting 'upgrat'. The known ones are upgrad, .*mgda"),
+        ({"jd_weighting": "upgrat"}, "Unknown weighting 'upgrat'. Choose one of upgrad, .*mgda"),
         ({"jd_weighting_args": ["speed=3"]}, "Unknown argument 'speed'"),
-        ({"jd_weighting_args": ["speed"]}, "`speed`; each argument is given as `name=value`"),
+        ({"jd_weighting_args": ["speed"]}, "`speed`; write each argument as `name=value`"),
         ({"jd_objectives": "task"}, "--jd_objectives is `task`; choose one of .*`instance`"),
         ({"jd_objectives": "group"}, "--jd_objectives group needs --jd_group_column"),
         ({"jd_group_reduction": "sum"}, "--jd_group_reduction is `sum`"),
@@ -136,7 +136,7 @@ def test_a_loss_that_no_token_owns(tmp_path):
         output_router_logits=True,
         router_aux_loss_coef=0.1,
     )
-    with pytest.raises(ValueError, match="a part that no token owns"):
+    with pytest.raises(ValueError, match="a part that belongs to no token"):
         run(MixtralForCausalLM(config), arguments(tmp_path, jd_extra_losses="error"))
 
 

@@ -64,15 +64,15 @@ class Clipped(torchjd.UPGrad):
         (torchjd.ConFIG(), "aggregator `ConFIG`.*--jd_weighting config"),
         (torchjd.Random(), "aggregator `Random`.*--jd_weighting random"),
         (torchjd.Constant(torch.ones(2)).forward, "aggregator `Constant`.*--jd_weighting constant"),
-        (partial(torchjd.GradDrop()), "aggregator `GradDrop`.*no weighting is the same.*upgrad, "),
-        (torchjd.TrimmedMean(1), "aggregator `TrimmedMean`.*no weighting is the same"),
-        (Clipped(), "aggregator `Clipped`.*no weighting is the same"),
+        (partial(torchjd.GradDrop()), "aggregator `GradDrop`.*no weighting matches it.*upgrad, "),
+        (torchjd.TrimmedMean(1), "aggregator `TrimmedMean`.*no weighting matches it"),
+        (Clipped(), "aggregator `Clipped`.*no weighting matches it"),
         (torchjd.MoDoWeighting(), "weighting `MoDoWeighting`, which takes a Jacobian"),
         (torchjd.SDMGradWeighting(), "weighting `SDMGradWeighting`, which takes a Jacobian"),
-        (torchjd.UPGradWeighting, "the class `UPGradWeighting`, and has to be an object"),
-        (UPGradWeighting, "the class `UPGradWeighting`, and has to be an object"),
-        ("mgda", "is 'mgda', and has to be an object .*--jd_weighting"),
-        (torch.ones(2), r"is tensor\(\[1., 1.\]\), and has to be an object"),
+        (torchjd.UPGradWeighting, "the class `UPGradWeighting`, but has to be an object"),
+        (UPGradWeighting, "the class `UPGradWeighting`, but has to be an object"),
+        ("mgda", "is 'mgda', but has to be an object .*--jd_weighting"),
+        (torch.ones(2), r"is tensor\(\[1., 1.\]\), but has to be an object"),
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -131,9 +131,9 @@ def test_any_callable_weighs(halves, tmp_path):
         (torch.ones(2, 1), r"a tensor of shape \[2, 1\] and dtype torch.float32"),
         (torch.ones(2).to_sparse(), r"a tensor of shape \[2\]"),
         (torch.tensor(0.5), r"a tensor of shape \[\] and dtype torch.float32: 0.5"),
-        (np.array([1.0, np.inf]), r"an array of NumPy of shape \[2\] and dtype float64: \[1.0, inf\]"),
-        (np.array([1, 2j]), "an array of NumPy of shape .* dtype complex128"),
-        (np.array(["a", "b"]), "an array of NumPy"),
+        (np.array([1.0, np.inf]), r"a NumPy array of shape \[2\] and dtype float64: \[1.0, inf\]"),
+        (np.array([1, 2j]), "a NumPy array of shape .* dtype complex128"),
+        (np.array(["a", "b"]), "a NumPy array"),
         (0.5, r"0.5 \(float\)"),
         (None, r"None \(NoneType\)"),
         ({"code": 1.0, "docs": 1.0}, r"\(dict\)"),
@@ -159,7 +159,7 @@ def test_torchjds_aggregator_trains_as_its_weighting(tmp_path):
 
 def test_preferences_are_refused_where_they_cannot_be_set(tmp_path):
     flags = {"jd_objectives": "group", "jd_group_column": "task", "jd_preferences": ["code=2"]}
-    with pytest.raises(ValueError, match="--jd_preferences is for weightings that take preferences"):
+    with pytest.raises(ValueError, match="--jd_preferences needs a weighting that takes preferences"):
         run(lora("gpt2"), arguments(tmp_path, **flags), weighting=torchjd.UPGradWeighting())
     assert run(lora("gpt2"), arguments(tmp_path, max_steps=1), weighting=GradVacWeighting()).jd_state is not None
 
@@ -222,7 +222,7 @@ class Forgetful:
 
 def test_a_weighting_that_cannot_say_what_it_remembers_begins_anew_with_a_word(tmp_path, caplog):
     assert resumed(Forgetful, tmp_path) > 1e-5
-    assert "What the weighting `Forgetful` remembers of past steps is not in the checkpoint" in caplog.text
+    assert "has no memory of past steps for the weighting `Forgetful`" in caplog.text
     caplog.clear()
     assert resumed(torchjd.UPGrad, tmp_path) == 0
     assert "remembers" not in caplog.text

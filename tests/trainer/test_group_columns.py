@@ -134,7 +134,7 @@ def test_examples_of_any_kind(kind):
 
 
 def test_a_batch_without_names_has_no_place_for_ids():
-    with pytest.raises(ValueError, match="The collator returned a list, which has no place for the ids"):
+    with pytest.raises(ValueError, match="The collator returned a list, which can't hold the group ids"):
         GroupCollator(list, "task", ["a"])([{"task": "a"}])
 
 
@@ -287,5 +287,5 @@ def test_mean_is_trainer_with_positions_of_their_own(tmp_path):
 def test_rows_that_can_not_be_packed_always(tmp_path):
     task = TABLE["masked"]
     data = [{key: value for key, value in e.items() if key != "task"} for e in examples_of(task, 8)]
-    with pytest.raises(ValueError, match="--jd_packed is `always`, and nothing in the batch tells"):
+    with pytest.raises(ValueError, match="--jd_packed is `always`, but nothing in the batch tells"):
         run(model_of(task, True), arguments(tmp_path, jd_packed="always"), data, data_collator=collate_any)

@@ -295,12 +295,12 @@ def test_each_trial_is_the_run_of_a_fresh_trainer(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"jd_weighting": "nope"}, "Unknown weighting 'nope'. The known ones are"),
+        ({"jd_weighting": "nope"}, "Unknown weighting 'nope'. Choose one of"),
         ({"jd_weighting_args": ["speed=3"]}, "Unknown argument 'speed'"),
         ({"jd_objectives": "task"}, "--jd_objectives is `task`; choose one of"),
         ({"jd_objectives": "group"}, "--jd_objectives group needs --jd_group_column"),
         ({"jd_max_non_finite": 0}, "--jd_max_non_finite is 0; give 1 or more"),
-        ({"jd_weighting": "mean", "jd_warmup_steps": 2}, "--jd_warmup_steps takes the mean first"),
+        ({"jd_weighting": "mean", "jd_warmup_steps": 2}, "--jd_warmup_steps starts with the mean"),
         ({"jd_group_column": "tusk"}, "no group column `tusk`"),
         ({"jd_group_column": "task", "jd_ascend": ["coed"]}, "--jd_ascend names `coed`"),
         ({"use_liger_kernel": True}, "Liger's fused loss"),

@@ -8,6 +8,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_pt_utils import LabelSmoother
 
 from hf_jd.losses import causal_lm as unreduced
+from tests.models import tiny_gpt2, tiny_llama, with_lora
 
 
 def causal_lm(logits, labels, shift_labels=None, label_smoothing=0.0):
@@ -60,3 +61,24 @@ def test_logits_that_do_not_belong_to_the_labels(batch):
     logits, labels = batch
     with pytest.raises(ValueError, match="don't belong to labels"):
         causal_lm(logits[:2], labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
+def test_log_probabilities_are_read_from_the_models_loss(make, dtype, monkeypatch):
+    model = with_lora(make()).to(dtype)
+    batch = {"input_ids": torch.randint(3, 37, (2, 6)), "labels": torch.randint(3, 37, (2, 6))}
+    outputs = model(**batch)
+    expected = unreduced({"logits": outputs.logits.detach()}, batch, model, 0.0)
+    monkeypatch.setattr(torch.nn.functional, "log_softmax", None)  # which would be called for what isn't read
+    for read, computed in zip(unreduced(outputs, batch, model, 0.0), expected, strict=True):
+        torch.testing.assert_close(read, computed)
+
+
+def test_log_probabilities_of_other_logits_are_not_read(batch):
+    logits, labels = batch
+    logits.requires_grad_()
+    others = (logits * 2).view(-1, 11)
+    loss = torch.nn.functional.cross_entropy(others, labels.flatten())
+    read, _ = unreduced({"logits": logits, "loss": loss}, {"labels": labels}, torch.nn.Identity(), 0.0)
+    assert torch.equal(read, causal_lm(logits, labels)[0])

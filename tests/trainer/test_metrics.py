@@ -9,7 +9,8 @@ import torch
 from transformers import TrainerCallback
 from transformers.integrations import rewrite_logs
 
-from hf_jd.metrics import Averages, Key, Metrics, readable, step_metrics
+from hf_jd.metrics import Averages, Key, Metrics, block_metrics, readable, step_metrics
+from hf_jd.weighting import UPGradWeighting
 from tests.trainer.runs import arguments, lora, run
 
 
@@ -22,7 +23,7 @@ def test_definitions():
     rows = torch.randn(5, 7, dtype=torch.float64)
     weights, means, counts = torch.rand(5).double(), torch.rand(5).double(), torch.tensor([3.0, 1, 4, 1, 5])
     groups, names = torch.tensor([0, 2, 0, 2, 2]), {0: "a", 2: "c"}
-    found = values(step_metrics(rows @ rows.T, weights, means, counts, groups, names))
+    found = values(step_metrics((rows @ rows.T)[None], weights[None], means, counts, groups, names))
     update = weights @ rows
     cosines = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)[
         tuple(torch.triu_indices(5, 5, 1))
@@ -50,8 +51,8 @@ def test_against_is_seen_and_rounding_is_not():
     against = []
     for weights in ([0.5, 0.5], [1.0, 2.0 - 1e-9]):
         metrics = step_metrics(
-            gramian,
-            torch.tensor(weights).double(),
+            gramian[None],
+            torch.tensor([weights]).double(),
             torch.ones(2),
             torch.ones(2),
             torch.tensor([0, 1]),
@@ -62,11 +63,44 @@ def test_against_is_seen_and_rounding_is_not():
     assert against == [(0, 1), (0, 0)]
 
 
+def test_the_worst_block_is_that_in_which_most_objectives_are_gone_against():
+    # The mean of the first block goes against none of two rows, that of the second one against one.
+    rows = torch.tensor([[[4.0, 0.0], [0.0, 1.0]], [[4.0, 0.0], [-1.0, 1.0]]]).double()
+    gramians, weights = rows @ rows.mT, torch.full((2, 2), 0.5).double()
+    assert values(block_metrics(gramians, weights)) == {"jd/against_in_worst_block": 0.5}
+    assert values(block_metrics(gramians * 1e-16, weights)) == {"jd/against_in_worst_block": 0.5}
+    assert values(block_metrics(gramians[:1], weights[:1])) == {"jd/against_in_worst_block": 0.0}
+    mended = torch.stack([weights[0], UPGradWeighting()(gramians[1])])
+    assert values(block_metrics(gramians, mended)) == {"jd/against_in_worst_block": 0.0}
+
+
+def test_an_update_of_nothing_but_rounding_goes_against_no_objective():
+    rows = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))  # In all directions: no update helps all.
+    gramian = rows @ rows.T
+    weights = UPGradWeighting()(gramian.double())
+    assert (gramian.double() @ weights).min() < 0
+    assert values(block_metrics(gramian[None], weights[None])) == {"jd/against_in_worst_block": 0.0}
+
+
+def test_over_blocks_products_add_up_and_weights_are_averaged():
+    torch.manual_seed(0)
+    rows, weights = torch.randn(3, 4, 7, dtype=torch.float64), torch.rand(3, 4).double()
+    ones, groups, names = torch.ones(4), torch.arange(4), {k: f"g{k}" for k in range(4)}
+    found = values(step_metrics(rows @ rows.mT, weights, ones, ones, groups, names))
+    whole, update = torch.cat(list(rows), 1), torch.cat([w @ block for w, block in zip(weights, rows, strict=True)])
+    assert found["jd/min_gw"] == pytest.approx((whole @ update).min().item())
+    assert found["jd/weight_sum"] == pytest.approx(weights.mean(0).sum().item())
+    for k in range(4):
+        assert found[f"jd/against/g{k}"] == float(whole[k] @ update < 0)
+        assert found[f"jd/grad_norm/g{k}"] == pytest.approx(whole[k].norm().item())
+        assert found[f"jd/weight/g{k}"] == pytest.approx((weights[:, k].sum() / weights.sum()).item())
+
+
 def test_the_metrics_do_not_depend_on_the_scale():
     gramian = torch.tensor([[1.0, -0.5], [-0.5, 2.0]])
-    arguments = torch.tensor([0.5, 0.5]), torch.ones(2), torch.ones(2), torch.tensor([0, 1]), {0: "a", 1: "b"}
+    arguments = torch.tensor([[0.5, 0.5]]), torch.ones(2), torch.ones(2), torch.tensor([0, 1]), {0: "a", 1: "b"}
     for scale in (1.0, 1e-16):
-        found = values(step_metrics(gramian * scale, *arguments))
+        found = values(step_metrics(gramian[None] * scale, *arguments))
         assert found["jd/conflicts"] == 1
         assert found["jd/cosine"] == pytest.approx(-0.5 / 2**0.5)
 

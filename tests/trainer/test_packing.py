@@ -165,7 +165,7 @@ def test_losses_of_packed_rows(tmp_path):
             losses, counted = super().compute_losses(model, inputs)
             return (losses * counted).sum(1)
 
-    with pytest.raises(ValueError, match=r"has shape \[1\], and the batch has rows of several documents"):
+    with pytest.raises(ValueError, match=r"has shape \[1\], but rows of the batch hold several documents"):
         run(lora("llama"), arguments(tmp_path), flattened(), Rows, data_collator=packing())
 
 

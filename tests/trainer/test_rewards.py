@@ -202,7 +202,7 @@ class NoisyGRPO(JDGRPOTrainer, Exact, GRPOTrainer):
 
 @pytest.mark.parametrize("cls", [PastGRPO, NoisyGRPO])
 def test_a_loss_that_is_another_one_the_second_time_is_refused(cls, tmp_path):
-    with pytest.raises(ValueError, match="is another one: it draws random numbers or reads the model past that"):
+    with pytest.raises(ValueError, match="is different: it draws random numbers or reads the model outside that"):
         Policy(tmp_path, rewards(3), cls).step(None)
 
 
@@ -248,7 +248,7 @@ def test_what_cannot_be_weighed_is_told_in_a_sentence(functions, flags, match, t
 
 
 def test_several_sums_that_hide_the_divergence_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="can't tell the divergence from the rewards"):
+    with pytest.raises(ValueError, match="can't separate the divergence from the rewards"):
         Policy(tmp_path, rewards(2), ExactRLOO, JDRLOOConfig, beta=0.1, normalize_advantages=True)
 
 
@@ -273,3 +273,12 @@ def test_without_any_advantage_the_rest_is_descended(tmp_path):
     policy = Policy(tmp_path, named, moved=0.5, beta=0.1)
     rest = policy.gradient(torch.zeros(8))
     assert relative(policy.step(None), rest) < EXACT
+
+
+def test_rewards_are_weighed_by_block(tmp_path):
+    policy = Policy(tmp_path, rewards(2), moved=0.5, beta=0.1, jd_blocks="module")
+    plain = Policy(tmp_path, rewards(2), moved=0.5, beta=0.1)
+    weights = torch.tensor([0.3, 0.9], dtype=torch.float64)
+    assert relative(policy.step(weights), plain.step(weights)) < EXACT
+    assert relative(policy.gramian, plain.gramian) < EXACT
+    assert len(policy.trainer.jd_state.blocks) > 1

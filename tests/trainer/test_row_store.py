@@ -71,7 +71,7 @@ def test_rows_that_are_too_many_are_weighed_apart_where_that_is_asked(tmp_path, 
         {},
     ):
         models.append(flat(run(lora("gpt2", dropout=0.2), arguments(tmp_path, **flags, **own)).model))
-        warned = caplog.text.count("each micro-batch is weighed by itself from now on")
+        warned = caplog.text.count("each micro-batch is weighed separately from now on")
         assert warned == (len(models) > 1)
     assert torch.equal(models[1], models[0])
     assert torch.equal(models[2], models[3])

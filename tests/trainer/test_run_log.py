@@ -77,7 +77,7 @@ def test_pairs_are_averaged_over_the_steps_that_had_both(tmp_path):
     averages, log = Averages(), RunLog()
     for ids, names in (([0, 0, 1], {0: "a", 1: "b"}), ([0, 2], {0: "a", 2: "c"}), ([2, 0], {0: "a", 2: "c"})):
         m = len(ids)
-        averages.add(step_metrics(gramian[:m, :m], *torch.ones(3, m), torch.tensor(ids), names))
+        averages.add(step_metrics(gramian[None, :m, :m], torch.ones(1, m), *torch.ones(2, m), torch.tensor(ids), names))
     log.write(tmp_path / "new", {"step": 1}, pairs(averages.take()))
     log.write(tmp_path / "new", {"step": 2}, pairs(averages.take()))
     first, second = (json.loads(line) for line in (tmp_path / "new" / "jd_log.jsonl").read_text().splitlines())

@@ -166,5 +166,5 @@ class Stream(torch.utils.data.IterableDataset):
 def test_a_stream_is_refused(tmp_path):
     args = arguments(tmp_path, jd_sampler="stratified", jd_group_column="task", jd_groups=["rare", "often"])
     trainer = JDTrainer(lora("gpt2"), args, train_dataset=Stream(), data_collator=collate)
-    with pytest.raises(ValueError, match="those of a stream come as they come"):
+    with pytest.raises(ValueError, match="a stream has its own order"):
         trainer.train()

@@ -281,9 +281,9 @@ def test_a_balancing_loss_is_one_objective_over_accumulation(kind, tmp_path):
         (
             lambda a, b: {"a": a},
             {"jd_objectives": "loss"},
-            "one loss only .`a`.*compute_losses.*jd_extra_losses objective",
+            "only one loss .`a`.*compute_losses.*jd_extra_losses objective",
         ),
-        (lambda a, b: a, {"jd_objectives": "loss"}, "one loss only .`loss`"),
+        (lambda a, b: a, {"jd_objectives": "loss"}, "only one loss .`loss`"),
         (lambda a, b: {"a": a, "b": b}, {}, "several losses .`a`, `b`.*--jd_objectives instance takes one"),
         (
             lambda a, b: {"a": a.mean(), "b": b},
@@ -291,10 +291,10 @@ def test_a_balancing_loss_is_one_objective_over_accumulation(kind, tmp_path):
             "`a` is one loss for the whole batch",
         ),
         (lambda a, b: a.mean(), {}, "`loss` is one loss for the whole batch"),
-        (lambda a, b: {}, {"jd_objectives": "loss"}, "no loss at all"),
+        (lambda a, b: {}, {"jd_objectives": "loss"}, "an empty dict"),
         (lambda a, b: {"a": a, "b": 3.0}, {"jd_objectives": "loss"}, "`b` is float; give a tensor"),
         (lambda a, b: {"a": a, "b": (b, b, b)}, {"jd_objectives": "loss"}, "`b` is tuple; give a tensor"),
-        (lambda a, b: {"a": a, "b": (b, b[:1] > 0)}, {"jd_objectives": "loss"}, "`b` has shape .2., and what counts"),
+        (lambda a, b: {"a": a, "b": (b, b[:1] > 0)}, {"jd_objectives": "loss"}, "`b` has shape .2., and its mask"),
         (lambda a, b: {"a": a, "b": b[:1]}, {"jd_objectives": "loss"}, "different numbers of instances"),
     ],
 )
@@ -316,7 +316,7 @@ def test_losses_that_change_their_names(tmp_path):
             nll, size = super().compute_losses(model, inputs).values()
             return {"nll": nll, f"size {self.state.global_step}": size}
 
-    with pytest.raises(ValueError, match=r"The losses were `nll`, `size 0`, and in another batch they are .*`size 1`"):
+    with pytest.raises(ValueError, match=r"The losses were `nll`, `size 0`, but in another batch they are .*`size 1`"):
         run(started(), arguments(tmp_path, jd_objectives="loss"), cls=Changing)
 
 

@@ -223,7 +223,7 @@ def without_graph(trainer, model, inputs, number):
     ids=["parameters", "past-forward", "own-backward", "without-graph"],
 )
 def test_a_loss_that_does_not_read_the_outputs_is_refused(loss, shapes, tmp_path):
-    match = rf"does not depend on what the model returned .*outputs of shapes {shapes}.*--jd_objectives batch"
+    match = rf"does not depend on the model's outputs .*outputs of shapes {shapes}.*--jd_objectives batch"
     refused(tmp_path, match, loss)
 
 
@@ -282,7 +282,7 @@ ORDERS = {
 @pytest.mark.parametrize("name", ORDERS)
 def test_rows_in_an_order_that_shapes_do_not_tell_are_refused(name, kind, tmp_path):
     case, shape = ORDERS[name]
-    match = rf"8 examples, and the loss reads an output of shape {shape}, whose row n may be .*`jd_instances`"
+    match = rf"8 examples, but the loss reads an output of shape {shape}, whose row n may belong to .*`jd_instances`"
     refused(tmp_path, match, case=case, **kind)
 
 
@@ -302,7 +302,7 @@ def test_a_step_that_mixes_instances_in_the_parameters_is_refused(tmp_path):
 
 @pytest.mark.parametrize("kind", [{}, GROUP], ids=["instance", "group"])
 def test_a_backward_of_its_own_is_refused(kind, tmp_path):
-    refused(tmp_path, "Ours ran a backward pass of its own, .*--jd_objectives batch", own_backward, **kind)
+    refused(tmp_path, "Ours ran its own backward pass, .*--jd_objectives batch", own_backward, **kind)
 
 
 @pytest.mark.parametrize("times", [0, 2])
@@ -329,7 +329,7 @@ def test_a_step_that_calls_backward_another_time_is_refused(kind, times, tmp_pat
     ids=str,
 )
 def test_what_needs_values_is_refused(flags, named, tmp_path):
-    refused(tmp_path, f"{named} needs the value of each objective, and the loss of Ours is one for the whole", **flags)
+    refused(tmp_path, f"{named} needs the value of each objective, but the loss of Ours is one for the whole", **flags)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -360,7 +360,7 @@ def test_a_penalty_is_an_objective_if_that_is_asked(kind, tmp_path):
 
 
 def test_a_penalty_is_refused_if_that_is_asked(tmp_path):
-    match = "part that no token owns.*--jd_extra_losses mean"
+    match = "part that belongs to no token.*--jd_extra_losses mean"
     case = CASES["penalised"]
     cls = type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {})
     args = arguments(tmp_path, jd_extra_losses="error")
@@ -369,13 +369,13 @@ def test_a_penalty_is_refused_if_that_is_asked(tmp_path):
 
 
 def test_batches_have_no_values_either(tmp_path):
-    match = "--jd_normalize loss needs the value of each objective, and --jd_objectives batch takes one"
+    match = "--jd_normalize loss needs the value of each objective, but --jd_objectives batch takes one"
     refused(tmp_path, match, cls=JDTrainer, jd_objectives="batch", jd_normalize="loss")
 
 
 @pytest.mark.parametrize("objectives", ["loss", "instance_loss"])
 def test_losses_by_name_are_refused(objectives, tmp_path):
-    match = f"--jd_objectives {objectives} weighs several losses by name, and Ours.compute_loss returns one"
+    match = f"--jd_objectives {objectives} weighs several losses by name, but Ours.compute_loss returns one"
     refused(tmp_path, match, jd_objectives=objectives)
 
 

@@ -32,7 +32,7 @@ def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
     assert any(found.pop("killed"))
     found.pop("files")
     assert all(found.values()), (found, logs)
-    assert "Skipping checkpoint-9, which was not written to its end: its trainer_state.json is cut" in logs["write-6"]
+    assert "Skipping checkpoint-9, which is incomplete: its trainer_state.json is truncated" in logs["write-6"]
     assert "it has no trainer_state.json" in logs["write-1"]
 
 
@@ -65,7 +65,7 @@ def test_shards_that_are_not_all_there(finished, tmp_path):
     index = tmp_path / "checkpoint-4" / "model.safetensors.index.json"
     for text in ('{"weight_map": {"a": "model-1.safetensors"}}', '{"weight_map": {"a": "mod', "", "{}"):
         index.write_text(text)
-        assert newest_whole(tmp_path, FILES)[1] == {"checkpoint-4": "its model.safetensors.index.json is not whole"}
+        assert newest_whole(tmp_path, FILES)[1] == {"checkpoint-4": "its model.safetensors.index.json is incomplete"}
     index.write_text('{"weight_map": {"a": "adapter_model.safetensors"}}')
     assert newest_whole(tmp_path, FILES)[0] == tmp_path / "checkpoint-4"
 
@@ -82,7 +82,7 @@ def test_without_any_whole_checkpoint_training_starts_anew(tmp_path, caplog):
     (tmp_path / "checkpoint-2").mkdir()
     trainer = JDTrainer(lora("gpt2"), arguments(tmp_path), train_dataset=examples(), data_collator=collate)
     trainer.train(resume_from_checkpoint=True)
-    assert "starts at the beginning" in caplog.text
+    assert "starts from the beginning" in caplog.text
     assert trainer.state.global_step == 4
     lines = (tmp_path / "jd_log.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["begins"] == "anew"
@@ -112,7 +112,7 @@ def test_a_named_checkpoint_without_its_random_numbers_is_resumed_with_a_word(fi
     (tmp_path / "checkpoint-2" / "rng_state.pth").unlink()
     trainer = JDTrainer(lora("gpt2"), arguments(tmp_path), train_dataset=examples(), data_collator=collate)
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert "can't be resumed as it was: it has no rng_state.pth" in caplog.text
+    assert "can't be resumed exactly: it has no rng_state.pth" in caplog.text
     assert trainer.state.global_step == 4
 
 
@@ -133,14 +133,14 @@ def test_a_checkpoint_written_over_another_one_is_not_whole_until_its_end(tmp_pa
 def test_an_output_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     args = arguments(tmp_path / "file" / "run", save_strategy="steps")
-    with pytest.raises(ValueError, match=r"can't be written \(.*\): name another one with --output_dir"):
+    with pytest.raises(ValueError, match=r"can't be written \(.*\): choose another one with --output_dir"):
         JDTrainer(lora("gpt2"), args)
 
 
 def test_a_disk_without_room_for_a_checkpoint(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 10**9, 1000))
-    with pytest.raises(ValueError, match="1e-06 GB left, and a checkpoint takes about"):
+    with pytest.raises(ValueError, match="1e-06 GB left, but a checkpoint takes about"):
         run(lora("gpt2"), arguments(tmp_path, save_strategy="steps"))
     run(lora("gpt2"), arguments(tmp_path, max_steps=1))
 

@@ -10,7 +10,7 @@ def test_a_weighting_is_built_by_name_with_its_arguments() -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones_nearest_first() -> None:
-    with pytest.raises(ValueError, match=r"Unknown weighting 'upgard'\. The known ones are upgrad, ") as error:
+    with pytest.raises(ValueError, match=r"Unknown weighting 'upgard'\. Choose one of upgrad, ") as error:
         build_weighting("upgard")
     assert all(name in str(error.value) for name in WEIGHTINGS)
 

@@ -10,9 +10,9 @@ from hf_jd.weighting._solvers import projection, splitting
 M = 64
 
 
-def low_rank(rank: int, seed: int, dtype: torch.dtype = torch.float64, common: float = 0.0) -> Tensor:
+def low_rank(rank: int, seed: int, dtype: torch.dtype = torch.float64, common: float = 0.0, m: int = M) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(M, rank, generator=generator, dtype=torch.float64).add(common).to(dtype)
+    return torch.randn(m, rank, generator=generator, dtype=torch.float64).add(common).to(dtype)
 
 
 def is_zero_cone(rows: Tensor) -> bool:
@@ -85,7 +85,8 @@ def test_larger_ones_meet_the_optimality_conditions(rank: int) -> None:
 
 
 def test_what_splitting_leaves_goes_to_quadprog(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = low_rank(32, 0)
+    m = 80  # Fewer go to quadprog at once.
+    rows = low_rank(40, 0, m=m)
     expected = UPGradWeighting()(rows @ rows.T)
     solve, left = splitting.solve_low_rank, []
 
@@ -97,7 +98,23 @@ def test_what_splitting_leaves_goes_to_quadprog(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(projection, "solve_low_rank", half)
     torch.testing.assert_close(UPGradWeighting()(rows @ rows.T), expected, rtol=1e-6, atol=1e-8)
-    assert left == [M // 2]
+    assert left == [m // 2]
+
+
+@pytest.mark.parametrize(
+    ("m", "rank", "first"),
+    [
+        (64, 32, "one_by_one"),
+        (64, 63, "one_by_one"),
+        (64, 128, "together"),
+        (80, 40, "together"),
+        (32, 64, "one_by_one"),
+    ],
+)
+def test_few_dependent_rows_are_solved_one_by_one(m: int, rank: int, first: str) -> None:
+    rows = low_rank(rank, 0, m=m)
+    found = projection.chosen_solvers(rows @ rows.T, torch.eye(m, dtype=torch.float64))
+    assert [solver.__name__ for solver in found][0] == first
 
 
 def test_problems_that_never_settle_are_handed_back_as_nan(monkeypatch: pytest.MonkeyPatch) -> None:

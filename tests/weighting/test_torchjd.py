@@ -20,8 +20,10 @@ from hf_jd.weighting import (
     KrumWeighting,
     MeanWeighting,
     MGDAWeighting,
+    MoDoWeighting,
     PCDWeighting,
     PCGradWeighting,
+    SDMGradWeighting,
     SumWeighting,
     UPGradWeighting,
 )
@@ -53,6 +55,10 @@ SAME = [
     (FairGradWeighting(alpha=2), torchjd.FairGradWeighting(alpha=2), 1e-4),
     (FairGradWeighting(alpha=0), torchjd.FairGradWeighting(alpha=0), 1e-12),
     (PCDWeighting(tau=0.3), torchjd.PCDWeighting(tau=0.3, eps=0), 1e-8),
+    # These remember, and TorchJD's are meant for J_1 J_2^T of two batches; the formula is the same.
+    (MoDoWeighting(gamma=0.02, rho=0.3), torchjd.MoDoWeighting(gamma=0.02, rho=0.3), 1e-10),
+    (SDMGradWeighting(), torchjd.SDMGradWeighting(), 1e-6),
+    (SDMGradWeighting(0.1, 0.2, 3, 0.7, PREFERENCE), torchjd.SDMGradWeighting(0.1, 0.2, 3, 0.7, PREFERENCE), 1e-6),
     (ConstantWeighting(weights=PREFERENCE), torchjd.ConstantWeighting(PREFERENCE), 0),
     (MeanWeighting(), torchjd.MeanWeighting(), 0),
     (SumWeighting(), torchjd.SumWeighting(), 0),

@@ -1,4 +1,4 @@
-"""Where a Trainer trains: one process or DDP, FSDP2, DeepSpeed; what each does in its own way, behind one interface."""
+"""One interface for the places where a Trainer runs: one process or DDP, FSDP2, DeepSpeed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Backend", "backend_of"]
 
 
 def backend_of(trainer: Any) -> Backend:
-    """The backend of a Trainer, as its arguments and accelerate's environment have it."""
+    """Returns the backend of a Trainer, from its arguments and accelerate's environment."""
     if trainer.is_deepspeed_enabled:
         return DeepSpeed(trainer)
     return FSDP2(trainer) if trainer.is_fsdp_enabled else Backend(trainer)

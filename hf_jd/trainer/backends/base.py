@@ -1,4 +1,4 @@
-"""One process, or DDP, whose reducer never acts: what the other backends do otherwise."""
+"""One process, or DDP, whose reducer never acts: the interface of all backends."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 class Backend:
-    """What an update asks of where it runs.
+    """How an update runs on one process or with DDP; other backends override what they do differently.
 
     Args:
-        trainer: Whose model it is.
+        trainer: The trainer with the model.
 
     Attributes:
-        owns_backward: Whether the backend takes every backward pass for its own, so that the weighted losses have to be
-            given to it in a second pass.
-        shards: Whether each process keeps a part of the parameters only.
+        owns_backward: Whether the backend takes gradients only from its own backward pass, and so needs the weighted
+            losses in a second pass.
+        shards: Whether each process stores only a part of the parameters.
     """
 
     owns_backward = False
@@ -35,7 +35,7 @@ class Backend:
         self.trainer = trainer
 
     def check(self) -> None:
-        """Raises a ValueError for what can't be trained in this way."""
+        """Raises a ValueError for set-ups that this backend can't train."""
         trainer, name, model = self.trainer, type(self.trainer).__name__, self.trainer.model
         assert model is not None
         if trainer.args.n_gpu > 1:
@@ -64,32 +64,32 @@ class Backend:
             )
 
     def shards_model(self, model: nn.Module) -> bool:
-        """Whether it is this backend that has sharded the model's parameters."""
+        """Whether this backend has sharded the model's parameters."""
         return False
 
     def measured(self, model: nn.Module) -> nn.Module:
-        """The model to measure rows on, from the one that Trainer has wrapped."""
+        """Returns the model on which to measure rows, from the one that Trainer has wrapped."""
         return model
 
     def measuring(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Has the wrapped model stand a pass that measures rows."""
+        """Prepares the wrapped model for a pass that measures rows."""
         return nullcontext()
 
     def divisor(self) -> int:
-        """What accelerate and the backend divide a loss by on its way to the gradient."""
+        """Returns the number by which accelerate and the backend divide a loss."""
         return self.trainer.accelerator.gradient_accumulation_steps * process_count()
 
     def gradient(self, loss: Tensor) -> dict[nn.Parameter, Tensor]:
-        """The plain gradient of a loss; `.grad` stays as it was, and the graph is let go."""
+        """Computes the plain gradient of a loss; leaves `.grad` unchanged, and frees the graph."""
         with set_aside(self.trainer.trainable()) as gradients:
             if loss.requires_grad:
                 loss.backward()
         return gradients
 
     def descend(self, losses: Sequence[Callable[[], Tensor]]) -> None:
-        """Gives a backend that owns the backward pass the weighted losses of an update, micro-batch by micro-batch."""
+        """Passes the weighted losses of an update to a backend that owns the backward pass, one by one."""
         raise NotImplementedError
 
     def optimizer_files(self) -> list[str]:
-        """What Trainer calls the states of optimizer and schedule in a checkpoint."""
+        """Returns the checkpoint files with the states of optimizer and schedule."""
         return ["optimizer.pt", "scheduler.pt"]

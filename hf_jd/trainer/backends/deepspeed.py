@@ -1,8 +1,7 @@
-"""DeepSpeed: its engine owns the backward pass, `.grad` and the optimizer's step, so that an update takes two passes.
+"""DeepSpeed: its engine owns the backward pass, `.grad` and the optimizer's step, so an update takes two passes.
 
-The first one measures rows on the model inside the engine, with `autograd.grad`, so that none of the engine's hooks
-takes it for its own. The second gives the engine the weighted losses, once per micro-batch; in the last one, accelerate
-has it take its step.
+The first pass measures rows on the model inside the engine, with `autograd.grad`, so that the engine's hooks ignore it.
+The second passes the weighted losses to the engine, once per micro-batch; at the last one, accelerate makes it step.
 """
 
 from __future__ import annotations
@@ -25,52 +24,57 @@ class DeepSpeed(Backend):
     shards = True
 
     def check(self) -> None:
-        """Raises a ValueError for what can't be trained in this way."""
+        """Raises a ValueError for set-ups that this backend can't train."""
+        if self.trainer.jd_args.jd_blocks != "none":
+            raise ValueError(
+                "DeepSpeed owns the backward pass, which descends weighted losses, and with --jd_blocks each block of "
+                "parameters has separate weights: leave --jd_blocks at none, or use DDP or FSDP2."
+            )
         if self.trainer.jd_args.jd_backward != "two_pass":
             raise ValueError(
                 "DeepSpeed owns the backward pass, so that an update takes two: add --jd_backward two_pass."
             )
         if self.trainer.accelerator.state.deepspeed_plugin.deepspeed_config.get("fp16", {}).get("enabled") is True:
             raise ValueError(
-                "DeepSpeed scales losses in fp16, and only in its own pass, so that small gradients vanish from the "
-                "rows: use --bf16, or DDP. (--fp16_full_eval switches fp16 on for it, too.)"
+                "DeepSpeed scales losses in fp16, but only in its own pass, so small gradients vanish from the rows: "
+                "use --bf16, or DDP. (--fp16_full_eval switches DeepSpeed's fp16 on, too.)"
             )
         jd = self.trainer.jd_args
         if jd.jd_every > 1 or jd.jd_warmup_steps or jd.jd_monitor_every:
             raise ValueError(
-                "--jd_every, --jd_warmup_steps and --jd_monitor_every leave updates to a plain step, which does not "
-                "work with DeepSpeed yet: measure at every update, or use DDP or FSDP2."
+                "--jd_every, --jd_warmup_steps and --jd_monitor_every use plain steps in between, which do not work "
+                "with DeepSpeed yet: measure at every update, or use DDP or FSDP2."
             )
         super().check()
 
     def measured(self, model: nn.Module) -> nn.Module:
-        """The model inside DeepSpeed's engine.
+        """Returns the model inside DeepSpeed's engine.
 
-        A forward of the engine prepares its own reduction, which any backward from the outputs would then begin.
+        The engine's forward prepares its own reduction, which any backward from the outputs would start.
         """
         return self.trainer.accelerator.unwrap_model(model)
 
     @contextmanager
     def measuring(self, model: nn.Module) -> Generator[None]:
-        """Has the wrapped model stand a pass that measures rows, which has to begin behind DeepSpeed's hooks."""
+        """Prepares the wrapped model for a measuring pass, which has to begin behind DeepSpeed's hooks."""
         with measuring(model, self.trainer.engine()):
             self.trainer.jd_outputs.renew()
             yield
 
     def divisor(self) -> int:
-        """What accelerate and the backend divide a loss by on its way to the gradient."""
+        """Returns the number by which accelerate and the backend divide a loss."""
         return process_count()
 
     def descend(self, losses: Sequence[Callable[[], Tensor]]) -> None:
-        """Gives the engine the weighted losses of an update, and lets it take its step in the last one.
+        """Passes the weighted losses of an update to the engine, and lets it step at the last one.
 
-        The engine averages over processes; and all of them have to call it, with losses or without.
+        The engine averages over processes, and all of them have to call it, with losses or without.
         """
         accelerator, trainer = self.trainer.accelerator, self.trainer
         steps = accelerator.gradient_state.sync_gradients
         for i, loss in enumerate(losses):
             accelerator.gradient_state._set_sync_gradients(steps and i == len(losses) - 1)
-            # The engine takes a backward pass through what it returns for its own, be it that of the loss alone.
+            # The engine mistakes any backward pass through its outputs for its own, even one of the loss alone.
             assert trainer.model_wrapped is not None
             outputs, trainer.jd_outputs = trainer.jd_outputs, OutputObserver([trainer.model_wrapped], apart=True)
             try:
@@ -82,7 +86,7 @@ class DeepSpeed(Backend):
         accelerator.gradient_state._set_sync_gradients(steps)
 
     def optimizer_files(self) -> list[str]:
-        """What Trainer calls the states of optimizer and schedule in a checkpoint, which the engine writes."""
+        """Returns the checkpoint files with the states of optimizer and schedule, which the engine writes."""
         plugin = self.trainer.accelerator.state.deepspeed_plugin
         shards = range(self.trainer.args.world_size) if plugin.zero_stage else []
         files = [f"global_step*/*zero_pp_rank_{i}_mp_rank_00_optim_states.pt" for i in shards]

@@ -1,4 +1,4 @@
-"""FSDP2: parameters are whole inside passes only, and its own reduction never acts."""
+"""FSDP2: parameters are only whole inside passes, and its own reduction never acts."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from hf_jd.trainer.backends.base import Backend
 
 
 class FSDP2(Backend):
-    """See `Backend`. Every pass gathers parameters, so all processes make as many."""
+    """See `Backend`. Every pass gathers parameters, so all processes run the same number."""
 
     shards = True
 
     def check(self) -> None:
-        """Raises a ValueError for what can't be trained in this way."""
+        """Raises a ValueError for set-ups that this backend can't train."""
         plugin: Any = self.trainer.accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
             raise ValueError(
@@ -27,13 +27,13 @@ class FSDP2(Backend):
         super().check()
 
     def shards_model(self, model: nn.Module) -> bool:
-        """Whether it is this backend that has sharded the model's parameters."""
+        """Whether this backend has sharded the model's parameters."""
         return isinstance(model, FSDPModule)
 
     def gradient(self, loss: Tensor) -> dict[nn.Parameter, Tensor]:
-        """The plain gradient of a loss, of whole parameters.
+        """Computes the plain gradient of a loss, for whole parameters.
 
-        FSDP2's own reduction would keep what it is not to reduce, and add it to the next step.
+        FSDP2's own reduction would keep gradients that it must not reduce, and add them to the next step.
         """
         engine = self.trainer.engine()
         gradients = engine.gradients(loss)
@@ -41,6 +41,6 @@ class FSDP2(Backend):
         return gradients
 
     def optimizer_files(self) -> list[str]:
-        """What Trainer calls the states of optimizer and schedule in a checkpoint."""
+        """Returns the checkpoint files with the states of optimizer and schedule."""
         plugin: Any = self.trainer.accelerator.state.fsdp_plugin
         return ["optimizer.bin" if "FULL" in str(plugin.state_dict_type) else "optimizer_0", "scheduler.pt"]

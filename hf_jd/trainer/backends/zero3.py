@@ -1,7 +1,7 @@
-"""ZeRO 3: parameters are empty between passes, while rows, their columns and their proof are of whole ones.
+"""ZeRO 3: parameters are empty between passes, but rows, their columns and their proof need whole parameters.
 
-What is used here of DeepSpeed (0.19) beside its documented `GatheredParameters` is what its own hooks go by: the
-modules that a parameter is in use by, the counts of a module's passes, and the trace of what to fetch ahead.
+Besides DeepSpeed's documented `GatheredParameters`, this uses internals that its own hooks (0.19) rely on: the modules
+that use a parameter, the counts of a module's passes, and the trace of parameters to prefetch.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from torch.utils import _pytree as pytree
 from hf_jd.gramian import Engine
 from hf_jd.gramian.sharding import is_partitioned
 
-_MEASURING = -1  # among the modules that a parameter is in use by; DeepSpeed numbers its own from 0
+_MEASURING = -1  # stands for a module that uses a parameter; DeepSpeed numbers its own from 0
 
 
 @contextmanager
 def measuring(model: nn.Module, engine: Engine) -> Generator[None]:
-    """Has a model under ZeRO 3 stand a measuring pass; others do so anyway.
+    """Prepares a ZeRO-3 model for a measuring pass; a no-op otherwise.
 
-    The parameters of the modules that bring rows are gathered meanwhile. What is in other modules stays shared out, and
-    is gathered by DeepSpeed for each of them, in each of several passes through one graph.
+    Gathers the parameters of the modules that form rows within the context. Other parameters stay sharded, and
+    DeepSpeed gathers them module by module, in each of several passes through the same graph.
 
     Args:
         model: DeepSpeed's engine, or another model.
-        engine: What measures.
+        engine: The engine that measures.
     """
-    held = engine.held() if engine.sharded else []  # To list them takes time.
+    held = engine.held() if engine.sharded else []  # listing them takes time
     if not is_partitioned(held):
         yield
         return
-    from deepspeed.runtime.zero import GatheredParameters  # Not a dependency: who partitions parameters has it.
+    from deepspeed.runtime.zero import GatheredParameters  # not a dependency: it is there if parameters are partitioned
 
     optimizer: Any = model.optimizer
     coordinator, inside = optimizer.parameter_offload.get_param_coordinator(), model.get_submodule("module")
@@ -49,34 +49,34 @@ def measuring(model: nn.Module, engine: Engine) -> Generator[None]:
             inside.register_forward_hook(_Repeatable(coordinator)),
         ]
         for module in leaves:
-            module._backward_hooks = OrderedDict()  # Of experts, they take any backward for DeepSpeed's own.
+            module._backward_hooks = OrderedDict()  # experts' hooks mistake any backward for DeepSpeed's own
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
-            for module, own in leaves.items():
-                module._backward_hooks = own
+            for module, backward_hooks in leaves.items():
+                module._backward_hooks = backward_hooks
             for p in held:
                 p.ds_active_sub_modules.clear()  # ty: ignore[missing-attribute]
             _forget(coordinator)
 
 
 def _forget(coordinator: Any) -> None:
-    """Has DeepSpeed fetch nothing ahead: it would go by the modules' order in another pass, or on another process."""
+    """Stops DeepSpeed's prefetching, which would follow the modules' order of another pass or process."""
     if not coordinator.is_invalid_trace():
         coordinator._invalidate_trace()
 
 
 class _Repeatable:
-    """A forward hook that lets several backward passes walk one graph.
+    """A forward hook that allows several backward passes through the same graph.
 
-    DeepSpeed gathers a module's parameters at its gradient as often as the module was called, and lets them go when the
-    gradients of all its inputs have passed: it counts down, and is through after one pass. Here the counts begin anew
-    in each; and what the last one has left gathered is let go first, so that all processes gather as much.
+    DeepSpeed gathers a module's parameters at its gradient as often as the module was called, and releases them when
+    the gradients of all inputs have passed: its counters run out after one pass. This resets the counters in each pass,
+    and first releases what the last pass left gathered, so that all processes gather the same.
 
     Args:
-        coordinator: Of DeepSpeed's parameters.
+        coordinator: DeepSpeed's coordinator of parameters.
     """
 
     def __init__(self, coordinator: Any):
@@ -85,7 +85,7 @@ class _Repeatable:
         self._passed = -1
 
     def __call__(self, model: nn.Module, args: tuple, output: Any) -> None:
-        """Notes the counts after a forward, and has its backward passes begin with them."""
+        """Stores the counters after a forward, and restores them in each of its backward passes."""
         names = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")
         for module in model.modules():
             self._counts[module] = {name: module.__dict__[name] for name in names if name in module.__dict__}

@@ -1,1 +1,1 @@
-"""What several weightings share: problems in the Gramian, and how they are solved."""
+"""Solvers that several weightings share."""

@@ -7,26 +7,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_DIRECT_SIZE = 24  # up to this many unknowns a problem, a batch of Cholesky factors is faster than conjugate gradients
-_STEPS = 30  # of conjugate gradients; a well-conditioned matrix needs ten, and what they don't solve is solved directly
+_DIRECT_SIZE = 24  # unknowns per problem up to which batched Cholesky factors are faster than conjugate gradients
+_STEPS = 30  # of conjugate gradients: a well-conditioned matrix needs ten, and the direct solver takes over afterwards
 _PRECISION = 1e-13
-_FIRST_REDUCTION, _REDUCTION = 5e-2, 1e-3  # of the residual between exchanges; the first guess changes anyway
-_PLAIN = 0.3  # smallest squared pivot of a matrix that needs no preconditioner: its steps are as few, and cost half
-_SINGLE = 1e-3  # smallest squared pivot of a matrix for whose corrections single precision will do
+_FIRST_REDUCTION, _REDUCTION = 5e-2, 1e-3  # of the residual, per exchange; the first guess changes anyway
+_PLAIN = 0.3  # smallest squared pivot that needs no preconditioner: as few steps, at half the cost each
+_SINGLE = 1e-3  # smallest squared pivot at which corrections can be computed in single precision
 
 
 def solve_nonnegative(cosines: Tensor, right: Tensor, start: Tensor | None = None, exchanges: int = 60) -> Tensor:
     """Finds z >= 0 with s = C z - b >= 0 and s^T z = 0, for each row b of `right`.
 
-    A projected Newton method, as a primal-dual active set method (Hintermüller, Ito and Kunisch 2003): given a guess of
-    which z are positive, solve for them, and exchange all that turn out wrong. A handful of exchanges is usual; where
-    the number of wrong ones stops falling, one is exchanged at a time (Kim and Park 2011), which must end.
+    A primal-dual active set method (Hintermüller, Ito and Kunisch 2003): guess which z are positive, solve for them,
+    and flip all wrong guesses at once. A few such exchanges are usually enough; when the number of wrong guesses stops
+    falling, flip one at a time (Kim and Park 2011), which is sure to end.
 
     Args:
         cosines: C, [m, m], positive definite, of unit diagonal.
         right: b, [k, m].
         start: A guess of z, [k, m].
-        exchanges: How many before giving up.
+        exchanges: The most exchanges to make.
 
     Returns:
         z, [k, m]; rows that did not settle hold NaN.
@@ -39,7 +39,7 @@ def solve_nonnegative(cosines: Tensor, right: Tensor, start: Tensor | None = Non
     for exchange in range(exchanges):
         slopes = problems.state @ cosines - problems.right
         largest = (slopes * problems.positive).abs().amax(dim=1)
-        if exchange:
+        if exchange:  # before the first one, z does not solve the problem of its guess
             right_guess = ~_wrong(problems.state, slopes, problems.positive).any(dim=1)
             solved = right_guess & (largest <= _PRECISION * (1 + problems.state.amax(dim=1)))
             finished = solved | ~largest.isfinite()
@@ -48,7 +48,7 @@ def solve_nonnegative(cosines: Tensor, right: Tensor, start: Tensor | None = Non
                 solution[problems.index[done]] = problems.state[done]
                 if not len(left):
                     break
-                problems, slopes, largest = problems.kept(left), slopes[left], largest[left]
+                problems, slopes, largest = problems.select(left), slopes[left], largest[left]
         problems = problems.exchanged(
             *system.improve(problems, slopes, largest, _REDUCTION if exchange else _FIRST_REDUCTION)
         )
@@ -56,15 +56,15 @@ def solve_nonnegative(cosines: Tensor, right: Tensor, start: Tensor | None = Non
 
 
 class _Problems(NamedTuple):
-    """The problems that are not solved yet, k of them.
+    """The k unsolved problems.
 
     Attributes:
-        index: Which they are, [k].
+        index: Their rows in the result, [k].
         right: b, [k, m].
         state: z, [k, m], 0 outside of `positive`.
-        positive: The guess of which z are, [k, m].
+        positive: The guess of which z are positive, [k, m].
         fewest: The smallest number of wrong guesses so far, [k].
-        patience: How many more exchanges may go by without a smaller one, [k].
+        patience: Exchanges left in which that number has to fall, [k].
     """
 
     index: Tensor
@@ -81,16 +81,16 @@ class _Problems(NamedTuple):
         fewest = torch.full_like(index, right.shape[1] + 1)
         return cls(index, right, state, positive, fewest, torch.full_like(index, 3))
 
-    def kept(self, left: Tensor) -> _Problems:
+    def select(self, left: Tensor) -> _Problems:
         return _Problems(*(values[left] for values in self))
 
     def exchanged(self, state: Tensor, slopes: Tensor) -> _Problems:
-        """Changes the guess where a new z, [k, m], or its slopes, [k, m], show it to be wrong."""
+        """Flips the guesses that a new z, [k, m], or its slopes, [k, m], prove wrong."""
         wrong = _wrong(state, slopes, self.positive)
         count = wrong.sum(dim=1)
         patience = torch.where(count < self.fewest, 3, self.patience - 1)
         stuck = patience < 0
-        if stuck.any():  # of such a row, only the last wrong one
+        if stuck.any():  # flip only the last wrong guess: this cannot cycle
             wrong[stuck] &= wrong[stuck].cumsum(dim=1) == count[stuck, None]
         positive = self.positive ^ wrong
         fewest = torch.minimum(self.fewest, count)
@@ -102,7 +102,7 @@ def _wrong(state: Tensor, slopes: Tensor, positive: Tensor) -> Tensor:
 
 
 class _System(NamedTuple):
-    """C [m, m], and a copy of it and its inverse (if it pays) in the precision that corrections need."""
+    """C [m, m], with a copy of it and its inverse (if it pays) in the precision that corrections need."""
 
     cosines: Tensor
     copy: Tensor
@@ -116,7 +116,7 @@ class _System(NamedTuple):
         return cls(cosines, cosines.to(dtype), None if pivot > _PLAIN else torch.cholesky_inverse(factor).to(dtype))
 
     def precondition(self, residual: Tensor, mask: Tensor) -> Tensor:
-        """Applies the inverse of C, restricted to P: good enough where C is ill-conditioned, too."""
+        """Applies the inverse of C, restricted to P: a good preconditioner even where C is ill-conditioned."""
         return residual.clone() if self.inverse is None else (residual @ self.inverse).mul_(mask)
 
     def improve(self, problems: _Problems, slopes: Tensor, largest: Tensor, reduction: float) -> tuple[Tensor, Tensor]:
@@ -126,16 +126,17 @@ class _System(NamedTuple):
             problems: z, and the guess P.
             slopes: C z - b, [k, m].
             largest: The largest of |C z - b| in P, [k].
-            reduction: The part of it that may be left.
+            reduction: The fraction of it that may remain.
 
         Returns:
-            z and its slopes, nearly, [k, m] both.
+            The improved z and its slopes, [k, m] each.
         """
         right, state, positive = problems.right, problems.state, problems.positive
         size = int(positive.sum(dim=1).max())
         if size <= _DIRECT_SIZE:
             state = _cholesky(self.cosines, right, positive, size)
             return state, state @ self.cosines - right
+        # Corrections shrink from exchange to exchange: scaled to size 1, they keep their digits in single precision.
         scale = largest.clamp(min=_PRECISION)[:, None]
         correction, change, missed = self._conjugate_gradients((-slopes / scale).to(self.copy), positive, reduction)
         state, slopes = torch.addcmul(state, correction, scale), torch.addcmul(slopes, change, scale)
@@ -147,16 +148,16 @@ class _System(NamedTuple):
     def _conjugate_gradients(
         self, residual: Tensor, positive: Tensor, reduction: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Solves C_PP x_P = r_P, x = 0 elsewhere, to a part of r: one or two products of matrices per step.
+        """Solves C_PP x_P = r_P, x = 0 elsewhere, up to the reduction, with one or two matrix products per step.
 
-        Returns x and C x, [k, m], and which rows missed the reduction [k].
+        Returns x and C x, [k, m], and which problems missed the reduction, [k].
         """
         mask = positive.to(residual)
         residual = residual * mask
         solution, product = torch.zeros_like(residual), torch.zeros_like(residual)
         direction = self.precondition(residual, mask)
         square = (residual * direction).sum(dim=1, keepdim=True)
-        every = 1 if self.inverse is not None else 2  # a step without a preconditioner costs little more than the look
+        every = 1 if self.inverse is not None else 2  # without a preconditioner, a step costs little more than a check
         for step in range(_STEPS):
             image = direction @ self.copy
             length = square / (direction * image).sum(dim=1, keepdim=True).clamp(min=1e-30)
@@ -172,7 +173,7 @@ class _System(NamedTuple):
 
 
 def _cholesky(cosines: Tensor, right: Tensor, positive: Tensor, size: int) -> Tensor:
-    """Solves all problems by one batch of Cholesky factors, each padded to `size` unknowns by the identity."""
+    """Solves all problems by one batch of Cholesky factors, each padded to `size` unknowns with the identity."""
     state = torch.zeros_like(right)
     if not size:
         return state

@@ -8,41 +8,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-SINGULAR = 1e-10  # smallest squared pivot of a matrix of cosines whose rank is beyond doubt
+SINGULAR = 1e-10  # smallest squared pivot at which a matrix of cosines certainly has full rank
 EPSILON = float(np.finfo(np.float64).eps)
-_BEYOND_ONE = 1e-12  # what the rounding of float64 adds to a cosine, and more
-_COARSEST = 2 * torch.finfo(torch.bfloat16).eps  # the error of a cosine; m such errors change an eigenvalue by m of it
+_BEYOND_ONE = 1e-12  # more than float64's rounding adds to a cosine
+_COARSEST = 2 * torch.finfo(torch.bfloat16).eps  # the error of a cosine; it moves an eigenvalue by m times as much
 
 Array = Any
-"""A tensor or a numpy array: what takes one takes the other, and gives the same back."""
+"""A tensor or a numpy array; functions return the kind that they are given."""
 
 
 def cosine_matrix(gramian: Array, lengths: Array) -> Array:
-    """Scales G [m, m] to a unit diagonal, positive semi-definite; a zero row is given the cosine 0 with every other.
+    """Scales G [m, m] to a unit diagonal, positive semi-definite; a zero row gets the cosine 0 with every other.
 
     Raises:
-        ValueError: G has negative eigenvalues that no rounding explains.
+        ValueError: G has negative eigenvalues too large for rounding errors.
     """
     return factored_cosines(gramian, lengths)[0]
 
 
 def factored_cosines(gramian: Array, lengths: Array) -> tuple[Array, Array | None]:
-    """The matrix of cosines C [m, m], and its Cholesky factor; None where rounding leaves C none.
+    """Returns the cosines C [m, m] and their Cholesky factor, or None if C has none in floating point.
 
     Raises:
-        ValueError: G has negative eigenvalues that no rounding explains; the message has those of the cosines.
+        ValueError: G has negative eigenvalues too large for rounding errors; the message lists C's.
     """
-    inverse = (lengths > 0) / (lengths + (lengths == 0))
-    cosines = gramian * inverse * inverse[:, None]
-    diagonal = cosines.reshape(-1)[:: len(cosines) + 1]
-    diagonal[:] = 1
+    cosines = _unit(gramian, lengths)
     factor = _cholesky(cosines)
     if factor is not None:
         return cosines, factor
+    diagonal = cosines.reshape(-1)[:: len(cosines) + 1]
     if abs(cosines).max() <= 1 + _BEYOND_ONE:
         cosines = cosines.clip(-1, 1)
         diagonal = cosines.reshape(-1)[:: len(cosines) + 1]
-    diagonal[:] = 1 + len(cosines) * EPSILON  # negative eigenvalues of this size come from rounding, and do no harm
+    # If this much more diagonal makes C definite, its negative eigenvalues are float64's rounding, and do no harm.
+    diagonal[:] = 1 + len(cosines) * EPSILON
     definite = _cholesky(cosines) is not None
     diagonal[:] = 1
     if definite:
@@ -52,11 +51,18 @@ def factored_cosines(gramian: Array, lengths: Array) -> tuple[Array, Array | Non
 
 
 def shrunk(gramian: Array, noise: float) -> Array:
-    """Divides all but the diagonal of G [m, m] by 1 + noise: the same as a larger diagonal, but for a factor."""
+    """Divides all but the diagonal of G [m, m] by 1 + noise: up to a factor, this enlarges the diagonal."""
     smaller = gramian / (1 + noise)
     index = list(range(len(gramian)))
     smaller[index, index] = gramian.diagonal()
     return smaller
+
+
+def _unit(gramian: Array, lengths: Array) -> Array:
+    inverse = (lengths > 0) / (lengths + (lengths == 0))
+    cosines = gramian * inverse * inverse[:, None]
+    cosines.reshape(-1)[:: len(cosines) + 1] = 1
+    return cosines
 
 
 def _cholesky(matrix: Array) -> Array | None:
@@ -70,12 +76,12 @@ def _cholesky(matrix: Array) -> Array | None:
 
 
 def _semidefinite(cosines: Array) -> Array:
-    """Takes from C [m, m] the negative eigenvalues that rounding left in it, whose size is that of its errors.
+    """Removes or outweighs the negative eigenvalues of C [m, m]; the lowest one shows the size of the rounding errors.
 
-    Errors of float64 are removed, and positive eigenvalues of their size, which mean as little, with them. Those of a
-    lower precision are outweighed by twice their size on the diagonal. The result is one of the Gramians that G can't
-    be told from, and definite: every problem has one solution, which follows G continuously and takes few digits to
-    find. Were they removed, solutions might weigh rows by 1e9 to make use of those that are left, and jump.
+    Errors of float64 are removed, along with positive eigenvalues of the same size, which mean as little. Errors of a
+    lower precision are outweighed: twice their size is added to the diagonal. The result is as close to the true
+    Gramian as G is, and definite: every problem has one solution, which changes continuously with G and needs few
+    digits. With such eigenvalues removed instead, solutions could weigh rows by 1e9 to exploit what remains, and jump.
     """
     linalg = np.linalg if isinstance(cosines, np.ndarray) else torch.linalg
     values, vectors = linalg.eigh(cosines)
@@ -94,20 +100,26 @@ def _semidefinite(cosines: Array) -> Array:
 
 
 def independent(factor: Array) -> bool:
-    """Whether the rank of C = L L^T is beyond doubt, from L [m, m]."""
+    """Whether C = L L^T certainly has full rank, from L [m, m]."""
     return bool(factor.diagonal().min() ** 2 >= SINGULAR)
 
 
+def dependent(gramian: Array, pivot: float) -> bool:
+    """Whether a row depends on others, up to a squared pivot of the rows' cosines."""
+    factor = _cholesky(_unit(gramian, gramian.diagonal() ** 0.5))
+    return factor is None or bool(factor.diagonal().min() ** 2 < pivot)
+
+
 def cosine_factor(cosines: np.ndarray) -> np.ndarray:
-    """Factors C = L L^T: L [m, r], r the rank of C [m, m]; eigenvalues that are rounding errors are left out."""
+    """Factors C = L L^T into L [m, r], r the rank of C [m, m], without eigenvalues that are rounding errors."""
     factor = _cholesky(cosines)
     if factor is not None and independent(factor):
         return factor
     values, vectors = np.linalg.eigh(cosines)
-    # A negative eigenvalue shows how large the errors in G are; below that, a positive one means as little.
+    # A negative eigenvalue shows how large the errors in G are: a positive one of that size means nothing either.
     noise = max(-values[0], values[-1] * len(values) * EPSILON)
-    kept = values > noise
-    return vectors[:, kept] * np.sqrt(values[kept])
+    significant = values > noise
+    return vectors[:, significant] * np.sqrt(values[significant])
 
 
 def solve_semidefinite(matrix: Tensor, right: Tensor) -> Tensor:

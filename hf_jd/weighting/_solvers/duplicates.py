@@ -1,4 +1,4 @@
-"""Rows of one direction taken as one: a batch that holds an example twice has a singular Gramian, but an easy one."""
+"""Merge rows of the same direction: a duplicate example makes the Gramian singular, but this fixes it."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_SAME = 1e-13  # below 1, a cosine
+_SAME = 1e-13  # rows have the same direction if their cosine is at least 1 minus this
 
 
 class Directions(NamedTuple):
-    """The different directions of m rows.
+    """The c distinct directions of m rows.
 
     Attributes:
         first: The first row of each direction, [c].
@@ -29,15 +29,15 @@ class Directions(NamedTuple):
         return cls(first, of_row)
 
     def gather(self, values: Tensor) -> Tensor:
-        """Sums values of rows [k, m] to values of directions [k, c]."""
+        """Sums values of rows [k, m] into values of directions [k, c]."""
         return values.new_zeros(len(values), len(self.first)).index_add_(1, self.of_row, values)
 
     def spread(self, corrections: Tensor, targets: Tensor) -> Tensor:
-        """Shares each direction's correction among its rows, so that |u + z| is smallest: first to the least.
+        """Splits each direction's correction among its rows so that |u + z| is smallest, raising the smallest u first.
 
         Args:
-            corrections: Of the directions, [k, c], 0 or more.
-            targets: u, of the rows, [k, m].
+            corrections: One per direction, [k, c], 0 or more.
+            targets: u, one per row, [k, m].
 
         Returns:
             z, [k, m].
@@ -45,10 +45,11 @@ class Directions(NamedTuple):
         shares = corrections[:, self.of_row]
         for direction in (self.of_row.bincount() > 1).nonzero()[:, 0].tolist():
             rows = (self.of_row == direction).nonzero()[:, 0]
-            own = targets[:, rows].sort(dim=1, descending=True).values
-            # The least are raised to one level, the lowest of those that result if the j largest stay as they are.
-            kept = torch.cat([own.new_zeros(len(own), 1), own.cumsum(dim=1)[:, :-1]], dim=1)
-            total = corrections[:, direction, None] + own.sum(dim=1, keepdim=True)
-            level = ((total - kept) / torch.arange(len(rows), 0, -1, device=own.device)).amin(dim=1, keepdim=True)
+            ordered = targets[:, rows].sort(dim=1, descending=True).values
+            # If the j largest u stay as they are, the rest rise to one level: the right j is that of the lowest level.
+            unchanged = torch.cat([ordered.new_zeros(len(ordered), 1), ordered.cumsum(dim=1)[:, :-1]], dim=1)
+            total = corrections[:, direction, None] + ordered.sum(dim=1, keepdim=True)
+            raised = torch.arange(len(rows), 0, -1, device=ordered.device)
+            level = ((total - unchanged) / raised).amin(dim=1, keepdim=True)
             shares[:, rows] = (level - targets[:, rows]).clamp(min=0)
         return shares

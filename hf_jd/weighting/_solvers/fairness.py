@@ -12,10 +12,10 @@ _STATIONARY = 1e-7  # |J^T w| / sum_i w_i |g_i| below which the rows cancel as f
 
 
 def fair_weights(gramian: Tensor, alpha: float) -> Tensor:
-    """Solves G w = w^(-1/alpha) for w > 0, by Newton's method on the convex function whose gradient is the difference.
+    """Solves G w = w^(-1/alpha) for w > 0, by Newton's method on the convex function with gradient G w - w^(-1/alpha).
 
-    It has one solution, unless 0 is in the hull of the rows with all weights positive (the step is Pareto stationary):
-    then the weights are 0. Zero rows, which no weight makes progress, get 0 too.
+    The solution is unique, unless 0 is a combination of the rows with all weights positive (the step is Pareto
+    stationary): then the weights are 0. Zero rows, which can make no progress, also get 0.
 
     Args:
         gramian: G, [m, m], float64.
@@ -50,11 +50,12 @@ def _newton(cosines: Tensor, right: Tensor, exponent: float) -> Tensor | None:
         square = multiples @ image
         if square <= (_STATIONARY * multiples.sum()) ** 2:
             return None
-        # The best common factor, exactly: rows that nearly agree, or nearly cancel, are far from orthogonal.
+        # Rescale by the best common factor, in closed form: where rows nearly agree or nearly cancel, the solution for
+        # orthogonal rows has the wrong size.
         factor = ((right * multiples ** (1 - exponent)).sum() / square) ** (1 / (1 + exponent))
         multiples, image = multiples * factor, image * factor
         wanted = right * multiples**-exponent
-        # In relative steps the Hessian, diag(mu) C diag(mu) + e diag(mu wanted), is definite for singular C too.
+        # In relative steps, the Hessian diag(mu) C diag(mu) + e diag(mu wanted) is definite even if C is singular.
         hessian = multiples[:, None] * cosines * multiples
         hessian.diagonal().add_(exponent * multiples * wanted)
         triangle, _ = torch.linalg.cholesky_ex(hessian)
@@ -66,7 +67,7 @@ def _newton(cosines: Tensor, right: Tensor, exponent: float) -> Tensor | None:
 
 
 def _descend(cosines: Tensor, right: Tensor, exponent: float, multiples: Tensor, step: Tensor) -> Tensor:
-    """Goes along the relative step while the multiples stay positive and mu^T C mu / 2 - sum_i a_i u(mu_i) falls."""
+    """Backtracks along the relative step until mu is positive and mu^T C mu / 2 - sum_i a_i u(mu_i) has not risen."""
 
     def value(mu: Tensor) -> Tensor:
         utility = mu.log() if exponent == 1 else mu ** (1 - exponent) / (1 - exponent)
@@ -76,7 +77,7 @@ def _descend(cosines: Tensor, right: Tensor, exponent: float, multiples: Tensor,
     start = value(multiples)
     for _ in range(30):
         candidate = multiples * (1 + length * step)
-        # Near the solution differences drown in rounding; there the whole step is right.
+        # Near the solution, rounding hides the differences; the full step is right there.
         if value(candidate) <= start or step.abs().max() < 1e-4:
             return candidate
         length = length / 2

@@ -1,4 +1,4 @@
-"""A learnt scale of a loss, moved by implicit gradient descent."""
+"""Update a loss's learnt scale by implicit gradient descent."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from torch import Tensor
 
 
 def descend_log_scale(start: Tensor, losses: Tensor, rate: float) -> Tensor:
-    """Solves s = start - rate (1 - L exp(-s)): a step on L exp(-s) + s with the gradient of where it arrives, [m]."""
-    # The difference of both sides is increasing and concave in s: from the left of the solution Newton's method goes to
-    # it without overshooting.
+    """Solves s = start - rate (1 - L exp(-s)): a step on L exp(-s) + s with the gradient at its end point, [m]."""
+    # The left side minus the right is increasing and concave in s: started left of the solution, Newton's method
+    # converges without overshooting.
     s = start - rate
     for _ in range(100):
         pull = rate * losses * (-s).exp()

@@ -1,4 +1,4 @@
-"""Solutions of minimum norm: of the convex hull of the rows (MGDA), and among equivalent weights."""
+"""Minimum-norm problems: the shortest vector in the hull of the rows (MGDA), and the smallest of equivalent weights."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _TOLERANCE = 1e-12  # of a cosine
 _PRECISION = 1e-14  # of the largest weight
 _FEW = 64  # rows up to which quadprog is faster than Newton's method
 _DAMPING = 1e-6  # keeps steps finite where fewer than r values are above their offsets
-_NEWTON_STEPS = 100  # ten are usual
+_NEWTON_STEPS = 100  # usually ten are enough
 
 
 def smallest_solution(rows: np.ndarray, weights: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    """Finds the z >= 0 of smallest |z + offset| with the same rows^T z as `weights`, for one problem [f] or k of them.
+    """Finds the z >= 0 of smallest |z + offset| with the same rows^T z as `weights`, for one problem [f] or for k.
 
     Args:
         rows: [f, r], of length about 1.
@@ -27,6 +27,7 @@ def smallest_solution(rows: np.ndarray, weights: np.ndarray, offset: np.ndarray)
     """
     if not len(rows):
         return weights
+    # rows^T z = rows^T weights says the same as basis^T z = basis^T weights, with orthonormal columns.
     basis, values, _ = np.linalg.svd(rows, full_matrices=False)
     basis = basis[:, values > values[0] * len(rows) * 1e-14]
     if basis.shape[1] == len(rows):
@@ -37,7 +38,7 @@ def smallest_solution(rows: np.ndarray, weights: np.ndarray, offset: np.ndarray)
 
 
 def _shortest(basis: np.ndarray, weights: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    """Finds one problem's z [f], by the method that is faster for its size; `basis` [f, r] spans the rows' columns."""
+    """Solves one problem for z [f], by the faster method for its size; `basis` [f, r] spans the columns of the rows."""
     if len(basis) > _FEW:
         solution = _newton(basis, weights, offset)
         if solution is not None:
@@ -51,10 +52,11 @@ def _shortest(basis: np.ndarray, weights: np.ndarray, offset: np.ndarray) -> np.
 def _newton(basis: np.ndarray, weights: np.ndarray, offset: np.ndarray) -> np.ndarray | None:
     """Solves min |v|^2 subject to Q^T v = b, v >= offset, by Newton's method on its dual; Q [f, r] is orthonormal.
 
-    v = max(offset, Q mu), where mu minimises a convex function that is quadratic between the kinks at (Q mu)_i =
-    offset_i: with an exact line search, finitely many steps of r unknowns end at the solution itself.
+    v = max(offset, Q mu), where mu [r] minimises a convex function that is quadratic between kinks at (Q mu)_i =
+    offset_i. With an exact line search, Newton's method reaches the exact solution in finitely many steps.
     """
     right = basis.T @ (weights + offset)
+    # Entries that are rounding errors would be scaled up to steps along directions that don't matter.
     right[np.abs(right) <= _PRECISION * np.abs(weights + offset).max()] = 0
     multipliers, values = right, basis @ right
     for _ in range(_NEWTON_STEPS):
@@ -62,6 +64,7 @@ def _newton(basis: np.ndarray, weights: np.ndarray, offset: np.ndarray) -> np.nd
         gradient = basis.T @ solution - right
         if np.abs(gradient).max() <= _PRECISION * np.abs(solution).max():
             return solution - offset
+        # Q has orthonormal columns, so leaving out the rows at their offset subtracts them from the identity.
         fixed = basis[values < offset]
         curvature = (1 + _DAMPING) * np.eye(len(right)) - fixed.T @ fixed
         step = np.linalg.solve(curvature, -gradient)
@@ -73,10 +76,11 @@ def _newton(basis: np.ndarray, weights: np.ndarray, offset: np.ndarray) -> np.nd
 
 
 def _line_minimum(above: np.ndarray, change: np.ndarray, slope: float) -> float:
-    """Finds the t >= 0 at which the slope along a line, `slope` < 0 at 0, vanishes.
+    """Finds the t >= 0 at which the slope along a line vanishes; `slope` is its value at t = 0, negative.
 
-    It grows with t at the rate sum of change_i^2 over the i with above_i + t change_i > 0.
+    The slope grows with t at a rate that is the sum of change_i^2 over all i with above_i + t change_i > 0.
     """
+    # Entries that cross 0 join or leave that sum: the slope is piecewise linear, with a kink at each crossing.
     crossing = above * change < 0
     kinks = -above[crossing] / change[crossing]
     order = kinks.argsort()
@@ -85,26 +89,27 @@ def _line_minimum(above: np.ndarray, change: np.ndarray, slope: float) -> float:
     active = (above > 0) | ((above == 0) & (change > 0))
     rates = squares[active].sum() + np.concatenate([[0.0], turns.cumsum()])
     starts = np.concatenate([[0.0], kinks[order]])
+    # The slopes at the kinks say which piece holds the root.
     slopes = slope + np.concatenate([[0.0], (rates[:-1] * np.diff(starts)).cumsum()])
     piece = max(int(np.searchsorted(slopes, 0.0)) - 1, 0)
     return starts[piece] - slopes[piece] / rates[piece] if rates[piece] > 0 else 1.0
 
 
 def minimum_norm_weights(cosines: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Finds the multiples mu >= 0 of unit rows, offsets^T mu = 1, whose sum is shortest: the hull's nearest point.
+    """Finds the multiples mu >= 0 of unit rows, offsets^T mu = 1, with the shortest sum: the hull's point nearest to 0.
 
     Args:
         cosines: The unit rows' Gramian C, [m, m].
         offsets: b in (0, 1], [m]: unit row i times 1/b_i is a vertex of the hull.
 
     Returns:
-        mu, [m], of smallest norm if there are several.
+        mu, [m], of smallest norm if there are several solutions.
     """
     weights = _pivot(cosines, offsets)
     if weights is None:
         weights = _wolfe(cosines, offsets)
     slopes, square = cosines @ weights, weights @ cosines @ weights
-    # Other weights give the same point only if the rows that touch its supporting plane are dependent.
+    # Other weights give the same point only if the rows on its supporting hyperplane are dependent.
     tight = slopes - square * offsets <= 1e-9 * max(max(square, 0.0) ** 0.5, 1e-6)
     factor = cosine_factor(cosines[np.ix_(tight, tight)])
     if factor.shape[1] < len(factor):
@@ -114,9 +119,9 @@ def minimum_norm_weights(cosines: np.ndarray, offsets: np.ndarray) -> np.ndarray
 
 
 def _pivot(cosines: np.ndarray, offsets: np.ndarray) -> np.ndarray | None:
-    """Guesses the support by exchanging all wrong rows at once: a few solves where it settles, None where it doesn't.
+    """Searches for the support by exchanging all wrong rows at once; None if that doesn't settle, or is inexact.
 
-    The shortest point is, up to its length, the solution of C mu >= b, mu >= 0, mu^T (C mu - b) = 0.
+    Up to its length, the shortest point solves C mu >= b, mu >= 0, mu^T (C mu - b) = 0.
     """
     support = np.ones(len(offsets), dtype=bool)
     for _ in range(20):
@@ -137,18 +142,19 @@ def _pivot(cosines: np.ndarray, offsets: np.ndarray) -> np.ndarray | None:
 
 
 def _wolfe(cosines: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Wolfe's method ("Finding the nearest point in a polytope", 1976): exact after finitely many exchanges.
+    """Applies Wolfe's method ("Finding the nearest point in a polytope", 1976): exact after finitely many exchanges.
 
-    A corral is a set of independent vertices; the point is always the shortest of a corral's hull, and gets shorter.
+    A corral is a set of independent vertices. The point is always the shortest of a corral's hull, and gets shorter.
     """
     m = len(offsets)
     weights = np.zeros(m)
-    weights[offsets.argmax()] = 1 / offsets.max()
+    weights[offsets.argmax()] = 1 / offsets.max()  # the shortest vertex
     best = np.inf
     for _ in range(20 * m):
         slopes = cosines @ weights
         square = weights @ slopes
         gaps = slopes - square * offsets
+        # The vertex furthest below the point's supporting hyperplane shortens the point; if none is below, it is found.
         entering = int(gaps.argmin())
         noise = _TOLERANCE * max(np.abs(weights).sum() * 1e-3, max(square, 0.0) ** 0.5)
         if gaps[entering] >= -noise or weights[entering] > 0 or not square < best:
@@ -159,19 +165,20 @@ def _wolfe(cosines: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 
 
 def _shorten(cosines: np.ndarray, offsets: np.ndarray, weights: np.ndarray, entering: int) -> None:
-    """Moves the weights, in place, to the shortest point of a corral that has the entering vertex too."""
+    """Moves the weights, in place, to the shortest point of a corral that includes the entering vertex."""
     support = weights > 0
     support[entering] = True
     while support.any():
         b = offsets[support]
         system = cosines[np.ix_(support, support)] + np.outer(b, b)
+        # The shortest point of the support's affine hull; adding b b^T keeps the system regular if that point is 0.
         target = np.linalg.lstsq(system, b, rcond=None)[0]
         target /= b @ target
         current = weights[support]
         if (target > 0).all():
             weights[support] = target
             return
-        # Go towards the target up to the first vertex whose weight vanishes, and leave that one.
+        # Move towards the target until the first weight vanishes, and drop its vertex.
         falling = target <= 0
         fractions = np.full(len(b), np.inf)
         fractions[falling] = current[falling] / (current[falling] - target[falling]).clip(min=1e-300)

@@ -5,7 +5,7 @@ The dual cone of J is {x : J x >= 0}, the directions that conflict with no row. 
     v = argmin_{v >= u} v^T G v          (arXiv 2406.16232, proposition 1)
 
 or, with v = u + z, a non-negative least squares problem in z >= 0. Its optimality conditions are z >= 0, G v >= 0 and
-z^T G v = 0. Rows are scaled to unit length first, which makes every tolerance below a cosine: multiplying J by 1e-8, or
+z^T G v = 0. Rows are first scaled to unit length, so that every tolerance below is a cosine: multiplying J by 1e-8, or
 one row by 1e6, changes no decision.
 """
 
@@ -22,6 +22,7 @@ from hf_jd.weighting._solvers.cosines import (
     Array,
     cosine_factor,
     cosine_matrix,
+    dependent,
     factored_cosines,
     independent,
     shrunk,
@@ -34,22 +35,23 @@ from hf_jd.weighting._solvers.splitting import solve_low_rank
 Solver = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 _TOLERANCE = 1e-10  # largest violation of the optimality conditions, as a cosine with the projection
-_LARGEST = 1e-6  # where rows are opposite but for 1e-8 or less, G has no digits left that would meet the tolerance
-_DIAGONAL = 2e-10  # added, it puts the rank beyond doubt, and what it solves violates the conditions by less than 1e-6
-_ROUNDING = 1e-3  # times the tolerance: what rounding leaves of a projection of length 0, by the sum of the terms
+_LARGEST = 1e-6  # accepted: where rows are opposite up to 1e-8 or less, G has too few digits for the tolerance
+_DIAGONAL = 2e-10  # added, it makes G certainly definite, and its solution violates the conditions by less than 1e-6
+_ROUNDING = 1e-3  # times the tolerance and the sum of the terms: rounding error of a projection of length 0
 SMALL = 32**3  # problems times m^2 up to which one at a time is faster: `benchmark.py weightings --solvers` measures it
+SMALL_DEPENDENT = 72**3  # the same for dependent rows (`--kinds "low rank"`)
 _REGULARISATION = 1e-8  # the root of float64's precision: where rounding and the diagonal disturb least together
 _PROXIMAL_STEPS = 2
-_DEPENDENT = 1e-5  # squared pivot up to which a row depends on others, but for the errors of float32
+_DEPENDENT = 1e-5  # squared pivot up to which a row may depend on others, given float32's errors
 _LAST_REGULARISATION = 1e-10
-_ZERO = 1e-14  # length of a projection, by the sum of the weights, that rounding leaves of 0
+_ZERO = 1e-14  # times the sum of the weights: rounding error in the length of a zero projection
 
 
 def cone_projection(gramian: Tensor, targets: Tensor) -> Tensor:
     """Computes the weights of the projections of J^T u onto the dual cone, for each row u of `targets`.
 
-    Where several weights give the projection (dependent rows), those of minimum norm are given, each measured in
-    lengths of its row; so the result depends on nothing but G, whatever the order of the objectives.
+    If several weights give the same projection (dependent rows), returns those of minimum norm, measuring each weight
+    in lengths of its row: the result depends on G alone, not on the order of the objectives.
 
     Args:
         gramian: G, [m, m], float64, symmetric, any rank; zero rows are left alone.
@@ -59,12 +61,12 @@ def cone_projection(gramian: Tensor, targets: Tensor) -> Tensor:
         v, [k, m]: `targets` itself, exactly, where J^T u conflicts with no row.
 
     Raises:
-        ValueError: G is not positive semi-definite, by more than rounding to bfloat16 explains, or no solver met the
-            optimality conditions; the message has the eigenvalues of the rows' cosines.
+        ValueError: G is not positive semi-definite, by more than bfloat16's rounding, or no solver met the optimality
+            conditions; the message lists the eigenvalues of the rows' cosines.
     """
     weights, violation = _solve(gramian, targets)
     failed = ~(violation <= _LARGEST)
-    if failed.any():  # G has too few digits for its solution, and one for a Gramian beside it meets the tolerance for G
+    if failed.any():  # G has too few digits to solve; the solution for a nearby Gramian meets G's tolerance
         weights[failed], violation[failed] = _solve(shrunk(gramian, _DIAGONAL), targets[failed])
     if (violation <= _LARGEST).all():
         return weights
@@ -77,7 +79,7 @@ def cone_projection(gramian: Tensor, targets: Tensor) -> Tensor:
 
 
 def _solve(gramian: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Solves with one solver, and what that leaves with the other; returns weights [k, m], and their violations [k]."""
+    """Solves with the preferred solver, failures with the other; returns weights [k, m] and their violations [k]."""
     solvers = chosen_solvers(gramian, targets)
     weights, violation = solvers[0](gramian, targets)
     solved = violation <= _TOLERANCE
@@ -91,10 +93,12 @@ def _solve(gramian: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chosen_solvers(gramian: Tensor, targets: Tensor) -> tuple[Solver, Solver]:
-    """The solver to begin with, and the one for what it leaves; a large Gramian stays on its device."""
+    """Returns the preferred solver, and the one for problems where it fails; a large Gramian stays on its device."""
     problems, m = targets.shape
-    small = problems == 1 or problems * m * m <= SMALL
-    small = small and (m <= 32 or gramian.device.type == "cpu")
+    size = problems * m * m
+    small = m <= 32 or gramian.device.type == "cpu"
+    if small and problems > 1 and size > SMALL:
+        small = size <= SMALL_DEPENDENT and dependent(gramian, _DEPENDENT)
     return (one_by_one, together) if small else (together, one_by_one)
 
 
@@ -105,14 +109,14 @@ def one_by_one(gramian: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def together(gramian: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Solves all at once, on the device; returns the weights [k, m] and their violations of optimality [k]."""
+    """Solves all problems at once, on the device; returns the weights [k, m] and their violations of optimality [k]."""
     return _project(gramian, targets, _solve_batched)
 
 
 def _project(gramian: Array, targets: Array, solver: Callable[..., Array]) -> tuple[Array, Array]:
     """Scales the problems to unit rows and targets, solves those that need it, and measures the solutions.
 
-    Arrays will do as well as tensors: for small problems they take half the time.
+    Accepts numpy arrays as well as tensors: they halve the time of small problems.
 
     Returns:
         v [k, m], and by how much each violates the optimality conditions [k], as a cosine.
@@ -128,11 +132,11 @@ def _project(gramian: Array, targets: Array, solver: Callable[..., Array]) -> tu
     sizes = (scaled**2).sum(1)[:, None] ** 0.5
     scaled = scaled / sizes
     corrections = solver(cosines, scaled, factor)
-    found = scaled + corrections
-    slopes, sums = found @ cosines, found.sum(1)
-    # Infeasibility, and complementarity; not a number stays so, and meets no tolerance.
+    solutions = scaled + corrections
+    slopes, sums = solutions @ cosines, solutions.sum(1)
+    # Infeasibility plus complementarity; NaN propagates, and meets no tolerance.
     faults = (abs(slopes) - slopes) / 2 + abs(slopes * corrections) / sums[:, None]
-    violation[conflicting] = faults.sum(1) / (abs((slopes * found).sum(1)) ** 0.5 + _ROUNDING * sums)
+    violation[conflicting] = faults.sum(1) / (abs((slopes * solutions).sum(1)) ** 0.5 + _ROUNDING * sums)
     # A zero row's cosines are zero, and so is its correction: any finite divisor will do.
     weights[conflicting] += corrections * sizes / (lengths + (lengths == 0))
     return weights, violation
@@ -142,7 +146,7 @@ def _solve_batched(cosines: Tensor, targets: Tensor, factor: Tensor | None) -> T
     """Solves all problems together, on the device of C."""
     large = len(targets) * len(cosines) ** 2 > SMALL
     if factor is not None and independent(factor):
-        # Where rows are dependent but for the errors of float32, exchanges would go on and on.
+        # Where rows are dependent up to float32's errors, exchanges hardly converge.
         if large and factor.diagonal().amin() ** 2 < _DEPENDENT:
             return solve_low_rank(cosines, targets)
         return solve_nonnegative(cosines, -targets @ cosines)
@@ -156,9 +160,9 @@ def _solve_batched(cosines: Tensor, targets: Tensor, factor: Tensor | None) -> T
 
 
 def _solve_singular(cosines: Tensor, targets: Tensor) -> Tensor:
-    """A little more diagonal picks, of all solutions, the one of smallest |u + z|.
+    """Adds to the diagonal, which picks the solution of smallest |u + z| among all.
 
-    What it changes besides is taken back by proximal steps, z <- argmin_{z >= 0} v^T C v + epsilon |v - v_last|^2.
+    Proximal steps undo its other effects: z <- argmin_{z >= 0} v^T C v + epsilon |v - v_last|^2.
     """
     regular = cosines.clone()
     regular.diagonal().add_(_REGULARISATION)
@@ -174,23 +178,23 @@ def _solve_singular(cosines: Tensor, targets: Tensor) -> Tensor:
 def _solve_quadprog(cosines: np.ndarray, targets: np.ndarray, factor: np.ndarray | None) -> np.ndarray:
     """Solves one problem at a time by Goldfarb and Idnani's dual method.
 
-    The problem is put to it as the projection itself, min_x |x - L^T u| with L x >= 0 and C = L L^T: it starts at L^T u
-    and adds the constraints in conflict, which are few in fine-tuning, and its multipliers are z. Any factor L [m, r]
-    will do, so that G need not be definite.
+    The problem is posed as the projection itself, min_x |x - L^T u| with L x >= 0 and C = L L^T: the method starts at
+    L^T u and adds violated constraints, which are few in fine-tuning, and its multipliers are z. Any factor L [m, r]
+    will do, so G need not be definite.
     """
     if factor is None or not independent(factor):
         factor = cosine_factor(cosines)
     corrections = _nearest(factor, targets)
     failed = np.isnan(corrections[:, 0])
     if failed.any():
-        # Rounding may make a degenerate problem look infeasible, though x = 0 is feasible: not with more diagonal.
+        # Rounding may make a degenerate problem look infeasible, though x = 0 is feasible; more diagonal prevents it.
         factor = np.linalg.cholesky(cosines + np.eye(len(cosines)) * _LAST_REGULARISATION)
         corrections[failed] = _nearest(factor, targets[failed])
     return corrections
 
 
 def _nearest(factor: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Finds the multipliers [k, m] of the projections of L^T u, L [m, r]; NaN where rounding leaves none."""
+    """Finds the multipliers [k, m] of the projections of L^T u, L [m, r]; NaN where rounding prevents a solution."""
     if factor.shape[1] == len(factor):
         return _multipliers(factor, targets)[0]
     corrections, tight = _stationary(factor, targets) or _multipliers(factor, targets)
@@ -201,29 +205,29 @@ def _nearest(factor: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def _stationary(factor: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Solves all problems by one if the dual cone is {0}: None if it isn't.
+    """Solves all problems with one projection if the dual cone is {0}; None if it isn't.
 
-    No row's projection is longer than that of the rows' sum. If this is 0, so is L^T v for a v >= 1, and any u is
-    raised to a multiple of that v.
+    No row's projection is longer than the projection of the rows' sum. If that one is 0, then L^T v = 0 for some
+    v >= 1, and a multiple of this v solves every u.
     """
     if len(targets) == 1:
         return None
     weights = 1 + _multipliers(factor, np.ones((1, len(factor))))[0][0]
     if not np.linalg.norm(weights @ factor) <= _ZERO * weights.sum():
         return None
-    weights -= factor @ np.linalg.lstsq(factor, weights, rcond=None)[0]  # what rounding left of L^T v
+    weights -= factor @ np.linalg.lstsq(factor, weights, rcond=None)[0]  # removes the rounding error of L^T v = 0
     return weights * targets.max(axis=1, keepdims=True) - targets, np.ones(targets.shape, dtype=bool)
 
 
 def _multipliers(factor: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Projects the L^T u one by one; returns the multipliers [k, m], and which rows the projections touch [k, m]."""
+    """Projects each L^T u; returns the multipliers [k, m], and which rows' constraints are tight [k, m]."""
     constraints = np.ascontiguousarray(factor.T)
     bounds = np.zeros(len(factor))
     corrections = np.full_like(targets, np.nan)
     tight = np.zeros(targets.shape, dtype=bool)
     for i, point in enumerate(targets @ factor):
         nearest = nearest_point(point, constraints, bounds)
-        if nearest is None:  # a hair's breadth helps against rounding
+        if nearest is None:  # rounding: relax the bounds by a hair
             nearest = nearest_point(point, constraints, bounds - 1e-13)
         if nearest is not None:
             corrections[i] = nearest.multipliers

@@ -1,4 +1,4 @@
-"""The point of a polyhedron that is nearest to a given one, by quadprog."""
+"""Find the point of a polyhedron nearest to a target, with quadprog."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def nearest_point(
 ) -> Nearest | None:
     """Finds argmin_x |x - target| subject to constraints^T x >= bounds, by Goldfarb and Idnani's dual method.
 
-    It starts at the target and adds the constraints in conflict, so that it is as fast as these are few.
+    The method starts at the target and adds violated constraints: the fewer there are, the faster it is.
 
     Args:
         target: [n].
-        constraints: A constraint a column, [n, k].
+        constraints: One constraint per column, [n, k].
         bounds: [k].
-        equalities: So many of the first constraints are equalities.
+        equalities: How many constraints, from the first on, are equalities.
 
     Returns:
-        The solution, or None where rounding, or the problem, leaves no point that meets the constraints.
+        The solution; None if no point meets the constraints, or rounding makes it seem so.
     """
     try:
         solution = quadprog.solve_qp(_identity(len(target)), target, constraints, bounds, equalities, True)

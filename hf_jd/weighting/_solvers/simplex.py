@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def nearest_on_simplex(point: Tensor) -> Tensor:
-    """Finds the w >= 0 of sum 1 that is nearest to a point, [m] both: w = max(0, point - t)."""
+    """Finds the w >= 0 of sum 1 nearest to a point, both [m]: w = max(0, point - t)."""
     ordered = point.sort(descending=True).values
     counts = torch.arange(1, len(point) + 1, dtype=point.dtype, device=point.device)
     levels = (ordered.cumsum(dim=0) - 1) / counts
-    # The level t is the one of the most entries that all stay above theirs.
+    # levels[j] is the t for which the j + 1 largest entries sum to 1; the last one below its entry is right.
     level = levels.gather(0, (ordered > levels).sum(dim=0, keepdim=True) - 1)
     return (point - level).clamp(min=0)

@@ -1,8 +1,8 @@
-"""Many non-negative least squares problems with one matrix of low rank, solved together.
+"""Solve many non-negative least squares problems with one low-rank matrix together.
 
 Where most rows depend on others, exchanges wander between many supports that are nearly right. Operator splitting heads
-for the right one at the price of a product of matrices per step, which all problems share. A support that has stopped
-changing is tried: it is right, or wrong in a few rows, which exchanges mend, and its Cholesky factor solves exactly.
+for the right one, at the cost of one matrix product per step for all problems. Once a support stops changing, it is
+tried: it is right, or wrong in a few rows, which exchanges correct, and its Cholesky factor gives the exact solution.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from hf_jd.weighting._solvers.cosines import EPSILON
 
-_RELAXATION = 1.95  # of the steps; below 2 they converge, and the longest need the fewest
+_RELAXATION = 1.95  # of the steps: they converge below 2, and longer steps need fewer
 _PENALTIES = (0.03, 0.1, 0.01, 3e-3, 1e-3, 1e-4, 1e-5, 1e-6)  # the likeliest first; a dual cone of {0} needs the least
-_SAMPLE, _SAMPLE_STEPS = 8, (200, 800)  # problems that the penalty is chosen by, and their steps, if need be the more
-_LOST = 4  # wrong rows of a problem of the sample on average: the null space may know better
-_BETTER = 0.8  # of the wrong rows: the next penalty is worth a change
-_STEPS = (50, 25, 25, 50, 50, 100, 100, 200, 200, 400, 400, 800, 800)  # from one look at the supports to the next
-_SETTLED = 1  # changes from one look to the next up to which a support is tried
+_SAMPLE, _SAMPLE_STEPS = 8, (200, 800)  # problems on which the penalty is chosen, and steps (the second if needed)
+_LOST = 4  # wrong rows per sampled problem above which the null space is tried
+_BETTER = 0.8  # another penalty is better if it leaves less than this share of the wrong rows
+_STEPS = (50, 25, 25, 50, 50, 100, 100, 200, 200, 400, 400, 800, 800)  # between checks of the supports
+_SETTLED = 1  # rows by which a support may have changed since the last check to be tried
 _EXCHANGES = 4
-_FEW = 1 / 64  # of the rows: so many wrong ones are worth an exchange
+_FEW = 1 / 64  # share of wrong rows up to which exchanges are tried
 _REFINEMENTS = 20
 _PRECISION = 1e-13
 
@@ -33,8 +33,8 @@ def solve_low_rank(cosines: Tensor, targets: Tensor, regularisation: float = 0.0
     Args:
         cosines: C, [m, m], positive semi-definite, of unit diagonal.
         targets: u, [k, m], 0 or more.
-        regularisation: Added to the diagonal, it picks of many solutions the one of smallest |u + z|; refinement takes
-            back what it changes besides. 0 if C is definite.
+        regularisation: Added to the diagonal to pick the solution of smallest |u + z|; refinement undoes its other
+            effects. 0 if C is definite.
 
     Returns:
         z, [k, m]; rows that did not settle hold NaN.
@@ -51,7 +51,7 @@ def solve_low_rank(cosines: Tensor, targets: Tensor, regularisation: float = 0.0
 
 
 def _settle(problems: _Problems, trial: _Trial) -> Tensor:
-    """Takes steps and tries the supports that have settled; returns z, [k, m], with NaN where none has proved right."""
+    """Takes steps and tries supports that have settled; returns z, [k, m], with NaN where no support was right."""
     targets, step = problems.targets, trial.step
     solution = torch.full_like(targets, torch.nan)
     left = torch.arange(len(targets), device=targets.device)
@@ -72,10 +72,11 @@ def _settle(problems: _Problems, trial: _Trial) -> Tensor:
 
 
 def _solve_in_null_space(problems: _Problems) -> Tensor:
-    """Solves problems of one positive u_i each as if the dual cone were {0}; returns z, [k, m], NaN where it isn't.
+    """Solves problems with one positive u_i each, assuming the dual cone is {0}; returns z, [k, m], NaN where it isn't.
 
-    Then C v = 0: v = N c for the orthonormal N [m, f] that C maps to 0, and the smallest v with v >= u is a multiple of
-    N times the projection of row n_i onto the cone {c : N c >= 0}: the same problem again, where no solution is large.
+    If it is {0}, C v = 0, so v = N c for an orthonormal basis N [m, f] of the null space of C. The smallest v >= u is a
+    multiple of N times the projection of row n_i onto the cone {c : N c >= 0}: the same problem again, but one whose
+    solutions are never large.
     """
     values, vectors = torch.linalg.eigh(problems.cosines)
     null = vectors[:, values <= values[-1] * len(values) * EPSILON]
@@ -89,12 +90,12 @@ def _solve_in_null_space(problems: _Problems) -> Tensor:
     weights = projections @ null.T
     scale = problems.targets.sum(dim=1) / (weights * ones).sum(dim=1)
     corrections = (weights * scale[:, None] - problems.targets) * (1 - ones)
-    found = (corrections >= -_PRECISION * corrections.amax(dim=1, keepdim=True)).all(dim=1) & (scale > 0)
-    return torch.where(found[:, None], corrections.clamp(min=0), torch.nan)
+    solved = (corrections >= -_PRECISION * corrections.amax(dim=1, keepdim=True)).all(dim=1) & (scale > 0)
+    return torch.where(solved[:, None], corrections.clamp(min=0), torch.nan)
 
 
 class _Problems(NamedTuple):
-    """C [m, m], the k problems' u and C u [k, m], and what is added to the diagonal of C."""
+    """C [m, m], the k problems' u and C u [k, m], and the addition to the diagonal of C."""
 
     cosines: Tensor
     targets: Tensor
@@ -106,28 +107,32 @@ class _Problems(NamedTuple):
 
 
 def _choose_penalty(problems: _Problems) -> _Trial:
-    """Returns the penalty that serves a sample of the problems best."""
+    """Returns the penalty that leaves the fewest wrong rows in a sample of the problems."""
     count = len(problems.targets)
     sample = problems.select(torch.arange(0, count, -(-count // _SAMPLE), device=problems.targets.device))
-    best = _try_penalty(sample, _PENALTIES[0], _SAMPLE_STEPS[0])
+    penalties, trials = list(_PENALTIES), []
     for steps in _SAMPLE_STEPS:
-        for penalty in _PENALTIES:
-            if best.wrong <= 1:
-                return best
-            best = _better(best, _try_penalty(sample, penalty, steps))
+        trials = []
+        for penalty in penalties:
+            trials.append(_try_penalty(sample, penalty, steps))
+            if trials[-1].wrong <= 1:
+                return trials[-1]
+        trials.sort(key=lambda trial: trial.wrong)
+        penalties = [trial.penalty for trial in trials]  # With more steps, the best of few is tried first.
+    best = trials[0]
     for factor in (3, 1 / 3):
         best = _better(best, _try_penalty(sample, factor * best.penalty, _SAMPLE_STEPS[-1]))
     return best
 
 
 class _Trial(NamedTuple):
-    """A penalty p, its step p (C + p)^-1 [m, m], and averages of a sample.
+    """A penalty p, its step p (C + p)^-1 [m, m], and averages over a sample.
 
     Attributes:
         penalty: p.
-        step: In single precision: supports are all that steps have to find, and `_solve` proves them.
-        wrong: How many rows prove a support wrong.
-        moved: How far from u the states went, [m].
+        step: In single precision: steps only have to find supports, which `_solve` verifies.
+        wrong: The number of rows that prove a support wrong.
+        moved: The distance of the states from u, [m].
     """
 
     penalty: float
@@ -142,7 +147,7 @@ def _try_penalty(sample: _Problems, penalty: float, steps: int) -> _Trial:
     step = (penalty * torch.cholesky_inverse(torch.linalg.cholesky(shifted))).float()
     state = _split(step, sample.targets, sample.targets.float(), steps)
     wrong = _solve(sample, state > sample.targets)[1].sum(dim=1)
-    # One wrong row may make all look wrong: a high count says no more than that.
+    # One wrong row can make all look wrong, so high counts are cut off.
     mean = wrong.clamp(max=len(step) // 16).double().mean().item()
     return _Trial(penalty, step, mean, (state - sample.targets).mean(dim=0).float())
 
@@ -152,7 +157,7 @@ def _better(first: _Trial, second: _Trial) -> _Trial:
 
 
 def _split(step: Tensor, targets: Tensor, state: Tensor, steps: int) -> Tensor:
-    """Takes Douglas and Rachford's steps: t + r (p (C + p)^-1 (2 v - t) - v), v = max(u, t); t, u are [k, m]."""
+    """Takes Douglas-Rachford steps: t + r (p (C + p)^-1 (2 v - t) - v), v = max(u, t); t, u are [k, m]."""
     targets, state = targets.to(step), state.clone()
     for _ in range(steps):
         weights = torch.maximum(targets, state)
@@ -162,13 +167,13 @@ def _split(step: Tensor, targets: Tensor, state: Tensor, steps: int) -> Tensor:
 
 
 def _exchange(problems: _Problems, positive: Tensor) -> Tensor:
-    """Solves for z on the supports [k, m], exchanging rows that prove wrong if they are few; NaN if they are many."""
+    """Solves for z on the supports [k, m], exchanging wrong rows while they are few; NaN if they are many."""
     solution = torch.full_like(problems.targets, torch.nan)
     left = torch.arange(len(solution), device=solution.device)
     for _ in range(_EXCHANGES):
-        found, wrong = _solve(problems.select(left), positive)
+        candidates, wrong = _solve(problems.select(left), positive)
         count = wrong.sum(dim=1)
-        solution[left[count == 0]] = found[count == 0]
+        solution[left[count == 0]] = candidates[count == 0]
         few = (count > 0) & (count <= max(1, _FEW * len(problems.cosines)))
         left, positive = left[few], (positive ^ wrong)[few]
         if not len(left):
@@ -177,13 +182,13 @@ def _exchange(problems: _Problems, positive: Tensor) -> Tensor:
 
 
 def _solve(problems: _Problems, positive: Tensor) -> tuple[Tensor, Tensor]:
-    """Solves C_PP z_P = -(C u)_P for the supports P [k, m]; returns z, and which rows prove P wrong, [k, m]."""
+    """Solves C_PP z_P = -(C u)_P for the supports P [k, m]; returns z, and the rows that prove P wrong, [k, m]."""
     cosines, targets, slopes, regularisation = problems
     first, refined = targets.clone(), targets.clone()
     for i, mask in enumerate(positive):
         support = mask.nonzero()[:, 0]
         if len(support):
-            system = cosines.index_select(0, support).index_select(1, support)
+            system = cosines.index_select(0, support).gather(1, support.expand(len(support), -1))
             right = system @ targets[i, support] - slopes[i, support]
             first[i, support], refined[i, support] = _solve_support(system, right, regularisation)
     gaps = first @ cosines + regularisation * first
@@ -192,7 +197,7 @@ def _solve(problems: _Problems, positive: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _solve_support(system: Tensor, right: Tensor, regularisation: float) -> tuple[Tensor, Tensor]:
-    """Solves A v = b: with a larger diagonal, which gives the signs of the smallest v, then without it."""
+    """Solves A v = b with a larger diagonal, which gives the signs of the smallest v, then refines without it."""
     regular = system.clone()
     regular.diagonal().add_(regularisation)
     factor, _ = torch.linalg.cholesky_ex(regular)
@@ -202,7 +207,7 @@ def _solve_support(system: Tensor, right: Tensor, regularisation: float) -> tupl
         return torch.linalg.solve_triangular(factor.mT, half, upper=True)[:, 0]
 
     def in_range(values: Tensor) -> Tensor:
-        # The smallest v has no part that A maps to 0, but rounding errors of b become one of 1 / regularisation.
+        # The smallest v has no component in A's null space; rounding errors of b there grow by 1 / regularisation.
         return values - regularisation * solve(values) if regularisation else values
 
     first = solve(right)

@@ -1,4 +1,4 @@
-"""Calling a module again, with other tensors in the place of its parameters and buffers."""
+"""Call a module again, with other tensors in place of its parameters and buffers."""
 
 import math
 from collections.abc import Generator, Mapping, Sequence
@@ -17,10 +17,10 @@ from hf_jd.gramian.taps import TapEvent
 def call_again(
     module: nn.Module, tensors: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
 ) -> Any:
-    """What a module returns with `tensors` in the place of those of that name, wherever it holds them.
+    """Calls a module with `tensors` in place of its tensors of the same names, wherever the module uses them.
 
-    Each place is filled once: `torch.func.functional_call` by itself fills what a module shared by two parents holds
-    twice, and then leaves the second filling there.
+    Each place is replaced once: `torch.func.functional_call` on its own replaces the tensors of a module with two
+    parents twice, and doesn't restore the original afterwards.
     """
     named = {
         **dict(module.named_parameters(remove_duplicate=False)),
@@ -29,27 +29,27 @@ def call_again(
     wanted = {id(named[name]): tensor for name, tensor in tensors.items()}
     places = {}
     for path, owner in module.named_modules():
-        for name, held in [*owner._parameters.items(), *owner._buffers.items()]:
-            if held is not None and id(held) in wanted:
-                places[f"{path}.{name}" if path else name] = wanted[id(held)]
+        for name, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
+            if tensor is not None and id(tensor) in wanted:
+                places[f"{path}.{name}" if path else name] = wanted[id(tensor)]
     return functional_call(module, places, tuple(args), dict(kwargs or {}), tie_weights=False)
 
 
 @contextmanager
 def without_traces(module: nn.Module, device: torch.device, replayed: bool = False) -> Generator[dict[str, Tensor]]:
-    """Calls of a module within it change no buffer and draw no global random numbers.
+    """Protects buffers and global random streams from calls of a module within the context.
 
     Args:
         module: The module.
-        device: Where its random numbers come from, beside the CPU.
+        device: Where its random numbers come from, besides the CPU.
         replayed: Whether the calls get the random numbers of its forward.
 
     Yields:
-        Copies of the module's buffers, for those calls to change.
+        Copies of the module's buffers, for the calls to use.
 
     Raises:
-        DrawsError: At its end, where the module has drawn random numbers that are not those of its forward.
-        RuntimeError: At its end, where the copies have changed: the forward has a memory.
+        DrawsError: On exit, if the module has drawn random numbers other than those of its forward.
+        RuntimeError: On exit, if the copies have changed: the forward has a memory.
     """
     copies = {name: buffer.clone() for name, buffer in module.named_buffers()}
     with unchanged_streams(device) as has_drawn:
@@ -57,19 +57,19 @@ def without_traces(module: nn.Module, device: torch.device, replayed: bool = Fal
         if not replayed and has_drawn():
             raise DrawsError
     if any(not torch.equal(copies[name], buffer) for name, buffer in module.named_buffers()):
-        raise RuntimeError("the module's forward changes its buffers, so that another call computes something else")
+        raise RuntimeError("the module's forward changes its buffers, so another call computes something else")
 
 
 def single_precision_gradients(
     event: TapEvent, names: Sequence[str], inputs: Sequence[Tensor], grad_output: Tensor
 ) -> dict[str, Tensor]:
-    """The vector-Jacobian product of a copy of a module in float32, by parameter; its first output counts.
+    """Computes the vector-Jacobian product of a float32 copy of a module's first output, by parameter.
 
     Args:
-        event: What the module's tap met.
+        event: From the module's tap.
         names: The parameters of interest, by name below the module.
         inputs: The tensors to call it with.
-        grad_output: Gradient of its output.
+        grad_output: The gradient of its output.
     """
 
     def single(tensor: Tensor) -> Tensor:
@@ -86,14 +86,14 @@ def single_precision_gradients(
 
 
 class RepeatedCall:
-    """A module that is called again to differentiate it, as it was called when a tap met it.
+    """Calls a module again, in the same way as in its forward, to differentiate it.
 
     Args:
-        event: What the tap met; its targets are the parameters of interest.
-        buffers: Those to call it with.
+        event: From the module's tap; its targets are the parameters of interest.
+        buffers: The buffers to call it with.
 
     Attributes:
-        is_replayed: Whether it gets the random numbers of its forward.
+        is_replayed: Whether the module gets the random numbers of its forward.
     """
 
     def __init__(self, event: TapEvent, buffers: Mapping[str, Tensor]):
@@ -106,18 +106,18 @@ class RepeatedCall:
     @staticmethod
     @contextmanager
     def of(event: TapEvent) -> "Generator[RepeatedCall]":
-        """A context in which the module leaves no traces (`without_traces`), under the autocast of its call."""
+        """Opens a context in which the module leaves no traces (`without_traces`), under the autocast of its call."""
         assert event.first is not None
         device, is_replayed = event.first.device, event.call.random_state is not None
         with event.call.context(), without_traces(event.tap.module, device, is_replayed) as buffers:
             yield RepeatedCall(event, buffers)
 
     def traced_row(self, inputs: list[Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
-        """The vector-Jacobian product for output gradients, by parameter; inside `vmap`."""
+        """Computes the vector-Jacobian product for output gradients, by parameter; inside `vmap`."""
         return vjp(lambda parameters: self.outputs(parameters, inputs), self._parameters)[1](tuple(gradients))[0]
 
     def row(self, inputs: list[Tensor], gradients: list[Tensor], expected: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The same by plain autograd, which knows any custom function; UnmappedError if not for `expected` outputs."""
+        """Does the same by autograd, which allows custom functions; UnmappedError if outputs aren't as `expected`."""
         with torch.enable_grad():
             parameters = {name: p.clone().requires_grad_() for name, p in self._parameters.items()}
             outputs = self.outputs(parameters, inputs)
@@ -126,29 +126,29 @@ class RepeatedCall:
         pairs = [(o, g) for o, g in zip(outputs, gradients, strict=True) if o.requires_grad and o.numel()]
         if not pairs:
             return {name: torch.zeros_like(p) for name, p in self._parameters.items()}
-        found = torch.autograd.grad(
+        rows = torch.autograd.grad(
             [o for o, _ in pairs],
             list(parameters.values()),
             [g for _, g in pairs],
             allow_unused=True,
             materialize_grads=True,
         )
-        return {name: g.to_dense() if g.is_sparse else g for name, g in zip(parameters, found, strict=True)}
+        return {name: g.to_dense() if g.is_sparse else g for name, g in zip(parameters, rows, strict=True)}
 
     def outputs(self, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The outputs that have a gradient, with `parameters` in the place of the module's own."""
+        """Returns the outputs that have a gradient, with `parameters` in place of the module's own."""
         every = self.all_outputs(inputs, parameters)
         return tuple(o for o, used in zip(every, self._used, strict=True) if used)
 
     def all_outputs(
         self, inputs: Sequence[Tensor], parameters: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensor, ...]:
-        """All outputs that the tap wrapped."""
+        """Returns all outputs that the tap wrapped."""
         args, kwargs = self._call.arguments(list(inputs))
         self._call.replay(self._device)
         return self._call.float_outputs(call_again(self._module, {**(parameters or {}), **self._buffers}, args, kwargs))
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    """Whether outputs are those of the same random numbers, which differ by far more than rounding otherwise."""
+    """Whether outputs come from the same random numbers: otherwise they differ by far more than rounding."""
     return bool((a - b).norm() <= math.sqrt(torch.finfo(b.dtype).eps) * b.norm())
