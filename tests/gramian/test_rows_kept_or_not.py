@@ -68,7 +68,7 @@ def test_what_is_kept_is_within_the_budget(kind: str, budget: int):
             warnings.simplefilter("ignore", UserWarning)
             assert_gramian(engine, losses, model, tolerance=SINGLE)
         assert engine._step is not None
-        kept = engine._step.kept
+        kept = engine._step.source
         assert isinstance(kept, Tensor) or kept.nbytes <= budget
 
 
