@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hf-jd {name}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(f"\nhf-jd {name}: {error or 'Stopped.'}", file=sys.stderr)
+        print(f"\nhf-jd {name}: {str(error) or 'Stopped.'}", file=sys.stderr)
         return 130
 
 

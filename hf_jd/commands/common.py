@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,15 @@ except ImportError as error:
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 """The `datasets` builder for a local file, by its ending."""
+
+
+COLUMNS = {
+    "dpo": ("chosen", "rejected"),
+    "reward": ("chosen", "rejected"),
+    "kto": ("prompt", "completion", "label"),
+    "grpo": ("prompt",),
+}
+"""The columns that each command's trainer needs; SFT takes several forms."""
 
 
 def run(
@@ -49,10 +60,11 @@ def run(
     """
     kinds: list[Any] = [script, config, ModelConfig, DatasetMixtureConfig]
     parser: Any = TrlParser(kinds, prog=f"hf-jd {name}")
-    script_args, args, model, mixture = parser.parse_args_and_config(list(argv))
+    script_args, args, model, mixture = _parse(parser, argv)
     _check(model)
     args.model_init_kwargs = _loading(model, args)
     data = load(script_args, mixture)
+    _check_columns(name, _split(data, script_args.dataset_train_split, "dataset_train_split"))
     built = trainer(
         model=model.model_name_or_path,
         args=args,
@@ -64,11 +76,43 @@ def run(
         peft_config=get_peft_config(model),
         **({} if more is None else more(script_args, model)),
     )
-    built.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    wanted = args.resume_from_checkpoint
+    try:
+        built.train(resume_from_checkpoint=True if wanted in ("last", "true", "True") else wanted)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "Stopped. To continue from the last checkpoint (--save_steps), add --resume_from_checkpoint last."
+        ) from None
     built.save_model(args.output_dir)
     if args.push_to_hub:
         built.push_to_hub(dataset_name=script_args.dataset_name)
     return 0
+
+
+def _parse(parser: Any, argv: Sequence[str]) -> Any:
+    """Parses the arguments like TRL; raises a ValueError with the nearest flag for an unknown one."""
+    *parsed, unknown = parser.parse_args_and_config(list(argv), return_remaining_strings=True)
+    if unknown:
+        flag = next((word for word in unknown if word.startswith("-")), unknown[0])
+        flags = [f"--{field.name}" for kind in parser.dataclass_types for field in fields(kind)]
+        nearest = get_close_matches(flag, flags, n=1)
+        advice = f"; the nearest is `{nearest[0]}`" if nearest else ""
+        raise ValueError(f"Unknown flag `{flag}`{advice}.")
+    return parsed
+
+
+def _check_columns(command: str, rows: Any) -> None:
+    """Raises a ValueError for texts without the columns that the command's trainer reads."""
+    columns, needed = getattr(rows, "column_names", None) or [], COLUMNS.get(command, ())
+    missing = [f"`{name}`" for name in needed if name not in columns]
+    # Streams may not know their columns; token ids have other names; and KTO takes pairs apart.
+    pairs = command == "kto" and {"chosen", "rejected"} <= {*columns}
+    fits = pairs or not columns or any(name.endswith("_ids") for name in columns)
+    if missing and not fits:
+        raise ValueError(
+            f"The data has no column {', '.join(missing)}; hf-jd {command} reads {', '.join(needed)}, and the data has "
+            f"{', '.join(columns)}: rename its columns, or choose another command (`hf-jd --help`)."
+        )
 
 
 def _check(model: Any) -> None:
@@ -107,6 +151,8 @@ def load(script: Any, mixture: Any) -> Any:
             "No data is given: set --dataset_name (on the Hub, a folder or a file), or `datasets` in YAML."
         )
     path = Path(script.dataset_name)
+    if path.suffix in BUILDERS and not path.exists():
+        raise ValueError(f"--dataset_name {path} can't be read: there is no such file.")
     if not path.is_file():
         return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
     if path.suffix not in BUILDERS:

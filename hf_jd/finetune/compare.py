@@ -43,6 +43,10 @@ def main(argv: Sequence[str]) -> int:
     """
     flags, file = split_settings(argv)
     arguments, flags = _parser().parse_known_args(flags)
+    if any(flag.partition("=")[0] == "--seed" for flag in flags):
+        raise ValueError(
+            "--seed would give all runs one seed: --seeds N runs each configuration with the seeds 0 to N-1."
+        )
     plan = Plan.read(example_path(DEFAULT) if file is None else file)
     folder = Path(arguments.output_dir)
     runs = plan.runs(folder, arguments.seeds)

@@ -190,11 +190,7 @@ def _check_texts(rows: Rows, source: str) -> None:
     columns = columns_of(rows)
     form = form_of(columns)
     if not form:
-        advice = (
-            " Preferences are for TRL's DPOTrainer, in a script with JDTrainerMixin."
-            if _PREFERENCES.issubset(columns)
-            else ""
-        )
+        advice = " Preferences are for `hf-jd dpo`." if _PREFERENCES.issubset(columns) else ""
         raise ValueError(
             f"{source} has nothing to learn from: it needs the columns {HELP}, and has {_listed(columns)}.{advice}"
         )

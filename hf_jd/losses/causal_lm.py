@@ -35,4 +35,4 @@ def causal_lm(
         virtual = logits.shape[1] - labels.shape[1]
         if virtual > 0:
             targets = F.pad(torch.cat([labels[:, :1], targets], dim=1), (virtual - 1, 0), value=IGNORED)
-    return cross_entropy(logits, targets, label_smoothing, outputs.get("loss"))
+    return cross_entropy(logits, targets, label_smoothing, outputs.get("loss"), torch.float32)

@@ -21,12 +21,16 @@ _BETWEEN = 12  # nodes between a loss and its log-probabilities: divisions, fact
 
 
 def cross_entropy(
-    logits: Tensor, targets: Tensor, label_smoothing: float = 0.0, loss: Tensor | None = None
+    logits: Tensor,
+    targets: Tensor,
+    label_smoothing: float = 0.0,
+    loss: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Computes the loss of each target, like transformers' heads and LabelSmoother before they reduce it.
 
     With p the model's probabilities, y the target and e the smoothing, a loss is
-    (1 - e) * -log p(y) + e * mean_v -log p(v). It is computed in at least float32.
+    (1 - e) * -log p(y) + e * mean_v -log p(v).
 
     Args:
         logits: [..., V].
@@ -34,6 +38,7 @@ def cross_entropy(
         label_smoothing: e, between 0 and 1.
         loss: [] the model's own loss, if there is one: if autograd has saved log p for its backward, log p is read from
             there, since computing it takes a tenth of a small model's step.
+        dtype: What it is computed in without smoothing; None: the logits' own, but at least float32.
 
     Returns:
         The losses [...], 0 where nothing is predicted, and where they count [...] (bool).
@@ -50,7 +55,7 @@ def cross_entropy(
     log_p = _saved_log_probabilities(loss, logits)
     if log_p is None:
         # LabelSmoother takes the logarithm in the logits' own dtype.
-        dtype = logits.dtype if label_smoothing else torch.promote_types(logits.dtype, torch.float32)
+        dtype = logits.dtype if label_smoothing else dtype or torch.promote_types(logits.dtype, torch.float32)
         log_p = F.log_softmax(logits, dim=-1, dtype=dtype)
     losses = -log_p.gather(-1, targets.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     if label_smoothing:

@@ -27,7 +27,7 @@ class Control:
     Args:
         jd: The flags.
         weighting: Any callable from a Gramian [m, m] to weights [m].
-        groups: The names of all groups, if known.
+        names: The names of all groups or rewards, if known.
 
     Attributes:
         last: By the objectives' names, m w_k at the last update that weighed them; 1 is the mean's.
@@ -35,22 +35,18 @@ class Control:
             `state_dict()`, so that each block has its own memory.
 
     Raises:
-        ValueError: A preference is for no group, or the weighting can't follow a flag.
+        ValueError: A preference is for no objective, or the weighting can't follow a flag.
     """
 
-    def __init__(self, jd: JDArguments, weighting: Callable[[Tensor], Tensor], groups: Sequence[str] | None):
+    def __init__(self, jd: JDArguments, weighting: Callable[[Tensor], Tensor], names: Sequence[str] | None):
         check_weighting(jd, weighting)
         self.jd = jd
         self.weighting = weighting
         self.preferences = jd.preferences()
         self.last: dict[str, float] = {}
         self.of_blocks: dict[str, Callable[[Tensor], Tensor]] = {}
-        unknown = sorted(set(self.preferences) - set(groups if groups is not None else self.preferences))
-        if unknown:
-            raise ValueError(
-                f"--jd_preferences names {_listed(unknown)}, which is no group of the training set; its groups are "
-                f"{_listed(groups or [])}."
-            )
+        if names is not None:
+            self._check_preferences(names)
 
     def weights(
         self, gramian: Tensor, losses: Tensor, names: Sequence[str] | None, block: str | None = None, *, step: int
@@ -69,6 +65,8 @@ class Control:
         m = len(losses)
         if step < self.jd.jd_warmup_steps:
             return torch.full((m,), 1 / m, dtype=torch.float64, device=gramian.device)
+        if self.jd.jd_objectives == "loss" and names is not None:
+            self._check_preferences(names)
         wanted = [self.preferences.get(name, 1.0) for name in names or []]
         if self.preferences and not any(wanted):
             return torch.zeros(m, dtype=torch.float64, device=gramian.device)
@@ -114,6 +112,14 @@ class Control:
         """Loads the last weights from a checkpoint; without them, the next update is measured."""
         file = checkpoint / WEIGHTS_FILE
         self.last = json.loads(file.read_text("utf-8")) if self.jd.jd_every > 1 and file.is_file() else {}
+
+    def _check_preferences(self, names: Sequence[str]) -> None:
+        unknown = sorted(set(self.preferences) - set(names))
+        if unknown:
+            raise ValueError(
+                f"--jd_preferences names {_listed(unknown)}, which is no objective; the objectives are "
+                f"{_listed(names)}."
+            )
 
     def _scales(self, gramian: Tensor, losses: Tensor) -> Tensor:
         """Returns d [m], float64, the factors of `--jd_normalize`; 1 for a zero row or loss."""

@@ -20,9 +20,6 @@ from hf_jd.trainer.update import Update
 if TYPE_CHECKING:
     from hf_jd.trainer.generations import GeneratingMixin
 
-KL = "kl"
-"""The name of the divergence from the reference model as an objective."""
-
 
 class Shares(NamedTuple):
     """The loss of a batch of completions by objective.
@@ -144,8 +141,7 @@ class RewardUpdate(NamedUpdate):
     trainer: GeneratingMixin
 
     def _make_recorder(self, keep_graph: bool) -> RewardRecorder:
-        apart = getattr(self.trainer.args, "jd_kl", "mean") == "objective"
-        self.trainer.jd_loss_names = [*self.trainer.reward_func_names, *([KL] if apart else [])]
+        self.trainer.jd_loss_names = self.trainer.objective_names() or []
         return RewardRecorder(self.trainer, self.backend, self.model, None, True, False)
 
 

@@ -54,6 +54,12 @@ class GeneratingMixin(JDTrainerMixin):
     reward_weights: Tensor
     beta: float
 
+    def objective_names(self) -> list[str] | None:
+        """Returns the names of all objectives, if known before training."""
+        if not self.jd_args.kind.of_rewards:
+            return super().objective_names()
+        return [*self.reward_func_names, *(["kl"] if getattr(self.args, "jd_kl", "mean") == "objective" else [])]
+
     def follow_flags(self) -> None:
         """Makes what the flags decide; see JDTrainerMixin."""
         super().follow_flags()

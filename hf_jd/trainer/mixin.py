@@ -27,6 +27,7 @@ from hf_jd.metrics import Averages, pairs, readable
 from hf_jd.trainer.backends import Backend, backend_of
 from hf_jd.trainer.cotangents import OutputObserver
 from hf_jd.trainer.evaluating import EvaluationMixin
+from hf_jd.trainer.overrides import steps_through
 from hf_jd.trainer.peers import check_given, check_same_weights, lost_peers
 from hf_jd.trainer.resuming import checkpoint_to_resume, load_weighting, needed_files, save_weighting
 from hf_jd.trainer.run_log import RunLog
@@ -47,6 +48,17 @@ class JDTrainerMixin(EvaluationMixin):
     """
 
     jd_backward: Callable[[Tensor], None] | None = None
+
+    def __init_subclass__(cls, **kwargs: Any):
+        """Refuses a class with a Trainer to the left of the mixin, whose methods would run instead of the mixin's."""
+        super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if Trainer in order and order.index(Trainer) < order.index(JDTrainerMixin):
+            left = next(base.__name__ for base in cls.__bases__ if issubclass(base, Trainer))
+            raise TypeError(
+                f"{cls.__name__} names {left} before JDTrainerMixin, so its plain steps would run: put the mixin to "
+                f"the left, `class {cls.__name__}(JDTrainerMixin, {left})`."
+            )
 
     def __init__(
         self,
@@ -97,7 +109,8 @@ class JDTrainerMixin(EvaluationMixin):
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # By now, Trainer has built the model and set the flags of a search's trial, but has compiled nothing.
         self._begin(kwargs.get("resume_from_checkpoint"))
-        return super()._inner_training_loop(*args, **kwargs)
+        with steps_through(self, JDTrainerMixin.training_step, lambda: self._jd_seen):
+            return super()._inner_training_loop(*args, **kwargs)
 
     def _begin(self, checkpoint: str | None) -> None:
         """Begins a run with the current flags, and without any state of the previous run."""
@@ -276,6 +289,10 @@ class JDTrainerMixin(EvaluationMixin):
             self._signature_columns.append(column)
 
     # ---- What an update needs ----
+
+    def objective_names(self) -> list[str] | None:
+        """Returns the names of all objectives, if known before training."""
+        return self.jd_group_names
 
     def trainable(self) -> list[nn.Parameter]:
         """The trainable parameters, in the same order on all processes."""

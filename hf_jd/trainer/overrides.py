@@ -1,7 +1,9 @@
-"""Find out whether `compute_loss` or `compute_losses` is the user's own."""
+"""Find out whether `compute_loss`, `compute_losses` or `training_step` is the user's own."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import Any
 
 _OURS = ("transformers.trainer", "hf_jd.trainer.unreduced")
@@ -27,3 +29,40 @@ def overridden(trainer: Any) -> str | None:
             return "compute_loss"
         right = right or step == "hf_jd.trainer.mixin"
     return None
+
+
+@contextmanager
+def steps_through(trainer: Any, ours: Callable[..., Any], count: Callable[[], int]) -> Generator[None]:
+    """Refuses a user's `training_step` that hides the mixin's, instead of training without Jacobian descent.
+
+    Args:
+        trainer: The trainer.
+        ours: The mixin's `training_step`.
+        count: Returns the number of micro-batches of this update that the mixin's step has seen.
+
+    Raises:
+        ValueError: After the first step that didn't call the mixin's.
+    """
+    step, before = trainer.training_step, vars(trainer).get("training_step")
+    if getattr(step, "__func__", None) is ours:
+        yield
+        return
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        seen = count()
+        loss = step(*args, **kwargs)
+        if count() == seen:
+            raise ValueError(
+                f"The training_step of {type(trainer).__name__} doesn't call super().training_step, so it trains "
+                "without Jacobian descent: call it, or define training_step in a Trainer to the right of "
+                "JDTrainerMixin, `class Both(JDTrainerMixin, Mine)`."
+            )
+        return loss
+
+    trainer.training_step = checked
+    try:
+        yield
+    finally:
+        del trainer.training_step
+        if before is not None:
+            trainer.training_step = before

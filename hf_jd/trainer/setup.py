@@ -60,7 +60,7 @@ def follow_flags(trainer: JDTrainerMixin, made: FromFlags) -> Control:
     jd.validate()
     _follow_weighting(trainer, jd, made)
     _follow_groups(trainer, jd, made)
-    return Control(jd, trainer.weighting, trainer.jd_group_names)
+    return Control(jd, trainer.weighting, trainer.objective_names())
 
 
 def _follow_weighting(trainer: JDTrainerMixin, jd: JDArguments, made: FromFlags) -> None:

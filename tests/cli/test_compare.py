@@ -56,6 +56,11 @@ def test_compares_end_to_end(plan, tmp_path, capsys):
     assert "--overwrite" in capsys.readouterr().err
 
 
+def test_one_seed_for_all_runs_is_refused(plan, tmp_path, capsys):
+    assert main(["compare", str(plan), "--output_dir", str(tmp_path / "out"), "--seed", "2"]) == 2
+    assert "--seeds N runs each configuration" in capsys.readouterr().err
+
+
 def test_a_wrong_flag_is_refused_before_anything_runs(plan, tmp_path, capsys):
     folder = tmp_path / "comparison"
     assert main(["compare", str(plan), "--output_dir", str(folder), "--jd_weighting", "upgard"]) == 2

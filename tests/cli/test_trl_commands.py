@@ -126,6 +126,12 @@ def test_scripts_run_under_accelerate_with_two_processes(name, models, common, t
 
 MISTAKES = {
     "model": (["dpo", "--dataset_name", "d.jsonl"], "No model is given: name it, or its folder"),
+    "flag": (["dpo", "--jd_weigthing", "upgrad"], "Unknown flag `--jd_weigthing`; the nearest is `--jd_weighting`"),
+    "file": (["dpo", "--model_name_or_path", "m", "--dataset_name", "no.jsonl"], "no.jsonl can't be read"),
+    "column": (
+        ["kto", "--model_name_or_path", "m", "--dataset_name", "GRPO"],
+        "The data has no column `completion`, `label`; hf-jd kto reads prompt, completion, label",
+    ),
     "data": (["dpo", "--model_name_or_path", "m"], "No data is given: set --dataset_name"),
     "kind": (["dpo", "--model_name_or_path", "m", "--dataset_name", "my_rewards.py"], "ends in `.py`"),
     "reward": (["grpo", "--model_name_or_path", "m", "--dataset_name", "DATA"], "No reward is given"),
@@ -149,11 +155,18 @@ MISTAKES = {
 def test_a_mistake_is_told_in_a_sentence(name, common, tmp_path, capsys):
     words, expected = MISTAKES[name]
     data = written("grpo" if words[0] == "grpo" else "dpo", tmp_path)
-    words += ["--num_generations", "2"] if words[0] == "grpo" else []
-    assert main([data if word == "DATA" else word for word in words] + common) == 2
+    words = words + (["--num_generations", "2"] if words[0] == "grpo" else [])
+    files = {"DATA": data, "GRPO": written("grpo", tmp_path) if "GRPO" in words else ""}
+    assert main([files.get(word, word) for word in words] + common) == 2
     error = capsys.readouterr().err
     assert f"hf-jd {words[0]}: error: " in error
     assert any(part in error for part in expected.split("|"))
+
+
+def test_a_preference_for_no_reward_is_told(models, common, tmp_path, capsys):
+    words = ["grpo", "--model_name_or_path", str(models["causal"]), "--dataset_name", written("grpo", tmp_path)]
+    assert main([*words, *common, *FLAGS["grpo"], "--jd_preferences", "shrt=2"]) == 2
+    assert "`shrt`, which is no objective; the objectives are `short`, `happy`" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(is_bitsandbytes_available(), reason="bitsandbytes is there")

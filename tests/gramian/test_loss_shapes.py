@@ -76,7 +76,9 @@ def test_a_dimension_that_the_losses_do_not_have(shape: tuple[int, ...], batch_d
     model = mlp()
     losses = model(batch(B, 4)).flatten()[: torch.Size(shape).numel()].view(shape)
     n = len(shape)
-    with pytest.raises(ValueError, match=rf"batch_dim is {batch_dim}, .* the dimension of their instances, {-n} to {n - 1},"):
+    with pytest.raises(
+        ValueError, match=rf"batch_dim is {batch_dim}, .* the dimension of their instances, {-n} to {n - 1},"
+    ):
         Engine(model, batch_dim=batch_dim).compute_gramian(losses)
 
 

@@ -256,7 +256,7 @@ def test_a_callable_weighs(tmp_path):
 
 def test_a_preference_for_an_unknown_group_lists_the_groups(tmp_path):
     args = arguments(tmp_path, jd_preferences=["cade=2"], **GROUP)
-    with pytest.raises(ValueError, match="`cade`, which is no group .*; its groups are `chat`, `code`"):
+    with pytest.raises(ValueError, match="`cade`, which is no objective; the objectives are `chat`, `code`"):
         JDTrainer(lora("gpt2"), args, train_dataset=examples(), data_collator=collate)
 
 

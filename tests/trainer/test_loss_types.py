@@ -77,7 +77,7 @@ def test_groups_of_several_losses(tmp_path):
 
 def test_one_loss_has_no_objectives_to_weigh(tmp_path):
     flags = {**LOSS, "loss_type": ["sigmoid"], "loss_weights": None}
-    with pytest.raises(ValueError, match="--loss_type names `sigmoid` alone: name several"):
+    with pytest.raises(ValueError, match="--loss_type has only `sigmoid`: give several"):
         trained(JDDPOTrainer, JDDPOConfig, tmp_path, **flags)
 
 

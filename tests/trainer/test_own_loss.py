@@ -285,6 +285,28 @@ def test_a_classs_own_step_is_run(theirs, tmp_path):
     assert getattr(trainer, "steps", None) == getattr(expected, "steps", None)
 
 
+class Backward(Trainer):
+    """Runs the backward pass past accelerate."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        model.train()
+        loss = model(**self._prepare_inputs(inputs)).loss
+        loss.backward()
+        return loss.detach()
+
+
+@pytest.mark.parametrize("theirs", [Stepping, Backward])
+def test_a_step_that_hides_the_mixins_is_refused(theirs, tmp_path):
+    cls = type("Ours", (JDTrainer,), {"training_step": theirs.training_step})
+    with pytest.raises(ValueError, match="training_step of Ours doesn't call super"):
+        run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean"), cls=cls)
+
+
+def test_a_mixin_to_the_right_is_refused():
+    with pytest.raises(TypeError, match=r"Wrong names Stepping before JDTrainerMixin.*\(JDTrainerMixin, Stepping\)"):
+        type("Wrong", (Stepping, JDTrainerMixin), {})
+
+
 class WithHead(Trainer):
     """Its loss has parameters beside the model's, which its optimizer trains, too."""
 

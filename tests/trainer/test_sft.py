@@ -258,7 +258,7 @@ def test_the_flags_are_parsed_and_have_their_help(tmp_path):
         + ["--gradient_checkpointing", "false"]
     )
     assert (args.jd_weighting, args.packing) == ("mgda", True)
-    assert "How the objectives are weighted" in parser.format_help()
+    assert "The method that weighs objectives from" in parser.format_help()
 
 
 def test_without_trl_all_else_works_and_the_error_says_what_to_install():
