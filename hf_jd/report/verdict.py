@@ -24,6 +24,8 @@ def setup(history: History) -> str:
         }
         flag = facts.get("jd_objectives", "")
         method = f"{facts.get('jd_weighting')}, {objectives.get(flag, f'objectives `{flag}`')}"
+        if facts.get("jd_blocks", "none") != "none":
+            method += f", weighed by {facts['jd_blocks']}"
     return f"{facts['model']} ({kind}) on {facts['data']}; {method}; learning rate {facts.get('learning_rate'):g}"
 
 
