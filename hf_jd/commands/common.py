@@ -11,6 +11,8 @@ from typing import Any
 from datasets import load_dataset
 from transformers.utils import is_bitsandbytes_available
 
+from hf_jd.finetune.facts import FactsWriter, training_facts
+
 try:
     from trl import (
         DatasetMixtureConfig,
@@ -76,17 +78,29 @@ def run(
         peft_config=get_peft_config(model),
         **({} if more is None else more(script_args, model)),
     )
-    wanted = args.resume_from_checkpoint
-    try:
-        built.train(resume_from_checkpoint=True if wanted in ("last", "true", "True") else wanted)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(
-            "Stopped. To continue from the last checkpoint (--save_steps), add --resume_from_checkpoint last."
-        ) from None
+    built.add_callback(_facts_writer(script_args, args, model))
+    _train(built, args.resume_from_checkpoint)
     built.save_model(args.output_dir)
     if args.push_to_hub:
         built.push_to_hub(dataset_name=script_args.dataset_name)
     return 0
+
+
+def _facts_writer(script: Any, args: Any, model: Any) -> FactsWriter:
+    """Returns the callback that writes the run's settings, for its report."""
+    source = Path(script.dataset_name).name if script.dataset_name else "a mixture"
+    facts = {"data": source, "full": not model.use_peft, "lora_r": model.lora_r}
+    return FactsWriter(Path(args.output_dir), facts | training_facts(model.model_name_or_path, args))
+
+
+def _train(trainer: Any, checkpoint: str | None) -> None:
+    """Trains, from a checkpoint if one is given; `last` is the newest complete one."""
+    try:
+        trainer.train(resume_from_checkpoint=True if checkpoint in ("last", "true", "True") else checkpoint)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "Stopped. To continue from the last checkpoint (--save_steps), add --resume_from_checkpoint last."
+        ) from None
 
 
 def _parse(parser: Any, argv: Sequence[str]) -> Any:

@@ -33,18 +33,16 @@ def facts_of(
     path: str, model: ModelArguments, data: DataArguments, run: RunArguments, training: JDTrainingArguments
 ) -> dict[str, Any]:
     """Collect a run's settings, by the flags' names."""
+    return {"data": source_of(data), "stock": run.stock, **asdict(model), **training_facts(path, training)}
+
+
+def training_facts(path: str, training: Any) -> dict[str, Any]:
+    """Collect the model's name, and the settings in the trainer's arguments."""
     trained = {name: getattr(training, name) for name in _TRAINING}
     weighed = {field.name: getattr(training, field.name) for field in fields(JDArguments)}
     trained["lr_scheduler_type"] = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
-    return {
-        "version": version("hf-jd"),
-        "model": Path(path).name if Path(path).exists() else path,
-        "data": source_of(data),
-        "stock": run.stock,
-        **asdict(model),
-        **trained,
-        **weighed,
-    }
+    model = Path(path).name if Path(path).exists() else path
+    return {"version": version("hf-jd"), "model": model, **trained, **weighed}
 
 
 def source_of(data: DataArguments) -> str:

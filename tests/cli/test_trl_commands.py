@@ -16,6 +16,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForS
 from transformers.utils import is_bitsandbytes_available
 
 from hf_jd.cli import main
+from hf_jd.report.history import read_history
+from hf_jd.report.verdict import setup
 
 STORIES = Path(__file__).parents[2] / "examples" / "stories15m"
 pytestmark = [
@@ -108,6 +110,7 @@ def test_a_file_of_ones_own_is_trained_on(name, models, common, tmp_path):
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     (log,) = [json.loads(line) for line in (tmp_path / "out" / "jd_log.jsonl").read_text().splitlines()][:1]
     assert {key.rpartition("/")[2] for key in log if key.startswith("jd/weight/")} == NAMES[name]
+    assert "(LoRA, r = 2) on data.jsonl; " in setup(read_history(tmp_path / "out"))
 
 
 @pytest.mark.slow
