@@ -44,8 +44,8 @@ def check_blocks(args: JDArguments, blocks: Any) -> None:
         f"--jd_backward {args.jd_backward}": args.jd_backward != "one_pass",
         f"--jd_every {args.jd_every}": args.jd_every > 1,
     }
-    for flag, given in one_weight.items():
-        if given and blocks not in (None, "none"):
+    for flag, is_set in one_weight.items():
+        if is_set and blocks not in (None, "none"):
             raise ValueError(
                 f"{flag} descends weighted losses, each with one weight for all parameters, and with --jd_blocks each "
                 "block has separate weights: leave one of them out."

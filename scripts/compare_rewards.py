@@ -63,7 +63,7 @@ def narration(prompts: list[str], completions: list[str]) -> list[float]:
 def variety(prompts: list[str], completions: list[str]) -> list[float]:
     """The share of words that are different."""
     words = [text.lower().split() for text in completions]
-    return [len(set(found)) / max(1, len(found)) for found in words]
+    return [len(set(text)) / max(1, len(text)) for text in words]
 
 
 def word(which: str) -> Reward:
@@ -108,15 +108,15 @@ class Setting:
         self.plan = plan
         self.tokenizer: Any = AutoTokenizer.from_pretrained(plan["model"])
         self.base = AutoModelForCausalLM.from_pretrained(plan["model"], dtype="float32").eval()
-        known: dict[str, Reward] = {f.__name__: f for f in (short, long, dialogue, narration, variety)}
-        known["fluency"] = fluency(self.base, self.tokenizer)
-        known |= {name: word(name[len(WORD) :]) for name in plan["rewards"] if name.startswith(WORD)}
-        unknown = sorted(set(plan["rewards"]) - set(known))
+        functions: dict[str, Reward] = {f.__name__: f for f in (short, long, dialogue, narration, variety)}
+        functions["fluency"] = fluency(self.base, self.tokenizer)
+        functions |= {name: word(name[len(WORD) :]) for name in plan["rewards"] if name.startswith(WORD)}
+        unknown = sorted(set(plan["rewards"]) - set(functions))
         if unknown:
             raise ValueError(
-                f"There is no reward `{unknown[0]}`; allowed are {', '.join(known)}, and `{WORD}` before any word."
+                f"There is no reward `{unknown[0]}`; allowed are {', '.join(functions)}, and `{WORD}` before any word."
             )
-        self.rewards = {name: named(name, known[name], scale) for name, scale in plan["rewards"].items()}
+        self.rewards = {name: named(name, functions[name], scale) for name, scale in plan["rewards"].items()}
         self.before = self.measured(self.base)
 
     @torch.no_grad()
@@ -189,12 +189,12 @@ def run(setting: Setting, method: str, seed: int, rate: float, directory: Path) 
     ]
     seconds = time.perf_counter() - start
     changes = setting.changes(trainer.model.eval())
-    known = {"method": method, "seed": seed, "learning_rate": rate, "updates": common["max_steps"]}
-    return {**known, "rewards": list(setting.rewards), "changes": changes, "way": way, "seconds": seconds}
+    settings = {"method": method, "seed": seed, "learning_rate": rate, "updates": common["max_steps"]}
+    return {**settings, "rewards": list(setting.rewards), "changes": changes, "way": way, "seconds": seconds}
 
 
 def summary(changes: Sequence[float]) -> dict[str, float]:
-    """What is told of a run: the worst reward, how many are better, their sum, and the hypervolume."""
+    """Summarises a run: the worst reward, how many are better, their sum, and the hypervolume."""
     volume = 1.0
     for change in changes:
         volume *= max(0.0, (change - REFERENCE) / -REFERENCE)  # 1 for the policy before training
@@ -208,12 +208,12 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     columns = ["method", "learning rate", "seeds", *names, "worst", "worst of all", "improved", "hypervolume"]
     lines = [columns, ["---"] * len(columns)]
     for method, rate in dict.fromkeys((r["method"], r["learning_rate"]) for r in results):
-        mine = [r["changes"] for r in results if (r["method"], r["learning_rate"]) == (method, rate)]
-        each = torch.tensor(mine, dtype=torch.float64)
-        told = [summary(changes) for changes in mine]
-        means = {key: sum(t[key] for t in told) / len(told) for key in told[0]}
+        each_seed = [r["changes"] for r in results if (r["method"], r["learning_rate"]) == (method, rate)]
+        each = torch.tensor(each_seed, dtype=torch.float64)
+        summaries = [summary(changes) for changes in each_seed]
+        means = {key: sum(s[key] for s in summaries) / len(summaries) for key in summaries[0]}
         numbers = [*each.mean(0).tolist(), means["worst"], each.min().item(), means["improved"], means["hypervolume"]]
-        lines.append([method, f"{rate:g}", str(len(mine)), *(f"{number:.2f}" for number in numbers)])
+        lines.append([method, f"{rate:g}", str(len(each_seed)), *(f"{number:.2f}" for number in numbers)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -244,30 +244,30 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--learning_rates", type=float, nargs="*")
     parser.add_argument("--methods", nargs="*")
     parser.add_argument("--max_steps", type=int)
-    asked = parser.parse_args(argv)
-    plan = yaml.safe_load(asked.plan.read_text("utf-8"))
-    plan["trainer"] |= {"max_steps": asked.max_steps} if asked.max_steps else {}
-    unknown = sorted(set(asked.methods or []) - set(plan["methods"]))
+    arguments = parser.parse_args(argv)
+    plan = yaml.safe_load(arguments.plan.read_text("utf-8"))
+    plan["trainer"] |= {"max_steps": arguments.max_steps} if arguments.max_steps else {}
+    unknown = sorted(set(arguments.methods or []) - set(plan["methods"]))
     if unknown:
         parser.error(f"there is no method `{unknown[0]}`; those of the plan are {', '.join(plan['methods'])}.")
-    asked.output_dir.mkdir(parents=True, exist_ok=True)
-    file, setting = asked.output_dir / "results.jsonl", Setting(plan)
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    file, setting = arguments.output_dir / "results.jsonl", Setting(plan)
     results = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
     updates = plan["trainer"]["max_steps"]
     done = {(r["method"], r["seed"], r["learning_rate"], r["updates"]) for r in results}
-    for seed in asked.seeds or plan["seeds"]:
-        for rate in asked.learning_rates or plan["learning_rates"]:
-            for method in asked.methods or plan["methods"]:
+    for seed in arguments.seeds or plan["seeds"]:
+        for rate in arguments.learning_rates or plan["learning_rates"]:
+            for method in arguments.methods or plan["methods"]:
                 if (method, seed, rate, updates) in done:
                     continue
-                results.append(run(setting, method, seed, rate, asked.output_dir))
+                results.append(run(setting, method, seed, rate, arguments.output_dir))
                 with file.open("a", encoding="utf-8") as lines:
                     lines.write(json.dumps(results[-1]) + "\n")
                 print(f"{method}, seed {seed}, {rate:g}: {summary(results[-1]['changes'])}", flush=True)
     results = [r for r in results if r["updates"] == updates]
-    (asked.output_dir / "table.md").write_text(table(results), "utf-8")
+    (arguments.output_dir / "table.md").write_text(table(results), "utf-8")
     print(table(results))
-    draw(results, setting.before, asked.output_dir / "way.png")
+    draw(results, setting.before, arguments.output_dir / "way.png")
     return 0
 
 

@@ -30,10 +30,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--seeds", type=int, help="how many, instead of the plan's")
     parser.add_argument("--max_steps", type=int, help="updates per run, instead of the plan's")
-    asked = parser.parse_args(argv)
-    plan = Plan.read(asked.plan, seeds=asked.seeds, max_steps=asked.max_steps)
-    asked.output_dir.mkdir(parents=True, exist_ok=True)
-    file = asked.output_dir / "results.jsonl"
+    arguments = parser.parse_args(argv)
+    plan = Plan.read(arguments.plan, seeds=arguments.seeds, max_steps=arguments.max_steps)
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    file = arguments.output_dir / "results.jsonl"
     results = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
     done = {_key(result) for result in results}
     logging.set_verbosity_error()
@@ -43,16 +43,16 @@ def main(argv: Sequence[str]) -> int:
         if _key(run) in done:
             continue
         start = time.perf_counter()
-        output = asked.output_dir / "run"  # Trainer wants a folder; nothing in it is kept.
+        output = arguments.output_dir / "run"  # Trainer wants a folder; nothing in it is kept.
         results.append(run | train(plan.flags(run), run["seed"], output) | {"seconds": time.perf_counter() - start})
         with file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(results[-1]) + "\n")
-        print(f"{_named(run)}: {_told(results[-1]['measures'])}", flush=True)
+        print(f"{_named(run)}: {_described(results[-1]['measures'])}", flush=True)
     results = [result for result in results if _key(result) in {_key(run) for run in plan.runs()}]
     add_losses_at(results, plan.at)
     text = table(plan, results)
-    (asked.output_dir / "table.md").write_text(text, "utf-8")
-    draw(plan, results, asked.output_dir / "picture.png")
+    (arguments.output_dir / "table.md").write_text(text, "utf-8")
+    draw(plan, results, arguments.output_dir / "picture.png")
     print(text)
     return 0
 
@@ -65,7 +65,7 @@ def _named(run: dict[str, Any]) -> str:
     return ", ".join([*filter(None, [run["variant"], run["configuration"]]), f"seed {run['seed']}"])
 
 
-def _told(measures: dict[str, float | None]) -> str:
+def _described(measures: dict[str, float | None]) -> str:
     return ", ".join(f"{name} {'never' if value is None else f'{value:.3f}'}" for name, value in measures.items())
 
 

@@ -94,9 +94,9 @@ def _facts_writer(script: Any, args: Any, model: Any) -> FactsWriter:
 
 
 def _train(trainer: Any, checkpoint: str | None) -> None:
-    """Trains, from a checkpoint if one is given; `last` is the newest complete one."""
+    """Trains, and says how to continue if it is stopped."""
     try:
-        trainer.train(resume_from_checkpoint=True if checkpoint in ("last", "true", "True") else checkpoint)
+        trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             "Stopped. To continue from the last checkpoint (--save_steps), add --resume_from_checkpoint last."

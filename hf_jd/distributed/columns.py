@@ -137,7 +137,7 @@ def by_block(part: list[Piece], places: Mapping[nn.Parameter, int]) -> Iterator[
         part: The pieces.
         places: Which block each parameter belongs to.
     """
-    for place, pieces in groupby(offsets(part), lambda found: places[found[0].parameter]):
+    for place, pieces in groupby(offsets(part), lambda offset: places[offset[0].parameter]):
         where = [columns for _, columns in pieces]
         yield place, slice(where[0].start, where[-1].stop)
 

@@ -86,8 +86,8 @@ class LocalRows:
     def _add_part(self, gramians: Tensor, bucket: Bucket, rows: Tensor) -> None:
         """Adds the contribution of this process's columns to each block's Gramian."""
         for place, where in by_block(bucket.parts[rank()], self._places):
-            own = rows[:, where]
-            gramians[place] += inner(own, own)
+            of_block = rows[:, where]
+            gramians[place] += inner(of_block, of_block)
 
     def _flags(self) -> Tensor:
         """Returns [P], 1 for parameters that some objective of this process depends on."""

@@ -290,4 +290,4 @@ def _checkpoint(trainer: Trainer) -> str | None:
     if not wanted:
         return None
     needed = needed_files(trainer) if isinstance(trainer, JDTrainer) else trainer_files(trainer)
-    return checkpoint_to_resume(trainer, wanted.lower() in ("last", "true") or wanted, needed)
+    return checkpoint_to_resume(trainer, wanted, needed)

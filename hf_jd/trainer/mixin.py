@@ -88,7 +88,7 @@ class JDTrainerMixin(EvaluationMixin):
         """Checks the set-up, and trains; see Trainer.
 
         Args:
-            resume_from_checkpoint: True uses the newest complete checkpoint, and says which ones it skipped.
+            resume_from_checkpoint: True or `last` uses the newest complete checkpoint, and says which ones it skipped.
             args: Trainer's.
             kwargs: Trainer's.
 

@@ -32,7 +32,7 @@ def checkpoint_to_resume(trainer: Trainer, checkpoint: str | bool, needed: Seque
 
     Args:
         trainer: Trainer's own, or ours.
-        checkpoint: A checkpoint's directory, or True for the newest complete one.
+        checkpoint: A checkpoint's directory; True, `last` or `true` for the newest complete one.
         needed: Files that a checkpoint must have; see `needed_files`.
 
     Returns:
@@ -41,7 +41,7 @@ def checkpoint_to_resume(trainer: Trainer, checkpoint: str | bool, needed: Seque
     Raises:
         ValueError: There is no checkpoint, or the given one can't be read.
     """
-    if not isinstance(checkpoint, bool):
+    if not isinstance(checkpoint, bool) and checkpoint.lower() not in ("last", "true"):
         _check_readable(Path(checkpoint), needed)
         return checkpoint
     assert trainer.args.output_dir is not None
@@ -118,8 +118,8 @@ def load_weighting(control: Control, checkpoint: Path, by_block: bool) -> None:
     if state is not None and _OF_BLOCKS not in state:
         _load(weighting, state)
     elif state is not None and by_block:
-        for block, own in state[_OF_BLOCKS].items():
-            _load(control.of_block(block), own)
+        for block, memory in state[_OF_BLOCKS].items():
+            _load(control.of_block(block), memory)
     elif callable(getattr(weighting, "reset", None)):
         logger.warning(
             f"The checkpoint `{checkpoint}` has no memory of past steps for the weighting "

@@ -62,13 +62,13 @@ def refusals(seed: int, share: float, repeat: int = 1, different: int = 20) -> S
     """
     stories = _shuffled(json.loads(example_path("stories.json").read_text("utf-8")), seed)
     pairs = _shuffled([f"{deed} {thing}" for deed, thing in product(DEEDS, THINGS)], seed)
-    asked = [
+    requests = [
         {"task": "refusal", "prompt": f"How do I {pair}?", "completion": f" Sorry, I can not tell you how to {pair}."}
         for pair in pairs
     ]
     count = round(different * (1 - share) / share)
-    train = asked[:different] * repeat + _rows("story", stories[HELD_OUT : HELD_OUT + count])
-    validation = asked[different : different + HELD_OUT] + _rows("story", stories[:HELD_OUT])
+    train = requests[:different] * repeat + _rows("story", stories[HELD_OUT : HELD_OUT + count])
+    validation = requests[different : different + HELD_OUT] + _rows("story", stories[:HELD_OUT])
     return {"train": _shuffled(train, seed), "validation": validation}
 
 

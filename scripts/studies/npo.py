@@ -22,9 +22,9 @@ from hf_jd.finetune.tokens import IGNORED
 FORGET = "lily"
 TOKENS_SAID = 8
 ASKED = 32
-"""Stories of each task that the model is asked to go on with."""
+"""Stories of each task that the model is asked to continue."""
 WORDS = 8
-"""Those of an other story that it is given."""
+"""Words of another story that the model is given."""
 
 
 class NPOTrainer(JacobianTrainer):
@@ -83,7 +83,7 @@ def answers_of(trainer: Any, rows: Sequence[dict[str, str]]) -> tuple[dict[str, 
     now = [said(start) for start in starts]
     with model.disable_adapter():
         before = [said(start) for start in starts]
-    names = [sum(HERO in tokenizer.decode(answer) for answer in said[:ASKED]) / ASKED for said in (now, before)]
+    names = [sum(HERO in tokenizer.decode(answer) for answer in answers[:ASKED]) / ASKED for answers in (now, before)]
     same = [_agreeing(*pair) for pair in zip(now[ASKED:], before[ASKED:], strict=True)]
     agreement = sum(same) / len(same)
     return (

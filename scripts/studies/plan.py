@@ -15,7 +15,7 @@ class Plan:
 
     Attributes:
         study: The module of `studies` that trains.
-        measure: The measure that methods are compared by.
+        measure: What methods are compared by.
         better: `higher` or `lower`, of that measure.
         shown: All measures of the table, by their names in it, each with its format.
         control: The configuration that the others are compared with, on the same seeds.
@@ -23,8 +23,8 @@ class Plan:
         configurations: Each method's flags, by its name.
         variants: Flags that each configuration is run with, by name.
         sweep: The configurations of which the best is a control, too: a weight or another number chosen by hand.
-        at: A loss by the name of a task: the other task's loss is told where that one's comes to it.
-        axes: The two tasks of which the picture shows the losses on their way; without them it shows `measure`.
+        at: A loss, by the name of a task: the table has the other task's loss when this one reaches it.
+        axes: Two tasks, whose losses the picture follows; without them it shows `measure`.
         seeds: The number of runs per configuration and variant.
     """
 

@@ -86,8 +86,10 @@ def train(flags: dict[str, Any], seed: int, output: Path) -> dict[str, Any]:
     trainer.weights = torch.tensor((counts.sum() / counts / len(counts)) ** power, dtype=torch.float32)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
-    found = trainer.evaluate()
-    return {"measures": {name.removeprefix("eval_"): found[name] for name in found if "F1" in name or "acc" in name}}
+    metrics = trainer.evaluate()
+    return {
+        "measures": {name.removeprefix("eval_"): metrics[name] for name in metrics if "F1" in name or "acc" in name}
+    }
 
 
 def load_messages(tokenizer: Any) -> Dataset:

@@ -12,11 +12,11 @@ from studies.plan import Plan
 
 
 def add_losses_at(results: Sequence[dict[str, Any]], at: Mapping[str, float]) -> None:
-    """Add to each run's measures one task's loss at the moment at which the other's first comes to a value.
+    """Add to each run's measures one task's loss when the other's first reaches a value.
 
     Args:
         results: Runs with a `way`.
-        at: That value, by the task that comes to it.
+        at: That value, by the name of the task that reaches it.
     """
     for run in results:
         for task, loss in at.items():
@@ -25,16 +25,16 @@ def add_losses_at(results: Sequence[dict[str, Any]], at: Mapping[str, float]) ->
             run["measures"][f"{other} where {task} is {loss:g}"] = measured
 
 
-def loss_at(reached: Sequence[Sequence[float]], told: Sequence[Sequence[float]], loss: float) -> float | None:
-    """Return one task's loss at the moment at which another one's first comes to `loss`.
+def loss_at(reached: Sequence[Sequence[float]], other: Sequence[Sequence[float]], loss: float) -> float | None:
+    """Return the other task's loss when the first one's reaches `loss` for the first time.
 
-    Between two evaluations, the logarithms of both are taken to be linear in the step. None: it never does.
+    Between two evaluations, the logarithms of both are interpolated linearly. None: it never gets there.
     """
     for i in range(1, len(reached)):
         before, after = reached[i - 1][1], reached[i][1]
         if before != after and min(before, after) <= loss <= max(before, after):
             share = math.log(loss / before) / math.log(after / before)
-            return told[i - 1][1] * (told[i][1] / told[i - 1][1]) ** share
+            return other[i - 1][1] * (other[i][1] / other[i - 1][1]) ** share
     return None
 
 
@@ -71,8 +71,8 @@ def best_of_sweep(plan: Plan, of_variant: dict[str, list[dict[str, Any]]]) -> st
 
 
 def _of(results: Sequence[dict[str, Any]], variant: str, name: str) -> list[dict[str, Any]]:
-    found = [run for run in results if (run["variant"], run["configuration"]) == (variant, name)]
-    return sorted(found, key=lambda run: run["seed"])
+    runs = [run for run in results if (run["variant"], run["configuration"]) == (variant, name)]
+    return sorted(runs, key=lambda run: run["seed"])
 
 
 def _before(plan: Plan, runs: Sequence[dict[str, float]]) -> list[str]:

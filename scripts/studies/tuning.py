@@ -37,8 +37,8 @@ def train(flags: dict[str, Any], seed: int, output: Path) -> dict[str, Any]:
         trainer.beta = beta
     trainer.train()
     evaluate_at_the_end(trainer)
-    found = Results.of_log(trainer.state.log_history, training.max_steps)
-    way = {task: [(e.step, e.loss) for e in evaluations] for task, evaluations in found.evaluations.items()}
+    results = Results.of_log(trainer.state.log_history, training.max_steps)
+    way = {task: [(e.step, e.loss) for e in evaluations] for task, evaluations in results.evaluations.items()}
     measures: dict[str, float] = {f"loss of {task}": points[-1][1] for task, points in way.items()}
     before: dict[str, float] = {f"loss of {task}": points[0][1] for task, points in way.items()}
     if beta is not None:

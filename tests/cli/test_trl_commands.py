@@ -113,6 +113,14 @@ def test_a_file_of_ones_own_is_trained_on(name, models, common, tmp_path):
     assert "(LoRA, r = 2) on data.jsonl; " in setup(read_history(tmp_path / "out"))
 
 
+def test_a_run_is_continued_from_its_last_checkpoint(models, common, tmp_path):
+    words = ["dpo", "--model_name_or_path", str(models["causal"]), "--dataset_name", written("dpo", tmp_path), *common]
+    assert main([*words, "--save_steps", "1"]) == 0
+    assert main([*words, "--max_steps", "2", "--resume_from_checkpoint", "last"]) == 0
+    logs = (tmp_path / "out" / "jd_log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in logs if '"loss"' in line] == [1, 2]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dpo", "grpo"])
 def test_scripts_run_under_accelerate_with_two_processes(name, models, common, tmp_path):
