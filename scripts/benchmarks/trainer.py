@@ -29,6 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from hf_jd import JDTrainer, JDTrainingArguments
 from hf_jd.metrics import Averages, readable, step_metrics
+from hf_jd.trainer import backward
 
 VOCABULARY = 1024
 BATCH = 16
@@ -79,6 +80,7 @@ def measure(flags: dict[str, Any] | None, args: argparse.Namespace) -> dict[str,
     torch.manual_seed(0)
     torch.set_num_threads(1)
     clock = _Clock()
+    splitting = _time_splitting()
     with tempfile.TemporaryDirectory() as directory:
         common: dict[str, Any] = {
             "output_dir": directory,
@@ -97,7 +99,23 @@ def measure(flags: dict[str, Any] | None, args: argparse.Namespace) -> dict[str,
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     steps = clock.steps[WARM_UP:]
     blocks = [statistics.mean(steps[i : i + BLOCK]) for i in range(0, max(len(steps) - BLOCK + 1, 1), BLOCK)]
-    return {"step": statistics.median(blocks), "added": peak - before, "peak": peak}
+    split = statistics.median(splitting[WARM_UP:] or [0.0])
+    return {"step": statistics.median(blocks), "split": split, "added": peak - before, "peak": peak}
+
+
+def _time_splitting() -> list[float]:
+    """Has each micro-batch append the seconds that cutting its loss took: cotangents, the loss's own backward in them."""
+    seconds: list[float] = []
+    cut = backward.shares_of
+
+    def timed(*args: Any) -> Any:
+        begin = time.perf_counter()
+        shares = cut(*args)
+        seconds.append(time.perf_counter() - begin)
+        return shares
+
+    backward.shares_of = timed
+    return seconds
 
 
 def logging_cost(groups: int, steps: int = 200) -> float:
@@ -131,14 +149,17 @@ class _Clock(TrainerCallback):
 
 def table(rounds: list[dict[str, dict[str, float]]]) -> str:
     """The rounds as a markdown table."""
-    lines = ["| | step [ms] | wall / Trainer | peak / Trainer | added / Trainer |", "|---|---|---|---|---|"]
+    lines = [
+        "| | step [ms] | splitting [ms] | wall / Trainer | peak / Trainer | added / Trainer |",
+        "|---|---|---|---|---|---|",
+    ]
     for name in rounds[0]:
-        step = statistics.median(found[name]["step"] for found in rounds)
+        step, split = (statistics.median(costs[name][key] for costs in rounds) * 1e3 for key in ("step", "split"))
         ratios = [
-            statistics.median(found[name][key] / found["Trainer"][key] for found in rounds)
+            statistics.median(costs[name][key] / costs["Trainer"][key] for costs in rounds)
             for key in ("step", "peak", "added")
         ]
-        lines.append(f"| {name} | {step * 1e3:.1f} | " + " | ".join(f"{ratio:.3f}" for ratio in ratios) + " |")
+        lines.append(f"| {name} | {step:.1f} | {split:.1f} | " + " | ".join(f"{ratio:.3f}" for ratio in ratios) + " |")
     return "\n".join(lines)
 
 
