@@ -104,7 +104,7 @@ def measure(flags: dict[str, Any] | None, args: argparse.Namespace) -> dict[str,
 
 
 def _time_splitting() -> list[float]:
-    """Has each micro-batch append the seconds that cutting its loss took: cotangents, the loss's own backward in them."""
+    """Has each micro-batch append the seconds that cutting its loss takes, including the loss's own backward."""
     seconds: list[float] = []
     cut = backward.shares_of
 
@@ -114,7 +114,7 @@ def _time_splitting() -> list[float]:
         seconds.append(time.perf_counter() - begin)
         return shares
 
-    backward.shares_of = timed
+    backward.shares_of = timed  # ty: ignore[invalid-assignment]
     return seconds
 
 
@@ -149,10 +149,7 @@ class _Clock(TrainerCallback):
 
 def table(rounds: list[dict[str, dict[str, float]]]) -> str:
     """The rounds as a markdown table."""
-    lines = [
-        "| | step [ms] | splitting [ms] | wall / Trainer | peak / Trainer | added / Trainer |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = ["| | step [ms] | splitting [ms] | wall / Trainer | peak / Trainer | added / Trainer |", "|---" * 6 + "|"]
     for name in rounds[0]:
         step, split = (statistics.median(costs[name][key] for costs in rounds) * 1e3 for key in ("step", "split"))
         ratios = [
