@@ -74,7 +74,7 @@ def test_no_output_folder(capsys):
         ("data.parquet", "PAR?", ["data.parquet is malformed"]),
         ("data.txt", "a", ["`.txt`", ".jsonl"]),
         ("data.jsonl", '{"question": "a", "labels": 1}\n', ["`prompt` and `completion`", "`question`, `labels`"]),
-        ("data.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n', ["nothing to learn", "DPOTrainer"]),
+        ("data.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n', ["nothing to learn", "hf-jd dpo"]),
         ("data.jsonl", '{"text": "a"}\n{"text": null}\n{}\n', ["`text`", "rows 2, 3"]),
         ("data.jsonl", '{"text": "a"}\n{"text": 3}\n', ["no text in the column `text` of row 2"]),
         ("data.jsonl", '{"messages": "a"}\n', ["no list of messages in the column `messages` of row 1"]),
