@@ -1,7 +1,7 @@
 """DPO on two groups of pairs that partly disagree.
 
-A prompt is a story's first sentence. Its two completions are the story's own continuation and another story's; one of
-them is a single sentence, the other one is longer. *Helpful* prefers the story's own, *brief* the shorter one: where the
+A prompt is a story's first sentence. Its completions are the story's own continuation and another story's, of which one
+is a single sentence and the other one longer. *Helpful* prefers the story's own, *brief* the shorter one: where the
 story's own is longer, they rank the same two completions in opposite orders.
 """
 
