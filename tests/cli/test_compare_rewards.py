@@ -1,4 +1,4 @@
-"""`scripts/compare_rewards.py`: what it tells of a run, and a small one."""
+"""`scripts/compare_rewards.py`: how it summarises a run, and a small comparison."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_small_comparison(example, names, script, tmp_path):
     results = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [r["method"] for r in results] == names
     assert all(len(r["changes"]) == len(plan["rewards"]) and len(r["way"]) == 1 for r in results)
-    assert script.main(words) == 0  # Nothing is run again.
+    assert script.main(words) == 0  # Finished runs are not repeated.
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "out" / "table.md").read_text().count("\n") == 4
     assert (tmp_path / "out" / "way.png").exists()

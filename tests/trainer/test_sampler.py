@@ -1,4 +1,4 @@
-"""`--jd_sampler stratified`: every update has its share of every group, over micro-batches, processes and resumption."""
+"""`--jd_sampler stratified`: every update has its share of every group, across micro-batches, processes and resumes."""
 
 from __future__ import annotations
 
