@@ -26,7 +26,7 @@ CASES = {
     "two groups": {"batch": 6, "tokens": 20, "groups": 2},
     "more groups": {"batch": 10, "tokens": 8, "groups": 5},
 }
-# PEFT's adapters of experts are fused with what they adapt: no tap meets them. Nor does one meet the positions of an
+# PEFT fuses adapters of experts with what they adapt, so no tap sees them. Nor does a tap see the positions of an
 # encoder and its decoder, if they are trained.
 UNTAPPED = [("mixtral", 3), ("bart", None), ("t5", None)]
 TUNED = [(name, rank) for name in CONFIGS for rank in (3, None) if (name, rank) not in UNTAPPED]

@@ -47,7 +47,7 @@ def test_mgda(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_projection_weights_have_minimum_norm(family: str) -> None:
-    """v is the shortest of its projection's weights, in lengths of rows: along v, no vertex of their set is nearer to 0."""
+    """v is its projection's shortest weights, in lengths of rows: along v, no vertex of their set is nearer to 0."""
     for jacobian in jacobians(family):
         gramian, m = rational_gramian(jacobian), len(jacobian)
         squares = [gramian[i][i] for i in range(m)]
