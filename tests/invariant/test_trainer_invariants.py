@@ -105,7 +105,7 @@ def test_mean_is_trainer_where_the_model_takes_no_token_count(kind, scope, tmp_p
 
 
 def means(model, inputs, divide_by=None):
-    """Averages each instance's squared logits over its length; returns their mean, or their sum over a number."""
+    """Averages each instance's squared logits over its length; returns these, or their sum over a number."""
     logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
     losses = (logits.square().mean(-1) * inputs["attention_mask"]).sum(1) / inputs["attention_mask"].sum(1)
     return losses if divide_by is None else losses.sum() / divide_by
