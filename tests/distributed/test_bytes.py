@@ -42,7 +42,8 @@ def test_bytes_with_sharded_weights_are_those_of_the_cost_model(kind, processes,
     k = 3 if kind == "group" else None
     case = Case(8 // processes, 12, 1, processes, k, "fsdp2", number_bytes=8, trained_bytes=8)
     expected = step_bytes(shape_of(MODELS["wide"]()), case)
-    # Weights are also gathered before the first and after the last step, so a step's bytes are those of one more step.
+    # Weights are also gathered before the first and after the last step, so the bytes of a step are what one more step
+    # adds.
     shorter, longer = (pools(processes).run("train", steps=steps, **settings) for steps in (2, 3))
     for less, more in zip(shorter, longer, strict=True):
         sent = sum(call.sent for call in more["calls"]) - sum(call.sent for call in less["calls"])
