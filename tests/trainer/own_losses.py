@@ -79,7 +79,7 @@ def towers() -> nn.Module:
 
 
 def trunk(returned: Callable[[Tensor, Tensor], Any]) -> Callable[[], nn.Module]:
-    """Builds a `Trunk` in float64."""
+    """Returns a function that builds a `Trunk` in float64."""
 
     def build() -> nn.Module:
         torch.manual_seed(0)
