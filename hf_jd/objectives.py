@@ -106,7 +106,7 @@ class ObjectiveTable:
     names: Tensor
 
     def __len__(self) -> int:
-        """M."""
+        """The number of rows, M."""
         return len(self.counts)
 
     @property
