@@ -34,6 +34,9 @@ REFERENCE = -3.0
 """The change of a reward, in standard deviations, at which a method's hypervolume is 0."""
 
 
+WIDE = 8
+"""The most rewards that the table has a column for."""
+
 WORD = "word "
 """Before a word, the name of the reward for it."""
 
@@ -238,10 +241,12 @@ def summary(changes: Sequence[float]) -> dict[str, float]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """The results in Markdown: a line per method and learning rate, means over seeds, and the worst seed."""
+    """The results in Markdown: a line per method and learning rate, means over seeds, and the worst seed.
+
+    With more than `WIDE` rewards, a column per method instead.
+    """
     names = results[0]["rewards"]
-    columns = ["method", "learning rate", "seeds", *names, "worst", "worst of all", "improved", "hypervolume"]
-    lines = [columns, ["---"] * len(columns)]
+    lines = [["method", "learning rate", "seeds", *names, "worst", "worst of all", "improved", "hypervolume"]]
     for method, rate in dict.fromkeys((r["method"], r["learning_rate"]) for r in results):
         each_seed = [r["changes"] for r in results if (r["method"], r["learning_rate"]) == (method, rate)]
         each = torch.tensor(each_seed, dtype=torch.float64)
@@ -249,6 +254,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         means = {key: sum(s[key] for s in summaries) / len(summaries) for key in summaries[0]}
         numbers = [*each.mean(0).tolist(), means["worst"], each.min().item(), means["improved"], means["hypervolume"]]
         lines.append([method, f"{rate:g}", str(len(each_seed)), *(f"{number:.2f}" for number in numbers)])
+    if len(names) > WIDE:
+        lines = [list(column) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -257,16 +265,22 @@ def draw(results: Sequence[dict[str, Any]], before: Tensor, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     names = results[0]["rewards"]
-    figure, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 3), layout="constrained", squeeze=False)
+    columns = min(5, len(names))
+    rows = -(-len(names) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(3 * columns, 3 * rows), layout="constrained", squeeze=False)
+    axes = grid.flatten()
     for method in dict.fromkeys(r["method"] for r in results):
         ways = [torch.tensor(r["way"], dtype=torch.float64) for r in results if r["method"] == method]
         shortest = min(map(len, ways))
         way = (torch.stack([w[:shortest] for w in ways]).mean(0) - before.mean(0)) / before.std(0)
-        for k, name in enumerate(names):
-            axes[0, k].plot(way[:, k], label=method)
-            axes[0, k].set(title=name, xlabel="update")
-    axes[0, 0].set_ylabel("change / standard deviation")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+        for axis, name, changes in zip(axes, names, way.T, strict=False):
+            axis.plot(changes, label=method)
+            axis.set(title=name, xlabel="update")
+    for axis in axes[len(names) :]:
+        axis.set_axis_off()
+    for axis in grid[:, 0]:
+        axis.set_ylabel("change / standard deviation")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path)
 
 
