@@ -261,6 +261,8 @@ class Recorder:
     def _passed(self, batch: Any, whose: Whose, loss: Tensor, streams: RandomState | None = None) -> Passed:
         """Splits the loss of a micro-batch, and assigns the shares to objectives."""
         trainer, last = self.trainer, self.trainer.jd_outputs.last
+        if trainer.jd_groups_of_batch is not None:
+            whose = Whose(trainer.jd_groups_of_batch, len(trainer.jd_groups_of_batch), None)
         shares, names = shares_of(trainer, loss * (self.scale / self.backend.divisor()), whose, self.scale)
         broken = self._take_out_broken(shares, whose)
         groups = whose.groups

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_jd.objectives import Membership
 from hf_jd.trainer.cotangents import Cotangent, surrogates
 
 
@@ -115,10 +116,22 @@ class Shares:
         sums = torch.cat([torch.stack(parts).sum(0) if parts else none for parts in columns])
         return sums * self.factor.to(sums) if isinstance(self.factor, Tensor) else sums * self.factor
 
-    def weighted(self, weights: Tensor) -> Tensor:
-        """Returns a scalar with the gradient of all shares' sum, each times its weight [B, K]; its value is 0."""
-        each = self.surrogates(torch.arange(self.instances, device=weights.device), self.instances)
-        return (each * weights.T.flatten().to(each)).sum()
+    def weighted(self, weights: Tensor, members: Membership, rest: bool) -> Tensor:
+        """Returns a scalar whose gradient is the weighted sum of the objectives.
+
+        Args:
+            weights: [m], one per objective; the last one is the rest's if that is an objective.
+            members: The objectives of the instances.
+            rest: Whether to include the rest, unless it is an objective.
+        """
+        m = len(members.groups)
+        each = self.surrogates(members.segments, m // self.names)
+        total = (each * weights[:m].to(each)).sum()
+        if self.rest is None:
+            return total
+        if len(weights) > m:
+            return total + weights[-1].to(self.rest) * self.rest
+        return total + self.rest if rest else total
 
     def release(self) -> None:
         """Frees the graph."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_jd.batches import group_ids, row_count
+from hf_jd.batches import row_count
 from hf_jd.distributed.gradients import add_gradients
 from hf_jd.distributed.processes import add_over_processes, anywhere, gather_uneven, process_count
 from hf_jd.distributed.rows import AddedRows, GatheredRows, LocalRows
@@ -20,7 +20,7 @@ from hf_jd.gramian.random_streams import unchanged_streams
 from hf_jd.gramian.sharding import whole_bytes
 from hf_jd.metrics import Metrics
 from hf_jd.objectives import Objectives, ObjectiveTable
-from hf_jd.trainer.backward import Passed, Recorded, Recorder, Step
+from hf_jd.trainer.backward import Passed, Recorded, Step
 from hf_jd.trainer.gradients import accumulate, added, all_finite
 from hf_jd.trainer.row_store import RowStore, allowed, is_full
 from hf_jd.trainer.weighing import StepSettings, multipliers, plain_metrics, weigh
@@ -52,7 +52,7 @@ class Update:
         self.two_passes = self.jd.jd_backward == "two_pass"
         # A second pass can reuse the graph of a single micro-batch; several graphs would not fit in memory.
         keep_graph = self.two_passes and len(batches) == 1 and not self.backend.owns_backward
-        self.recorder = self._make_recorder(keep_graph)
+        self.recorder = trainer.recorder_class(trainer, self.backend, model, self.present, self._rows_fit(), keep_graph)
         self.store = RowStore(self.kind.shared)
         self.measuring = ExitStack()
         self.seconds = 0.0
@@ -61,9 +61,6 @@ class Update:
         # Only in an update that isn't measured.
         self.passed: list[Passed] = []
         self.gradients: list[dict[nn.Parameter, Tensor]] = []
-
-    def _make_recorder(self, keep_graph: bool) -> Recorder:
-        return Recorder(self.trainer, self.backend, self.model, self.present, self._rows_fit(), keep_graph)
 
     def take(self, batch: Any, step: Step) -> Tensor:
         """Runs Trainer's own step on a micro-batch, and stores its rows, or its gradient if the weights are known.
@@ -163,7 +160,7 @@ class Update:
         again = self.recorder.again(passed, self.model, finite)
         by_instance = passed.members.segments if finite is None else passed.members.segments[finite]
         again.members = passed.members._replace(segments=by_instance)
-        return self._weighted(again, weights, rest=True)
+        return again.shares.weighted(weights, again.members, rest=True)
 
     def _finite_instances(self, passed: Passed, broken: Tensor) -> Tensor | None:
         """Returns the instances [B] (bool) whose loss and row are finite; None if all are."""
@@ -181,26 +178,6 @@ class Update:
             each = list(of_rows.split([len(r.table) for r in recorded]))
         return [(r.passed, values) for r, values in zip(recorded, each, strict=True) if r.passed is not None]
 
-    def _weighted(self, passed: Passed, weights: Tensor, rest: bool) -> Tensor:
-        """Returns a scalar whose gradient is the weighted sum of a micro-batch's objectives.
-
-        Args:
-            passed: With a graph.
-            weights: [m], one per objective.
-            rest: Whether to include the part of the loss that belongs to no instance, unless it is an objective.
-        """
-        shares, segments = passed.shares, passed.members.segments
-        by_segment = weights[: len(passed.members.groups)].view(shares.names, -1).T
-        # Segment -1, of instances in no objective, picks the appended zero.
-        by_segment = torch.cat([by_segment, by_segment.new_zeros(1, shares.names)])
-        of_instances = by_segment[segments.to(weights.device)]
-        total = shares.weighted(of_instances.to(segments.device))
-        if shares.rest is None:
-            return total
-        if len(weights) > len(passed.members.groups):
-            return total + weights[-1].to(shares.rest) * shares.rest
-        return total + shares.rest if rest else total
-
     def _descend_now(self, passed: Passed) -> None:
         """Descends a micro-batch of known weights, unless they depend on the other micro-batches' counts."""
         passed.shares.normalised = passed.shares.normalised and not self.jd.own_mean
@@ -210,8 +187,8 @@ class Update:
         self.passed.append(passed)
 
     def _gradient(self, passed: Passed, weights: Tensor, rest: bool) -> dict[nn.Parameter, Tensor]:
-        """Returns the gradient of `_weighted`, and frees the graph."""
-        gradient = self.backend.gradient(self._weighted(passed, weights, rest))
+        """Returns the gradient of the weighted sum of a micro-batch's objectives, and frees the graph."""
+        gradient = self.backend.gradient(passed.shares.weighted(weights, passed.members, rest))
         passed.shares.release()
         return gradient if passed.table.counts.any() else {}
 
@@ -319,11 +296,11 @@ class Update:
     def _present_groups(self) -> Tensor | None:
         """Returns the sorted ids [G] of the groups that are weighed together; None without a group column."""
         column = self.jd.jd_group_column
-        if column is None or not self.batches:
+        if column is None:
             return None
         each = []
         for batch in self.batches:
-            groups = group_ids(batch)
+            groups = self.trainer.groups_before(batch)
             if groups is None:
                 named = ", ".join(f"`{key}`" for key in batch) if hasattr(batch, "keys") else "no names"
                 raise ValueError(
