@@ -52,11 +52,6 @@ class Membership(NamedTuple):
     groups: Tensor
     names: Tensor
 
-    @property
-    def labels(self) -> Tensor:
-        """[S K, 2] the groups and names."""
-        return torch.stack([self.groups, self.names], dim=1)
-
     def added(self, values: Tensor) -> Tensor:
         """Sums values of instances [B, K] over each objective: [S K]."""
         total = values.new_zeros(len(self.groups) // max(1, values.shape[1]), values.shape[1])

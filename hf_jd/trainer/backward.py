@@ -157,9 +157,8 @@ class Recorder:
         with self.trainer.engine().paused(), set_aside(self.trainer.trainable()) as gradients:
             value = self._step(batch, step, backward)
         finite = losses[0].isfinite()[None]
-        unknown = finite.double() * torch.nan
-        labels = torch.stack([finite.long() * 0 - 1, finite.long() * 0], dim=1)
-        table = ObjectiveTable.of(torch.stack([unknown, unknown, finite.double()], dim=1), labels)
+        unknown, name = finite.double() * torch.nan, finite.long() * 0
+        table = ObjectiveTable(unknown, unknown, finite.double(), name - 1, name)
         jacobian = self.jacobian_of(gradients if finite else {})
         return value, Recorded(table, jacobian, (~finite).sum(), True, {}, None)
 
@@ -296,12 +295,11 @@ class Recorder:
     def _row_of_rest(self, loss: Tensor, shares: Shares, last: Any) -> ObjectiveTable:
         """Returns the table [1] of the part of the loss that belongs to no instance."""
         router = part_of_router(self.trainer, last)
-        value = loss.detach().double() * (torch.nan if router is None else router)
-        counts = torch.tensor(float(shares.rest is not None and bool(loss.isfinite())), device=loss.device)
-        raw = value if router is None else last["loss"].detach().double() * router
-        numbers = torch.stack([value / self.backend.divisor(), raw, counts.double()])[None]
-        labels = torch.tensor([[-1, shares.names]], device=loss.device)
-        return ObjectiveTable.of(numbers, labels)
+        value = loss.detach().double()[None] * (torch.nan if router is None else router)
+        raw = value if router is None else last["loss"].detach().double()[None] * router
+        count = torch.full_like(value, shares.rest is not None and bool(loss.isfinite()))
+        name = torch.full_like(value, shares.names, dtype=torch.int64)
+        return ObjectiveTable(value / self.backend.divisor(), raw, count, torch.full_like(name, -1), name)
 
     def _take_out_broken(self, shares: Shares, whose: Whose) -> Tensor:
         """Removes nonfinite instances and losses from all objectives, and logs them; returns their number."""
@@ -323,4 +321,4 @@ def _table(shares: Shares, members: Membership) -> ObjectiveTable:
         sums = parts = torch.full_like(counts, torch.nan, dtype=torch.float64)
     else:
         sums, parts = (members.added(v.masked_fill(~shares.some, 0)) for v in (shares.values.sums, shares.values.parts))
-    return ObjectiveTable.of(torch.stack([parts, sums, counts.double()], dim=1), members.labels)
+    return ObjectiveTable(parts, sums, counts.double(), members.groups, members.names)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from hf_jd.gramian.random_streams import unchanged_streams
 from hf_jd.gramian.sharding import whole_bytes
 from hf_jd.metrics import Metrics
 from hf_jd.objectives import Objectives, ObjectiveTable
-from hf_jd.trainer.backward import Passed, Recorded, Step
+from hf_jd.trainer.backward import Passed, Step
 from hf_jd.trainer.gradients import accumulate, added, all_finite
 from hf_jd.trainer.row_store import RowStore, allowed, is_full
 from hf_jd.trainer.weighing import StepSettings, multipliers, plain_metrics, weigh
@@ -121,42 +121,39 @@ class Update:
             self.trainer.jd_metrics.add(metrics)
         self._keep_price(time.perf_counter() - start)
         self._log_of_sums(objectives, rows, usable)
-        extra = added(r.extra for r in recorded)
         if self.trainer.accelerator.scaler is not None and broken:
             # An overflow has to stay in `.grad`: GradScaler then skips the step and lowers its scale.
             accumulate({p: torch.full_like(p, torch.inf) for p in self.trainable})
         elif self.backend.owns_backward:
-            with unchanged_streams(self.trainer.args.device):
-                self._second_pass_of_backend(recorded, weights[0, rows.local], usable[rows.local])
-        elif not self.two_passes or self.kind.of_batches or objectives.broken(usable).any():
+            self._second_pass_of_backend(weights[0, rows.local], usable[rows.local])
+        elif not self.two_passes or objectives.broken(usable).any():
             # Pick rows: a second pass would multiply nonfinite ones by 0, which is NaN. The rows include GradScaler's
             # scale, by which it divides.
             accumulate(rows.weighted_sum(weights, usable))
         else:
-            with unchanged_streams(self.trainer.args.device):
-                self._second_pass(recorded, weights[0, rows.local])
+            self._second_pass(weights[0, rows.local])
         if not self.backend.owns_backward and anywhere(self.recorder.has_rest, self.trainer.args.device):
-            accumulate(add_gradients(extra, self.trainable))
+            accumulate(add_gradients(added(r.extra for r in recorded), self.trainable))
 
-    def _second_pass(self, recorded: list[Recorded], weights: Tensor) -> None:
+    def _second_pass(self, weights: Tensor) -> None:
         """Computes the losses again, and descends their weighted sum; see `_weigh`."""
-        gradients = []
-        for passed, each in self._micro_batches(recorded, weights):
-            again = passed if self.recorder.keep_graph else self.recorder.again(passed, self.recorder.model)
-            gradients.append(self._gradient(again, each, rest=False))
+        first, gradients = self._first_passes(), []
+        with unchanged_streams(self.trainer.args.device):
+            for passed, each in zip(first, self._by_micro_batch(weights, first), strict=True):
+                again = passed if self.recorder.keep_graph else self.recorder.again(passed, self.recorder.model)
+                gradients.append(self._gradient(again, each, rest=False))
         accumulate(add_gradients(added(gradients), self.trainable))
 
-    def _second_pass_of_backend(self, recorded: list[Recorded], weights: Tensor, usable: Tensor) -> None:
+    def _second_pass_of_backend(self, weights: Tensor, usable: Tensor) -> None:
         """Does the same with a backend that owns the backward pass, without instances of nonfinite gradients."""
-        losses: list[Callable[[], Tensor]] = []
-        usables = [flags for _, flags in self._micro_batches(recorded, usable)]
-        for (passed, each), flags in zip(self._micro_batches(recorded, weights), usables, strict=True):
-            broken = passed.table.counts.to(flags.device).bool() & ~flags
-            finite = self._finite_instances(passed, broken)
-            losses.append(partial(self._loss_again, passed, each, finite))
-        self.backend.descend(losses)
+        first = self._first_passes()
+        each = (self._by_micro_batch(values, first) for values in (weights, usable))
+        losses = [partial(self._loss_again, *of_batch) for of_batch in zip(first, *each, strict=True)]
+        with unchanged_streams(self.trainer.args.device):
+            self.backend.descend(losses)
 
-    def _loss_again(self, passed: Passed, weights: Tensor, finite: Tensor | None) -> Tensor:
+    def _loss_again(self, passed: Passed, weights: Tensor, usable: Tensor) -> Tensor:
+        finite = self._finite_instances(passed, passed.table.counts.to(usable.device).bool() & ~usable)
         again = self.recorder.again(passed, self.model, finite)
         by_instance = passed.members.segments if finite is None else passed.members.segments[finite]
         again.members = passed.members._replace(segments=by_instance)
@@ -170,13 +167,12 @@ class Update:
             out = out | at_segments(broken.to(segments.device), segments)
         return ~out if out.any() and not out.all() else None
 
-    def _micro_batches(self, recorded: list[Recorded], of_rows: Tensor) -> list[tuple[Passed, Tensor]]:
-        """Pairs this process's micro-batches with their rows' values [m]."""
-        if self.kind.shared:
-            each = [of_rows] * len(recorded)
-        else:
-            each = list(of_rows.split([len(r.table) for r in recorded]))
-        return [(r.passed, values) for r, values in zip(recorded, each, strict=True) if r.passed is not None]
+    def _first_passes(self) -> list[Passed]:
+        return [recorded.passed for recorded in self.store.recorded if recorded.passed is not None]
+
+    def _by_micro_batch(self, of_rows: Tensor, passed: Sequence[Passed]) -> Sequence[Tensor]:
+        """Splits the values of this process's rows [m] by micro-batch."""
+        return [of_rows] * len(passed) if self.kind.shared else of_rows.split([len(p.table) for p in passed])
 
     def _descend_now(self, passed: Passed) -> None:
         """Descends a micro-batch of known weights, unless they depend on the other micro-batches' counts."""
@@ -200,11 +196,8 @@ class Update:
         objectives = self._objectives(rows.exchange(table), first.normalised)
         usable = objectives.table.counts > 0
         if not first.normalised:
-            each = objectives.factors(usable) * self._share(objectives) / objectives.number(usable)
-            each = (each * self._multipliers(objectives.table))[rows.local]
-            sizes = [len(p.table) for p in self.passed]
-            of_each = [each] * len(sizes) if self.kind.shared else each.split(sizes)
-            for passed, weights in zip(self.passed, of_each, strict=True):
+            each = (self._mean_weights(objectives, usable) * self._multipliers(objectives.table))[rows.local]
+            for passed, weights in zip(self.passed, self._by_micro_batch(each, self.passed), strict=True):
                 self.gradients.append(self._gradient(passed, weights, rest=True))
         total = add_gradients(added(self.gradients), self.trainable)
         if self.trainer.accelerator.scaler is None and not all_finite(list(total.values())):
@@ -227,9 +220,9 @@ class Update:
         """Makes Trainer log this process's part of losses that are only divided at the end of the update."""
         if objectives.normalised or self.jd.own_mean or self.recorder.has_rest:
             return
-        each = objectives.factors(usable) * self._share(objectives) / objectives.number(usable)
-        parts = (each * objectives.table.losses)[rows.local][usable[rows.local]]
-        self.logged = parts.sum() * process_count() / (process_count() if self.kind.shared and not self.alone else 1)
+        each = self._mean_weights(objectives, usable) * objectives.table.losses
+        together = self.kind.shared and not self.alone
+        self.logged = each[rows.local][usable[rows.local]].sum() * (1 if together else process_count())
 
     def weigh_apart(self) -> None:
         """Weighs each micro-batch separately from now on: rows that don't fit won't fit later."""
@@ -253,7 +246,6 @@ class Update:
         trainer, step = self.trainer, self.trainer.state.global_step
         return StepSettings(
             self.kind,
-            self.jd.jd_objectives,
             trainer.jd_loss_names,
             trainer.group_name,
             self.jd.jd_ascend or [],
@@ -264,6 +256,10 @@ class Update:
     def _multipliers(self, table: ObjectiveTable) -> Tensor:
         multiplier = partial(self.trainer.jd_control.multiplier, step=self.trainer.state.global_step)
         return multipliers(table, self._settings(), multiplier)
+
+    def _mean_weights(self, objectives: Objectives, usable: Tensor) -> Tensor:
+        """Returns the weights [M] of the rows in the mean of the objectives."""
+        return objectives.factors(usable) * self._share(objectives) / objectives.number(usable)
 
     def _share(self, objectives: Objectives) -> float:
         """Returns the share of this update in the whole, unless the losses already include it."""

@@ -43,7 +43,6 @@ class StepSettings:
 
     Attributes:
         kind: The kind of objectives.
-        objectives: Its name.
         losses: The names of the losses.
         group_name: Returns the name of a group, from its id.
         raised: The names of the groups whose loss is raised.
@@ -52,7 +51,6 @@ class StepSettings:
     """
 
     kind: Kind
-    objectives: str
     losses: Sequence[str]
     group_name: Callable[[int], str]
     raised: Sequence[str]
@@ -120,15 +118,14 @@ def _means(table: ObjectiveTable) -> Tensor | None:
 
 def _names(table: ObjectiveTable, whole: int | None, settings: StepSettings) -> list[str]:
     """Returns the objectives' names: groups or losses, or the positions of instances in the update."""
-    losses, seen, names = settings.losses, Counter[int](), []
+    kind, losses, seen, names = settings.kind, settings.losses, Counter[int](), []
     for group, name in zip(table.groups.tolist(), table.names.tolist(), strict=True):
-        if settings.objectives in ("loss", "reward") or name == whole:
+        if kind.shared and group >= 0:
+            names.append(settings.group_name(group))
+        elif kind.shared or name == whole:
             names.append(losses[name])
-        elif settings.objectives == "group":
-            names.append(settings.group_name(group) if group >= 0 else losses[name])
         else:
-            several = settings.objectives == "instance_loss"
-            names.append(f"{seen[name]}/{losses[name]}" if several else str(seen[name]))
+            names.append(f"{seen[name]}/{losses[name]}" if kind.several else str(seen[name]))
             seen[name] += 1
     return names
 
