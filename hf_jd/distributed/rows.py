@@ -14,7 +14,7 @@ gradient, or f b n with shards. A step also gathers 40 bytes per objective and 8
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, distributed, nn
@@ -83,11 +83,15 @@ class LocalRows:
         blocks, device = max(self._places.values()) + 1, self.parameters[0].device
         return torch.zeros(blocks, objectives, objectives, dtype=torch.float64, device=device)
 
-    def _add_part(self, gramians: Tensor, bucket: Bucket, rows: Tensor) -> None:
-        """Adds the contribution of this process's columns to each block's Gramian."""
-        for place, where in by_block(bucket.parts[rank()], self._places):
-            of_block = rows[:, where]
-            gramians[place] += inner(of_block, of_block)
+    def _gramians_of(self, objectives: int, columns: Iterable[tuple[Bucket, Tensor]]) -> Tensor:
+        """Adds up the processes' parts of the Gramians [B, M, M], each from the rows [M, C / W] of its own columns."""
+        gramians = self._no_gramians(objectives)
+        for bucket, rows in columns:
+            for place, where in by_block(bucket.parts[rank()], self._places):
+                of_block = rows[:, where]
+                gramians[place] += inner(of_block, of_block)
+        gramians = add_over_processes(gramians)
+        return (gramians + gramians.mT) / 2
 
     def _flags(self) -> Tensor:
         """Returns [P], 1 for parameters that some objective of this process depends on."""
@@ -106,7 +110,7 @@ class LocalRows:
 
 
 class GatheredRows(LocalRows):
-    """Rows of objectives that differ between processes, weighed together.
+    """Rows of objectives that differ between several processes, weighed together.
 
     Each process receives all M rows of the columns that it owns, and computes their part of the Gramian. Then it weighs
     its own rows, and the updates are added up.
@@ -114,8 +118,6 @@ class GatheredRows(LocalRows):
 
     def exchange(self, table: ObjectiveTable) -> ObjectiveTable:
         """Concatenates the processes' tables."""
-        if process_count() == 1:
-            return table
         numbers = torch.cat([table.numbers, table.labels.double()], dim=1)
         heads = gather(torch.cat([torch.tensor([len(table)]).to(numbers), self._flags().to(numbers)]))
         self._set_used(heads[:, 1:].sum(0))
@@ -125,14 +127,9 @@ class GatheredRows(LocalRows):
 
     def gramians(self) -> Tensor:
         """Computes the Gramians [B, M, M] of the rows of all processes."""
-        if process_count() == 1:
-            return super().gramians()
         assert self._used is not None
-        gramians = self._no_gramians(sum(self._lengths))
         cut = buckets(self._used, process_count(), max(self._lengths))
-        for bucket, rows in in_turn(self._exchange(bucket) for bucket in cut):
-            self._add_part(gramians, bucket, rows)
-        return _symmetric(add_over_processes(gramians))
+        return self._gramians_of(sum(self._lengths), in_turn(map(self._exchange, cut)))
 
     def _exchange(self, bucket: Bucket) -> Sent:
         """Sends the rows [m_r, C] of this process by columns, and receives the rows [M, C / W] of all processes."""
@@ -148,7 +145,7 @@ class GatheredRows(LocalRows):
 
 
 class AddedRows(LocalRows):
-    """Rows of objectives that all processes share: the rows [K, n] are added up.
+    """Rows of objectives that several processes share: the rows [K, n] are added up.
 
     Each process receives the sums [K, n / W] of the columns that it owns, computes their part of the Gramian, and
     weighs them; then the update is gathered.
@@ -156,8 +153,6 @@ class AddedRows(LocalRows):
 
     def exchange(self, table: ObjectiveTable) -> ObjectiveTable:
         """Adds up the tables of all processes, whose objectives are the same."""
-        if process_count() == 1:
-            return table
         numbers, self._objectives = table.numbers, len(table)
         sums = add_over_processes(torch.cat([numbers.flatten(), self._flags().to(numbers)]))
         self._set_used(sums[numbers.numel() :])
@@ -165,23 +160,13 @@ class AddedRows(LocalRows):
 
     def gramians(self) -> Tensor:
         """Computes the Gramians [B, K, K] of the summed rows."""
-        if process_count() == 1:
-            return super().gramians()
-        assert self._used is not None
         self._sums: list[tuple[Bucket, Tensor]] = []
-        gramians = self._no_gramians(self._objectives)
-        cut = buckets(self._used, process_count(), self._objectives)
-        for bucket, received in in_turn(self._exchange(bucket) for bucket in cut):
-            rows = self._summed(bucket, received)
-            self._add_part(gramians, bucket, rows)
-            self._sums.append((bucket, rows))
+        gramians = self._gramians_of(self._objectives, self._receive())
         self.jacobian = None  # Free the rows: each process only needs its 1/W of the sums.
-        return _symmetric(add_over_processes(gramians))
+        return gramians
 
     def weighted_sum(self, weights: Tensor, usable: Tensor) -> dict[nn.Parameter, Tensor]:
         """Computes the update sum_k w_k row_k, each process its columns; see `LocalRows.weighted_sum`."""
-        if process_count() == 1:
-            return super().weighted_sum(weights, usable)
         if not usable.any():
             return {}
         assert self._used is not None
@@ -189,6 +174,14 @@ class AddedRows(LocalRows):
         for bucket, columns in in_turn(self._weigh(*sums, weights, usable) for sums in self._sums):
             update.put(bucket, columns)
         return update.by_parameter()
+
+    def _receive(self) -> Iterator[tuple[Bucket, Tensor]]:
+        """Stores and yields the sums [K, C / W] of this process's columns."""
+        assert self._used is not None
+        cut = buckets(self._used, process_count(), self._objectives)
+        for bucket, received in in_turn(map(self._exchange, cut)):
+            self._sums.append((bucket, self._summed(bucket, received)))
+            yield self._sums[-1]
 
     def _exchange(self, bucket: Bucket) -> Sent:
         """Sends the rows [K, C] of this process by columns; `_summed` reads the result."""
@@ -236,7 +229,3 @@ class AddedRows(LocalRows):
         local = functional.pad(local, (0, max(bucket.widths) - len(local)))  # A gather needs parts of equal length.
         columns = local.new_empty(process_count(), len(local))
         return Sent(bucket, columns, all_gather_single(columns.view(-1), local, async_op=True), local)
-
-
-def _symmetric(gramians: Tensor) -> Tensor:
-    return (gramians + gramians.mT) / 2

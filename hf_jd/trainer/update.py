@@ -235,7 +235,7 @@ class Update:
 
     def _rows(self, jacobian: Any) -> LocalRows:
         """Returns this process's share of the rows to weigh together."""
-        kind = LocalRows if self.alone else AddedRows if self.kind.shared else GatheredRows
+        kind = LocalRows if self.alone or process_count() == 1 else AddedRows if self.kind.shared else GatheredRows
         return kind(jacobian, self.trainable, self.blocks)
 
     def _objectives(self, table: ObjectiveTable, normalised: bool) -> Objectives:
