@@ -49,7 +49,6 @@ __all__ = [
     "causal_lm",
     "check_targets",
     "known_kind",
-    "loss_kind",
 ]
 
 
@@ -59,25 +58,8 @@ def bare(model: nn.Module | None) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # ty: ignore[not-callable]
 
 
-def loss_kind(model: nn.Module | None) -> str:
-    """Returns the key of `LOSSES` for a model, with or without PEFT's wrappers.
-
-    Raises:
-        ValueError: There is none.
-    """
-    kind = known_kind(model)
-    if kind is None:
-        raise ValueError(
-            f"{type(bare(model)).__name__} has no built-in unreduced loss (there are: {', '.join(LOSSES)}): override "
-            "`compute_losses` and return one loss per instance or per token."
-        )
-    return kind
-
-
-def known_kind(model: nn.Module | None) -> str | None:
-    """Returns the key of `LOSSES` for a model; None if there is none."""
-    core = bare(model)
-    name = type(core).__name__.removeprefix("FSDP")  # FSDP2 derives its own class
+def known_kind(core: Any, name: str) -> str | None:
+    """Returns the key of `LOSSES` for a bare model of a class with this name; None if there is none."""
     kind = getattr(core, "loss_type", None)
     answers = {
         *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(),

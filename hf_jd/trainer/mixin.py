@@ -290,6 +290,11 @@ class JDTrainerMixin(EvaluationMixin):
     # ---- What an update needs ----
 
     @property
+    def takes_whole_gradients(self) -> bool:
+        """Whether rows are gradients of whole losses, as they come, not of shares of one loss."""
+        return self.jd_args.kind.of_batches or self.jd_args.kind.of_rewards or self.tells_losses_apart
+
+    @property
     def recorder_class(self) -> type[Recorder]:
         """How micro-batches become rows."""
         return Recorder

@@ -145,21 +145,14 @@ def _check_losses(trainer: JDTrainerMixin) -> None:
             "one: return a dict of losses from `compute_losses`, or choose --jd_objectives instance."
         )
     unvalued = jd.kind.of_batches or not (trainer.knows_losses or whose == "compute_losses" or trainer.jd_loss_func)
-    apart = trainer.tells_losses_apart
-    flag = needs_values(trainer) if unvalued and (apart or not jd.kind.several) else None
+    flag = needs_values(trainer) if unvalued and (trainer.tells_losses_apart or not jd.kind.several) else None
     if flag is not None:
         what = f"--jd_objectives {jd.jd_objectives} takes" if jd.kind.of_batches else f"the loss of {name} is"
         raise ValueError(
             f"{flag} needs the value of each objective, but {what} one for the whole batch: leave it out, or "
             "override `compute_losses` and return unreduced losses."
         )
-    whole = jd.kind.of_batches or jd.kind.of_rewards or apart
-    if whole and trainer.jd_backend.owns_backward:
-        raise ValueError(
-            f"--jd_objectives {jd.jd_objectives} of {name} takes gradients as they come, which DeepSpeed keeps for "
-            "itself: use DDP or FSDP2."
-        )
-    if whole and (jd.jd_extra_losses != "mean" or jd.jd_backward == "two_pass"):
+    if trainer.takes_whole_gradients and (jd.jd_extra_losses != "mean" or jd.jd_backward == "two_pass"):
         raise ValueError(
             f"--jd_objectives {jd.jd_objectives} of {name} takes gradients as they come: leave --jd_extra_losses at "
             "mean, and --jd_backward at one_pass."

@@ -15,7 +15,8 @@ from transformers.utils import logging
 from hf_jd._compat import loss_is_scaled_for_ga
 from hf_jd.arguments import JDArguments
 from hf_jd.distributed.processes import process_count
-from hf_jd.losses import LOSSES, NAMED_LOSSES, bare, check_targets, known_kind, loss_kind
+from hf_jd.gramian.sharding import layer_type
+from hf_jd.losses import LOSSES, NAMED_LOSSES, bare, check_targets, known_kind
 from hf_jd.trainer.overrides import overridden
 
 logger = logging.get_logger(__name__)
@@ -113,18 +114,31 @@ class LossesMixin(Host):
                 f"The batch is a {type(inputs).__name__}, without names, so its labels are unknown: use a collator "
                 "that returns a dict, or override `compute_losses`."
             )
-        check_targets(loss_kind(self.model), inputs)
+        check_targets(self._built_in_kind(), inputs)
 
     def read_losses(self, outputs: Any, inputs: Mapping[str, Any]) -> Losses:
         """Reads the unreduced losses of a known head from the model's outputs; see `compute_losses`."""
-        core = self.model
-        return LOSSES[loss_kind(core)](outputs, inputs, bare(core), self._smoothing(inputs))
+        return LOSSES[self._built_in_kind()](outputs, inputs, bare(self.model), self._smoothing(inputs))
+
+    @property
+    def loss_kind(self) -> str | None:
+        """The key of `LOSSES` for the model, with or without PEFT's wrappers; None if there is none."""
+        core = bare(self.model)
+        return known_kind(core, layer_type(core).__name__)
+
+    def _built_in_kind(self) -> str:
+        """Returns the same, or raises a ValueError."""
+        if self.loss_kind is None:
+            raise ValueError(
+                f"{type(bare(self.model)).__name__} has no built-in unreduced loss (there are: {', '.join(LOSSES)}): "
+                "override `compute_losses` and return one loss per instance or per token."
+            )
+        return self.loss_kind
 
     @property
     def knows_losses(self) -> bool:
         """Whether Trainer's loss is a known head's, so that `read_losses` gives the instances' losses."""
-        has_kind = known_kind(self.model) is not None
-        return has_kind and overridden(self) is None and self.jd_loss_func is None
+        return self.loss_kind is not None and overridden(self) is None and self.jd_loss_func is None
 
     @property
     def tells_losses_apart(self) -> bool:
@@ -166,7 +180,7 @@ class LossesMixin(Host):
         named = outputs.get("losses") if isinstance(outputs, Mapping) else None
         if isinstance(named, Mapping):
             return named
-        read = NAMED_LOSSES.get(known_kind(self.model) or "")
+        read = NAMED_LOSSES.get(self.loss_kind or "")
         return None if read is None or not self.knows_losses else read(outputs, self.jd_inputs)
 
     def _batch_loss(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
