@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hf_jd.trainer.cotangents import wide
+
 ROUNDING = 64
 """The rounding units by which cotangents of TRL's loss may differ from being multiples of each other."""
 
@@ -47,13 +49,13 @@ def directions(parts: Sequence[Sequence[Tensor]], advantages: Tensor, noise: Seq
     negative = _unit(stacked, advantages, -1)
     up, down = advantages.T.clamp(min=0), advantages.T.clamp(max=0)
     for c, plus, minus, tolerance in zip(stacked, positive, negative, tolerances, strict=True):
-        fitted = _wide(up, c) * plus + _wide(down, c) * minus
+        fitted = wide(up, c) * plus + wide(down, c) * minus
         if ((fitted - c).abs() > tolerance).any():
             return []
     largest = advantages.abs().amax(1)
     has_both = (advantages > 0).any(1) & (advantages < 0).any(1)
     same = all(
-        not (has_both & _any((_wide(largest, p) * (p - m)).abs() > tolerance)).any()
+        not (has_both & ((wide(largest, p) * (p - m)).abs() > tolerance).flatten(1).any(1)).any()
         for p, m, tolerance in zip(positive, negative, tolerances, strict=True)
     )
     if not same:
@@ -61,7 +63,7 @@ def directions(parts: Sequence[Sequence[Tensor]], advantages: Tensor, noise: Seq
     is_up = (advantages > 0).any(1)
     return [
         Direction(
-            [torch.where(_wide(is_up, p), p, m) for p, m in zip(positive, negative, strict=True)], advantages.T.clone()
+            [torch.where(wide(is_up, p), p, m) for p, m in zip(positive, negative, strict=True)], advantages.T.clone()
         )
     ]
 
@@ -71,21 +73,11 @@ def _unit(stacked: Sequence[Tensor], advantages: Tensor, sign: int) -> list[Tens
     largest, which = (sign * advantages).max(1)
     rows = torch.arange(len(which), device=which.device)
     scale = torch.where(largest > 0, sign / largest.clamp(min=torch.finfo(largest.dtype).tiny), 0)
-    return [_wide(scale, c[0]).to(c.dtype) * c[which, rows] for c in stacked]
+    return [wide(scale, c[0]).to(c.dtype) * c[which, rows] for c in stacked]
 
 
 def _tolerance(stacked: Tensor, noise: Tensor) -> Tensor:
     """Returns the rounding error [B, 1, ...] of each completion's cotangents [K, B, ...]."""
     size = stacked.abs().amax(0) + noise.abs()
     size = size.flatten(1).amax(1) if size[0].numel() else size.new_zeros(len(size))
-    return _wide(ROUNDING * torch.finfo(stacked.dtype).eps * size, noise)
-
-
-def _any(where: Tensor) -> Tensor:
-    """Returns whether any entry of each [B, ...] is true: [B]."""
-    return where.flatten(1).any(1)
-
-
-def _wide(leading: Tensor, like: Tensor) -> Tensor:
-    """Appends dimensions of size 1, up to the number of another tensor's."""
-    return leading.view(leading.shape + (1,) * (like.dim() - leading.dim()))
+    return wide(ROUNDING * torch.finfo(stacked.dtype).eps * size, noise)

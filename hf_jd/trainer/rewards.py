@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hf_jd.gramian import Jacobian
 from hf_jd.metrics import Metrics
 from hf_jd.objectives import Membership
-from hf_jd.trainer.cotangents import Cotangent, split, surrogates
+from hf_jd.trainer.cotangents import Cotangent, split, surrogates, wide
 from hf_jd.trainer.directions import Direction, directions
 from hf_jd.trainer.named_gradients import NamedLosses, NamedRecorder
 
@@ -221,9 +221,7 @@ def _less(gradients: list[Tensor], base: list[Tensor]) -> list[Tensor]:
 
 def _where(finite: Tensor, gradient: Tensor) -> Tensor:
     """A cotangent [B, ...] with zeros where its completion's isn't finite."""
-    if not gradient.dim():
-        return gradient
-    return torch.where(finite.view(-1, *(1 for _ in gradient.shape[1:])), gradient, 0)
+    return torch.where(wide(finite, gradient), gradient, 0) if gradient.dim() else gradient
 
 
 def scalar(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:

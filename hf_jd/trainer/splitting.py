@@ -95,12 +95,13 @@ def _of_outputs(
             f"{flag} needs the value of each objective, but the loss of {type(trainer).__name__} is one for the whole "
             "batch: leave it out, or override `compute_losses` and return unreduced losses."
         )
-    if values is None or not trainer.jd_args.own_mean:
-        return Shares(pieces, instances, rest=rest, values=values)
-    # A group's own mean is over all its losses, however Trainer divides those of each micro-batch.
-    factor = values.sums[values.sums.isfinite()].sum() / values.parts[values.parts.isfinite()].sum()
-    values = values._replace(parts=values.sums)
-    return Shares(pieces, instances, rest=rest, values=values, normalised=False, factor=factor)
+    normalised, factor = True, 1.0
+    if values is not None and trainer.jd_args.own_mean:
+        # A group's own mean is over all its losses, however Trainer divides those of each micro-batch.
+        normalised = False
+        factor = values.sums[values.sums.isfinite()].sum() / values.parts[values.parts.isfinite()].sum()
+        values = values._replace(parts=values.sums)
+    return Shares(pieces, instances, rest=rest, values=values, normalised=normalised, factor=factor)
 
 
 def _of_unreduced(trainer: JDTrainerMixin, loss: Tensor, whose: Whose, unreduced: Unreduced, scale: float) -> Shares:
@@ -120,7 +121,8 @@ def _of_unreduced(trainer: JDTrainerMixin, loss: Tensor, whose: Whose, unreduced
             f"The losses {', '.join(f'`{name}`' for name in unreduced.losses)} have no graph, so there is nothing to "
             "train: compute them from the model's outputs in training."
         )
-    sums, counts = sums_of(losses, counted, owners, instances)
+    parts = list(zip(losses, counted, owners, range(len(losses)), strict=True))
+    sums, counts = sums_of(parts, instances, len(losses))
     # A loss's cotangent is its factor in Trainer's loss.
     each = torch.zeros(len(losses), dtype=torch.float64, device=sums.device)
     for (_, gradient), _, k in pieces:

@@ -62,7 +62,7 @@ def known_losses(
         instances = int(documents.max()) + 1
     if len(owner) != len(losses) or (documents is None and examples not in (None, instances)):
         return None
-    sums, counts = sums_of([losses], [counted], [owner.to(losses.device)], instances)
+    sums, counts = sums_of([(losses, counted, owner.to(losses.device), 0)], instances, 1)
     _compare(trainer, outputs, sums, counts)
     return (sums, counts) if trainer.jd_valued else None
 

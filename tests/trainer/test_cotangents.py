@@ -60,7 +60,7 @@ def test_what_comes_past_the_outputs_is_told(name, tmp_path, monkeypatch):
 
     def noted(*args):
         found = split(*args)
-        rests.append(found.rest is not None)
+        rests.append(found[1] is not None)
         return found
 
     split = splitting.split
