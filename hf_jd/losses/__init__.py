@@ -14,9 +14,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
 
-from hf_jd.losses.aligned import aligned
 from hf_jd.losses.causal_lm import causal_lm
 from hf_jd.losses.classification import classification
+from hf_jd.losses.cross_entropy import aligned
 from hf_jd.losses.ctc import ctc
 from hf_jd.losses.question_answering import question_answering, start_and_end
 
@@ -38,13 +38,9 @@ LOSSES = {
 NAMED_LOSSES = {"ForQuestionAnswering": start_and_end}
 """The kinds whose loss is a sum of several named losses."""
 
-TARGETS = ("labels", "start_positions", "end_positions")
-"""The keys of a batch from which a model computes its own loss."""
-
 __all__ = [
     "LOSSES",
     "NAMED_LOSSES",
-    "TARGETS",
     "bare",
     "causal_lm",
     "check_targets",
@@ -82,7 +78,7 @@ def check_targets(kind: str, inputs: Mapping[str, Any]) -> None:
     Raises:
         ValueError: Some are missing.
     """
-    needed = TARGETS[1:] if kind == "ForQuestionAnswering" else TARGETS[:1]
+    needed = ("start_positions", "end_positions") if kind == "ForQuestionAnswering" else ("labels",)
     missing = [f"`{name}`" for name in needed if inputs.get(name) is None]
     if missing:
         raise ValueError(

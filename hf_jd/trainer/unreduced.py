@@ -200,10 +200,12 @@ class LossesMixin(Host):
         """
         values, counted = by_name(losses)
         several, tokens = len(values) > 1, next(iter(values.values())).ndim > 1
-        averaged, divides = self._averages_batches(), self._divides_loss(num_items)
         of_head = several and self.knows_losses
+        # Does Trainer average the losses of an update's micro-batches, instead of adding them up?
+        scaled = loss_is_scaled_for_ga(self)
+        averaged = not (self.model_accepts_loss_kwargs or self.jd_loss_func) if scaled is None else not scaled
         # Losses of tokens are divided by their number in the update, if that is known.
-        divisor_is_known = averaged or (tokens and not (num_items is None and loss_is_scaled_for_ga(self)))
+        divisor_is_known = averaged or (tokens and not (num_items is None and scaled))
         normalised = of_head or (divisor_is_known and not several and not self.jd_args.own_mean)
         self.jd_unreduced = Unreduced(values, counted, normalised)
         # Leave out instances whose losses aren't finite.
@@ -212,22 +214,12 @@ class LossesMixin(Host):
             processes = process_count() if self.args.average_tokens_across_devices else 1
             divide_by = {name: torch.as_tensor(num_items) / processes for name in values}
         else:
-            batches = 1 if divides else self.current_gradient_accumulation_steps
+            divided_by_trainer = averaged or (scaled is None and num_items is None and self.jd_loss_func is None)
+            batches = 1 if divided_by_trainer else self.current_gradient_accumulation_steps
             divide_by = {name: finite[name].sum().clamp(min=1) * batches for name in values}
         sums = {name: values[name].masked_fill(~finite[name], 0).sum() for name in values}
         total = torch.stack([sums[name] / divide_by[name].to(sums[name].device) for name in values]).sum()
         return total if self.jd_extra is None else total + self.jd_extra
-
-    def _averages_batches(self) -> bool:
-        """Whether Trainer averages the losses of an update's micro-batches, instead of adding them up."""
-        scaled = loss_is_scaled_for_ga(self)
-        return not (self.model_accepts_loss_kwargs or self.jd_loss_func) if scaled is None else not scaled
-
-    def _divides_loss(self, num_items: Any) -> bool:
-        """Whether Trainer divides this micro-batch's loss by the number of micro-batches."""
-        if self._averages_batches():
-            return True
-        return loss_is_scaled_for_ga(self) is None and num_items is None and self.jd_loss_func is None
 
     def _smoothing(self, inputs: Mapping[str, Any]) -> float:
         return self.args.label_smoothing_factor if "labels" in inputs else 0.0
