@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin
 
 logger = logging.get_logger(__name__)
+
+T = TypeVar("T")
 
 Step = Callable[[nn.Module, Any], Tensor]
 """Trainer's own step, for a model and a batch without group ids; returns the value to log."""
@@ -127,36 +129,33 @@ class Recorder:
         Raises:
             ValueError: The step didn't call `accelerator.backward` once, or its loss can't be split.
         """
-        recorded: list[Recorded] = []
         with set_aside(self.trainer.trainable()) as past:
-            value = self.run(batch, step, lambda passed: recorded.append(self.rows(passed)))
+            value, recorded = self.run(batch, step, self.rows)
         if any(bool(gradient.any()) for gradient in past.values()):
             raise ValueError(
                 f"{type(self.trainer).__name__} ran its own backward pass, past accelerator.backward, which left "
                 "gradients that can't be split by instance: use torch.autograd.grad for them, add up the losses, or "
                 "choose --jd_objectives batch, which makes each batch one objective."
             )
-        return value, recorded[0]
+        return value, recorded
 
-    def run(self, batch: Any, step: Step, backward: Callable[[Passed], None]) -> Tensor:
-        """Runs the step with another backward in place of accelerate's; returns the step's value."""
+    def run(self, batch: Any, step: Step, backward: Callable[[Passed], T]) -> tuple[Tensor, T]:
+        """Runs the step with another backward in place of accelerate's; returns the values of both."""
         trainer = self.trainer
         whose = Whose.of(batch, trainer.jd_args.jd_packed, trainer.args.device)
         batch = stand_in(batch) if whose.empty else batch
-        value = self._step(batch, step, lambda loss: backward(self._passed(batch, whose, loss)))
-        return torch.zeros_like(value) if whose.empty else value
+        value, result = self._step(batch, step, lambda loss: backward(self._passed(batch, whose, loss)))
+        return torch.zeros_like(value) if whose.empty else value, result
 
     def whole(self, batch: Any, step: Step) -> tuple[Tensor, Recorded]:
         """Runs the step on a micro-batch that is one objective: its row is its gradient, over all of its passes."""
-        losses: list[Tensor] = []
 
-        def backward(loss: Tensor) -> None:
-            losses.append(loss.detach())
+        def backward(loss: Tensor) -> Tensor:
             loss.backward()
+            return loss.detach().isfinite()[None]
 
         with self.trainer.engine().paused(), set_aside(self.trainer.trainable()) as gradients:
-            value = self._step(batch, step, backward)
-        finite = losses[0].isfinite()[None]
+            value, finite = self._step(batch, step, backward)
         unknown, name = finite.double() * torch.nan, finite.long() * 0
         table = ObjectiveTable(unknown, unknown, finite.double(), name - 1, name)
         jacobian = self.jacobian_of(gradients if finite else {})
@@ -234,13 +233,11 @@ class Recorder:
         trainer = self.trainer
         return Jacobian({p: rows.get(p) for p in trainer.trainable()}, objectives, trainer.engine().block_names())
 
-    def _step(self, batch: Any, step: Step, backward: Callable[[Tensor], None]) -> Tensor:
-        trainer, losses = self.trainer, []
+    def _step(self, batch: Any, step: Step, backward: Callable[[Tensor], T]) -> tuple[Tensor, T]:
+        trainer, results = self.trainer, []
 
         def take(loss: Tensor) -> None:
-            losses.append(loss.detach())
-            if len(losses) == 1:
-                backward(loss)
+            results.append(None if results else backward(loss))
 
         trainer.jd_outputs.begin(batch)
         trainer.jd_inputs = trainer.jd_streams = trainer.jd_unreduced = None
@@ -250,12 +247,12 @@ class Recorder:
                 value = step(self.model, without_groups(batch))
         finally:
             trainer.jd_backward = None
-        if len(losses) != 1:
+        if len(results) != 1:
             raise ValueError(
-                f"The training step of {type(trainer).__name__} called accelerator.backward {len(losses)} times for "
+                f"The training step of {type(trainer).__name__} called accelerator.backward {len(results)} times for "
                 "one batch: call it, or super().training_step, once, with the sum of the losses."
             )
-        return value
+        return value, results[0]
 
     def _passed(self, batch: Any, whose: Whose, loss: Tensor, streams: RandomState | None = None) -> Passed:
         """Splits the loss of a micro-batch, and assigns the shares to objectives."""

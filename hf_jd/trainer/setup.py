@@ -14,7 +14,7 @@ from hf_jd.groups import group_names
 from hf_jd.trainer.control import Control
 from hf_jd.trainer.foreign_weightings import as_weighting
 from hf_jd.trainer.overrides import overridden
-from hf_jd.trainer.values import needs_values
+from hf_jd.trainer.values import check_values_are_not_needed
 from hf_jd.weighting import Weighting
 
 if TYPE_CHECKING:
@@ -145,13 +145,9 @@ def _check_losses(trainer: JDTrainerMixin) -> None:
             "one: return a dict of losses from `compute_losses`, or choose --jd_objectives instance."
         )
     unvalued = jd.kind.of_batches or not (trainer.knows_losses or whose == "compute_losses" or trainer.jd_loss_func)
-    flag = needs_values(trainer) if unvalued and (trainer.tells_losses_apart or not jd.kind.several) else None
-    if flag is not None:
+    if unvalued and (trainer.tells_losses_apart or not jd.kind.several):
         what = f"--jd_objectives {jd.jd_objectives} takes" if jd.kind.of_batches else f"the loss of {name} is"
-        raise ValueError(
-            f"{flag} needs the value of each objective, but {what} one for the whole batch: leave it out, or "
-            "override `compute_losses` and return unreduced losses."
-        )
+        check_values_are_not_needed(trainer, what)
     if trainer.takes_whole_gradients and (jd.jd_extra_losses != "mean" or jd.jd_backward == "two_pass"):
         raise ValueError(
             f"--jd_objectives {jd.jd_objectives} of {name} takes gradients as they come: leave --jd_extra_losses at "

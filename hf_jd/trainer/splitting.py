@@ -15,7 +15,7 @@ from hf_jd.trainer.cotangents import Cotangent, split
 from hf_jd.trainer.gradients import accumulate
 from hf_jd.trainer.shares import Piece, Shares, Values, sums_of
 from hf_jd.trainer.unreduced import LOSS, Unreduced
-from hf_jd.trainer.values import known_losses, needs_values, values_of
+from hf_jd.trainer.values import check_values_are_not_needed, known_losses, values_of
 
 if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin
@@ -89,12 +89,8 @@ def _of_outputs(
     values = None
     if read is not None and len(read[0]) == instances:
         values = values_of(trainer, *read, last, loss.detach() / scale, rest is not None)
-    flag = needs_values(trainer) if values is None else None
-    if flag is not None:
-        raise ValueError(
-            f"{flag} needs the value of each objective, but the loss of {type(trainer).__name__} is one for the whole "
-            "batch: leave it out, or override `compute_losses` and return unreduced losses."
-        )
+    if values is None:
+        check_values_are_not_needed(trainer, f"the loss of {type(trainer).__name__} is")
     normalised, factor = True, 1.0
     if values is not None and trainer.jd_args.own_mean:
         # A group's own mean is over all its losses, however Trainer divides those of each micro-batch.

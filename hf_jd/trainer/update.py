@@ -74,7 +74,7 @@ class Update:
         """
         if not self.measured and not self.kind.of_batches:
             with self.trainer.engine().paused():
-                return self.recorder.run(batch, step, self._descend_now)
+                return self.recorder.run(batch, step, self._descend_now)[0]
         start = time.perf_counter()
         record = self.recorder.whole if self.kind.of_batches else self.recorder.record
         if not self.store.recorded:  # Parameters are gathered once per update.

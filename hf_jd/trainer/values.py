@@ -35,6 +35,16 @@ def needs_values(trainer: JDTrainerMixin) -> str | None:
     return next((flag for flag, is_set in flags.items() if is_set), None)
 
 
+def check_values_are_not_needed(trainer: JDTrainerMixin, what: str) -> None:
+    """Raises a ValueError if a flag needs each objective's value; `what` is why there are none."""
+    flag = needs_values(trainer)
+    if flag is not None:
+        raise ValueError(
+            f"{flag} needs the value of each objective, but {what} one for the whole batch: leave it out, or override "
+            "`compute_losses` and return unreduced losses."
+        )
+
+
 @torch.no_grad()
 def known_losses(
     trainer: JDTrainerMixin, outputs: Any, examples: int | None, documents: Tensor | None
