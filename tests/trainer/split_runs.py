@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from hf_jd import JDTrainerMixin
 from tests.trainer import own_losses
-from tests.trainer.own_losses import CASES, Case, trainer_of
-from tests.trainer.runs import arguments, relative
+from tests.trainer.own_losses import CASES, Case, prepared
+from tests.trainer.runs import relative
 
 GROUP = {"jd_objectives": "group", "jd_group_column": "task"}
 # A gradient penalty comes past the outputs as a whole, as does what a head reads that is called again; and `Only` knows
@@ -96,15 +95,10 @@ class Recorded:
 
     def __init__(self, case: Case, directory: Any, n: int = 5, data: Any = None, cls: Any = None, **flags: Any):
         self.weights: Tensor | None = None
-        cls = cls or type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {})
         common = {"per_device_train_batch_size": n, "train_sampling_strategy": "sequential"}
-        self.trainer = cls(
-            case.build(),
-            arguments(directory, **{**common, **flags}),
-            train_dataset=case.examples(n) if data is None else data,
-            data_collator=case.collate,
-            weighting=self.weigh,
-        )
+        self.trainer: Any = prepared(case, directory, n, cls, data, **{**common, **flags})
+        self.trainer.weighting = self.weigh
+        self.trainer.follow_flags()
         self.trainer.current_gradient_accumulation_steps = 1
         self.trainer.engine()
         self.batch = next(iter(self.trainer.get_train_dataloader()))
