@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from hf_jd._compat import all_gather_single, reduce_scatter_single
 from hf_jd.distributed.columns import Bucket, Piece, buckets, by_block, offsets
-from hf_jd.distributed.gradients import Gradients, Sent, add_gradients, in_turn, used_flags
+from hf_jd.distributed.gradients import Gradients, Sent, add_gradients, flagged, in_turn, used_flags
 from hf_jd.distributed.processes import add_over_processes, gather, gather_uneven, process_count, rank
 from hf_jd.gramian import Jacobian
 from hf_jd.gramian.blocks import places_of
@@ -93,13 +93,6 @@ class LocalRows:
         gramians = add_over_processes(gramians)
         return (gramians + gramians.mT) / 2
 
-    def _flags(self) -> Tensor:
-        """Returns [P], 1 for parameters that some objective of this process depends on."""
-        return used_flags(self._local, self.parameters)
-
-    def _set_used(self, flags: Tensor) -> None:
-        self._used = [p for p, flag in zip(self.parameters, flags.tolist(), strict=True) if flag]
-
     def _pack(self, part: list[Piece], packed: Tensor) -> None:
         """Copies columns of the rows into `packed` [m_r, C]."""
         if self.jacobian is None:
@@ -119,8 +112,9 @@ class GatheredRows(LocalRows):
     def exchange(self, table: ObjectiveTable) -> ObjectiveTable:
         """Concatenates the processes' tables."""
         numbers = torch.cat([table.numbers, table.labels.double()], dim=1)
-        heads = gather(torch.cat([torch.tensor([len(table)]).to(numbers), self._flags().to(numbers)]))
-        self._set_used(heads[:, 1:].sum(0))
+        used = used_flags(self._local, self.parameters)
+        heads = gather(torch.cat([torch.tensor([len(table)]).to(numbers), used.to(numbers)]))
+        self._used = flagged(heads[:, 1:].sum(0), self.parameters)
         self._lengths = heads[:, 0].long().tolist()
         every, self.local = gather_uneven(numbers, self._lengths)
         return ObjectiveTable.of(every[:, :-2], every[:, -2:])
@@ -154,8 +148,9 @@ class AddedRows(LocalRows):
     def exchange(self, table: ObjectiveTable) -> ObjectiveTable:
         """Adds up the tables of all processes, whose objectives are the same."""
         numbers, self._objectives = table.numbers, len(table)
-        sums = add_over_processes(torch.cat([numbers.flatten(), self._flags().to(numbers)]))
-        self._set_used(sums[numbers.numel() :])
+        used = used_flags(self._local, self.parameters)
+        sums = add_over_processes(torch.cat([numbers.flatten(), used.to(numbers)]))
+        self._used = flagged(sums[numbers.numel() :], self.parameters)
         return ObjectiveTable.of(sums[: numbers.numel()].view(numbers.shape), table.labels)
 
     def gramians(self) -> Tensor:

@@ -208,17 +208,16 @@ class LossesMixin(Host):
         divisor_is_known = averaged or (tokens and not (num_items is None and scaled))
         normalised = of_head or (divisor_is_known and not several and not self.jd_args.own_mean)
         self.jd_unreduced = Unreduced(values, counted, normalised)
-        # Leave out instances whose losses aren't finite.
-        finite = {name: _finite(losses, counted[name]) for name, losses in values.items()}
-        if tokens and not several and not averaged and num_items is not None:
-            processes = process_count() if self.args.average_tokens_across_devices else 1
-            divide_by = {name: torch.as_tensor(num_items) / processes for name in values}
-        else:
-            divided_by_trainer = averaged or (scaled is None and num_items is None and self.jd_loss_func is None)
-            batches = 1 if divided_by_trainer else self.current_gradient_accumulation_steps
-            divide_by = {name: finite[name].sum().clamp(min=1) * batches for name in values}
-        sums = {name: values[name].masked_fill(~finite[name], 0).sum() for name in values}
-        total = torch.stack([sums[name] / divide_by[name].to(sums[name].device) for name in values]).sum()
+        by_items = tokens and not several and not averaged and num_items is not None
+        divided_by_trainer = averaged or (scaled is None and num_items is None and self.jd_loss_func is None)
+        batches = 1 if by_items or divided_by_trainer else self.current_gradient_accumulation_steps
+        processes = process_count() if self.args.average_tokens_across_devices else 1
+        parts = []
+        for name, loss in values.items():
+            finite = _finite(loss, counted[name])  # Leave out instances whose losses aren't finite.
+            divide_by = torch.as_tensor(num_items) / processes if by_items else finite.sum().clamp(min=1) * batches
+            parts.append(loss.masked_fill(~finite, 0).sum() / divide_by.to(loss.device))
+        total = torch.stack(parts).sum()
         return total if self.jd_extra is None else total + self.jd_extra
 
     def _smoothing(self, inputs: Mapping[str, Any]) -> float:
