@@ -21,7 +21,6 @@ from hf_jd.gramian import Jacobian
 from hf_jd.gramian.random_streams import RandomState, set_random_state
 from hf_jd.gramian.rows import DenseRows
 from hf_jd.objectives import Membership, ObjectiveTable, membership
-from hf_jd.trainer.backends import Backend
 from hf_jd.trainer.gradients import set_aside
 from hf_jd.trainer.metrics_of_trl import unchanged_metrics
 from hf_jd.trainer.shares import Shares, at
@@ -89,7 +88,6 @@ class Recorder:
 
     Args:
         trainer: The trainer whose step to run.
-        backend: The backend.
         model: The model as wrapped by Trainer.
         present: [G] the sorted ids of the groups that are weighed together; None without a group column.
         materialise: Whether to form rows even if the layers' inputs and gradients are smaller.
@@ -101,15 +99,10 @@ class Recorder:
     """
 
     def __init__(
-        self,
-        trainer: JDTrainerMixin,
-        backend: Backend,
-        model: nn.Module,
-        present: Tensor | None,
-        materialise: bool,
-        keep_graph: bool,
+        self, trainer: JDTrainerMixin, model: nn.Module, present: Tensor | None, materialise: bool, keep_graph: bool
     ):
-        self.trainer, self.backend, self.model = trainer, backend, backend.measured(model)
+        self.trainer, self.backend = trainer, trainer.jd_backend
+        self.model = self.backend.measured(model)
         self.present, self.materialise, self.keep_graph = present, materialise, keep_graph
         self.kind = trainer.jd_args.kind
         scaler = trainer.accelerator.scaler

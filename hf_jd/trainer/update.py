@@ -52,7 +52,7 @@ class Update:
         self.two_passes = self.jd.jd_backward == "two_pass"
         # A second pass can reuse the graph of a single micro-batch; several graphs would not fit in memory.
         keep_graph = self.two_passes and len(batches) == 1 and not self.backend.owns_backward
-        self.recorder = trainer.recorder_class(trainer, self.backend, model, self.present, self._rows_fit(), keep_graph)
+        self.recorder = trainer.recorder_class(trainer, model, self.present, self._rows_fit(), keep_graph)
         self.store = RowStore(self.kind.shared)
         self.measuring = ExitStack()
         self.seconds = 0.0
@@ -153,18 +153,19 @@ class Update:
             self.backend.descend(losses)
 
     def _loss_again(self, passed: Passed, weights: Tensor, usable: Tensor) -> Tensor:
-        finite = self._finite_instances(passed, passed.table.counts.to(usable.device).bool() & ~usable)
+        finite = self._finite_instances(passed, usable)
         again = self.recorder.again(passed, self.model, finite)
         by_instance = passed.members.segments if finite is None else passed.members.segments[finite]
         again.members = passed.members._replace(segments=by_instance)
         return again.shares.weighted(weights, again.members, rest=True)
 
-    def _finite_instances(self, passed: Passed, broken: Tensor) -> Tensor | None:
+    def _finite_instances(self, passed: Passed, usable: Tensor) -> Tensor | None:
         """Returns the instances [B] (bool) whose loss and row are finite; None if all are."""
         segments = passed.members.segments
+        broken = passed.table.counts.to(segments.device).bool() & ~usable.to(segments.device)
         out = ~passed.shares.finite.all(1)
         if broken.any():
-            out = out | at_segments(broken.to(segments.device), segments)
+            out = out | (segments >= 0) & broken[segments.clamp(min=0)]
         return ~out if out.any() and not out.all() else None
 
     def _first_passes(self) -> list[Passed]:
@@ -319,8 +320,3 @@ class Update:
         instances = sum(map(row_count, self.batches))
         m = len(self.present) if self.kind.shared and self.present is not None else instances
         return m * sum(whole_bytes(p) for p in self.trainable) <= self.budget
-
-
-def at_segments(flags: Tensor, segments: Tensor) -> Tensor:
-    """Returns the flags [B] of each instance's segment, from [S]; False for instances in no segment."""
-    return (segments >= 0) & flags[segments.clamp(min=0)]
