@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hf_jd.arguments import JDArguments
 from hf_jd.checkpoints import check_room, check_writable
 from hf_jd.collator import GroupCollator
-from hf_jd.contradictions import check_blocks
+from hf_jd.contradictions import check_blocks, listed
 from hf_jd.groups import group_names
 from hf_jd.trainer.control import Control
 from hf_jd.trainer.foreign_weightings import as_weighting
@@ -101,8 +101,8 @@ def check_setup(trainer: JDTrainerMixin) -> None:
     unknown = set(trainer.jd_args.jd_ascend or []) - set(trainer.jd_group_names or trainer.jd_args.jd_ascend or [])
     if unknown:
         raise ValueError(
-            f"--jd_ascend names {', '.join(f'`{n}`' for n in sorted(unknown))}, which is no group of the training "
-            f"set; its groups are {', '.join(f'`{n}`' for n in trainer.jd_group_names or [])}."
+            f"--jd_ascend names {listed(sorted(unknown))}, which is no group of the training set; its groups are "
+            f"{listed(trainer.jd_group_names or [])}."
         )
     if trainer.jd_args.jd_sampler != "trainer" and not hasattr(trainer.train_dataset, "__len__"):
         raise ValueError(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_jd.batches import holds_examples
 from hf_jd.collator import EXAMPLES_KEY, GROUP_KEY
+from hf_jd.contradictions import listed
 from hf_jd.packing import documents_of
 from hf_jd.trainer.cotangents import Cotangent, split
 from hf_jd.trainer.gradients import accumulate
@@ -114,7 +115,7 @@ def _of_unreduced(trainer: JDTrainerMixin, loss: Tensor, whose: Whose, unreduced
     ]
     if not pieces:
         raise ValueError(
-            f"The losses {', '.join(f'`{name}`' for name in unreduced.losses)} have no graph, so there is nothing to "
+            f"The losses {listed(unreduced.losses)} have no graph, so there is nothing to "
             "train: compute them from the model's outputs in training."
         )
     parts = list(zip(losses, counted, owners, range(len(losses)), strict=True))
@@ -163,13 +164,13 @@ def _owners_of_losses(trainer: JDTrainerMixin, losses: Mapping[str, Tensor], who
     objectives, kind = trainer.jd_args.jd_objectives, trainer.jd_args.kind
     if len(losses) > 1 and not kind.several:
         raise ValueError(
-            f"There are several losses ({', '.join(f'`{name}`' for name in losses)}), but --jd_objectives {objectives} "
+            f"There are several losses ({listed(losses)}), but --jd_objectives {objectives} "
             "takes one: add them up in `compute_losses`, or choose `loss` or `instance_loss`."
         )
-    whole = [f"`{name}`" for name, values in losses.items() if not values.ndim]
+    whole = [name for name, values in losses.items() if not values.ndim]
     if whole and kind.of_instances:
         raise ValueError(
-            f"{', '.join(whole)} is one loss for the whole batch, but --jd_objectives {objectives} needs one per "
+            f"{listed(whole)} is one loss for the whole batch, but --jd_objectives {objectives} needs one per "
             "instance [B], or per token [B, T] with a bool tensor of those that count: leave out its last mean or sum, "
             "or choose --jd_objectives loss."
         )

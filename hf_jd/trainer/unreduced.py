@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from hf_jd._compat import loss_is_scaled_for_ga
 from hf_jd.arguments import JDArguments
+from hf_jd.contradictions import listed
 from hf_jd.distributed.processes import process_count
 from hf_jd.gramian.sharding import layer_type
 from hf_jd.losses import LOSSES, NAMED_LOSSES, bare, check_targets, known_kind
@@ -259,13 +260,13 @@ class LossesMixin(Host):
         """
         if self.jd_args.jd_objectives == "loss" and counted and len(names) < 2:
             raise ValueError(
-                f"There is only one loss ({_quoted(names)}), but --jd_objectives loss weighs several: return a dict of "
+                f"There is only one loss ({listed(names)}), but --jd_objectives loss weighs several: return a dict of "
                 "losses by name from `compute_losses`, make a model's balancing loss one of them with "
                 "--jd_extra_losses objective, or choose --jd_objectives instance."
             )
         if self.jd_loss_names and self.jd_loss_names != names:
             raise ValueError(
-                f"The losses were {_quoted(self.jd_loss_names)}, but in another batch they are {_quoted(names)}: "
+                f"The losses were {listed(self.jd_loss_names)}, but in another batch they are {listed(names)}: "
                 "return the same names for each batch, and count nothing for a loss without a value."
             )
         self.jd_loss_names = names
@@ -275,10 +276,6 @@ def _finite(losses: Tensor, counted: Tensor) -> Tensor:
     """Returns which losses count (bool), leaving out instances with a loss that isn't finite."""
     finite = losses.detach().isfinite() | ~counted
     return counted & (finite.flatten(1).all(1).view(-1, *[1] * (losses.ndim - 1)) if losses.ndim > 1 else finite)
-
-
-def _quoted(names: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
 
 
 def by_name(losses: Losses | Mapping[str, Losses]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

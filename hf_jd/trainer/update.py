@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_jd.batches import row_count
+from hf_jd.contradictions import listed
 from hf_jd.distributed.gradients import add_gradients
 from hf_jd.distributed.processes import add_over_processes, anywhere, gather_uneven, process_count
 from hf_jd.distributed.rows import AddedRows, GatheredRows, LocalRows
@@ -299,7 +300,7 @@ class Update:
         for batch in self.batches:
             groups = self.trainer.groups_before(batch)
             if groups is None:
-                named = ", ".join(f"`{key}`" for key in batch) if hasattr(batch, "keys") else "no names"
+                named = listed(batch) if hasattr(batch, "keys") else "no names"
                 raise ValueError(
                     f"An example has no group column `{column}`; its batch has {named}. (Your own DataLoader has to "
                     "use `trainer.data_collator`.)"
@@ -307,7 +308,7 @@ class Update:
             if (groups < 0).any():
                 raise ValueError(
                     f"An example has no value in the group column `{column}`, or a name that is not among the groups "
-                    f"{', '.join(f'`{name}`' for name in self.trainer.jd_group_names or [])}."
+                    f"{listed(self.trainer.jd_group_names or [])}."
                 )
             each.append(groups)
         ids = torch.cat(each).to(self.trainer.args.device).unique()
