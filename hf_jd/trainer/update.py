@@ -110,27 +110,27 @@ class Update:
         start, recorded = time.perf_counter(), self.store.recorded
         table, jacobian = self.store.joined()
         rows = self._rows(jacobian)
-        objectives = self._objectives(rows.exchange(table), recorded[0].normalised)
+        table = rows.exchange(table)
         gramians = rows.gramians() / self.recorder.scale**2
         self.measuring.close()
-        usable = objectives.usable(gramians.sum(0))
-        broken = self._count_broken(torch.stack([r.broken for r in recorded]).sum(), objectives, usable)
-        result = weigh(gramians, objectives, usable, self._settings())
+        objectives = self._objectives(table, gramians.sum(0).diagonal().isfinite(), recorded[0].normalised)
+        broken = self._count_broken(torch.stack([r.broken for r in recorded]).sum(), objectives)
+        result = weigh(gramians, objectives, self._settings())
         weights = result.weights * self._share(objectives)
         self.trainer.jd_state = result.state or self.trainer.jd_state
         for metrics in result.metrics:
             self.trainer.jd_metrics.add(metrics)
         self._keep_price(time.perf_counter() - start)
-        self._log_of_sums(objectives, rows, usable)
+        self._log_of_sums(objectives, rows)
         if self.trainer.accelerator.scaler is not None and broken:
             # An overflow has to stay in `.grad`: GradScaler then skips the step and lowers its scale.
             accumulate({p: torch.full_like(p, torch.inf) for p in self.trainable})
         elif self.backend.owns_backward:
-            self._second_pass_of_backend(weights[0, rows.local], usable[rows.local])
-        elif not self.two_passes or objectives.broken(usable).any():
+            self._second_pass_of_backend(weights[0, rows.local], objectives.usable[rows.local])
+        elif not self.two_passes or objectives.broken.any():
             # Pick rows: a second pass would multiply nonfinite ones by 0, which is NaN. The rows include GradScaler's
             # scale, by which it divides.
-            accumulate(rows.weighted_sum(weights, usable))
+            accumulate(rows.weighted_sum(weights, objectives.usable))
         else:
             self._second_pass(weights[0, rows.local])
         if not self.backend.owns_backward and anywhere(self.recorder.has_rest, self.trainer.args.device):
@@ -195,19 +195,19 @@ class Update:
         first = self.passed[0].shares
         table = (ObjectiveTable.added if self.kind.shared else ObjectiveTable.cat)([p.table for p in self.passed])
         rows = self._rows(None)
-        objectives = self._objectives(rows.exchange(table), first.normalised)
-        usable = objectives.table.counts > 0
+        table = rows.exchange(table)
+        objectives = self._objectives(table, torch.ones_like(table.counts, dtype=torch.bool), first.normalised)
         if not first.normalised:
-            each = (self._mean_weights(objectives, usable) * self._multipliers(objectives.table))[rows.local]
+            each = (self._mean_weights(objectives) * self._multipliers(table))[rows.local]
             for passed, weights in zip(self.passed, self._by_micro_batch(each, self.passed), strict=True):
                 self.gradients.append(self._gradient(passed, weights, rest=True))
         total = add_gradients(added(self.gradients), self.trainable)
         if self.trainer.accelerator.scaler is None and not all_finite(list(total.values())):
             return False
         accumulate(total)
-        self._count_broken(torch.stack([p.broken for p in self.passed]).sum(), objectives, usable)
-        self._log_of_sums(objectives, rows, usable)
-        for metrics in plain_metrics(objectives.joined(usable).table, self._settings()):
+        self._count_broken(torch.stack([p.broken for p in self.passed]).sum(), objectives)
+        self._log_of_sums(objectives, rows)
+        for metrics in plain_metrics(objectives.joined(), self._settings()):
             self.trainer.jd_metrics.add(metrics)
         return True
 
@@ -218,13 +218,13 @@ class Update:
                 recorded = self.recorder.rows(self.recorder.again(passed, self.recorder.model))
                 self.store.add(recorded._replace(broken=torch.maximum(recorded.broken, passed.broken)))
 
-    def _log_of_sums(self, objectives: Objectives, rows: LocalRows, usable: Tensor) -> None:
+    def _log_of_sums(self, objectives: Objectives, rows: LocalRows) -> None:
         """Makes Trainer log this process's part of losses that are only divided at the end of the update."""
         if objectives.normalised or self.jd.own_mean or self.recorder.has_rest:
             return
-        each = self._mean_weights(objectives, usable) * objectives.table.losses
+        each = self._mean_weights(objectives) * objectives.table.losses
         together = self.kind.shared and not self.alone
-        self.logged = each[rows.local][usable[rows.local]].sum() * (1 if together else process_count())
+        self.logged = each[rows.local][objectives.usable[rows.local]].sum() * (1 if together else process_count())
 
     def weigh_apart(self) -> None:
         """Weighs each micro-batch separately from now on: rows that don't fit won't fit later."""
@@ -240,9 +240,10 @@ class Update:
         kind = LocalRows if self.alone or process_count() == 1 else AddedRows if self.kind.shared else GatheredRows
         return kind(jacobian, self.trainable, self.blocks)
 
-    def _objectives(self, table: ObjectiveTable, normalised: bool) -> Objectives:
+    def _objectives(self, table: ObjectiveTable, finite: Tensor, normalised: bool) -> Objectives:
         apart = self.jd.jd_extra_losses == "objective" and not self.kind.shared
-        return Objectives(table, self.jd.own_mean, normalised, len(self.trainer.jd_loss_names) - 1 if apart else None)
+        whole = len(self.trainer.jd_loss_names) - 1 if apart else None
+        return Objectives(table, finite.to(table.counts.device), self.jd.own_mean, normalised, whole)
 
     def _settings(self) -> StepSettings:
         trainer, step = self.trainer, self.trainer.state.global_step
@@ -259,9 +260,9 @@ class Update:
         multiplier = partial(self.trainer.jd_control.multiplier, step=self.trainer.state.global_step)
         return multipliers(table, self._settings(), multiplier)
 
-    def _mean_weights(self, objectives: Objectives, usable: Tensor) -> Tensor:
+    def _mean_weights(self, objectives: Objectives) -> Tensor:
         """Returns the weights [M] of the rows in the mean of the objectives."""
-        return objectives.factors(usable) * self._share(objectives) / objectives.number(usable)
+        return objectives.factors * self._share(objectives) / objectives.number
 
     def _share(self, objectives: Objectives) -> float:
         """Returns the share of this update in the whole, unless the losses already include it."""
@@ -273,19 +274,19 @@ class Update:
         price = torch.tensor([self.seconds, weighing, self.store.nbytes / 1e6], dtype=torch.float64)
         self.trainer.jd_metrics.add(Metrics(keys, price))
 
-    def _count_broken(self, instances: Tensor, objectives: Objectives, usable: Tensor) -> Tensor:
+    def _count_broken(self, instances: Tensor, objectives: Objectives) -> Tensor:
         """Counts instances and objectives that are left out because they aren't finite; the same on all processes."""
-        rows = objectives.broken(usable).sum()
+        rows = objectives.broken.sum()
         broken = add_over_processes(instances + rows) if self.alone else add_over_processes(instances) + rows
         self.trainer.jd_metrics.add(Metrics(("jd/non_finite",), broken.double()[None]))
         if self.trainer.accelerator.scaler is None:  # GradScaler needs overflows to find its scale
-            self._report(objectives, usable)
+            self._report(objectives)
             self.trainer.count_broken(bool(broken))
         return broken
 
-    def _report(self, objectives: Objectives, usable: Tensor) -> None:
+    def _report(self, objectives: Objectives) -> None:
         """Logs the objectives with a finite loss, but a row that isn't finite."""
-        for k in objectives.broken(usable).nonzero().flatten().tolist():
+        for k in objectives.broken.nonzero().flatten().tolist():
             group = int(objectives.table.groups[k])
             named = f" (group `{self.trainer.group_name(group)}`)" if group >= 0 else ""
             step = self.trainer.state.global_step + 1

@@ -72,7 +72,7 @@ class StepResult(NamedTuple):
     metrics: list[Metrics]
 
 
-def weigh(gramians: Tensor, objectives: Objectives, usable: Tensor, settings: StepSettings) -> StepResult:
+def weigh(gramians: Tensor, objectives: Objectives, settings: StepSettings) -> StepResult:
     """Computes the weights of an update's rows, separately in each block of parameters.
 
     A row times a factor f_k is its objective's row; f_k is negative for a loss that is raised. With D = diag(f) and w
@@ -80,16 +80,16 @@ def weigh(gramians: Tensor, objectives: Objectives, usable: Tensor, settings: St
 
     Args:
         gramians: [B, M, M], one per block; B = 1 without blocks.
-        objectives: The table of the M objectives.
-        usable: [M] (bool).
+        objectives: The M rows.
         settings: See `StepSettings`.
     """
+    usable = objectives.usable
     weights = torch.zeros(len(gramians), len(usable), dtype=torch.float64, device=gramians.device)
     if not usable.any():
         return StepResult(weights, None, [])
-    factors = objectives.factors(usable) * signs(objectives.table.groups, settings)
+    factors = objectives.factors * signs(objectives.table.groups, settings)
     gramians = (factors.outer(factors).to(gramians) * gramians)[:, usable][:, :, usable]
-    members, joined = objectives.members(usable), objectives.joined(usable).table
+    members, joined = objectives.members, objectives.joined()
     (b, m), n = (len(gramians), len(joined)), len(members)
     if m < n:
         gramians = gramians.new_zeros(b, m, n).index_add(1, members, gramians)
