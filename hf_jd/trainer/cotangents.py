@@ -43,12 +43,9 @@ class OutputObserver:
 
     def __init__(self, modules: Sequence[nn.Module], apart: bool = False):
         self._apart = apart
-        self._outputs: list[Tensor] = []
-        self.last: Any = None
-        self._rows: set[int] = set()
-        self._stacked: set[int] = set()
         self._modules = list(modules)
         self._handles: list[RemovableHandle] = []
+        self.begin(None)
         self.renew()
 
     def renew(self) -> None:
@@ -82,7 +79,9 @@ class OutputObserver:
 
     def begin(self, batch: Any) -> None:
         """Forgets earlier outputs, before the model is called with this batch."""
-        self._outputs, self._rows, self.last = [], set(), None
+        self._outputs: list[Tensor] = []
+        self.last: Any = None
+        self._rows: set[int] = set()
         self._stacked = {len(t) * t.shape[1] for t in _tensors(batch) if t.dim() > 2}
 
     def tells_order(self, rows: int, instances: int) -> bool:
