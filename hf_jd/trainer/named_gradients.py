@@ -62,7 +62,7 @@ class NamedRecorder(Recorder):
         return self.jacobian_of(self.trainer.engine().gradients(loss) if loss.requires_grad else {})
 
     def again(self, first: Passed, model: nn.Module, keep: Tensor | None = None) -> Passed:
-        """Refuses to run a micro-batch once more: another pass would split it in another way."""
+        """Refuses to measure a micro-batch whose plain gradient was not finite."""
         raise ValueError(
             f"Update {self.trainer.state.global_step + 1}: the gradient isn't finite, but was not measured, so it is "
             "unknown what to leave out: lower the learning rate, or measure at every update."
