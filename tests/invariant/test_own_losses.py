@@ -13,7 +13,7 @@ from tests.trainer.own_losses import CASES, ours_of, prepared, trainer_of
 from tests.trainer.runs import flat, relative
 
 GROUP = {"jd_objectives": "group", "jd_group_column": "task"}
-# Seven micro-batches of 4, ..., 4 and 2 examples are four updates; the last has one micro-batch.
+# Seven micro-batches of 4, ..., 4 and 2 examples make four updates; the last has one micro-batch.
 EXAMPLES, STEPS = 26, 4
 KINDS = {
     "instance": ({}, [8, 8, 8, 2]),
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*further passes now")
 
 
 class Watch(TrainerCallback):
-    """Keeps how many objectives each update weighed."""
+    """Records how many objectives each update weighed."""
 
     def __init__(self):
         self.objectives = []
@@ -36,7 +36,7 @@ class Watch(TrainerCallback):
 
 
 def watched(case, directory, cls: type | None = None, **flags) -> tuple[Trainer, list[int]]:
-    # Adam would blow up what rounding leaves of a gradient that is zero.
+    # Adam would amplify the rounding errors of a zero gradient.
     common = {"optim": "sgd", "learning_rate": 0.1, "gradient_accumulation_steps": 2, "max_steps": STEPS}
     flags = {**common, "per_device_train_batch_size": 4, **flags}
     trainer = prepared(case, directory, EXAMPLES, cls, **flags)
@@ -50,7 +50,7 @@ def watched(case, directory, cls: type | None = None, **flags) -> tuple[Trainer,
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
-    """What the stock Trainer makes of a case; each configuration once."""
+    """Trains a case with the stock Trainer; each configuration once."""
     trained_already: dict[str, Trainer] = {}
 
     def train(name: str, **flags) -> Trainer:
@@ -69,7 +69,7 @@ def ours(name: str, directory, cls: type | None = None, **flags) -> tuple[Traine
 
 
 def measured(trainer: Trainer) -> list[dict[str, float]]:
-    """What is logged, but for the clock."""
+    """Returns the logs, without times."""
     clock = ("runtime", "per_second")
     return [{k: v for k, v in entry.items() if not k.endswith(clock)} for entry in trainer.state.log_history]
 
@@ -148,7 +148,7 @@ def test_mean_is_the_stock_trainer_in_bfloat16(kind, stock, tmp_path):
 
 
 class Mine(JDTrainer):
-    """The mixin to the right of `compute_loss`."""
+    """Has the mixin to the right of its `compute_loss`."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         computed, outputs = CASES["focal"].loss(self, model, inputs, num_items_in_batch)
@@ -156,7 +156,7 @@ class Mine(JDTrainer):
 
 
 class OnTop(JDTrainer):
-    """Adds to what JDTrainer computes."""
+    """Adds to JDTrainer's loss."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
