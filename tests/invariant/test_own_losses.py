@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_jd import JDTrainer, JDTrainerMixin
+from hf_jd import JDTrainer, JDTrainerMixin, JDTrainingArguments
 from tests.marks import in_turn, slow
 from tests.releases import needs
 from tests.trainer.own_losses import CASES, ours_of, prepared, trainer_of
-from tests.trainer.runs import flat, relative
+from tests.trainer.runs import arguments, flat, relative
 
 GROUP = {"jd_objectives": "group", "jd_group_column": "task"}
 # Seven micro-batches of 4, ..., 4 and 2 examples make four updates; the last has one micro-batch.
@@ -205,8 +205,9 @@ def test_evaluation_is_the_stock_trainers(kind, tmp_path):
     case, flags = CASES["focal"], {"eval_strategy": "steps", "eval_steps": 2, "optim": "sgd", "max_steps": 4}
 
     def run(cls, **own):
-        trainer = prepared(case, tmp_path, EXAMPLES, cls, **flags, **own)
-        trainer.eval_dataset = case.examples(10)
+        args = arguments(tmp_path, JDTrainingArguments if own else TrainingArguments, **flags, **own)
+        data = {"train_dataset": case.examples(EXAMPLES), "eval_dataset": case.examples(10)}
+        trainer = cls(case.build(), args, data_collator=case.collate, **data)
         trainer.train()
         return [entry for entry in measured(trainer) if "eval_loss" in entry]
 
