@@ -43,12 +43,9 @@ class OutputObserver:
 
     def __init__(self, modules: Sequence[nn.Module], apart: bool = False):
         self._apart = apart
-        self._outputs: list[Tensor] = []
-        self.last: Any = None
-        self._rows: set[int] = set()
-        self._stacked: set[int] = set()
         self._modules = list(modules)
         self._handles: list[RemovableHandle] = []
+        self.begin(None)
         self.renew()
 
     def renew(self) -> None:
@@ -82,7 +79,9 @@ class OutputObserver:
 
     def begin(self, batch: Any) -> None:
         """Forgets earlier outputs, before the model is called with this batch."""
-        self._outputs, self._rows, self.last = [], set(), None
+        self._outputs: list[Tensor] = []
+        self.last: Any = None
+        self._rows: set[int] = set()
         self._stacked = {len(t) * t.shape[1] for t in _tensors(batch) if t.dim() > 2}
 
     def tells_order(self, rows: int, instances: int) -> bool:
@@ -105,19 +104,7 @@ class OutputObserver:
             handle.remove()
 
 
-class Split(NamedTuple):
-    """A loss as its cotangents, and the rest, which bypasses the model's outputs.
-
-    Attributes:
-        cotangents: One per output that the loss reads.
-        rest: [] with a graph: its gradient is the rest's, but not its value. None if there is no rest.
-    """
-
-    cotangents: list[Cotangent]
-    rest: Tensor | None
-
-
-def split(loss: Tensor, outputs: Sequence[Tensor]) -> Split:
+def split(loss: Tensor, outputs: Sequence[Tensor]) -> tuple[list[Cotangent], Tensor | None]:
     """Splits a loss at the outputs that it reads.
 
     Outputs may depend on each other (hidden states and logits). They are visited from the loss backwards, and each
@@ -127,24 +114,27 @@ def split(loss: Tensor, outputs: Sequence[Tensor]) -> Split:
         loss: [] with a graph; its own part of the graph is freed, unless there is a rest.
         outputs: The model's outputs; the loss need not read all of them.
 
+    Returns:
+        One cotangent per output that the loss reads; and the rest, which bypasses the outputs, [] with a graph: its
+        gradient is the rest's, but not its value. None if there is no rest.
+
     Raises:
         ValueError: Reentrant activation checkpointing stands between two outputs.
     """
     read, has_rest = _read(loss, outputs) if loss.requires_grad else ([], False)
     cotangents, rest = [], loss
+    # The path from one output to another goes through the model, whose graph is still needed.
+    keep_graph = has_rest or len(read) > 1
     for i, (output, edge) in enumerate(read):
-        last = i + 1 == len(read) and not has_rest
-        # The path from one output to another goes through the model, whose graph is still needed.
-        keep = has_rest or len(read) > 1
-        gradient = _gradient(rest, edge, keep)
+        gradient = _gradient(rest, edge, keep_graph)
         if gradient is None:
             continue
         gradient = gradient.to(output.dtype)
         cotangents.append(Cotangent(output, gradient))
-        if not last:
+        if has_rest or i + 1 < len(read):
             ids = torch.zeros(output.shape[:1], dtype=torch.int64, device=output.device)
             rest = rest - surrogates(cotangents[-1], ids, 1).sum().to(rest)
-    return Split(cotangents, rest if has_rest else None)
+    return cotangents, rest if has_rest else None
 
 
 def _gradient(loss: Tensor, edge: GradientEdge, retain_graph: bool) -> Tensor | None:
@@ -188,7 +178,12 @@ class _Surrogates(torch.autograd.Function):
         # Writing another tensor of all logits takes a tenth of a small model's step on a CPU.
         if weights.device.type == "cpu" and bool((weights == 1).all()):
             return gradient, None, None, None
-        return gradient * weights.view(weights.shape + (1,) * (gradient.dim() - weights.dim())), None, None, None
+        return gradient * wide(weights, gradient), None, None, None
+
+
+def wide(leading: Tensor, like: Tensor) -> Tensor:
+    """Appends dimensions of size 1, up to the number of another tensor's."""
+    return leading.view(leading.shape + (1,) * (like.dim() - leading.dim()))
 
 
 def _read(loss: Tensor, outputs: Sequence[Tensor]) -> tuple[list[tuple[Tensor, GradientEdge]], bool]:

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from hf_jd.batches import holds_examples
 from hf_jd.collator import EXAMPLES_KEY, GROUP_KEY
+from hf_jd.contradictions import listed
 from hf_jd.packing import documents_of
 from hf_jd.trainer.cotangents import Cotangent, split
 from hf_jd.trainer.gradients import accumulate
 from hf_jd.trainer.shares import Piece, Shares, Values, sums_of
 from hf_jd.trainer.unreduced import LOSS, Unreduced
-from hf_jd.trainer.values import known_losses, needs_values, values_of
+from hf_jd.trainer.values import check_values_are_not_needed, known_losses, values_of
 
 if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin
@@ -89,18 +90,15 @@ def _of_outputs(
     values = None
     if read is not None and len(read[0]) == instances:
         values = values_of(trainer, *read, last, loss.detach() / scale, rest is not None)
-    flag = needs_values(trainer) if values is None else None
-    if flag is not None:
-        raise ValueError(
-            f"{flag} needs the value of each objective, but the loss of {type(trainer).__name__} is one for the whole "
-            "batch: leave it out, or override `compute_losses` and return unreduced losses."
-        )
-    if values is None or not trainer.jd_args.own_mean:
-        return Shares(pieces, instances, rest=rest, values=values)
-    # A group's own mean is over all its losses, however Trainer divides those of each micro-batch.
-    factor = values.sums[values.sums.isfinite()].sum() / values.parts[values.parts.isfinite()].sum()
-    values = values._replace(parts=values.sums)
-    return Shares(pieces, instances, rest=rest, values=values, normalised=False, factor=factor)
+    if values is None:
+        check_values_are_not_needed(trainer, f"the loss of {type(trainer).__name__} is")
+    normalised, factor = True, 1.0
+    if values is not None and trainer.jd_args.own_mean:
+        # A group's own mean is over all its losses, however Trainer divides those of each micro-batch.
+        normalised = False
+        factor = values.sums[values.sums.isfinite()].sum() / values.parts[values.parts.isfinite()].sum()
+        values = values._replace(parts=values.sums)
+    return Shares(pieces, instances, rest=rest, values=values, normalised=normalised, factor=factor)
 
 
 def _of_unreduced(trainer: JDTrainerMixin, loss: Tensor, whose: Whose, unreduced: Unreduced, scale: float) -> Shares:
@@ -117,10 +115,11 @@ def _of_unreduced(trainer: JDTrainerMixin, loss: Tensor, whose: Whose, unreduced
     ]
     if not pieces:
         raise ValueError(
-            f"The losses {', '.join(f'`{name}`' for name in unreduced.losses)} have no graph, so there is nothing to "
+            f"The losses {listed(unreduced.losses)} have no graph, so there is nothing to "
             "train: compute them from the model's outputs in training."
         )
-    sums, counts = sums_of(losses, counted, owners, instances)
+    parts = list(zip(losses, counted, owners, range(len(losses)), strict=True))
+    sums, counts = sums_of(parts, instances, len(losses))
     # A loss's cotangent is its factor in Trainer's loss.
     each = torch.zeros(len(losses), dtype=torch.float64, device=sums.device)
     for (_, gradient), _, k in pieces:
@@ -165,13 +164,13 @@ def _owners_of_losses(trainer: JDTrainerMixin, losses: Mapping[str, Tensor], who
     objectives, kind = trainer.jd_args.jd_objectives, trainer.jd_args.kind
     if len(losses) > 1 and not kind.several:
         raise ValueError(
-            f"There are several losses ({', '.join(f'`{name}`' for name in losses)}), but --jd_objectives {objectives} "
+            f"There are several losses ({listed(losses)}), but --jd_objectives {objectives} "
             "takes one: add them up in `compute_losses`, or choose `loss` or `instance_loss`."
         )
-    whole = [f"`{name}`" for name, values in losses.items() if not values.ndim]
+    whole = [name for name, values in losses.items() if not values.ndim]
     if whole and kind.of_instances:
         raise ValueError(
-            f"{', '.join(whole)} is one loss for the whole batch, but --jd_objectives {objectives} needs one per "
+            f"{listed(whole)} is one loss for the whole batch, but --jd_objectives {objectives} needs one per "
             "instance [B], or per token [B, T] with a bool tensor of those that count: leave out its last mean or sum, "
             "or choose --jd_objectives loss."
         )

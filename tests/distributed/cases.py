@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 from torch.utils.data import IterableDataset, SequentialSampler
 from transformers import (
@@ -298,6 +298,19 @@ def shard_replicas() -> None:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
         model = fully_shard(MODELS["lora"](), mesh=mesh)
         Ours(model, arguments(directory), train_dataset=examples(), data_collator=collate).train()
+
+
+def shard_columns() -> None:
+    """Trains a model whose matrices are sharded along their columns."""
+    with tempfile.TemporaryDirectory() as directory, fresh_accelerate():
+        args = arguments(directory, fsdp=True, fsdp_config={"fsdp_version": 2})
+        shard(args)
+        model = fully_shard(
+            MODELS["full"](),
+            mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)),
+            shard_placement_fn=lambda p: Shard(p.ndim - 1),
+        )
+        Ours(model, args, train_dataset=examples(), data_collator=collate).train()
 
 
 def differ(what: str) -> None:

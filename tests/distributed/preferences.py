@@ -14,6 +14,7 @@ from transformers import set_seed
 from hf_jd import JDDPOConfig, JDDPOTrainer, JDGRPOConfig, JDGRPOTrainer
 from tests.distributed.cases import fresh_accelerate, shared_history, whole
 from tests.invariant.test_trl_trainers import PAIRS, PROMPTS, TOKENIZER, lora
+from tests.trainer.runs import DESCENT, arguments
 
 
 def by_length(completions: list[str], **columns: Any) -> list[float]:
@@ -39,18 +40,8 @@ class Written(JDGRPOTrainer):
 def train(name: str, **flags: Any) -> dict[str, Any]:
     """Trains for some steps on the same global batches of 8; returns the parameters and the logs."""
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    common = {
-        "use_cpu": True,
-        "bf16": False,
-        "per_device_train_batch_size": 8 // processes,
-        "max_steps": 3,
-        "optim": "sgd",
-        "learning_rate": 0.1,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
+    of_batches = {"per_device_train_batch_size": 8 // processes, "gradient_accumulation_steps": 1, "max_steps": 3}
+    common = {**DESCENT, **of_batches}
     settings: dict[str, Any] = {"train_dataset": PAIRS.select(range(8))}
     cls, config = JDDPOTrainer, JDDPOConfig
     if name == "grpo":
@@ -59,7 +50,7 @@ def train(name: str, **flags: Any) -> dict[str, Any]:
         cls, config = Written, JDGRPOConfig
     with tempfile.TemporaryDirectory() as directory, fresh_accelerate():
         set_seed(0)
-        args = config(output_dir=directory, **{**common, **flags})
+        args = arguments(directory, config, **{**common, **flags})
         trainer: Any = cls(model=lora(), args=args, processing_class=TOKENIZER, **settings)
         trainer.train()
         return {"parameters": whole(trainer.model).numpy(), "history": shared_history(trainer)}

@@ -30,6 +30,12 @@ def test_replicas_of_shards_are_refused(pools):
         assert "does not work with replicas of shards (HSDP)" in answer
 
 
+def test_shards_of_columns_are_refused(pools):
+    for failed, answer in pools(2).answers_of("shard_columns"):
+        assert failed
+        assert "on 2 of 2 processes; use FSDP2 over all processes, along the first dimension" in answer
+
+
 @pytest.mark.parametrize("model", [slow("lora"), "full"])
 @pytest.mark.parametrize("own", [INSTANCE, GROUP], ids=["instance", "group"])
 def test_mean_is_stock_fsdp2(own, model, pools):

@@ -15,7 +15,7 @@ from tests.invariant.test_trl_trainers import (
     lora,
     measured,
 )
-from tests.trainer.runs import flat, relative
+from tests.trainer.runs import DESCENT, arguments, flat, relative
 
 pytest.importorskip("trl", reason="TRL 1.16 asks for datasets 4.7")
 from transformers import set_seed
@@ -32,21 +32,8 @@ REWARD = {"jd_objectives": "reward"}
 
 def trained(cls, config, directory, rewards, **flags):
     """Trains for 2 updates or more, with plain gradient descent."""
-    common = {
-        "use_cpu": True,
-        "bf16": False,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 2,
-        "optim": "sgd",
-        "learning_rate": 0.1,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
     set_seed(0)
-    args = config(output_dir=str(directory), **{**common, **GENERATED, **flags})
+    args = arguments(directory, config, **{**DESCENT, **GENERATED, **flags})
     trainer = cls(model=lora(), args=args, train_dataset=PROMPTS, processing_class=TOKENIZER, reward_funcs=rewards)
     trainer.train()
     return trainer

@@ -21,7 +21,7 @@ from hf_jd import JDTrainerMixin
 from hf_jd.arguments import JDArguments
 from tests.marks import slow
 from tests.models import tiny_llama
-from tests.trainer.runs import flat, relative
+from tests.trainer.runs import DESCENT, arguments, flat, relative
 
 pytest.importorskip("trl", reason="TRL 1.16 asks for datasets 4.7")
 from trl import (
@@ -167,21 +167,8 @@ def trained(case: Case, directory: Path, ours: bool, **flags: Any) -> tuple[Any,
         cls = type(f"JD{cls.__name__}", (JDTrainerMixin, cls), {})
         config = make_dataclass(f"JD{config.__name__}", [], bases=(JDArguments, config))
         flags = {"jd_weighting": "mean", **flags}
-    common = {
-        "use_cpu": True,
-        "bf16": False,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "max_steps": STEPS,
-        "optim": "sgd",
-        "learning_rate": 0.1,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
     set_seed(0)
-    args = config(output_dir=str(directory), **{**common, **case.flags, **flags})
+    args = arguments(directory, config, **{**DESCENT, "max_steps": STEPS, **case.flags, **flags})
     trainer = cls(model=case.build(), args=args, train_dataset=case.data, processing_class=TOKENIZER, **case.settings)
     watch = Watch(trainer)
     if ours:

@@ -14,6 +14,8 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from hf_jd.trainer.trl import JDGRPOConfig, JDGRPOTrainer, JDRLOOTrainer
 from tests.models import tiny_gpt2, with_lora
+from tests.trainer.runs import arguments, joined
+from tests.trainer.split_runs import OneBatch
 
 TOKENIZER = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "examples" / "stories15m")
 PROMPTS = ["the cat was", "one day when", "mom said hello", "a big red"]
@@ -68,7 +70,7 @@ class ExactRLOO(JDRLOOTrainer, HalfExact, RLOOTrainer):
     """`JDRLOOTrainer` in float64."""
 
 
-class Policy:
+class Policy(OneBatch):
     """A trainer that has generated one batch.
 
     Args:
@@ -93,21 +95,18 @@ class Policy:
     ):
         set_seed(0)
         common = {
-            "use_cpu": True,
             "bf16": False,
             "per_device_train_batch_size": 8,
             "num_generations": GENERATIONS,
             "num_iterations": 100,
             "max_completion_length": 5,
-            "report_to": "none",
             "gradient_checkpointing": False,
             "jd_objectives": "reward",
         }
         data = Dataset.from_list([{"prompt": prompt, "task": "ab"[i % 2]} for i, prompt in enumerate(PROMPTS)])
-        self.weights: Tensor | None = None
         self.trainer = cls(
             model=model(full),
-            args=config(output_dir=str(directory), **{**common, **flags}),
+            args=arguments(directory, config, **{**common, **flags}),
             train_dataset=data,
             processing_class=TOKENIZER,
             reward_funcs=functions,
@@ -145,37 +144,19 @@ class Policy:
         keep = self.inputs["completion_ids"].shape[1]
         return self.trainer._get_per_token_logps_and_entropies(self.trainer.model, ids, mask, keep)[0]
 
-    def weigh(self, gramian: Tensor) -> Tensor:
-        return torch.zeros(len(gramian)).double() if self.weights is None else self.weights
-
-    @property
-    def gramian(self) -> Tensor:
-        return self.trainer.jd_state.gramian
-
-    def step(self, weights: Tensor | None) -> Tensor:
-        """Returns the gradient if the objectives have these weights; a single objective always has weight 1."""
-        self.weights = weights
-        self.trainer.model.zero_grad()
-        self.trainer.training_step(self.trainer.model, self.batch, None)
-        return self.flat([p.grad for p in self.trainer.trainable()])
-
-    def flat(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        pairs = zip(gradients, self.trainer.trainable(), strict=True)
-        return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in pairs])
-
     def rows(self) -> tuple[Tensor, Tensor]:
         """Returns each objective's share of the gradient [M, P], and the part that no weighting sees [P]."""
-        rest = self.step(None)
-        unit = torch.eye(len(self.gramian)).double()
-        if len(unit) == 1:
-            rest = self.gradient(torch.zeros(len(self.batch)))
-        return torch.stack([self.step(weights) - rest for weights in unit]) / len(unit), rest
+        rows, rest = super().rows()
+        if len(rows) > 1:
+            return rows, rest
+        rest = self.gradient(torch.zeros(len(self.batch)))
+        return self.step(None)[None] - rest, rest
 
     def gradient(self, advantages: Tensor) -> Tensor:
         """Computes the gradient of TRL's own loss with these advantages [B], by plain autograd."""
         loss = self.trainer._compute_loss(self.trainer.model, {**self.inputs, "advantages": advantages})
         gradients = torch.autograd.grad(loss, self.trainer.trainable(), allow_unused=True)
-        return self.flat(gradients)
+        return joined(gradients, self.trainer.trainable())
 
     def brute(self, advantages: Tensor) -> tuple[Tensor, Tensor]:
         """Computes each reward's share of the gradient [K, P] for advantages [B, K], and the remaining part [P]."""

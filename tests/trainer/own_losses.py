@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertForSequenceClassification, Trainer
+from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 
+from hf_jd import JDTrainerMixin, JDTrainingArguments
 from tests.models import VOCABULARY, tiny_gpt2
 from tests.trainer import runs, tasks
-from tests.trainer.runs import lora
+from tests.trainer.runs import arguments, lora
 
 Computed = tuple[Tensor, Any]
 """A loss [], and the model's outputs."""
@@ -305,3 +306,23 @@ def trainer_of(loss: OwnLoss, base: type = Trainer) -> type:
             return (computed, outputs) if return_outputs else computed
 
     return Own
+
+
+def ours_of(loss: OwnLoss, base: type = Trainer, **attributes: Any) -> type:
+    """Returns a class with the mixin to the left of such a trainer."""
+    return type("Ours", (JDTrainerMixin, trainer_of(loss, base)), attributes)
+
+
+def prepared(case: Case, directory: Any, n: int, cls: type | None = None, data: Any = None, **flags: Any) -> Trainer:
+    """Returns a trainer of the case: by default, the mixin left of one with its loss, on n of its examples."""
+    cls = cls or ours_of(case.loss)
+    args = arguments(directory, JDTrainingArguments if issubclass(cls, JDTrainerMixin) else TrainingArguments, **flags)
+    data = case.examples(n) if data is None else data
+    return cls(case.build(), args, train_dataset=data, data_collator=case.collate)
+
+
+def trained(case: Case, directory: Any, n: int, cls: type | None = None, data: Any = None, **flags: Any) -> Any:
+    """Returns the same trainer after its run."""
+    trainer = prepared(case, directory, n, cls, data, **flags)
+    trainer.train()
+    return trainer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,15 @@ from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, with_lora
 from tests.releases import has
 
 TASKS = ("code", "docs", "chat")
+DESCENT = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 2,
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "bf16": False,
+}
+"""Flags for a few updates by plain gradient descent, for the trainers of other libraries."""
 MODELS = {"gpt2": tiny_gpt2, "llama": tiny_llama}
 
 
@@ -75,6 +85,12 @@ def run(model: nn.Module, args: Any, data: Any = None, cls: type | None = None, 
 def stock(model: nn.Module, directory: Any, data: Any = None, **flags: Any) -> Trainer:
     """Trains the model with Trainer itself."""
     return run(model, arguments(directory, TrainingArguments, **flags), data)
+
+
+def joined(gradients: Sequence[Tensor | None], parameters: Iterable[Tensor]) -> Tensor:
+    """Returns gradients as one vector, with zeros for missing ones."""
+    pairs = zip(gradients, parameters, strict=True)
+    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in pairs])
 
 
 def flat(model: nn.Module) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from hf_jd import JDTrainerMixin
 from tests.trainer import own_losses
-from tests.trainer.own_losses import CASES, Case, trainer_of
-from tests.trainer.runs import arguments, relative
+from tests.trainer.own_losses import CASES, Case, prepared
+from tests.trainer.runs import joined, relative
 
 GROUP = {"jd_objectives": "group", "jd_group_column": "task"}
 # A gradient penalty comes past the outputs as a whole, as does what a head reads that is called again; and `Only` knows
@@ -77,13 +77,41 @@ def brute(
         gradients = [None] * len(parameters)
         if loss.requires_grad:
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        pairs = zip(gradients, parameters, strict=True)
-        found.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs]))
+        found.append(joined(gradients, parameters))
     return torch.stack(found[1:]) - found[0], found[0]
 
 
-class Recorded:
-    """A trainer that has run one batch.
+class OneBatch:
+    """A trainer that has run one batch, and weighs its objectives as a test says."""
+
+    trainer: Any
+    batch: Any
+    weights: Tensor | None = None
+
+    def weigh(self, gramian: Tensor) -> Tensor:
+        return torch.zeros(len(gramian)).double() if self.weights is None else self.weights
+
+    @property
+    def gramian(self) -> Tensor:
+        return self.trainer.jd_state.gramian
+
+    def step(self, weights: Tensor | None) -> Tensor:
+        """Returns the gradient if the objectives have these weights; a single objective always has weight 1."""
+        self.weights = weights
+        self.trainer.model.zero_grad()
+        torch.manual_seed(0)
+        self.trainer.training_step(self.trainer.model, copy(self.batch))
+        return joined([p.grad for p in self.trainer.trainable()], self.trainer.trainable())
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Returns each objective's share of the gradient [M, P], and the part that no weighting sees [P]."""
+        rest = self.step(None)
+        unit = torch.eye(len(self.gramian)).double()
+        return torch.stack([self.step(weights) - rest for weights in unit]) / len(unit), rest
+
+
+class Recorded(OneBatch):
+    """One batch of a loss of one's own.
 
     Args:
         case: Its loss and model.
@@ -95,42 +123,14 @@ class Recorded:
     """
 
     def __init__(self, case: Case, directory: Any, n: int = 5, data: Any = None, cls: Any = None, **flags: Any):
-        self.weights: Tensor | None = None
-        cls = cls or type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {})
         common = {"per_device_train_batch_size": n, "train_sampling_strategy": "sequential"}
-        self.trainer = cls(
-            case.build(),
-            arguments(directory, **{**common, **flags}),
-            train_dataset=case.examples(n) if data is None else data,
-            data_collator=case.collate,
-            weighting=self.weigh,
-        )
+        self.trainer: Any = prepared(case, directory, n, cls, data, **{**common, **flags})
+        self.trainer.weighting = self.weigh
+        self.trainer.follow_flags()
         self.trainer.current_gradient_accumulation_steps = 1
         self.trainer.engine()
         self.batch = next(iter(self.trainer.get_train_dataloader()))
         self.inputs = {key: value for key, value in self.batch.items() if not key.startswith("jd_")}
-
-    def weigh(self, gramian: Tensor) -> Tensor:
-        return torch.zeros(len(gramian)).double() if self.weights is None else self.weights
-
-    @property
-    def gramian(self) -> Tensor:
-        return self.trainer.jd_state.gramian
-
-    def step(self, weights: Tensor | None) -> Tensor:
-        """Returns the gradient if the objectives have these weights."""
-        self.weights = weights
-        self.trainer.model.zero_grad()
-        torch.manual_seed(0)
-        self.trainer.training_step(self.trainer.model, dict(self.batch))
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.trainer.trainable()]
-        return torch.cat([g.flatten() for g in gradients])
-
-    def rows(self) -> tuple[Tensor, Tensor]:
-        """Returns each objective's share of the gradient [M, P], and the part that no weighting sees [P]."""
-        rest = self.step(None)
-        unit = torch.eye(len(self.gramian)).double()
-        return torch.stack([self.step(weights) - rest for weights in unit]) / len(unit), rest
 
 
 def assert_rows(recorded: Recorded, rows: Tensor, rest: Tensor | None = None, tolerance: float = 1e-10) -> None:

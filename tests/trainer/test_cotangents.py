@@ -11,8 +11,8 @@ from hf_jd import JDTrainerMixin
 from hf_jd.trainer import splitting
 from tests.models import tiny_llama
 from tests.trainer import own_losses
-from tests.trainer.own_losses import CASES, Case, trainer_of
-from tests.trainer.runs import arguments, lora, relative
+from tests.trainer.own_losses import CASES, Case, trained, trainer_of
+from tests.trainer.runs import lora, relative
 from tests.trainer.split_runs import (
     GROUP,
     SPLIT,
@@ -60,7 +60,7 @@ def test_what_comes_past_the_outputs_is_told(name, tmp_path, monkeypatch):
 
     def noted(*args):
         found = split(*args)
-        rests.append(found.rest is not None)
+        rests.append(found[1] is not None)
         return found
 
     split = splitting.split
@@ -143,10 +143,7 @@ def test_rows_of_outputs_that_mixed_precision_has_cast(build, loss, kind, tmp_pa
     flags = {"max_steps": 1, "per_device_train_batch_size": 5, "train_sampling_strategy": "sequential"}
     gramians = []
     for bf16 in (False, True):
-        cls = type("Ours", (JDTrainerMixin, trainer_of(loss)), {})
-        args = arguments(tmp_path, jd_weighting="mean", bf16=bf16, **flags, **kind)
-        trainer = cls(case.build(), args, train_dataset=case.examples(5), data_collator=case.collate)
-        trainer.train()
+        trainer = trained(case, tmp_path, 5, jd_weighting="mean", bf16=bf16, **flags, **kind)
         gramians.append(trainer.jd_state.gramian)
     assert len(gramians[0]) == (3 if kind else 5)
     assert 1e-6 < relative(gramians[1], gramians[0]) < 2e-2

@@ -19,7 +19,7 @@ from hf_jd import JDTrainer
 from hf_jd.collator import GroupCollator
 from hf_jd.weighting import GradVacWeighting, MGDAWeighting
 from tests.models import tiny_llama
-from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, relative, run
+from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, relative, run, stock
 from tests.trainer.tasks import TABLE, examples_of, model_of
 from tests.trainer.tasks import collate as collate_task
 
@@ -52,10 +52,10 @@ def hooks(model: nn.Module) -> dict[str, int]:
 @pytest.mark.filterwarnings("ignore")
 def test_a_trained_model_has_the_hooks_of_a_stock_one(flags, tmp_path):
     settings = {name: value for name, value in flags.items() if not name.startswith("jd_")}
-    stock = run(tiny_llama(), arguments(tmp_path, TrainingArguments, max_steps=2, **settings))
+    theirs = stock(tiny_llama(), tmp_path, max_steps=2, **settings)
     trainer = run(tiny_llama(), arguments(tmp_path, max_steps=2, **flags))
-    assert hooks(trainer.model) == hooks(stock.model)
-    modules = zip(trainer.model.modules(), stock.model.modules(), strict=True)
+    assert hooks(trainer.model) == hooks(theirs.model)
+    modules = zip(trainer.model.modules(), theirs.model.modules(), strict=True)
     assert all(vars(ours).keys() == vars(theirs).keys() for ours, theirs in modules)
 
 
@@ -174,7 +174,7 @@ def test_a_stock_trainer_goes_on_with_a_trained_model(tmp_path):
     twin = lora("gpt2")
     twin.load_state_dict(trained.state_dict())
     for model in (trained, twin):
-        run(model, arguments(tmp_path, TrainingArguments, max_steps=3))
+        stock(model, tmp_path, max_steps=3)
     assert torch.equal(flat(trained), flat(twin))
 
 
@@ -203,7 +203,7 @@ def test_a_compiled_model_is_trained_again(tmp_path):
             trainer.train()
             assert not any(hooks(trainer.model).values())
             losses.append(trainer.evaluate(examples(4))["eval_loss"])
-        run(trainer.model, arguments(tmp_path, TrainingArguments, max_steps=1, **compiled))
+        stock(trainer.model, tmp_path, max_steps=1, **compiled)
         trainer.train()
         finals.append((flat(trainer.model), losses))
     assert relative(finals[1][0], finals[0][0]) < 1e-9

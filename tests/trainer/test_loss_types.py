@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.invariant.test_trl_trainers import GROUP, PAIRS, TOKENIZER, lora, measured
-from tests.trainer.runs import flat, relative
+from tests.trainer.runs import DESCENT, arguments, flat, relative
 
 pytest.importorskip("trl", reason="TRL 1.16 asks for datasets 4.7")
 from transformers import set_seed
@@ -20,21 +20,8 @@ LOSS = {"jd_objectives": "loss"}
 
 
 def trained(cls, config, directory, run=True, **flags):
-    common = {
-        "use_cpu": True,
-        "bf16": False,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 2,
-        "optim": "sgd",
-        "learning_rate": 0.1,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
     set_seed(0)
-    args = config(output_dir=str(directory), **{**common, **MPO, **flags})
+    args = arguments(directory, config, **{**DESCENT, **MPO, **flags})
     trainer = cls(model=lora(), args=args, train_dataset=PAIRS, processing_class=TOKENIZER)
     if run:
         trainer.train()

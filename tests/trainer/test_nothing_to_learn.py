@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import TrainingArguments
 
-from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, relative, run
+from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, relative, run, stock
 from tests.trainer.tasks import TABLE, examples_of, model_of
 from tests.trainer.tasks import collate as collate_any
 
@@ -37,7 +36,7 @@ def without_some(*left_out):
 def test_mean_is_trainer_where_labels_are_missing(kind, sparse, tmp_path):
     data = examples(6, unlabelled=SPARSE[sparse])
     flags = {"gradient_accumulation_steps": 3, "max_steps": 2, **IN_ORDER}
-    theirs = run(lora("gpt2"), arguments(tmp_path, TrainingArguments, **flags), data)
+    theirs = stock(lora("gpt2"), tmp_path, data, **flags)
     ours = run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", **flags, **KINDS[kind]), data)
     assert relative(flat(ours.model), flat(theirs.model)) < (1e-6 if kind == "two-pass" else 1e-10)
     assert relative(logged(ours, "loss"), logged(theirs, "loss")) < 1e-6

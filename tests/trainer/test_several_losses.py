@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from hf_jd import JDTrainer
 from hf_jd.losses import causal_lm
 from tests.models import tiny_gpt2
-from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, relative, run
+from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, relative, run, stock
 from tests.trainer.tasks import TABLE, examples_of, model_of
 from tests.trainer.tasks import collate as collate_any
 from tests.trainer.test_extra_losses import mixtral
@@ -253,7 +253,7 @@ def test_a_balancing_loss_is_an_objective(kind, tmp_path):
     assert ours.jd_state.gramian[-1, -1] > 0
     assert logged(ours, "jd/weight/aux_loss").isfinite().all()
     if kind != "group-means":
-        theirs = run(mixtral(), arguments(tmp_path, TrainingArguments, **flags))
+        theirs = stock(mixtral(), tmp_path, **flags)
         assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
         assert relative(logged(ours, "loss"), logged(theirs, "loss")) < 1e-6
 

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import TrainingArguments
 
-from hf_jd import JDTrainerMixin, JDTrainingArguments
 from hf_jd.weighting import UPGradWeighting
-from tests.trainer.own_losses import CASES, Case, trainer_of
-from tests.trainer.runs import arguments, flat, logged, relative
+from tests.trainer import own_losses
+from tests.trainer.own_losses import CASES, Case, ours_of, trainer_of
+from tests.trainer.runs import flat, logged, relative
 from tests.trainer.split_runs import (
     AVERAGED,
     GROUP,
@@ -31,14 +30,8 @@ PLAIN = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", 
 
 def trained(case: Case, directory: Any, cls: Any = None, data: Any = None, **flags: Any) -> Any:
     """Trains for four updates of 4 examples in order, with plain SGD."""
-    cls = cls or type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {})
-    config = JDTrainingArguments if issubclass(cls, JDTrainerMixin) else TrainingArguments
     common = {"per_device_train_batch_size": 4, "train_sampling_strategy": "sequential", **PLAIN}
-    args = arguments(directory, config, **{**common, **flags})
-    data = case.examples(16) if data is None else data
-    trainer = cls(case.build(), args, train_dataset=data, data_collator=case.collate)
-    trainer.train()
-    return trainer
+    return own_losses.trained(case, directory, 16, cls, data, **{**common, **flags})
 
 
 def by_hand(case: Case, weights_of: Callable[[int, Tensor], Tensor], factors: Any = None) -> Tensor:
@@ -155,8 +148,7 @@ def test_micro_batches_may_be_weighed_alone(kind, tmp_path):
     data = case.examples(4)
     one = trained(case, tmp_path, data=data * 4, **kind)
     flags = {"jd_scope": "micro_batch", "gradient_accumulation_steps": 2}
-    cls = type("Ours", (JDTrainerMixin, trainer_of(case.loss)), AVERAGED)
-    two = trained(case, tmp_path, cls, data=data * 8, **flags, **kind)
+    two = trained(case, tmp_path, ours_of(case.loss, **AVERAGED), data=data * 8, **flags, **kind)
     assert relative(flat(two.model), flat(one.model)) < 1e-10
 
 

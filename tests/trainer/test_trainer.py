@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_jd import JDSeq2SeqTrainer, JDSeq2SeqTrainingArguments, JDTrainer
 from hf_jd.gramian import Engine
 from tests.models import tiny_gpt2, tiny_llama
-from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, relative, run
+from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, relative, run, stock
 
 TASK = {"jd_objectives": "group", "jd_group_column": "task"}
 
@@ -81,7 +81,7 @@ def test_a_weighting_that_returns_something_else(wrong, tmp_path):
 def test_one_objective_is_the_stock_step(flags, tmp_path):
     data = [{**example, "task": "same"} for example in examples()]
     settings = {"per_device_train_batch_size": 2 if flags else 1, "max_steps": 3}
-    theirs = run(lora("gpt2"), arguments(tmp_path, TrainingArguments, **settings), data)
+    theirs = stock(lora("gpt2"), tmp_path, data, **settings)
     ours = run(lora("gpt2"), arguments(tmp_path, **settings, **flags), data)
     assert relative(flat(ours.model), flat(theirs.model)) < 1e-10
 
