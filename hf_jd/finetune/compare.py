@@ -51,7 +51,10 @@ def main(argv: Sequence[str]) -> int:
     folder = Path(arguments.output_dir)
     runs = plan.runs(folder, arguments.seeds)
     for run in runs:  # Report errors now, not in an hour.
-        _, data, _, _ = parse(flags, run.settings)
+        try:
+            _, data, _, _ = parse(flags, run.settings)
+        except ValueError as error:
+            raise ValueError(f"{run.configuration}: {error}") from error
         if data.train_file and not data.validation_file:
             raise ValueError("--validation_file is missing: a comparison needs examples to evaluate on.")
     example = None if data.train_file or data.dataset_name else data.example

@@ -7,6 +7,13 @@ from dataclasses import dataclass, field
 from hf_jd.finetune.formats import HELP
 
 EXAMPLES = ("tasks", "lily")
+MAIN_FLAGS = (
+    "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "bf16",
+    "per_device_eval_batch_size", "eval_strategy", "eval_steps", "logging_steps", "report_to", "save_steps",
+    "resume_from_checkpoint", "do_train", "push_to_hub", "seed", "use_cpu",
+)  # fmt: skip
+"""The flags of TrainingArguments that `--help` lists."""
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 

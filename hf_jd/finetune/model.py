@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +87,7 @@ def _with_lora(loaded: nn.Module, path: str, model: ModelArguments) -> nn.Module
     if model.load_in_4bit:
         loaded = prepare_model_for_kbit_training(loaded, use_gradient_checkpointing=False)
     try:
-        with warnings.catch_warnings():  # PEFT 0.21 reads a name that transformers 5 has replaced.
-            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-            return get_peft_model(loaded, config)
+        return get_peft_model(loaded, config)
     except ValueError as error:
         raise ValueError(f"LoRA can't be added to `{path}`: {first_sentence(error)}") from error
 

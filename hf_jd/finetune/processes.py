@@ -99,7 +99,9 @@ def _start(job: Job, environment: Mapping[str, str]) -> tuple[Job, subprocess.Po
 
 
 def _failure(job: Job, code: int) -> Exception:
-    lines = job.log.read_text("utf-8", errors="replace").strip().splitlines()
-    if code == USER_ERROR and lines:
-        return ValueError(f"{job.name}: {lines[-1].partition('error: ')[2] or lines[-1]}")
-    return RuntimeError(f"The run {job.name!r} failed with exit code {code}: see {job.log}\n" + "\n".join(lines[-20:]))
+    log = job.log.read_text("utf-8", errors="replace").strip()
+    _, said, rest = log.rpartition(": error: ")
+    if code == USER_ERROR and said:
+        return ValueError(f"{job.name}: {rest.splitlines()[0]}")  # Other libraries may log something after it.
+    end = "\n".join(log.splitlines()[-20:])
+    return RuntimeError(f"The run {job.name!r} failed with exit code {code}: see {job.log}\n{end}")

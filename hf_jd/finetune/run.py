@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ from transformers import DataCollatorForSeq2Seq, IntervalStrategy, Trainer, Trai
 from hf_jd import JDTrainer, JDTrainingArguments
 from hf_jd.arguments import JDArguments
 from hf_jd.finetune.card import write_card
-from hf_jd.finetune.console import use_console
+from hf_jd.finetune.console import hide_bars, use_console
 from hf_jd.finetune.data import EXAMPLE_TASK_COLUMN, Rows, load_examples
 from hf_jd.finetune.facts import FactsWriter, facts_of
-from hf_jd.finetune.flags import DataArguments, ModelArguments, RunArguments
+from hf_jd.finetune.flags import MAIN_FLAGS, DataArguments, ModelArguments, RunArguments
 from hf_jd.finetune.measures import StepTimer, TokenLoss, answers, token_metrics
 from hf_jd.finetune.model import load_model, load_tokenizer, model_path
-from hf_jd.finetune.parser import Parser, read_settings, split_settings
+from hf_jd.finetune.parser import Parser, names_of, read_settings, split_settings
 from hf_jd.finetune.preflight import check_hub, check_launch, check_reporting, spread_over
 from hf_jd.finetune.results import Results
 from hf_jd.finetune.table import evaluation_table
@@ -32,13 +31,6 @@ from hf_jd.finetune.tokens import tokenize
 from hf_jd.trainer.resuming import checkpoint_to_resume, needed_files, trainer_files
 
 _FILES_OF_A_RUN = ("trainer_state.json", "adapter_config.json", "adapter_model.safetensors", "model.safetensors")
-MAIN_FLAGS = (
-    "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "bf16",
-    "per_device_eval_batch_size", "eval_strategy", "eval_steps", "logging_steps", "report_to", "save_steps",
-    "resume_from_checkpoint", "do_train", "push_to_hub", "seed", "use_cpu",
-)  # fmt: skip
-"""The flags of TrainingArguments that `--help` lists."""
 LORA_LEARNING_RATE, FULL_LEARNING_RATE = 2e-4, 2e-5
 DEFAULTS: dict[str, Any] = {
     "do_train": True,
@@ -92,20 +84,16 @@ def parse(
         allow_abbrev=False,
         prepare=_prepare,
         sections={
-            "Jacobian descent": _names_of(JDArguments),
-            "Model": _names_of(ModelArguments),
-            "Data": _names_of(DataArguments),
-            "Run": _names_of(RunArguments),
+            "Jacobian descent": names_of(JDArguments),
+            "Model": names_of(ModelArguments),
+            "Data": names_of(DataArguments),
+            "Run": names_of(RunArguments),
             "Training, as in transformers' TrainingArguments": MAIN_FLAGS,
         },
     )
     parser.set_defaults(**DEFAULTS)
     model, data, run, training = parser.parse(flags, settings)
     return model, data, run, training
-
-
-def _names_of(dataclass: Any) -> list[str]:
-    return [field.name for field in fields(dataclass)]
 
 
 def _prepare(flags: dict[str, Any]) -> None:
@@ -171,6 +159,7 @@ def build_trainer(
     kind: type[Trainer] | None = None,
 ) -> Trainer:
     """Build JDTrainer or, as a reference, transformers' Trainer, on the same model and data; or `kind`."""
+    hide_bars(training)
     set_seed(training.seed)  # The adapter's initial values depend on it.
     tokenizer = load_tokenizer(path, model)
     tokenized = {split: tokenize(rows, tokenizer, data) for split, rows in examples.items()}

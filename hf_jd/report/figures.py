@@ -69,7 +69,7 @@ def losses(history: History, theme: Theme) -> Figure | None:
     if not history.losses:
         return _single(history, theme, "loss", "training loss")
     if len(history.losses) <= LINES:
-        return _lines(history, theme, history.losses, "loss per token", dots=history.evaluations)
+        return _lines(history, theme, history.losses, "loss", dots=history.evaluations)
     return _rows(theme, _relative(history.losses), "loss, against its first value", good="low")
 
 

@@ -27,7 +27,7 @@ class History:
         folder: The run's folder.
         source: The file that was read.
         facts: The flags that the run was started with, by name; empty if unknown.
-        losses: Each group's training loss per token.
+        losses: Each group's training loss: per token, or per instance for pairs and classes.
         evaluations: The loss on each evaluation set.
         weights: Each group's share of the weights' sum.
         norms: The norm of each group's row.

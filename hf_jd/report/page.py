@@ -21,35 +21,34 @@ class Text:
     Attributes:
         title: The heading.
         few: What the picture shows, if groups are lines.
-        many: The same, if there are more groups.
         look: What to look for.
+        many: What the picture shows if there are more groups, if that differs.
     """
 
     title: str
     few: str
-    many: str
     look: str
+    many: str = ""
 
 
 TEXTS = {
     "losses": Text(
         "Losses",
-        "Each group's training loss per token. Dots are evaluations, if there are any.",
-        "Each group's training loss, as a multiple of its first value: blue has fallen, red has risen. The highest are "
-        "at the top.",
+        "Each group's training loss. Dots are evaluations, if there are any.",
         "Does every group get better? A group that rises while the others fall is being sacrificed.",
+        "Each group's training loss, as a multiple of its first value: blue has fallen, red has risen. The highest "
+        "are at the top.",
     ),
     "weights": Text(
         "Weights",
         "Each group's share of the weights. The dashed line is an equal share.",
-        "Each group's share of the weights, relative to an equal share: blue is more, red is less. The largest are at "
-        "the top.",
         "A share far above an equal one: without it, the others would outvote the group. A share near 0 over many "
         "steps: the others help the group along, or its rows are long. Influence is share times norm (below).",
+        "Each group's share of the weights, relative to an equal share: blue is more, red is less. The largest are "
+        "at the top.",
     ),
     "conflicts": Text(
         "Conflicts between groups",
-        "The mean cosine between the gradients of each pair of groups, over the whole run.",
         "The mean cosine between the gradients of each pair of groups, over the whole run.",
         "Below 0 (red), a step for one group works against the other. If all cosines are near 0 or above, the groups "
         "don't disturb each other, and any weighting will do much the same as the mean.",
@@ -58,20 +57,30 @@ TEXTS = {
         "Conflicts over time",
         "How many pairs of objectives have gradients that point against each other, and the cosines between groups. "
         "Empty where two groups shared no update.",
-        "How many pairs of objectives have gradients that point against each other, and the cosines of the pairs of "
-        "groups that conflict most. Empty where two groups shared no update.",
         "Late conflict is common: losses are low then, and gradients are mostly noise. A pair that is red throughout "
         "is a real conflict: look at what these two groups ask for.",
+        "How many pairs of objectives have gradients that point against each other, and the cosines of the pairs of "
+        "groups that conflict most. Empty where two groups shared no update.",
     ),
     "norms": Text(
         "Norms of rows",
         "The length of each group's gradient, before the weighting, on a logarithmic scale.",
-        "The length of each group's gradient, before the weighting, relative to the median of all: blue is longer, red "
-        "is shorter. The longest are at the top.",
-        "Lengths that differ by a factor of ten or more matter a lot: long ones win in the mean, short ones in MGDA. A "
-        "jump is a batch worth looking at.",
+        "Lengths that differ by a factor of ten or more matter a lot: long ones win in the mean, short ones in MGDA. "
+        "A jump is a batch worth looking at.",
+        "The length of each group's gradient, before the weighting, relative to the median of all: blue is longer, "
+        "red is shorter. The longest are at the top.",
     ),
 }
+_ONE_LOSS = Text(
+    "Losses",
+    "The training loss of all objectives together.",
+    "Does it fall? Whether that is at the expense of some examples, only losses by group tell (--jd_group_column).",
+)
+_POLICY_LOSS = Text(
+    "Losses",
+    "The policy loss of all objectives together.",
+    "Nothing: it stays near 0, whatever is learned. Look at the rewards in the log (`rewards/NAME/mean`).",
+)
 
 
 def page(history: History, images: Mapping[str, Mapping[str, bytes]]) -> str:
@@ -143,16 +152,23 @@ def _tiles(history: History) -> str:
 
 
 def _section(name: str, images: Mapping[str, bytes], history: History) -> str:
-    text, many = TEXTS[name], len(history.groups) > LINES
+    text = _text(name, history)
+    shown = (len(history.groups) > LINES and text.many) or text.few
     more = f" {why_pairs(history)}" if name == "conflicts_over_time" else ""
     light, dark = (_inline(images[theme.name]) for theme in (LIGHT, DARK))
     return f"""<section id="{name}">
 <h2>{text.title}</h2>
-<p>{text.many if many else text.few}</p>
+<p>{shown}</p>
 <div class="wide"><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">
 <img src="{light}" alt="{text.title}"></picture></div>
 <p class="look"><b>What to look for</b> {text.look}{more}</p>
 </section>"""
+
+
+def _text(name: str, history: History) -> Text:
+    if name != "losses" or history.losses:
+        return TEXTS[name]
+    return _POLICY_LOSS if history.facts.get("jd_objectives") == "reward" else _ONE_LOSS
 
 
 def _inline(png: bytes) -> str:

@@ -23,6 +23,7 @@ def main(argv: Sequence[str]) -> int:
         prog="hf-jd report",
         description="Draw a run's losses, weights, conflicts and norms, as PNGs and one self-contained page. The run "
         "may still be running, or have been killed.",
+        allow_abbrev=False,
     )
     parser.add_argument("run_dir", type=Path, help="The run's folder, its --output_dir.")
     parser.add_argument("--output_dir", type=Path, help="Where to save it (default: `report` in the run's folder).")

@@ -65,6 +65,11 @@ def test_a_wrong_flag_is_refused_before_anything_runs(plan, tmp_path, capsys):
     folder = tmp_path / "comparison"
     assert main(["compare", str(plan), "--output_dir", str(folder), "--jd_weighting", "upgard"]) == 2
     assert "'upgard'" in capsys.readouterr().err
+    settings = json.loads(plan.read_text())
+    settings["configurations"]["by task"]["jd_weigting"] = "mgda"
+    plan.write_text(json.dumps(settings))
+    assert main(["compare", str(plan), "--output_dir", str(folder)]) == 2
+    assert "hf-jd compare: error: by task: Unknown flag `jd_weigting` in the file" in capsys.readouterr().err
     assert not folder.exists()
 
 
@@ -212,7 +217,7 @@ def job(tmp_path, name, code):
 def test_failing_runs_end_the_others(tmp_path):
     ended: list[Job] = []
     slow = job(tmp_path, "slow", "import time; time.sleep(60)")
-    mend = job(tmp_path, "mend", "import sys; print('hf-jd finetune: error: Mend it.'); sys.exit(2)")
+    mend = job(tmp_path, "mend", "import sys; print('hf-jd finetune: error: Mend it.\\nBye.'); sys.exit(2)")
     with pytest.raises(ValueError, match="^mend: Mend it.$"):
         run_jobs([slow, mend], 2, {}, ended.append)
     with pytest.raises(RuntimeError, match="exit code 1"):
