@@ -128,7 +128,8 @@ def finetune(model: ModelArguments, data: DataArguments, run: RunArguments, trai
         trainer = build_trainer(path, model, data, run, training, load_examples(data))
         if not training.do_train:
             return _evaluate_only(trainer)
-        trainer.add_callback(FactsWriter(folder, facts_of(path, model, data, run, training)))
+        facts = facts_of(path, model, data, run, training)
+        trainer.add_callback(FactsWriter(folder, facts))
         if not training.resume_from_checkpoint and trainer.is_world_process_zero():
             _remove_run(folder)
         try:
@@ -140,7 +141,7 @@ def finetune(model: ModelArguments, data: DataArguments, run: RunArguments, trai
         trainer.save_state()
     if trainer.is_world_process_zero():
         results = Results.read(folder)
-        write_card(folder, path, model, data, run, training, results)
+        write_card(folder, path, data, facts, results)
         if results.evaluations:
             print(f"\n{evaluation_table(results)}")
         print(f"\nSaved in {folder}.")

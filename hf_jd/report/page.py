@@ -93,7 +93,7 @@ def page(history: History, images: Mapping[str, Mapping[str, bytes]]) -> str:
     sections = "\n".join(_section(name, images[name], history) for name in TEXTS if name in images)
     missing = [TEXTS[name].title.lower() for name in TEXTS if name not in images]
     note = f'<p class="note">Not logged in this run: {", ".join(missing)}.</p>' if missing else ""
-    facts, judgement = (escape(text, quote=False) for text in (setup(history), verdict(history)))
+    facts, judgement = (escape(text, quote=False) for text in (setup(history.facts), verdict(history)))
     title = escape(history.folder.resolve().name)
     return f"""<!DOCTYPE html>
 <html lang="en">

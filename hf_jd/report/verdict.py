@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from hf_jd.report.history import History, mean
 
 FEW = 0.05
@@ -10,9 +13,8 @@ _CONTROLS = ("mean", "sum", "constant")
 """Weightings that ignore conflicts."""
 
 
-def setup(history: History) -> str:
-    """Name model, data, objectives, weighting and learning rate; "" if they are unknown."""
-    facts = history.facts
+def setup(facts: Mapping[str, Any]) -> str:
+    """Name model, data, objectives, weighting and learning rate, from a run's flags; "" if they are unknown."""
     if not {"model", "data"} <= facts.keys():
         return ""
     kind = "all parameters" if facts.get("full") else f"LoRA, r = {facts.get('lora_r')}"

@@ -114,7 +114,7 @@ def test_a_file_of_ones_own_is_trained_on(name, models, common, tmp_path):
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     (log,) = [json.loads(line) for line in (tmp_path / "out" / "jd_log.jsonl").read_text().splitlines()][:1]
     assert {key.rpartition("/")[2] for key in log if key.startswith("jd/weight/")} == NAMES[name]
-    assert "(LoRA, r = 2) on data.jsonl; " in setup(read_history(tmp_path / "out"))
+    assert "(LoRA, r = 2) on data.jsonl; " in setup(read_history(tmp_path / "out").facts)
 
 
 def test_a_file_of_flags_may_set_the_environment_and_mix_datasets(monkeypatch, tmp_path):
