@@ -14,8 +14,7 @@ from transformers import TrainerCallback
 from hf_jd import JDTrainingArguments
 from hf_jd.arguments import JDArguments
 from hf_jd.finetune.flags import DataArguments, ModelArguments, RunArguments
-
-FACTS_FILE = "jd_run.json"
+from hf_jd.report.history import FACTS_FILE
 
 TRAINING = (
     "learning_rate",

@@ -88,10 +88,11 @@ def page(history: History, images: Mapping[str, Mapping[str, bytes]]) -> str:
 
     Args:
         history: The run's logs.
-        images: PNGs by the names of figure and theme, without figures that have nothing to show.
+        images: PNGs by the names of theme and figure, without figures that have nothing to show.
     """
-    sections = "\n".join(_section(name, images[name], history) for name in TEXTS if name in images)
-    missing = [TEXTS[name].title.lower() for name in TEXTS if name not in images]
+    drawn = images[LIGHT.name]
+    sections = "\n".join(_section(name, images, history) for name in TEXTS if name in drawn)
+    missing = [TEXTS[name].title.lower() for name in TEXTS if name not in drawn]
     note = f'<p class="note">Not logged in this run: {", ".join(missing)}.</p>' if missing else ""
     facts, judgement = (escape(text, quote=False) for text in (setup(history.facts), verdict(history)))
     title = escape(history.folder.resolve().name)
@@ -141,9 +142,9 @@ def _tiles(history: History) -> str:
     if loss := history.totals.get("loss"):
         numbers["loss, first to last"] = f"{number(loss[0][1])} &rarr; {number(loss[-1][1])}"
     if conflicts := history.totals.get("jd/conflicts"):
-        numbers["pairs in conflict, mean"] = f"{mean([v for _, v in conflicts]):.0%}"
+        numbers["pairs in conflict, mean"] = f"{mean(conflicts):.0%}"
     if history.against:
-        shares = {name: mean([v for _, v in series]) for name, series in history.against.items()}
+        shares = {name: mean(series) for name, series in history.against.items()}
         worst = max(shares, key=lambda name: (shares[name], name))
         label = f"of steps went against {escape(_short(worst))}" if shares[worst] else "of steps went against any group"
         numbers[label] = f"{shares[worst]:.0%}"
@@ -151,11 +152,11 @@ def _tiles(history: History) -> str:
     return f'<div class="tiles">{tiles}</div>'
 
 
-def _section(name: str, images: Mapping[str, bytes], history: History) -> str:
+def _section(name: str, images: Mapping[str, Mapping[str, bytes]], history: History) -> str:
     text = _text(name, history)
     shown = (len(history.groups) > LINES and text.many) or text.few
     more = f" {why_pairs(history)}" if name == "conflicts_over_time" else ""
-    light, dark = (_inline(images[theme.name]) for theme in (LIGHT, DARK))
+    light, dark = (_inline(images[theme.name][name]) for theme in (LIGHT, DARK))
     return f"""<section id="{name}">
 <h2>{text.title}</h2>
 <p>{shown}</p>
@@ -197,14 +198,14 @@ def _row(history: History, name: str) -> str:
         number(losses[0][1] if losses else math.nan),
         number(losses[-1][1] if losses else math.nan),
         _share(history.weights.get(name, []), "{:.1%}"),
-        number(mean([value for _, value in history.norms.get(name, [])])),
+        number(mean(history.norms.get(name, []))),
         _share(history.against.get(name, []), "{:.0%}"),
     ]
     return f"<tr><td>{escape(name)}</td>{''.join(f'<td>{value}</td>' for value in values)}</tr>"
 
 
 def _share(series: Series, form: str) -> str:
-    value = mean([value for _, value in series])
+    value = mean(series)
     return "&ndash;" if math.isnan(value) else form.format(value)
 
 

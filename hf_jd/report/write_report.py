@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_jd.report.history import History, read_history
+from hf_jd.report.history import read_history
 from hf_jd.report.page import page
 from hf_jd.report.theme import LIGHT, THEMES
 
@@ -48,8 +48,10 @@ def report(run: Path, folder: Path | None = None) -> Path:
     history = read_history(run)
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("hf-jd report needs matplotlib, which isn't installed: `pip install matplotlib`.")
-    images = draw(history)
-    files = {f"{name}.png": themes[LIGHT.name] for name, themes in images.items()}
+    from hf_jd.report.figures import draw
+
+    images = {theme.name: draw(history, theme) for theme in THEMES}
+    files = {f"{name}.png": image for name, image in images[LIGHT.name].items()}
     files["index.html"] = page(history, images).encode()
     folder = run / "report" if folder is None else folder
     try:
@@ -61,15 +63,3 @@ def report(run: Path, folder: Path | None = None) -> Path:
     except OSError as error:
         raise ValueError(f"{folder} can't be written to: {error.strerror}.") from error
     return folder / "index.html"
-
-
-def draw(history: History) -> dict[str, dict[str, bytes]]:
-    """Draw all figures that have something to show: PNGs by the names of figure and theme."""
-    from hf_jd.report.figures import FIGURES, render
-
-    images: dict[str, dict[str, bytes]] = {}
-    for name, figure in FIGURES.items():
-        pictures = {theme.name: drawn for theme in THEMES if (drawn := figure(history, theme)) is not None}
-        if pictures:
-            images[name] = {theme: render(drawn) for theme, drawn in pictures.items()}
-    return images
