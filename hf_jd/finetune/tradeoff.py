@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -74,42 +73,33 @@ def tradeoff_table(plan: Plan, runs: Mapping[str, Sequence[Results]]) -> str:
 
 def _checked(plan: Plan, runs: Mapping[str, Sequence[Results]]) -> Tradeoff:
     assert plan.tradeoff is not None
+    tasks = next(iter(runs.values()))[0].tasks
     for task in (plan.tradeoff.forget, plan.tradeoff.keep):
-        tasks = next(iter(runs.values()))[0].tasks
         if task not in tasks:
             raise ValueError(f"The plan's tradeoff has the task `{task}`; the evaluated tasks are {', '.join(tasks)}.")
     return plan.tradeoff
 
 
 def _row(name: str, seeds: Sequence[Results], tradeoff: Tradeoff) -> list[str]:
-    ends = [[results.evaluations[task][-1] for results in seeds] for task in (tradeoff.forget, tradeoff.keep)]
+    cells, against = [name], []
+    for task in (tradeoff.forget, tradeoff.keep):
+        ends = [results.evaluations[task][-1] for results in seeds]
+        cells += [spread([end.loss for end in ends], ".2f"), spread([end.accuracy for end in ends], ".0%")]
+        against.append(spread([results.steps_against(task) for results in seeds], ".0f"))
     prices = [cost for results in seeds if (cost := price(results, tradeoff))]
-    few = f" ({len(prices)} of {len(seeds)})" if 0 < len(prices) < len(seeds) else ""
-    return [
-        name,
-        *(
-            text
-            for end in ends
-            for text in (spread([e.loss for e in end], ".2f"), spread([e.accuracy for e in end], ".0%"))
-        ),
-        spread([loss for _, loss in prices], ".2f") + few if prices else "never",
-        spread([step for step, _ in prices], ".0f"),
-        spread([results.steps_against(tradeoff.forget) for results in seeds], ".0f"),
-        spread([results.steps_against(tradeoff.keep) for results in seeds], ".0f"),
-    ]
+    few = f" ({len(prices)} of {len(seeds)})" if len(prices) < len(seeds) else ""
+    cells.append(spread([loss for _, loss in prices], ".2f") + few if prices else "never")
+    return [*cells, spread([step for step, _ in prices], ".0f"), *against]
 
 
 def draw_tradeoff(plan: Plan, runs: Mapping[str, Sequence[Results]], path: Path) -> None:
-    """Draws each configuration's path through the two losses into a PNG; prints a note without matplotlib.
+    """Draws each configuration's path through the two losses into a PNG.
 
     Args:
         plan: Its `tradeoff` is not None.
         runs: The runs of each configuration, one per seed.
         path: The PNG.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        print("There is no picture: matplotlib isn't installed (`pip install matplotlib`).")
-        return
     from matplotlib.figure import Figure
 
     tradeoff = _checked(plan, runs)
@@ -140,7 +130,9 @@ def _is_control(plan: Plan, name: str) -> bool:
 def _draw_path(axis: Axes, name: str, seeds: Sequence[Results], tradeoff: Tradeoff, color: str, style: str) -> None:
     """Draw one configuration: the geometric mean over seeds, and each seed's end."""
     paths = [losses_of(results, tradeoff) for results in seeds]
-    keep, forget = ([_mean([at[i] for at in points]) for points in zip(*paths, strict=True)] for i in (2, 1))
+    keep, forget = (
+        [statistics.geometric_mean(at[i] for at in points) for points in zip(*paths, strict=True)] for i in (2, 1)
+    )
     axis.plot(keep, forget, style, color=color, linewidth=1.6, markersize=5, markevery=[-1], label=name)
     if len(seeds) > 1:
         ends = [points[-1] for points in paths]
@@ -170,8 +162,3 @@ def _label_axes(axis: Axes, variant: str, tradeoff: Tradeoff) -> None:
         side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         side.set_minor_locator(NullLocator())
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def _mean(values: Sequence[float]) -> float:
-    """Return the geometric mean."""
-    return math.exp(statistics.fmean(map(math.log, values)))

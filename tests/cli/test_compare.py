@@ -165,9 +165,6 @@ def test_each_configuration_is_run_with_each_variant(plan, tmp_path):
     (fast,) = [run for run in runs if run.name == "by task, fast, seed 1"]
     assert fast.settings["learning_rate"] == 1e-3
     assert fast.settings["jd_objectives"] == "instance"  # A variant's flags are the stronger ones.
-    variants["slow"]["configurations"] = ["by task"]
-    names = {run.configuration for run in Plan.read(with_parts(plan, variants=variants)).runs(tmp_path, 1)}
-    assert names == {"by task, slow", "stock Trainer, fast", "by task, fast"}
 
 
 def test_a_tradeoff_has_its_own_table_and_picture(plan, tmp_path, machine, capsys):
@@ -197,7 +194,6 @@ def test_a_tradeoff_has_its_own_table_and_picture(plan, tmp_path, machine, capsy
         {"tradeoff": {"forget": "story"}},
         {"tradeoff": {"forget": "story", "keep": "sum", "until": "late"}},
         {"variants": {"a": 3}},
-        {"variants": {"a": {"configurations": ["by tusk"]}}},
         {"configurations": {"a b": {}, "a-b": {}}},
     ],
 )
