@@ -104,11 +104,7 @@ class EstimateArguments:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `hf-jd estimate`.
-
-    Returns:
-        The exit code.
-    """
+    """Run `hf-jd estimate`; return the exit code."""
     print(report(parse(argv)))
     return 0
 

@@ -37,11 +37,7 @@ _SAME = 0.05
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `hf-jd compare` with these arguments.
-
-    Returns:
-        The exit code.
-    """
+    """Run `hf-jd compare`; return the exit code."""
     flags, file = split_settings(argv)
     arguments, flags = _parser().parse_known_args(flags)
     if any(flag.partition("=")[0] == "--seed" for flag in flags):
@@ -132,11 +128,7 @@ def _make_folder(folder: Path, overwrite: bool, resume: bool) -> None:
 
 
 def _is_finished(run: Run, flags: list[str]) -> bool:
-    """Whether a run is already done.
-
-    Raises:
-        ValueError: It was run with other flags.
-    """
+    """Whether a run is already done; raises a ValueError if that was with other flags."""
     try:
         before = json.loads((run.folder / FINISHED).read_text("utf-8"))
     except (OSError, ValueError):  # missing, or only half written

@@ -166,11 +166,7 @@ def columns_of(rows: Rows) -> list[str]:
 
 
 def _check(rows: Rows, source: str, task_column: str | None) -> None:
-    """Refuse rows without text to learn, or without a task.
-
-    Raises:
-        ValueError: There are such rows; the message lists them.
-    """
+    """Raise a ValueError that lists the rows without text to learn, or without a task."""
     if len(rows) == 0:
         raise ValueError(f"{source} has no examples.")
     columns = columns_of(rows)

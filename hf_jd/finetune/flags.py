@@ -55,11 +55,7 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        """Validate the flags.
-
-        Raises:
-            ValueError: A flag has a value that isn't allowed.
-        """
+        """Raise a ValueError for a value that isn't allowed, and for flags that contradict each other."""
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype is `{self.dtype}`; choose one of {', '.join(DTYPES)}.")
         if not self.full and self.lora_r < 1:
@@ -116,11 +112,7 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        """Validate the flags.
-
-        Raises:
-            ValueError: A flag has a value that isn't allowed, or two flags contradict each other.
-        """
+        """Raise a ValueError for a value that isn't allowed, and for flags that contradict each other."""
         self.train_file, self.validation_file = _as_list(self.train_file), _as_list(self.validation_file)
         if self.example not in EXAMPLES:
             raise ValueError(f"--example is `{self.example}`; choose one of {', '.join(EXAMPLES)}.")

@@ -19,11 +19,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def model_path(model: ModelArguments) -> str:
-    """Return the model's name or folder.
-
-    Raises:
-        ValueError: It is a folder without a model or an adapter.
-    """
+    """Return the model's name or folder; raise a ValueError for a folder without a model or an adapter."""
     name = model.model_name_or_path or str(example_path(MODEL))
     if Path(name).is_dir() and not any((Path(name) / file).exists() for file in ("config.json", ADAPTER_CONFIG)):
         raise ValueError(f"The folder {name} holds no model: it has no config.json.")
@@ -35,11 +31,7 @@ def model_path(model: ModelArguments) -> str:
 
 
 def load_tokenizer(path: str, model: ModelArguments) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; without a padding token, it pads with the end-of-sequence token.
-
-    Raises:
-        ValueError: It can't be loaded.
-    """
+    """Load the tokenizer, or raise a ValueError; without a padding token, it pads with the end-of-sequence token."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **_source(model))  # ty: ignore[invalid-assignment]
     except (OSError, ValueError) as error:

@@ -77,11 +77,7 @@ class Parser(HfArgumentParser):
         self._sections = sections or {"Flags": self._names()}
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse the flags, and prepare them; see argparse.
-
-        Raises:
-            ValueError: A flag is unknown.
-        """
+        """Parse the flags, and prepare them, as argparse does; raise a ValueError for an unknown one."""
         if args and "--help-all" in args:
             print(self.format_help(everything=True))
             self.exit()
@@ -92,11 +88,7 @@ class Parser(HfArgumentParser):
         return flags, unknown
 
     def error(self, message: str) -> NoReturn:
-        """Raise a ValueError instead of printing hundreds of flags and exiting.
-
-        Raises:
-            ValueError: Always.
-        """
+        """Raise a ValueError instead of printing hundreds of flags and exiting."""
         raise ValueError(f"{message[0].upper()}{message[1:].rstrip('.')}.")
 
     def parse(self, flags: Sequence[str], settings: Mapping[str, Any]) -> tuple[Any, ...]:

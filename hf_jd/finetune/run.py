@@ -48,11 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `hf-jd finetune` with these arguments.
-
-    Returns:
-        The exit code.
-    """
+    """Run `hf-jd finetune`; return the exit code."""
     flags, file = split_settings(argv)
     finetune(*parse(flags, {} if file is None else read_settings(file)))
     return 0
@@ -208,11 +204,8 @@ def _by_task(examples: Dataset, column: str | None) -> Any:
 
 def evaluate_at_the_end(trainer: Trainer) -> None:
     """Evaluate, unless the last step already has."""
-    evaluated = any(
-        name.endswith("_loss") and name.startswith("eval_") and entry["step"] == trainer.state.global_step
-        for entry in trainer.state.log_history
-        for name in entry
-    )
+    evaluations = Results.of_log(trainer.state.log_history, steps=0).evaluations.values()
+    evaluated = any(of_task[-1].step == trainer.state.global_step for of_task in evaluations)
     if trainer.eval_dataset is not None and not evaluated:
         trainer.evaluate()
 

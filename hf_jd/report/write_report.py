@@ -14,11 +14,7 @@ from hf_jd.report.theme import LIGHT, THEMES
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `hf-jd report`.
-
-    Returns:
-        The exit code.
-    """
+    """Run `hf-jd report`; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="hf-jd report",
         description="Draw a run's losses, weights, conflicts and norms, as PNGs and one self-contained page. The run "
