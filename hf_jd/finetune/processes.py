@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 USER_ERROR = 2
@@ -35,11 +35,7 @@ class Job:
 @contextmanager
 def _sigterm_as_exit() -> Generator[None]:
     """Makes SIGTERM, which batch systems send when time is up, raise an exception like Ctrl-C."""
-
-    def leave(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield
     finally:

@@ -74,18 +74,14 @@ class Results:
     def of_log(cls, log: Iterable[dict[str, Any]], steps: int) -> Results:
         """Read Trainer's log of that many steps."""
         results = cls(steps=steps)
+        by_kind = {"weight": results.weights, "against": results.against}
         for entry in log:
             results._add_evaluations(entry)
-            results._add_step(entry)
+            for name, value in entry.items():
+                kind, _, task = name.removeprefix("jd/").partition("/")
+                if name.startswith("jd/") and kind in by_kind:
+                    by_kind[kind].setdefault(task, []).append((entry["step"], value))
         return results
-
-    def _add_step(self, entry: dict[str, Any]) -> None:
-        """Add a log of training."""
-        measured = {name: value for name, value in entry.items() if name.startswith(("jd/weight/", "jd/against/"))}
-        for name, value in measured.items():
-            kind, task = name.removeprefix("jd/").split("/", 1)
-            series = self.weights if kind == "weight" else self.against
-            series.setdefault(task, []).append((entry["step"], value))
 
     def _add_evaluations(self, entry: dict[str, Any]) -> None:
         for name, loss in entry.items():

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 from hf_jd.finetune.comparison import Plan, Tradeoff
 from hf_jd.finetune.results import Results
 from hf_jd.finetune.table import markdown, spread
+from hf_jd.report.verdict import CONTROLS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_CONTROLS = ("mean", "sum", "constant")
-"""Weightings that ignore the Gramian."""
 _COLORS = [f"C{i}" for i in (3, 0, 2, 1, 4, 9, 5, 6, 8)]
 """The other weightings' colours; controls are grey."""
 _SMALLEST = 1e-9
@@ -60,13 +59,11 @@ def tradeoff_table(plan: Plan, runs: Mapping[str, Sequence[Results]]) -> str:
     tradeoff = _checked(plan, runs)
     forget, keep = tradeoff.forget, tradeoff.keep
     header = ["", f"{forget} ↑", "right", f"{keep} ↓", "right"]
-    header += [f"{keep} where {forget} is {tradeoff.until:g}", "at step"]
-    header += [f"steps against {forget}", f"against {keep}"]
+    header += [f"{keep} where {forget} is {tradeoff.until:g}", "at step", f"steps against {forget}", f"against {keep}"]
     start = [next(iter(runs.values()))[0].evaluations[task][0] for task in (forget, keep)]
-    rows = [["before training", *(text for e in start for text in (f"{e.loss:.2f}", f"{e.accuracy:.0%}")), *[""] * 4]]
+    rows = [["before training", *(text for e in start for text in (f"{e.loss:.2f}", f"{e.accuracy:.0%}"))]]
     for variant in plan.variants:
-        if variant:
-            rows.append([f"**{variant}**", *[""] * 8])
+        rows += [[f"**{variant}**"]] if variant else []
         rows += [_row(name, runs[full], tradeoff) for name, full in plan.names(variant).items()]
     return markdown(header, rows)
 
@@ -124,7 +121,7 @@ def draw_tradeoff(plan: Plan, runs: Mapping[str, Sequence[Results]], path: Path)
 
 def _is_control(plan: Plan, name: str) -> bool:
     flags = plan.base | plan.configurations[name]
-    return bool(flags.get("stock")) or flags.get("jd_weighting") in _CONTROLS
+    return bool(flags.get("stock")) or flags.get("jd_weighting") in CONTROLS
 
 
 def _draw_path(axis: Axes, name: str, seeds: Sequence[Results], tradeoff: Tradeoff, color: str, style: str) -> None:

@@ -9,7 +9,7 @@ from hf_jd.report.history import History, mean
 
 FEW = 0.05
 """The share of pairs or steps below which there is nothing to fix."""
-_CONTROLS = ("mean", "sum", "constant")
+CONTROLS = ("mean", "sum", "constant")
 """Weightings that ignore conflicts."""
 
 
@@ -39,7 +39,7 @@ def verdict(history: History) -> str:
         return ""
     worst = max(shares, key=lambda name: (shares[name], name), default="")
     against = shares.get(worst, 0.0)
-    blind = history.facts.get("jd_weighting") in _CONTROLS or history.facts.get("stock", False)
+    blind = history.facts.get("jd_weighting") in CONTROLS or history.facts.get("stock", False)
     disturbed = any(mean(series) < -FEW for series in history.pairs.values())
     if against >= FEW:
         end = (
