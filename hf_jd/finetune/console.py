@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import datasets
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers.utils.logging import disable_progress_bar
 
 
 class Console(PrinterCallback):
@@ -24,6 +26,13 @@ class Bars(ProgressCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Leave that to `Console`."""
+
+
+def hide_bars(args: TrainingArguments) -> None:
+    """Apply --disable_tqdm to loading models and data, too, where Trainer doesn't."""
+    if args.disable_tqdm:
+        disable_progress_bar()
+        datasets.disable_progress_bars()
 
 
 def use_console(trainer: Trainer) -> None:

@@ -47,6 +47,8 @@ def test_it_trains(installed, train_file, tmp_path):
     done = run("-m", "hf_jd.cli", "finetune", *flags, *sizes, folder=tmp_path, path=installed)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+    done = run("-m", "hf_jd.cli", "report", tmp_path / "run", folder=tmp_path, path=installed)
+    assert done.returncode == 0, done.stderr  # Its template came with the wheel.
 
 
 def test_the_embedded_model_is_asked_for_in_a_sentence(installed, tmp_path):
