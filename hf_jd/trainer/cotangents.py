@@ -130,12 +130,12 @@ def split(loss: Tensor, outputs: Sequence[Tensor]) -> Split:
     Raises:
         ValueError: Reentrant activation checkpointing stands between two outputs.
     """
-    read, has_rest = _read(loss, outputs) if loss.requires_grad else ([], False)
+    read, has_rest, through_model = _read(loss, outputs) if loss.requires_grad else ([], False, False)
     cotangents, rest = [], loss
     for i, (output, edge) in enumerate(read):
         last = i + 1 == len(read) and not has_rest
         # The path from one output to another goes through the model, whose graph is still needed.
-        keep = has_rest or len(read) > 1
+        keep = through_model or has_rest or len(read) > 1
         gradient = _gradient(rest, edge, keep)
         if gradient is None:
             continue
@@ -191,25 +191,34 @@ class _Surrogates(torch.autograd.Function):
         return gradient * weights.view(weights.shape + (1,) * (gradient.dim() - weights.dim())), None, None, None
 
 
-def _read(loss: Tensor, outputs: Sequence[Tensor]) -> tuple[list[tuple[Tensor, GradientEdge]], bool]:
+def _read(loss: Tensor, outputs: Sequence[Tensor]) -> tuple[list[tuple[Tensor, GradientEdge]], bool, bool]:
     """Finds the outputs that a loss reads, the latest first, each with its edge in the graph.
 
     Returns:
-        These, and whether the loss also depends on parameters in other ways.
+        These, whether the loss also depends on parameters in other ways, and whether its graph has the tap of the model
+        itself in it, through which the model's outputs pass, too.
     """
     places = dict(_places(outputs))
-    read: dict[int, tuple[Tensor, GradientEdge]] = {}
-    has_rest = False
+    returned = {node for node, _ in places}
+    read: dict[int, tuple[Tensor, GradientEdge, int]] = {}
+    has_rest = through_model = False
     stack: list[tuple[Any, int]] = [(loss.grad_fn, loss.output_nr)]
     seen = set(stack)
     while stack:
         place = stack.pop()
         node, index = place
         if place in places:
-            read.setdefault(id(places[place]), (places[place], GradientEdge(node, index)))
+            output, depth = places[place]
+            # The gradient at the place before a cast includes that from behind it.
+            if id(output) not in read or depth > read[id(output)][2]:
+                read[id(output)] = (output, GradientEdge(node, index), depth)
             continue
         edges = node.next_functions
-        if isinstance(getattr(node, "tap", None), ModuleTap) or node.name() == "CheckpointFunctionBackward":
+        tapped = _is_tap(node)
+        if tapped and node in returned:
+            through_model = True
+            edges = edges[index + 1 : index + 2]  # the identity on all that the model returned
+        elif tapped or node.name() == "CheckpointFunctionBackward":
             has_rest = True  # There may be an output behind it: a head that is called again reads one.
         if not edges and isinstance(getattr(node, "variable", None), nn.Parameter):
             has_rest = True
@@ -219,22 +228,28 @@ def _read(loss: Tensor, outputs: Sequence[Tensor]) -> tuple[list[tuple[Tensor, G
             if edge[0] is not None and edge not in seen:
                 seen.add(edge)
                 stack.append(edge)
-    latest = sorted(read.values(), key=lambda pair: pair[1].node._sequence_nr(), reverse=True)
-    return latest, has_rest
+    latest = sorted(read.values(), key=lambda found: found[1].node._sequence_nr(), reverse=True)
+    return [(output, edge) for output, edge, _ in latest], has_rest, through_model
 
 
-def _places(outputs: Sequence[Tensor]) -> Iterator[tuple[tuple[Any, int], Tensor]]:
-    """Yields each output's place in the graph; for an output that was cast, also the place before the cast.
+def _places(outputs: Sequence[Tensor]) -> Iterator[tuple[tuple[Any, int], tuple[Tensor, int]]]:
+    """Yields each output's places in the graph, from the last to the first, with the output and the place's depth.
 
-    With mixed precision, accelerate casts the model's outputs after the model's own loss has read them.
+    The model's own loss reads its outputs before what wraps the model changes them: accelerate casts them with mixed
+    precision, and the engine taps them if the model itself has parameters.
     """
     for output in outputs:
-        node = output.grad_fn
-        if node is None:
-            continue
-        yield (node, output.output_nr), output
-        if node.name() == "ToCopyBackward0" and node.next_functions[0][0] is not None:
-            yield node.next_functions[0], output
+        node, index, depth = output.grad_fn, output.output_nr, 0
+        while node is not None:
+            yield (node, index), (output, depth)
+            before = (index + 1) if _is_tap(node) else 0 if node.name() == "ToCopyBackward0" else None
+            if before is None:
+                break
+            (node, index), depth = node.next_functions[before], depth + 1
+
+
+def _is_tap(node: Any) -> bool:
+    return isinstance(getattr(node, "tap", None), ModuleTap)
 
 
 def _order(tensor: Tensor) -> int:

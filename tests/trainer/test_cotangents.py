@@ -135,8 +135,14 @@ def states_and_tokens(trainer, model, inputs, number):
     return outputs.loss + outputs.hidden_states[-1].square().mean(), outputs
 
 
+def twice_read(trainer, model, inputs, number):
+    """Reads the logits before and after the cast, as distillation does."""
+    outputs = model(**inputs)
+    return outputs.loss + outputs.logits.square().mean(), outputs
+
+
 @pytest.mark.parametrize("kind", [{}, GROUP], ids=["instance", "group"])
-@pytest.mark.parametrize("loss", [own_losses.next_tokens, own_losses.scaled, states_and_tokens])
+@pytest.mark.parametrize("loss", [own_losses.next_tokens, own_losses.scaled, states_and_tokens, twice_read])
 @pytest.mark.parametrize("build", [lambda: lora("gpt2", warm=True), tiny_llama], ids=["lora", "full"])
 def test_rows_of_outputs_that_mixed_precision_has_cast(build, loss, kind, tmp_path):
     case = Case(loss, lambda: build().float(), text=True)
