@@ -8,7 +8,8 @@ to L's gradient exactly, even if the loss itself mixes instances (contrastive lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -136,7 +137,8 @@ def split(loss: Tensor, outputs: Sequence[Tensor]) -> Split:
         last = i + 1 == len(read) and not has_rest
         # The path from one output to another goes through the model, whose graph is still needed.
         keep = through_model or has_rest or len(read) > 1
-        gradient = _gradient(rest, edge, keep)
+        with _without_hooks([output for output, _ in read]):
+            gradient = _gradient(rest, edge, keep)
         if gradient is None:
             continue
         gradient = gradient.to(output.dtype)
@@ -145,6 +147,20 @@ def split(loss: Tensor, outputs: Sequence[Tensor]) -> Split:
             ids = torch.zeros(output.shape[:1], dtype=torch.int64, device=output.device)
             rest = rest - surrogates(cotangents[-1], ids, 1).sum().to(rest)
     return Split(cotangents, rest if has_rest else None)
+
+
+@contextmanager
+def _without_hooks(outputs: Sequence[Tensor]) -> Generator[None]:
+    """Leaves hooks on the outputs to the surrogates' backward, which would apply them a second time."""
+    hooks = [output._backward_hooks for output in outputs if output._backward_hooks]
+    before = [dict(each) for each in hooks]
+    for each in hooks:
+        each.clear()
+    try:
+        yield
+    finally:
+        for each, kept in zip(hooks, before, strict=True):
+            each.update(kept)
 
 
 def _gradient(loss: Tensor, edge: GradientEdge, retain_graph: bool) -> Tensor | None:
