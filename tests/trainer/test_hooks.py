@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
-from hf_jd import JDTrainerMixin
+from hf_jd import JDTrainer, JDTrainerMixin
 from tests.trainer.own_losses import Case, classifier, trainer_of
 from tests.trainer.runs import arguments, flat, relative
 
@@ -48,3 +49,65 @@ def test_hooks_on_outputs_run_once(loss, kind, tmp_path):
     theirs = trained(stock, tmp_path, loss)
     ours = trained(type("Ours", (JDTrainerMixin, stock), {}), tmp_path, loss, jd_weighting="mean", **KINDS[kind])
     assert relative(flat(ours.model), flat(theirs.model)) < 1e-10
+
+
+def of_model(trainer, model, inputs, number):
+    outputs = model(**inputs)
+    return outputs.loss, outputs
+
+
+def hooked(hook, name="register_hook"):
+    """Sets a hook on each parameter."""
+
+    def prepare(trainer):
+        for p in trainer.model.parameters():
+            getattr(p, name)(lambda gradient, p=p: hook(gradient, p))
+
+    return prepare
+
+
+def masked(gradient, p):
+    """Trains every other row, as for added tokens."""
+    return gradient * (torch.arange(len(p)) % 2).view(-1, *[1] * (p.dim() - 1))
+
+
+@pytest.mark.filterwarnings("ignore:.*further passes now")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("hook", [masked, lambda gradient, p: None], ids=["mask", "watch"])
+def test_linear_hooks_on_parameters_are_applied(hook, kind, tmp_path):
+    stock, prepare = trainer_of(of_model), hooked(hook)
+    theirs = trained(stock, tmp_path, of_model, prepare)
+    cls = type("Ours", (JDTrainerMixin, stock), {})
+    ours = trained(cls, tmp_path, of_model, prepare, jd_weighting="mean", **KINDS[kind])
+    assert relative(flat(ours.model), flat(theirs.model)) < 1e-10
+
+
+UNLIKE_SUMS = {
+    "clamp": lambda gradient, p: gradient.clamp(-0.5, 0.5),
+    "decay": lambda gradient, p: gradient + 0.01 * p.detach(),
+    "norm": lambda gradient, p: gradient / gradient.norm().clamp(min=1),
+    "largest": lambda gradient, p: torch.where(gradient.abs() == gradient.abs().max(), gradient, 0),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE_SUMS)
+def test_other_hooks_on_parameters_are_refused(name, tmp_path):
+    with pytest.raises(ValueError, match=r"embeddings.weight has a hook .* isn't linear"):
+        trained(JDTrainer, tmp_path, None, hooked(UNLIKE_SUMS[name]))
+
+
+def test_the_row_of_a_batch_takes_any_hook(tmp_path):
+    prepare = hooked(UNLIKE_SUMS["clamp"])
+    theirs = trained(Trainer, tmp_path, None, prepare)
+    ours = trained(JDTrainer, tmp_path, None, prepare, jd_weighting="mean", jd_objectives="batch")
+    assert relative(flat(ours.model), flat(theirs.model)) < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["instance", "batch"])
+def test_hooks_that_wait_for_grad_are_refused(kind, tmp_path):
+    def halve(p, _):
+        p.grad.mul_(0.5)
+
+    prepare = hooked(halve, "register_post_accumulate_grad_hook")
+    with pytest.raises(ValueError, match=r"register_post_accumulate_grad_hook.*on_pre_optimizer_step"):
+        trained(JDTrainer, tmp_path, None, prepare, jd_objectives=kind)
