@@ -48,6 +48,8 @@ class OutputObserver:
         self.last: Any = None
         self._rows: set[int] = set()
         self._stacked: set[int] = set()
+        self._collated: list[Tensor] = []
+        self._taken: list[Tensor] = []
         self._modules = list(modules)
         self._handles: list[RemovableHandle] = []
         self.renew()
@@ -75,24 +77,45 @@ class OutputObserver:
         if not outputs:
             return
         self.last = output
-        rows = {len(t) for t in _tensors(inputs) if t.dim()}
+        taken = [t for t in _tensors(inputs) if t.dim()]
+        rows = {len(t) for t in taken}
         self._rows |= rows
+        self._taken += [t for t in taken if t.dim() > 1]
         # Leading rows that match no input, and not the last output, are no examples: a router's logits are per token.
         rows.add(len(max(outputs, key=_order)))
         self._outputs += [t for t in outputs if len(t) in rows]
 
     def begin(self, batch: Any) -> None:
         """Forgets earlier outputs, before the model is called with this batch."""
-        self._outputs, self._rows, self.last = [], set(), None
-        self._stacked = {len(t) * t.shape[1] for t in _tensors(batch) if t.dim() > 2}
+        self._outputs, self._taken, self._rows, self.last = [], [], set(), None
+        self._collated = [t for t in _tensors(batch) if t.dim() > 1]
+        self._stacked = {len(t) * t.shape[1] for t in self._collated if t.dim() > 2}
 
     def tells_order(self, rows: int, instances: int) -> bool:
-        """Whether shapes suggest that several rows per example come in blocks of all examples.
+        """Whether the model's inputs suggest that several rows per example come in blocks of all examples.
 
         They don't if the model took no tensor with that many rows (tokens come before examples, or are flattened with
-        them), or if the batch holds [B, k, ...], which is flattened as B blocks of k.
+        them), if the batch holds [B, k, ...], which is flattened as B blocks of k, or if each example's rows follow one
+        another (`stack(..., dim=1).flatten(0, 1)`, `repeat_interleave`, several generations per prompt).
         """
-        return rows == instances or not self._rows or (rows in self._rows and rows not in self._stacked)
+        if rows == instances or not self._rows:
+            return True
+        by_example = (t.unflatten(0, (instances, -1)) for t in self._taken if len(t) == rows)
+        return rows in self._rows and rows not in self._stacked and not any(map(self._in_turn, by_example))
+
+    def _in_turn(self, taken: Tensor) -> bool:
+        """Whether an input [B, k, ...] starts in each of its columns as a tensor of the batch, and in no block does."""
+        blocks = taken.flatten(0, 1).unflatten(0, (-1, len(taken)))
+        return all(map(self._is_collated, taken.unbind(1))) and not all(map(self._is_collated, blocks))
+
+    def _is_collated(self, column: Tensor) -> bool:
+        """Whether a tensor [B, T, ...] starts as one of the batch."""
+        for one in self._collated:
+            if len(one) == len(column) and one.shape[2:] == column.shape[2:]:
+                length = min(one.shape[1], column.shape[1])
+                if torch.equal(column[:, :length], one[:, :length].to(column)):
+                    return True
+        return False
 
     def take(self) -> tuple[list[Tensor], Any]:
         """Returns the outputs since the last time, and everything that the last call returned."""
