@@ -138,6 +138,7 @@ class JDTrainerMixin(EvaluationMixin):
         self.jd_metrics = Averages()
         self.jd_apart = False
         self.jd_items: Any = None
+        self.jd_hooked: set[nn.Parameter] = set()
         self.jd_streams: RandomState | None = None  # the random streams' state before the forward
         self._jd_batches: list[Any] = []
         self._jd_seen = 0

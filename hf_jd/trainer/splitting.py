@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_jd.batches import holds_examples
+from hf_jd.batches import holds_examples, row_count
 from hf_jd.collator import EXAMPLES_KEY, GROUP_KEY
 from hf_jd.contradictions import listed
 from hf_jd.packing import documents_of
@@ -30,12 +30,14 @@ class Whose(NamedTuple):
         examples: B, if known.
         documents: [N, T] the document of each token, if rows are packed; see `documents_of`.
         empty: Whether there is no example: a stand-in batch is used, which doesn't count.
+        rows: The number of examples that the batch's shapes suggest, if it isn't known.
     """
 
     groups: Tensor | None
     examples: int | None
     documents: Tensor | None
     empty: bool = False
+    rows: int = 1
 
     @staticmethod
     def of(batch: Any, packed: str, device: torch.device) -> Whose:
@@ -48,7 +50,9 @@ class Whose(NamedTuple):
             None if ids is None else ids.to(device) for ids in (batch.get(GROUP_KEY), documents_of(batch, packed))
         )
         counted = groups if groups is not None else batch.get(EXAMPLES_KEY)
-        return Whose(groups, None if counted is None else len(counted), documents)
+        if counted is None:  # collated by a DataLoader of the user's own
+            return Whose(groups, None, documents, rows=row_count(batch))
+        return Whose(groups, len(counted), documents)
 
 
 def shares_of(trainer: JDTrainerMixin, loss: Tensor, whose: Whose, scale: float) -> tuple[Shares, list[str]]:
@@ -138,7 +142,7 @@ def _owners(trainer: JDTrainerMixin, cotangents: Sequence[Cotangent], whose: Who
         owners = [owners_of_tokens(whose.documents, c.output) for c in cotangents]
     else:
         sizes = {len(c.output) for c in cotangents}
-        instances = whose.examples or min(sizes)
+        instances = whose.examples or (min(sizes) if any(n % whose.rows for n in sizes) else whose.rows)
         if any(n % instances for n in sizes):
             raise ValueError(
                 f"The batch has {instances} examples, but the loss reads outputs of {sorted(sizes)} rows, so no row's "
@@ -237,6 +241,7 @@ def _nothing_read(trainer: JDTrainerMixin, outputs: Sequence[Tensor]) -> str:
     return (
         f"The loss of {type(trainer).__name__} does not depend on the model's outputs with a graph (outputs of shapes "
         f"{shapes}), so it can't be split by instance. Usual causes: a loss that runs its own backward pass, or calls "
-        "a part of the model past its forward, or a model that returns no tensors. Choose --jd_objectives batch, which "
-        "makes each batch one objective, or override `compute_losses`."
+        "a part of the model past its forward, a model that returns no tensors, or --torch_compile, which joins the "
+        "model's own loss with its outputs. Choose --jd_objectives batch, which makes each batch one objective, or "
+        "override `compute_losses`."
     )

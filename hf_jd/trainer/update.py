@@ -23,6 +23,7 @@ from hf_jd.metrics import Metrics
 from hf_jd.objectives import Objectives, ObjectiveTable
 from hf_jd.trainer.backward import Passed, Step
 from hf_jd.trainer.gradients import accumulate, added, all_finite
+from hf_jd.trainer.hooks import check_hooks
 from hf_jd.trainer.row_store import RowStore, allowed, is_full
 from hf_jd.trainer.weighing import StepSettings, multipliers, plain_metrics, weigh
 
@@ -46,6 +47,8 @@ class Update:
         self.trainer, self.model, self.batches, self.alone = trainer, model, batches, alone
         self.jd, self.kind, self.backend = trainer.jd_args, trainer.jd_args.kind, trainer.jd_backend
         self.trainable = trainer.trainable()
+        if not self.backend.owns_backward:  # DeepSpeed has hooks of its own.
+            check_hooks(trainer, self.trainable)
         self.blocks = trainer.engine().block_names()
         self.budget = allowed(trainer)
         self.present = self._present_groups()

@@ -79,6 +79,19 @@ def towers() -> nn.Module:
     return Towers().double()
 
 
+class Tempered(nn.Module):
+    """Computes its own loss, and divides its logits by a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.classifier = classifier()
+        self.temperature = nn.Parameter(torch.tensor(2.0).double())
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.classifier(input_ids, attention_mask).logits / self.temperature
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
 def trunk(returned: Callable[[Tensor, Tensor], Any]) -> Callable[[], nn.Module]:
     """Returns a function that builds a `Trunk` in float64."""
 
@@ -235,6 +248,11 @@ def scaled(trainer, model, inputs, number):
     return 3 * outputs.loss, outputs
 
 
+def of_model(trainer, model, inputs, number):
+    outputs = model(**inputs)
+    return outputs["loss"], outputs
+
+
 def tied_head(trainer, model, inputs, number):
     """Multiplies by the head's weight without calling its module, as fused losses do."""
     labels = inputs.pop("labels")
@@ -289,6 +307,7 @@ CASES = {
         heads_by_name, trunk(lambda kinds, size: {"kinds": kinds, "size": size, "others": [kinds, (size,)]})
     ),
     "towers": Case(retrieved, towers, rest=True),
+    "tempered": Case(of_model, Tempered),
     "dataclass": Case(heads_by_name, trunk(Heads)),
     "next-tokens": Case(next_tokens, lambda: lora("gpt2", warm=True), text=True),
     "next-tokens-full": Case(next_tokens, tiny_gpt2, text=True),

@@ -101,6 +101,27 @@ def test_whose_row_it_is_may_be_said(kind, tmp_path):
     assert_rows(recorded, grouped(rows, recorded) if kind else rows, rest)
 
 
+def repeated(trainer, model, inputs, number):
+    """Rows 3 i to 3 i + 2 belong to example i, as several generations per prompt do."""
+    labels = inputs.pop("labels")
+    outputs = model(**{key: value.repeat_interleave(3, dim=0) for key, value in inputs.items()})
+    return F.cross_entropy(outputs.logits, labels.repeat_interleave(3)), outputs
+
+
+@pytest.mark.parametrize("kind", [{}, GROUP], ids=["instance", "group"])
+def test_rows_that_start_like_another_example_are_refused(kind, tmp_path):
+    recorded = Recorded(Case(repeated), tmp_path, **kind)
+    with pytest.raises(ValueError, match=r"5 examples, .* shape \[15, 3\], .* to example n // 3, .*`jd_instances`"):
+        recorded.step(None)
+
+
+def test_rows_of_a_batch_that_was_not_counted(tmp_path):
+    case = CASES["two-views"]
+    recorded = Recorded(case, tmp_path)
+    del recorded.batch["jd_examples"]
+    assert_rows(recorded, *brute(case, case.build().train(), recorded.inputs, 5))
+
+
 @pytest.mark.parametrize("kind", [{}, GROUP], ids=["instance", "group"])
 def test_rows_of_packed_documents(kind, tmp_path):
     def per_token(trainer, model, inputs, number):
@@ -135,8 +156,14 @@ def states_and_tokens(trainer, model, inputs, number):
     return outputs.loss + outputs.hidden_states[-1].square().mean(), outputs
 
 
+def twice_read(trainer, model, inputs, number):
+    """Reads the logits before and after the cast, as distillation does."""
+    outputs = model(**inputs)
+    return outputs.loss + outputs.logits.square().mean(), outputs
+
+
 @pytest.mark.parametrize("kind", [{}, GROUP], ids=["instance", "group"])
-@pytest.mark.parametrize("loss", [own_losses.next_tokens, own_losses.scaled, states_and_tokens])
+@pytest.mark.parametrize("loss", [own_losses.next_tokens, own_losses.scaled, states_and_tokens, twice_read])
 @pytest.mark.parametrize("build", [lambda: lora("gpt2", warm=True), tiny_llama], ids=["lora", "full"])
 def test_rows_of_outputs_that_mixed_precision_has_cast(build, loss, kind, tmp_path):
     case = Case(loss, lambda: build().float(), text=True)
