@@ -19,7 +19,7 @@ from typing import Any
 
 from studies.picture import draw
 from studies.plan import Plan
-from studies.table import add_losses_at, table
+from studies.table import add_losses_at, add_tasks_better, table
 from transformers.utils import logging
 
 
@@ -50,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"{_named(run)}: {_described(results[-1]['measures'])}", flush=True)
     results = [result for result in results if _key(result) in {_key(run) for run in plan.runs()}]
     add_losses_at(results, plan.at)
+    add_tasks_better(results, plan.control)
     text = table(plan, results)
     (arguments.output_dir / "table.md").write_text(text, "utf-8")
     draw(plan, results, arguments.output_dir / "picture.png")

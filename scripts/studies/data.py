@@ -10,6 +10,7 @@ from itertools import product
 from typing import Any
 
 from hf_jd.finetune.example import example_data, example_path
+from studies.tasks import TASKS, ask
 
 Rows = list[dict[str, str]]
 Splits = dict[str, Any]
@@ -72,12 +73,31 @@ def refusals(seed: int, share: float, repeat: int = 1, different: int = 20) -> S
     return {"train": _shuffled(train, seed), "validation": validation}
 
 
+def many_tasks(seed: int, examples: int = 60, held_out: int = 16) -> Splits:
+    """Twenty tasks, each on its own stories.
+
+    Args:
+        seed: Of the choice of stories.
+        examples: Of each task, to train on.
+        held_out: Of each task, to evaluate on.
+    """
+    stories = iter(_shuffled(json.loads(example_path("stories.json").read_text("utf-8")), seed))
+    validation = [ask(task, next(stories)) for task in TASKS for _ in range(held_out)]
+    train = [ask(task, next(stories)) for task in TASKS for _ in range(examples)]
+    return {"train": _shuffled(train, seed), "validation": validation}
+
+
 def lily(seed: int) -> Splits:
     """The embedded stories about Lily and about others, the same for all seeds."""
     return {str(split): rows for split, rows in example_data("lily").items()}
 
 
-DATA: dict[str, Callable[..., Splits]] = {"new_style": new_style, "refusals": refusals, "lily": lily}
+DATA: dict[str, Callable[..., Splits]] = {
+    "new_style": new_style,
+    "refusals": refusals,
+    "many_tasks": many_tasks,
+    "lily": lily,
+}
 
 
 def _rows(task: str, texts: Iterable[str]) -> Rows:

@@ -25,6 +25,7 @@ class Plan:
         sweep: The configurations of which the best is a control, too: a weight or another number chosen by hand.
         at: A loss, by the name of a task: the table has the other task's loss when this one reaches it.
         axes: Two tasks, whose losses the picture follows; without them it shows `measure`.
+        front: Two measures: the picture shows each method as a point, and the sweep as a line.
         seeds: The number of runs per configuration and variant.
     """
 
@@ -39,6 +40,7 @@ class Plan:
     sweep: list[str] = field(default_factory=list)
     at: dict[str, float] = field(default_factory=dict)
     axes: list[str] = field(default_factory=list)
+    front: list[str] = field(default_factory=list)
     seeds: int = 5
 
     @classmethod

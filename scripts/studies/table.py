@@ -38,6 +38,25 @@ def loss_at(reached: Sequence[Sequence[float]], other: Sequence[Sequence[float]]
     return None
 
 
+def add_tasks_better(results: Sequence[dict[str, Any]], control: str) -> None:
+    """Add to each run's measures how many tasks end with a lower loss than the control's on the same seed.
+
+    Args:
+        results: Runs; those without a `way` are left as they are.
+        control: The configuration to compare with.
+    """
+    ends = {(run["variant"], run["configuration"], run["seed"]): _ends(run) for run in results if "way" in run}
+    for run in results:
+        theirs = ends.get((run["variant"], control, run["seed"]))
+        if theirs and run["configuration"] != control:
+            better = sum(loss < theirs[task] for task, loss in _ends(run).items())
+            run["measures"][f"tasks better than `{control}`"] = better
+
+
+def _ends(run: dict[str, Any]) -> dict[str, float]:
+    return {task: points[-1][1] for task, points in run["way"].items()}
+
+
 def table(plan: Plan, results: Sequence[dict[str, Any]]) -> str:
     """Format a part per variant, a row per configuration."""
     header = ["", *plan.shown, f"{plan.measure}, less `{plan.control}`"]

@@ -41,6 +41,8 @@ def train(flags: dict[str, Any], seed: int, output: Path) -> dict[str, Any]:
     way = {task: [(e.step, e.loss) for e in evaluations] for task, evaluations in results.evaluations.items()}
     measures: dict[str, float] = {f"loss of {task}": points[-1][1] for task, points in way.items()}
     before: dict[str, float] = {f"loss of {task}": points[0][1] for task, points in way.items()}
+    relative = [points[-1][1] / points[0][1] for points in way.values()]
+    measures |= {"worst relative loss": max(relative), "mean relative loss": sum(relative) / len(relative)}
     if beta is not None:
         now, then = answers_of(trainer, examples["validation"])
         measures, before = measures | now, before | then

@@ -22,7 +22,11 @@ from tests.marks import slow
 ROOT = Path(__file__).parents[2]
 PLANS = sorted((ROOT / "examples" / "evidence").glob("*.yaml"))
 PAGE = (ROOT / "docs" / "evidence.md").read_text("utf-8")
-OWN_FLAGS = {"tuning": ("data", "npo", "replay", "share", "repeat"), "rare": ("gamma", "class_power")}
+OWN_FLAGS = {
+    "tuning": ("data", "npo", "replay", "share", "repeat"),
+    "rare": ("gamma", "class_power"),
+    "preferences": ("opposed", "shares"),
+}
 
 
 @pytest.fixture
@@ -42,6 +46,15 @@ def runs_of(plan: Any, values: dict[tuple[str, int], float | None]) -> list[dict
     ]
 
 
+def arguments_of(study: str) -> type:
+    if study != "preferences":
+        return JDTrainingArguments
+    pytest.importorskip("trl", reason="TRL 1.16 asks for datasets 4.7")
+    from hf_jd.trainer.trl import JDDPOConfig
+
+    return JDDPOConfig
+
+
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
 def test_the_flags_of_every_run_are_allowed(path, studies, tmp_path):
     plan = studies("studies.plan").Plan.read(path)
@@ -51,7 +64,7 @@ def test_the_flags_of_every_run_are_allowed(path, studies, tmp_path):
         if plan.study == "tuning":
             parse([], flags)
         else:
-            HfArgumentParser(JDTrainingArguments).parse_dict(flags)  # ty: ignore[invalid-argument-type]
+            HfArgumentParser(arguments_of(plan.study)).parse_dict(flags)  # ty: ignore[invalid-argument-type]
 
 
 @pytest.mark.parametrize("path", [path for path in PLANS if f"<!-- {path.stem}:" in PAGE], ids=lambda path: path.stem)
@@ -109,6 +122,59 @@ def test_the_data_of_the_studies(studies):
     assert not set(trained) & {row["prompt"] for row in splits["validation"] if row["task"] == "refusal"}
 
 
+def test_a_pair_is_ranked_by_its_group(studies):
+    data, held_out = studies("studies.preferences").pairs(seed=1, opposed=0.25, shares=[40, 20])
+    assert [sum(row["task"] == group for row in data) for group in ("helpful", "brief")] == [40, 20]
+    opposed = 0
+    for helpful, brief in zip(held_out["helpful"], held_out["brief"], strict=True):
+        assert helpful["prompt"] == brief["prompt"]
+        assert len(brief["chosen"]) < len(brief["rejected"])
+        assert {helpful["chosen"], helpful["rejected"]} == {brief["chosen"], brief["rejected"]}
+        opposed += helpful["chosen"] == brief["rejected"]
+    assert opposed == len(held_out["helpful"]) / 4
+    assert not {row["prompt"] + row["chosen"] for row in data} & {
+        row["prompt"] + row["chosen"] for rows in held_out.values() for row in rows
+    }
+
+
+def test_the_twenty_tasks(studies):
+    ask = studies("studies.tasks").ask
+    story = "Once, a girl met Tom. They went to the old park to see a big dog. It was happy."
+    answers = {
+        "copy": "Once a girl met Tom They went to the old park to",
+        "continue": "see a big dog. It was happy.",
+        "reverse": "to park old the to went They Tom met girl a Once",
+        "sort": "a girl met old Once park the They to to Tom went",
+        "skip": "Once girl Tom went the park",
+        "squeeze": "Onc  grl mt Tm Thy wnt t th ld prk t",
+        "initials": "O a g m T T w t t o p t",
+        "lengths": "four one four three three four four two three three four two",
+        "spell": "t o",
+        "longest": "Once",
+        "next": "see",
+        "capital": "Tom",
+        "girl": "yes",
+        "once": "yes",
+        "count": "five",
+    }
+    for task, answer in answers.items():
+        row = ask(task, story)
+        assert row["prompt"] == f"{task}: Once a girl met Tom They went to the old park to ="
+        assert row["completion"] == f" {answer}"
+    splits = studies("studies.data").many_tasks(seed=1, examples=3, held_out=2)
+    assert [len(splits[split]) for split in ("train", "validation")] == [60, 40]
+
+
+def test_tasks_that_end_better_than_the_controls(studies):
+    def run(name: str, seed: int, *ends: float) -> dict[str, Any]:
+        way = {f"task {i}": [(0, 9.0), (5, end)] for i, end in enumerate(ends)}
+        return {"variant": "", "configuration": name, "seed": seed, "measures": {}, "way": way}
+
+    results = [run("a", 0, 1, 2, 3), run("a", 1, 3, 2, 1), run("b", 0, 0, 2, 1), run("b", 1, 2, 3, 2)]
+    studies("studies.table").add_tasks_better(results, "a")
+    assert [result["measures"].get("tasks better than `a`") for result in results] == [None, None, 2, 1]
+
+
 def test_f1(studies):
     scores = studies("studies.rare").scores
     prediction = type(
@@ -129,6 +195,7 @@ def test_a_study_in_miniature(path, studies, tmp_path, request):
     parts["sweep"] = parts["sweep"][:1]
     parts["variants"] = dict(list(parts.get("variants", {"": {}}).items())[-1:])
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(parts, sort_keys=False), "utf-8")
+    arguments_of(parts["study"])
     main = studies("evidence").main
     verbosity = logging.get_verbosity()
     request.addfinalizer(lambda: logging.set_verbosity(verbosity))
@@ -137,7 +204,8 @@ def test_a_study_in_miniature(path, studies, tmp_path, request):
     assert main(words) == 0
     results = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text("utf-8").splitlines()]
     assert [result["configuration"] for result in results] == first
-    assert {name for name in parts["shown"] if " where " not in name} <= set(results[0]["measures"])
+    of_a_run = {name for name in parts["shown"] if " where " not in name and " than " not in name}
+    assert of_a_run <= set(results[0]["measures"])
     assert (tmp_path / "out" / "picture.png").exists()
     assert main(words) == 0  # Finished runs are not repeated.
     assert len((tmp_path / "out" / "results.jsonl").read_text("utf-8").splitlines()) == len(first)

@@ -1,0 +1,91 @@
+"""The plans in `examples/gpu`: their flags, their data and their rewards; none of them is run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hf_jd.cli import main
+from hf_jd.finetune.comparison import Plan
+from hf_jd.finetune.data import read_files
+from hf_jd.finetune.run import parse
+
+ROOT = Path(__file__).parents[2]
+GPU = ROOT / "examples" / "gpu"
+
+
+@pytest.fixture(autouse=True)
+def _from_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def test_a_comparison_has_flags_of_finetune(tmp_path):
+    for run in Plan.read(GPU / "tofu.yaml").runs(tmp_path, seeds=1):
+        model, _, _, training = parse(["--use_cpu", "true", "--bf16", "false"], run.settings)
+        assert model.full
+        assert (training.jd_ascend, training.jd_group_column) == (["forget10"], "task")
+
+
+def test_grpo_has_flags_of_its_command(tmp_path):
+    pytest.importorskip("trl", reason="TRL 1.16 asks for datasets 4.7")
+    from trl import DatasetMixtureConfig, ModelConfig, TrlParser
+    from trl.scripts.grpo import GRPOScriptArguments
+
+    from hf_jd.commands.common import _parse
+    from hf_jd.commands.grpo import reward_function
+    from hf_jd.trainer.trl import JDGRPOConfig
+
+    kinds: Any = [GRPOScriptArguments, JDGRPOConfig, ModelConfig, DatasetMixtureConfig]
+    words = ["--config", str(GPU / "grpo.yaml"), "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    script, args, model, _ = _parse(TrlParser(kinds), words)
+    assert args.jd_objectives == "reward"
+    assert model.use_peft
+    rewards = {name.rpartition(".")[2]: reward_function(name) for name in script.reward_funcs}
+    texts = ["a big dog", [{"role": "assistant", "content": "dog dog Dog a"}], ""]
+    assert rewards["brief"](texts) == [-3, -4, 0]
+    assert rewards["varied"](texts) == [1, 0.5, 0]
+    assert rewards["plain"](texts) == [pytest.approx(-7 / 3), -2.5, 0]
+
+
+def test_the_data_of_tofu_are_chats_with_equal_shares(monkeypatch, tmp_path):
+    script = import_module("examples.gpu.tofu_data")
+    sizes = {"forget10": 4, "retain90": 36}
+    monkeypatch.setattr(
+        script,
+        "load_dataset",
+        lambda name, task, split: [{"question": f"{task} {i}?", "answer": f"{i}."} for i in range(sizes[task])],
+    )
+    script.main(tmp_path)
+    rows = read_files([str(tmp_path / "train.jsonl")])
+    assert [sum(row["task"] == task for row in rows) for task in sizes] == [36, 36]
+    assert rows[0]["messages"][1:] == [
+        {"role": "user", "content": "forget10 0?"},
+        {"role": "assistant", "content": "0."},
+    ]
+    assert len((tmp_path / "validation.jsonl").read_text("utf-8").splitlines()) == 40
+
+
+@pytest.mark.parametrize("name", ["tofu", "grpo"])
+def test_a_plan_says_what_its_estimate_says(name, capsys):
+    text = (GPU / f"{name}.yaml").read_text("utf-8")
+    assert "NOT RUN YET" in text
+    command = re.search(r"# +(hf-jd estimate .*?)\n# +Memory", text, re.DOTALL)
+    assert command
+    assert main(shlex.split(re.sub(r"\\\n#", "", command[1]))[1:]) == 0
+    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    memory = sum(gigabytes(said[part]) for part in ("rows", "memory"))
+    seconds = sum(float(number) for number in re.findall(r"([\d.]+) ms (?:computing|rows)", said["time"])) / 1000
+    told = re.search(r"by the last of these: (\d+) GB, and ([\d.]+) s per update", text)
+    assert told
+    assert (float(told[1]), float(told[2])) == (round(memory), pytest.approx(seconds, rel=0.05))
+
+
+def gigabytes(text: str) -> float:
+    number, unit = text.split()[:2]
+    return float(number) * {"GB": 1, "MB": 1e-3}[unit]
