@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from hf_jd.gramian.taps import InputTap, ModuleTap
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
 _MODULES, _PARAMETERS = attrgetter("_modules"), attrgetter("_parameters")
+_VALUES = methodcaller("values")
 
 
 class Coverage:
@@ -157,7 +158,7 @@ class Coverage:
     def _state(self) -> list[int]:
         """Returns the ids of each module's children and parameters; in C, this is far cheaper than walking the tree."""
         members = [*map(_MODULES, self._tree), *map(_PARAMETERS, self._tree)]
-        return [*map(len, members), *map(id, chain.from_iterable(map(dict.values, filter(None, members))))]
+        return [*map(len, members), *map(id, chain.from_iterable(map(_VALUES, filter(None, members))))]
 
     def _replaced(self) -> bool:
         """Whether `torch.func.functional_call` has replaced the parameters with other tensors for one forward."""
