@@ -234,7 +234,7 @@ class JDArguments:
 
     @property
     def own_mean(self) -> bool:
-        """Whether each objective is its own mean, not a share of the whole loss."""
+        """Whether each objective is the mean of its own losses, not a share of the whole loss."""
         return self.jd_objectives == "group" and self.jd_group_reduction == "mean"
 
     def build_weighting(self) -> Weighting:

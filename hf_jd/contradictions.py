@@ -1,4 +1,4 @@
-"""Refuse --jd_* flags that contradict each other, or that the weighting can't follow."""
+"""Refuse --jd_* flags that contradict each other, or that the weighting doesn't support."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _check_preferences(args: JDArguments, weighting: Any, name: str) -> None:
     preferences = args.preferences()
     if not preferences:
         return
-    # Each update has other groups, so the weighting is rebuilt with their preferences: it has to be a dataclass.
+    # Groups differ between updates, so the weighting is rebuilt with their preferences: it has to be a dataclass.
     if not is_dataclass(weighting) or not hasattr(weighting, "pref_vector"):
         takers = [key for key, cls in WEIGHTINGS.items() if "pref_vector" in inspect.signature(cls).parameters]
         raise ValueError(

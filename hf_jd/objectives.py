@@ -1,4 +1,4 @@
-"""Instances -> objectives: which instances share a row, and which factors make the objectives' mean Trainer's loss."""
+"""Instances -> objectives: which instances share a row, and by which factors the objectives' mean is Trainer's loss."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class ObjectiveTable:
     names: Tensor
 
     def __len__(self) -> int:
-        """M."""
+        """The number of rows, M."""
         return len(self.counts)
 
     @property
@@ -166,7 +166,7 @@ class Objectives:
         return (self.table.counts > 0) & ~usable
 
     def members(self, usable: Tensor) -> Tensor:
-        """Returns each usable row's objective: its own one, or the last, which all rows of whole batches share."""
+        """Returns each usable row's objective: its own, or the last one, which all rows of whole batches share."""
         names = self.table.names[usable]
         rows = torch.arange(len(names), device=names.device)
         if self.whole is None:

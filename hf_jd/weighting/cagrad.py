@@ -25,9 +25,9 @@ _STATIONARY = 1e-7  # |g_w| / sum_i w_i |g_i| below which the rows cancel as far
 class CAGradWeighting(PreferenceWeighting):
     """Conflict-averse gradient descent, solved exactly.
 
-    The update maximises min_i <g_i, d> among all d with |d - g_0| <= c |g_0|, g_0 = J^T p the mean row. In weights,
-    d = g_0 + c |g_0| g_w / |g_w|, where w on the simplex minimises <g_w, g_0> + c |g_0| |g_w|, g_w = J^T w. Where
-    g_w = 0 is best, the step is Pareto stationary and the weights are 0.
+    The update maximises min_i <g_i, d> among all d with |d - g_0| <= c |g_0|, where g_0 = J^T p is the mean row. In
+    terms of weights, d = g_0 + c |g_0| g_w / |g_w|, where g_w = J^T w, and w on the simplex minimises
+    <g_w, g_0> + c |g_0| |g_w|. If g_w = 0 is best, the step is Pareto stationary and the weights are 0.
 
     Attributes:
         c: The radius, 0 or more; 0 gives the mean; from 1 on, the update conflicts with no row.
@@ -37,8 +37,8 @@ class CAGradWeighting(PreferenceWeighting):
         algorithm 1.
     """
 
-    guarantee: ClassVar[str] = "best worst objective within c of the mean; non-conflicting for c ≥ 1"
-    cost: ClassVar[str] = "m³, a few times"
+    guarantee: ClassVar[str] = "most progress for the worst objective within c of the mean; non-conflicting for c ≥ 1"
+    cost: ClassVar[str] = "a few times m³"
 
     pref_vector: Sequence[float] | Tensor | None = field(default=None, kw_only=True)
     c: float = 0.5

@@ -118,7 +118,7 @@ def test_flags_override_the_file(finetune, tmp_path):
 def test_stock_trainer_and_mean_make_the_same_model(finetune, tmp_path):
     stock = load_file(finetune(tmp_path / "stock", "--stock") / "adapter_model.safetensors")
     mean = load_file(finetune(tmp_path / "mean", "--jd_weighting", "mean") / "adapter_model.safetensors")
-    # In float32 AdamW turns rounding of tiny gradients into steps; exactness is tested in float64 elsewhere.
+    # In float32, AdamW amplifies the rounding errors of tiny gradients; other tests check exactness in float64.
     for name, tensor in stock.items():
         assert (mean[name] - tensor).abs().mean() < 1e-5
     assert "transformers' `Trainer`" in (tmp_path / "stock" / "README.md").read_text("utf-8")
@@ -144,7 +144,7 @@ def saved_run(finetune, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def resumed(monkeypatch) -> list[str | None]:
-    """From what was resumed, each time."""
+    """Records the checkpoint of each resumed run."""
     asked: list[str | None] = []
     train = Trainer.train
 

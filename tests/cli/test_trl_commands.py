@@ -1,4 +1,4 @@
-"""`hf-jd sft | dpo | reward | kto | grpo` on files of one's own, and what can't work, each in a sentence."""
+"""`hf-jd sft | dpo | reward | kto | grpo` on local files; what can't work is refused in one sentence."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def happy(completions, **columns):
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Tiny models by the command that trains them, each with a tokenizer that has a chat template."""
+    """Returns tiny models by command, each with a tokenizer that has a chat template."""
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
     tokenizer.chat_template = TEMPLATE
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -80,7 +80,7 @@ def models(tmp_path_factory):
 
 
 def written(name, directory):
-    """A file of the command's examples, of two groups."""
+    """Writes a file of the command's examples, with two groups."""
     rows = []
     for i in range(4):
         row = {**EXAMPLES[name]}
@@ -98,7 +98,7 @@ def common(tmp_path, monkeypatch):
     flags = {"max_steps": 1, "per_device_train_batch_size": 4, "logging_steps": 1, "report_to": "none"}
     flags |= {"output_dir": "out", "lora_r": 2}
     words = ["--use_cpu", "--bf16", "false", "--use_peft", "--disable_tqdm", "true"]
-    words += ["--lora_target_modules", "q_proj", "v_proj"]  # PEFT reads a single one as a pattern of whole names.
+    words += ["--lora_target_modules", "q_proj", "v_proj"]  # PEFT reads a single name as a pattern for whole names.
     return [*words, *(word for key, value in flags.items() for word in (f"--{key}", str(value)))]
 
 

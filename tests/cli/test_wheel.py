@@ -1,4 +1,4 @@
-"""The wheel, installed by itself, trains: what it needs is in it."""
+"""The wheel contains all that it needs: installed alone, it trains."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(*command: object, folder: Path, path: Path | None = None) -> subprocess.
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """A folder with nothing but what the wheel holds."""
+    """Returns a folder with only the wheel's contents."""
     folder = tmp_path_factory.mktemp("wheel")
     built = run("-m", "hatchling", "build", "-t", "wheel", "-d", folder, folder=ROOT)
     assert built.returncode == 0, built.stderr

@@ -21,12 +21,12 @@ def by_length(completions: list[str], **columns: Any) -> list[float]:
 
 
 def by_position(completions: list[str], **columns: Any) -> list[float]:
-    """The same for a prompt's completions on whichever process: batches hold whole prompts."""
+    """Rewards a completion by its position in its prompt, the same on any process: batches hold whole prompts."""
     return [100.0 * ((i % 4) ** 2) for i in range(len(completions))]
 
 
 class Written(JDGRPOTrainer):
-    """Completes a prompt by tokens that depend on it alone: what is drawn depends on the process."""
+    """Completes a prompt with tokens that depend only on it, since random numbers depend on the process."""
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         found = []
@@ -37,7 +37,7 @@ class Written(JDGRPOTrainer):
 
 
 def train(name: str, **flags: Any) -> dict[str, Any]:
-    """Trains for some steps on the same global batches of 8: the parameters, and what was logged."""
+    """Trains for some steps on the same global batches of 8; returns the parameters and the logs."""
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     common = {
         "use_cpu": True,

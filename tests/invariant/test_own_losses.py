@@ -13,7 +13,7 @@ from tests.trainer.own_losses import CASES, trainer_of
 from tests.trainer.runs import arguments, flat, relative
 
 GROUP = {"jd_objectives": "group", "jd_group_column": "task"}
-# Seven micro-batches of 4, ..., 4 and 2 examples are four updates; the last has one micro-batch.
+# Seven micro-batches of 4, ..., 4 and 2 examples make four updates; the last has one micro-batch.
 EXAMPLES, STEPS = 26, 4
 KINDS = {
     "instance": ({}, [8, 8, 8, 2]),
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*further passes now")
 
 
 class Watch(TrainerCallback):
-    """Keeps how many objectives each update weighed."""
+    """Records how many objectives each update weighed."""
 
     def __init__(self):
         self.objectives = []
@@ -37,7 +37,7 @@ class Watch(TrainerCallback):
 
 def trained(cls: type, build, case, directory, **flags) -> tuple[Trainer, list[int]]:
     config = TrainingArguments if not issubclass(cls, JDTrainerMixin) else arguments.__defaults__[0]
-    # Adam would blow up what rounding leaves of a gradient that is zero.
+    # Adam would amplify the rounding errors of a zero gradient.
     common = {"optim": "sgd", "learning_rate": 0.1, "gradient_accumulation_steps": 2, "max_steps": STEPS}
     args = arguments(directory, config, **{**common, "per_device_train_batch_size": 4, **flags})
     trainer = cls(build(), args, train_dataset=case.examples(EXAMPLES), data_collator=case.collate)
@@ -51,7 +51,7 @@ def trained(cls: type, build, case, directory, **flags) -> tuple[Trainer, list[i
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
-    """What the stock Trainer makes of a case; each configuration once."""
+    """Trains a case with the stock Trainer; each configuration once."""
     trained_already: dict[str, Trainer] = {}
 
     def train(name: str, **flags) -> Trainer:
@@ -72,7 +72,7 @@ def ours(name: str, directory, cls: type | None = None, **flags) -> tuple[Traine
 
 
 def measured(trainer: Trainer) -> list[dict[str, float]]:
-    """What is logged, but for the clock."""
+    """Returns the logs, without times."""
     clock = ("runtime", "per_second")
     return [{k: v for k, v in entry.items() if not k.endswith(clock)} for entry in trainer.state.log_history]
 
@@ -152,7 +152,7 @@ def test_mean_is_the_stock_trainer_in_bfloat16(kind, stock, tmp_path):
 
 
 class Mine(JDTrainer):
-    """The mixin to the right of `compute_loss`."""
+    """Has the mixin to the right of its `compute_loss`."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         computed, outputs = CASES["focal"].loss(self, model, inputs, num_items_in_batch)
@@ -160,7 +160,7 @@ class Mine(JDTrainer):
 
 
 class OnTop(JDTrainer):
-    """Adds to what JDTrainer computes."""
+    """Adds to JDTrainer's loss."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)

@@ -1,4 +1,4 @@
-"""`mean` is sentence-transformers' own trainer, for its losses; and the rows of two datasets are brute force's."""
+"""`mean` equals sentence-transformers' own trainer, for its losses; and rows of two datasets equal brute force."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TOKENIZER = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "examples"
 
 @pytest.fixture(scope="session")
 def path(tmp_path_factory):
-    """A tiny BERT in float64, without dropout."""
+    """Saves a tiny float64 BERT, without dropout."""
     directory = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -86,7 +86,7 @@ def trainer_of(name, path, directory, ours, weighting=None, **flags):
     cls, config = SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     if ours:
         cls, config = JDSentenceTransformerTrainer, JDSentenceTransformerTrainingArguments
-    data = dict(data) if isinstance(data, dict) else data  # The trainer adds the names in place.
+    data = dict(data) if isinstance(data, dict) else data  # The trainer adds the datasets' names in place.
     extra = {} if weighting is None else {"weighting": weighting}
     return cls(model, config(str(directory), **{**common, **flags}), train_dataset=data, loss=made, **extra)
 

@@ -1,4 +1,4 @@
-"""TRL's trainers that generate, on a tiny model in float64: one batch of completions, and brute force by reward."""
+"""TRL's generating trainers, on a tiny float64 model: one batch of completions, and brute force by reward."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ GENERATIONS = 4
 
 
 def model(full: bool = False) -> nn.Module:
-    """A GPT-2 in float64, with adapters or as a whole."""
+    """Builds a float64 GPT-2, with adapters or fully trainable."""
     base = tiny_gpt2(vocab_size=len(TOKENIZER), n_positions=64, pad_token_id=TOKENIZER.pad_token_id)
     return base if full else with_lora(base, warm=True)
 
 
 def rewards(count: int, missing: Sequence[tuple[int, int]] = ()) -> list[Callable[..., list[float | None]]]:
-    """Reward functions of unlike scale, the same for the same completion; None for those of `missing` (k, i)."""
+    """Builds reward functions of different scales, deterministic per completion; None for the `missing` (k, i)."""
 
     def make(k: int) -> Callable[..., list[float | None]]:
         def reward(completions: list[str], **columns: Any) -> list[float | None]:
@@ -41,7 +41,7 @@ def rewards(count: int, missing: Sequence[tuple[int, int]] = ()) -> list[Callabl
 
 
 class Exact:
-    """Has TRL read log-probabilities of logits in float64: its fused head computes in float32."""
+    """Makes TRL read log-probabilities from float64 logits: its fused head computes in float32."""
 
     def _get_per_token_logps_and_entropies(
         self: Any, model: Any, ids: Tensor, mask: Tensor, keep: int, *args: Any, **kwargs: Any
@@ -57,7 +57,7 @@ class ExactGRPO(JDGRPOTrainer, Exact, GRPOTrainer):
 
 
 class HalfExact:
-    """The same with entropies in float32, which RLOO stacks with numbers in that."""
+    """Like `Exact`, but with float32 entropies, which RLOO stacks with float32 numbers."""
 
     def _get_per_token_logps_and_entropies(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, None]:
         logps, entropies, none = Exact._get_per_token_logps_and_entropies(self, *args, **kwargs)
@@ -72,13 +72,13 @@ class Policy:
     """A trainer that has generated one batch.
 
     Args:
-        directory: Of the run.
+        directory: The run's directory.
         functions: The rewards.
         cls: The trainer.
         config: The class of its arguments.
         full: Whether all parameters are trained.
-        moved: By how much the log-probabilities have moved since, at random.
-        flags: Of the arguments.
+        moved: How far the log-probabilities have moved since then, at random.
+        flags: Further training arguments.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Policy:
         )
         self.trainer.current_gradient_accumulation_steps = 1
         self.trainer.engine()
-        with torch.no_grad():  # The reference is TRL's copy of the adapters as they were.
+        with torch.no_grad():  # The reference is TRL's copy of the original adapters.
             for p in self.trainer.trainable():
                 p += 0.02 * torch.randn_like(p)
         self.trainer.model.train()
@@ -123,11 +123,11 @@ class Policy:
         scored = self.trainer._generate_and_score_completions
         self.trainer._generate_and_score_completions = lambda rows: {**scored(rows), "order": torch.arange(len(rows))}
         self.inputs = self.trainer._prepare_inputs(self.batch)
-        self.trainer._step = 1  # The next ones are not generated.
+        self.trainer._step = 1  # Later batches are not generated.
         self.move(moved)
 
     def move(self, by: float) -> None:
-        """Has the policy be another one than that which generated, which clipping and the KL divergence tell."""
+        """Moves the policy away from the one that generated, so that clipping and the KL divergence matter."""
         if not by:
             return
         mask = self.inputs["completion_mask"]
@@ -153,7 +153,7 @@ class Policy:
         return self.trainer.jd_state.gramian
 
     def step(self, weights: Tensor | None) -> Tensor:
-        """The gradient, if the objectives have these weights; a single one always has 1."""
+        """Returns the gradient if the objectives have these weights; a single objective always has weight 1."""
         self.weights = weights
         self.trainer.model.zero_grad()
         self.trainer.training_step(self.trainer.model, self.batch, None)
@@ -164,7 +164,7 @@ class Policy:
         return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in pairs])
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Each objective's share of the gradient [M, P], and what no weighting sees [P]."""
+        """Returns each objective's share of the gradient [M, P], and the part that no weighting sees [P]."""
         rest = self.step(None)
         unit = torch.eye(len(self.gramian)).double()
         if len(unit) == 1:
@@ -172,12 +172,12 @@ class Policy:
         return torch.stack([self.step(weights) - rest for weights in unit]) / len(unit), rest
 
     def gradient(self, advantages: Tensor) -> Tensor:
-        """The gradient of TRL's own loss with these advantages [B], by plain autograd."""
+        """Computes the gradient of TRL's own loss with these advantages [B], by plain autograd."""
         loss = self.trainer._compute_loss(self.trainer.model, {**self.inputs, "advantages": advantages})
         gradients = torch.autograd.grad(loss, self.trainer.trainable(), allow_unused=True)
         return self.flat(gradients)
 
     def brute(self, advantages: Tensor) -> tuple[Tensor, Tensor]:
-        """Each reward's share of the gradient [K, P] for advantages [B, K], and what depends on none [P]."""
+        """Computes each reward's share of the gradient [K, P] for advantages [B, K], and the remaining part [P]."""
         rest = self.gradient(torch.zeros_like(advantages[:, 0]))
         return torch.stack([self.gradient(column) for column in advantages.T]) - rest, rest

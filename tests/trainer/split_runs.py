@@ -1,4 +1,4 @@
-"""Brute force of a loss that is split at the model's outputs: one detached instance at a time."""
+"""Brute force for a loss that is split at the model's outputs: one instance at a time, the others detached."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GROUP = {"jd_objectives": "group", "jd_group_column": "task"}
 # no other loss of a model's own than a classifier's.
 UNSPLIT = ("gradient-penalty", "second-head", "scaled", "super")
 SPLIT = [name for name in CASES if name not in UNSPLIT]
-# How many tokens a batch has is nothing to losses that are means.
+# Losses that are means ignore the number of tokens in the batch.
 AVERAGED = {"loss_is_scaled_for_ga": False}
 
 Owner = Callable[[Tensor], Tensor]
@@ -29,12 +29,12 @@ Owner = Callable[[Tensor], Tensor]
 
 
 class Only:
-    """A model whose outputs have a graph at one instance only.
+    """A model whose outputs have a graph only for one instance.
 
     Args:
         model: The model.
-        instance: Which one; -1 for none.
-        owner: Whose each row of an output is.
+        instance: Its index; -1 for none.
+        owner: Returns the instance of each row of an output.
     """
 
     def __init__(self, model: nn.Module, instance: int, owner: Owner):
@@ -60,14 +60,14 @@ class Only:
 
 
 def by_row(instances: int) -> Owner:
-    """Row n is of instance n % B."""
+    """Row n belongs to instance n % B."""
     return lambda tensor: torch.arange(len(tensor)) % instances
 
 
 def brute(
     case: Case, model: nn.Module, batch: dict[str, Tensor], instances: int, owner: Owner | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Each instance's part of the gradient [B, P], and what comes past the outputs [P]; one backward each."""
+    """Computes each instance's part of the gradient [B, P], and the part that bypasses the outputs [P], one by one."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     found = []
     for instance in range(-1, instances):
@@ -83,15 +83,15 @@ def brute(
 
 
 class Recorded:
-    """A trainer that has met one batch.
+    """A trainer that has run one batch.
 
     Args:
         case: Its loss and model.
-        directory: Of the run.
-        n: How many examples.
-        data: These, if not the case's.
-        cls: The trainer, if not the mixin left of one with the loss.
-        flags: Of the arguments.
+        directory: The run's directory.
+        n: The number of examples.
+        data: Examples to use instead of the case's.
+        cls: The trainer class; by default, the mixin to the left of one with the loss.
+        flags: Further training arguments.
     """
 
     def __init__(self, case: Case, directory: Any, n: int = 5, data: Any = None, cls: Any = None, **flags: Any):
@@ -118,7 +118,7 @@ class Recorded:
         return self.trainer.jd_state.gramian
 
     def step(self, weights: Tensor | None) -> Tensor:
-        """The gradient, if the objectives have these weights."""
+        """Returns the gradient if the objectives have these weights."""
         self.weights = weights
         self.trainer.model.zero_grad()
         torch.manual_seed(0)
@@ -127,7 +127,7 @@ class Recorded:
         return torch.cat([g.flatten() for g in gradients])
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Each objective's share of the gradient [M, P], and what no weighting sees [P]."""
+        """Returns each objective's share of the gradient [M, P], and the part that no weighting sees [P]."""
         rest = self.step(None)
         unit = torch.eye(len(self.gramian)).double()
         return torch.stack([self.step(weights) - rest for weights in unit]) / len(unit), rest
@@ -138,11 +138,11 @@ def assert_rows(recorded: Recorded, rows: Tensor, rest: Tensor | None = None, to
     assert mine.shape == rows.shape
     assert relative(mine, rows) < tolerance
     assert (others - (0 if rest is None else rest)).norm() < tolerance * rows.norm()
-    # Those of the objectives: M times their shares.
+    # The objectives' own gradients are M times their shares.
     assert relative(recorded.gramian, len(rows) ** 2 * rows @ rows.T) < tolerance
 
 
 def grouped(rows: Tensor, recorded: Recorded) -> Tensor:
-    """The groups' sums of the instances' rows."""
+    """Sums the instances' rows by group."""
     groups = recorded.batch["jd_group"]
     return torch.stack([rows[groups == k].sum(0) for k in groups.unique()])

@@ -1,4 +1,4 @@
-"""A loss that is split at the model's outputs: its rows are those of brute force."""
+"""A loss that is split at the model's outputs has the same rows as brute force."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Before, after and around training: the model is left as it was found, and a run follows the flags as they are."""
+"""Before, after and around training: the model is left unchanged, and a run follows the current flags."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HOOKS = [name for name in vars(nn.Linear(1, 1)) if name.endswith("_hooks") or "_
 
 
 def hooks(model: nn.Module) -> dict[str, int]:
-    """How many hooks of each kind the modules and parameters have."""
+    """Counts the hooks of each kind on modules and parameters."""
     counts = {name: sum(len(getattr(module, name)) for module in model.modules()) for name in HOOKS}
     return counts | {"parameters": sum(len(p._backward_hooks or ()) for p in model.parameters())}
 
@@ -229,7 +229,7 @@ def test_evaluation_before_and_after_training_is_trainers(tmp_path):
 
 
 class Searcher(JDTrainer):
-    """Sets a trial's flags where Trainer does, without the package of a search."""
+    """Sets a trial's flags like Trainer does, without a search package."""
 
     trial: dict[str, Any] = {}
 
@@ -252,7 +252,7 @@ def searcher(tmp_path, data=None, flags=None, **settings) -> Searcher:
 
 
 def tried(trainer: Searcher, **flags: Any) -> Searcher:
-    """Runs one trial, as a search's runner does: the model of the one before is gone."""
+    """Runs one trial like a search does: the model of the previous trial is gone."""
     trainer.model = trainer.model_wrapped = None
     trainer.trial = flags
     trainer.train()
@@ -378,7 +378,7 @@ def test_each_trial_of_a_search_writes_its_own_log(tmp_path):
 
 
 def test_what_a_trainer_holds_of_ours_is_pickled(tmp_path):
-    # Ray's workers get the trainer so, without its model; accelerate's part of it shares a state with other trainers.
+    # Ray sends the trainer to workers like this, without its model; its accelerator shares state with other trainers.
     trainer = searcher(tmp_path, flags={"jd_weighting": "gradvac", **GROUP})
     trainer.train()
     ours = {

@@ -1,4 +1,4 @@
-"""DPO's list of losses as objectives: rows against one backward pass per loss, and `mean` against TRL."""
+"""DPO's list of losses as objectives: rows compared with one backward pass per loss, and `mean` with TRL."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_rows_are_those_of_each_loss_alone(tmp_path):
         flags = {"loss_type": [name], "loss_weights": [weight], "max_steps": 1, "max_grad_norm": 0.0}
         rows.append((flat(lora()) - flat(trained(DPOTrainer, DPOConfig, tmp_path, **flags).model)).double() / 0.1)
     rows = torch.stack(rows)
-    assert relative(found, 9 * rows @ rows.T) < 1e-4  # Of parameters in float32, the difference.
+    assert relative(found, 9 * rows @ rows.T) < 1e-4  # The difference of float32 parameters.
 
 
 def test_last_weights_are_taken_by_loss(tmp_path):

@@ -1,4 +1,4 @@
-"""JDSFTTrainer is TRL's SFTTrainer under `mean`: parameters and everything that is logged."""
+"""With `mean`, JDSFTTrainer equals TRL's SFTTrainer: parameters and everything that is logged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loss that is split, under the flags of control."""
+"""A split loss with the control flags."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PLAIN = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", 
 
 
 def trained(case: Case, directory: Any, cls: Any = None, data: Any = None, **flags: Any) -> Any:
-    """Four updates of 4 examples in order, by plain SGD."""
+    """Trains for four updates of 4 examples in order, with plain SGD."""
     cls = cls or type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {})
     config = JDTrainingArguments if issubclass(cls, JDTrainerMixin) else TrainingArguments
     common = {"per_device_train_batch_size": 4, "train_sampling_strategy": "sequential", **PLAIN}
@@ -42,12 +42,12 @@ def trained(case: Case, directory: Any, cls: Any = None, data: Any = None, **fla
 
 
 def by_hand(case: Case, weights_of: Callable[[int, Tensor], Tensor], factors: Any = None) -> Tensor:
-    """The parameters after four updates by groups, from brute force.
+    """Computes the parameters after four updates by group, by brute force.
 
     Args:
         case: The loss and the model.
-        weights_of: The number of an update and its Gramian -> weights.
-        factors: What multiplies the groups' shares of the loss, by their sizes; 1 if None.
+        weights_of: Maps an update's number and Gramian to weights.
+        factors: Maps the groups' sizes to factors of their shares of the loss; None for 1.
     """
     model = case.build()
     parameters = list(model.parameters())
@@ -120,7 +120,7 @@ def test_watching_changes_nothing(case, kind, tmp_path):
 
 
 def test_groups_that_are_their_own_means(tmp_path):
-    # Of losses that are a mean of instances: a group's share, times B over its number of instances, is its mean.
+    # If the loss is a mean over instances, a group's share, times B over its number of instances, is the group's mean.
     case = CASES["focal"]
     ours = trained(case, tmp_path, jd_group_reduction="mean", **GROUP)
     expected = by_hand(case, lambda step, gramian: UPGRAD(gramian), lambda size: 4 / size)
@@ -132,7 +132,7 @@ def test_groups_that_are_their_own_means_of_tokens(tmp_path):
     recorded = Recorded(case, tmp_path, jd_group_reduction="mean", **GROUP)
     rows, _ = brute(case, case.build(), recorded.inputs, 5)
     counts, groups = (recorded.inputs["labels"][:, 1:] != -100).sum(1).double(), recorded.batch["jd_group"]
-    # Nothing divides the sum here: it is as if it were by the number of tokens of the batch.
+    # The sum is not divided here, which acts like dividing by the batch's number of tokens.
     scale = torch.stack([counts.sum() / counts[groups == k].sum() for k in groups.unique()])
     objectives = scale[:, None] * grouped(rows, recorded)
     recorded.step(None)
@@ -150,7 +150,7 @@ def test_groups_that_are_raised(tmp_path):
 
 @pytest.mark.parametrize("kind", [{}, GROUP], ids=["instance", "group"])
 def test_micro_batches_may_be_weighed_alone(kind, tmp_path):
-    # Each of two equal micro-batches is the update of one.
+    # With two equal micro-batches, the update is the same as with one of them.
     case = CASES["contrastive"]
     data = case.examples(4)
     one = trained(case, tmp_path, data=data * 4, **kind)

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*further passes now")
 
 
 class Normalised(nn.Module):
-    """Its instances depend on one another."""
+    """Its instances depend on each other."""
 
     def __init__(self):
         super().__init__()
@@ -101,7 +101,7 @@ def test_the_gramian_of_batches_is_that_of_their_gradients(tmp_path):
         batch = case.collate([{k: v for k, v in e.items() if k != "task"} for e in case.examples(8)[part]])
         case.loss(None, model, batch, None)[0].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    rows = torch.stack(gradients)  # Each is half of the update's mean, and one of two objectives.
+    rows = torch.stack(gradients)  # Each batch is one of two objectives, and half of the update's mean.
     flags = {"gradient_accumulation_steps": 2, "max_steps": 1, "per_device_train_batch_size": 4}
     args = arguments(tmp_path, train_sampling_strategy="sequential", jd_objectives="batch", **flags)
     cls = type("Ours", (JDTrainerMixin, trainer_of(case.loss)), AVERAGED)
@@ -111,7 +111,7 @@ def test_the_gramian_of_batches_is_that_of_their_gradients(tmp_path):
 
 
 def own_backward(trainer, model, inputs, number):
-    """Half of it is descended past accelerator.backward."""
+    """Half of its gradient bypasses accelerator.backward."""
     loss = model(**inputs).loss
     loss.backward()
     return model(**inputs).logits.square().mean(), None
@@ -166,7 +166,7 @@ def test_several_training_sets_by_name_are_taken(tmp_path):
 
 
 def after_a_step(second_order: bool) -> Any:
-    """The loss after a step of gradient descent on the batch, through `functional_call`."""
+    """Computes the loss after a gradient descent step on the batch, through `functional_call`."""
 
     def loss(trainer, model, inputs, number):
         parameters = dict(model.named_parameters())
@@ -263,7 +263,7 @@ def of_candidates(trainer, model, inputs, number):
 class Stacked(Case):
     @property
     def collate(self):
-        """Three candidates per example."""
+        """Collates three candidates per example."""
         return lambda batch: {"input_ids": torch.arange(len(batch) * 12).view(len(batch), 3, 4) % own_losses.VOCABULARY}
 
 

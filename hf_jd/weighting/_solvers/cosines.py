@@ -10,8 +10,8 @@ from torch import Tensor
 
 SINGULAR = 1e-10  # smallest squared pivot at which a matrix of cosines certainly has full rank
 EPSILON = float(np.finfo(np.float64).eps)
-_BEYOND_ONE = 1e-12  # more than float64's rounding adds to a cosine
-_COARSEST = 2 * torch.finfo(torch.bfloat16).eps  # the error of a cosine; it moves an eigenvalue by m times as much
+_BEYOND_ONE = 1e-12  # above float64's rounding error in a cosine
+_COARSEST = 2 * torch.finfo(torch.bfloat16).eps  # largest error of a cosine; up to m times as much in an eigenvalue
 
 Array = Any
 """A tensor or a numpy array; functions return the kind that they are given."""

@@ -7,8 +7,8 @@ import numpy as np
 from hf_jd.weighting._solvers.cosines import cosine_factor, independent
 from hf_jd.weighting._solvers.quadprog import nearest_point
 
-_TOLERANCE = 1e-12  # of a cosine
-_PRECISION = 1e-14  # of the largest weight
+_TOLERANCE = 1e-12  # error allowed in a cosine
+_PRECISION = 1e-14  # error allowed in a weight, relative to the largest one
 _FEW = 64  # rows up to which quadprog is faster than Newton's method
 _DAMPING = 1e-6  # keeps steps finite where fewer than r values are above their offsets
 _NEWTON_STEPS = 100  # usually ten are enough
@@ -167,7 +167,7 @@ def hull_point(cosines: np.ndarray, offsets: np.ndarray, start: np.ndarray) -> n
         slopes = cosines @ weights
         square = weights @ slopes
         gaps = slopes - square * offsets
-        # The vertex furthest below the point's supporting hyperplane shortens the point; if none is below, it is found.
+        # The vertex furthest below the point's supporting hyperplane shortens the point; if none is below, stop.
         entering = int(gaps.argmin())
         noise = _TOLERANCE * max(np.abs(weights).sum() * 1e-3, max(square, 0.0) ** 0.5)
         if gaps[entering] >= -noise or weights[entering] > 0 or not square < best:
