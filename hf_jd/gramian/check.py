@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from hf_jd.gramian.graph import Differentiator
 from hf_jd.gramian.layouts import AXES, Batch, Layout, candidates
-from hf_jd.gramian.plan import ModuleUse
-from hf_jd.gramian.recording import RecordedUse, Recording
+from hf_jd.gramian.plan import ModuleUse, RecordedUse
+from hf_jd.gramian.recording import Recording
 from hf_jd.gramian.rows import accumulation_dtype
+from hf_jd.gramian.small_tensors import SmallTensors
 from hf_jd.gramian.taps import TapEvent
 
 # The largest difference allowed: relative to the parameter's own gradient, and relative to the typical gradient of the
@@ -234,7 +235,17 @@ def probed_gradients(
     differentiator: Differentiator, losses: Tensor, probe: Tensor, parameters: Sequence[nn.Parameter]
 ) -> dict[nn.Parameter, Probed | None]:
     """Computes autograd's gradient of sum_i r_i loss_i for each r of a probe [P, R]; None if no loss depends on it."""
-    gradients = [differentiator.gradients((r * losses).sum(), parameters) for r in probe]
+    small = SmallTensors()
+
+    def move(gradient: Tensor | None) -> Tensor | None:  # as soon as it is formed
+        return None if gradient is None else small.store(gradient)
+
+    handles = [p.register_hook(move) for p in parameters]
+    try:
+        gradients = [differentiator.gradients((r * losses).sum(), parameters) for r in probe]
+    finally:
+        for handle in handles:
+            handle.remove()
     columns = zip(*gradients, strict=True)
     return {
         p: None if column[0] is None else [g.to_dense() if g.is_sparse else g for g in column if g is not None]

@@ -158,7 +158,7 @@ class Coverage:
     def _state(self) -> list[int]:
         """Returns the ids of each module's children and parameters; in C, this is far cheaper than walking the tree."""
         members = [*map(_MODULES, self._tree), *map(_PARAMETERS, self._tree)]
-        return [*map(len, members), *map(id, chain.from_iterable(map(_VALUES, members)))]
+        return [*map(len, members), *map(id, chain.from_iterable(map(_VALUES, filter(None, members))))]
 
     def _replaced(self) -> bool:
         """Whether `torch.func.functional_call` has replaced the parameters with other tensors for one forward."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_jd.gramian import Engine, foresight, stacks
+from hf_jd.gramian import Engine, foresight, recording, stacks
 from tests.gramian.oracle import EXACT, SINGLE, brute_gramian, brute_rows, perturb, relative, trainable
 from tests.gramian.small import batch, lm_losses, token_ids
 from tests.models import tiny_llama, with_lora
@@ -113,3 +113,35 @@ def test_a_frozen_parameter_is_a_reason_to_look_again(walks: list[Tensor]):
         expected = brute_gramian(brute_rows(losses, list(trainable(model))), losses.shape)
         assert relative(engine.compute_gramian(losses, retain_graph=False), expected) < EXACT
         assert bool(walks) is (step in (0, 1, 3))
+
+
+@pytest.mark.parametrize("ids", SEGMENTS.values(), ids=SEGMENTS)
+def test_layers_wait_again_without_a_decision(ids: Tensor | None, monkeypatch):
+    """Until a parameter is used twice, frozen or of another shape, or the objectives change."""
+    decided = []
+
+    def counted(*arguments):
+        decided.append(1)
+        return kind_of(*arguments)
+
+    kind_of = stacks.kind_of
+    monkeypatch.setattr(recording, "kind_of", counted)
+    model = Tower()
+    engine, x = Engine(model), torch.randn(B, T, 4, dtype=torch.float64)
+
+    def decisions(ids: Tensor | None, twice: bool = False) -> int:
+        decided.clear()
+        perturb(model.parameters())
+        assert assert_right(engine, model, group_losses(model(x, twice).square().sum(-1), ids), ids)
+        return len(decided)
+
+    assert decisions(ids) > 0
+    while decisions(ids):
+        pass
+    assert decisions(ids) == 0
+    model.layers[0].weight.requires_grad_(False)
+    assert decisions(ids) == 1
+    assert decisions(None if ids is not None else SEGMENTS["sorted"]) > 0
+    assert decisions(ids, twice=True) > 0
+    model.layers[0].weight.requires_grad_(True)
+    assert decisions(ids) > 0
