@@ -50,12 +50,12 @@ EMPTY = -10.0
 
 
 def short(prompts: list[str], completions: list[str]) -> list[float]:
-    """Minus the number of words per sentence."""
+    """Rewards short sentences: minus the number of words per sentence."""
     return [-len(text.split()) / max(1, sum(text.count(mark) for mark in ".!?")) for text in completions]
 
 
 def long(prompts: list[str], completions: list[str]) -> list[float]:
-    """The number of words per sentence."""
+    """Rewards words per sentence."""
     return [-score for score in short(prompts, completions)]
 
 
@@ -129,7 +129,7 @@ def named(name: str, reward: Reward, scale: float) -> Callable[..., list[float]]
 
 
 class Setting:
-    """What all runs share.
+    """The setting that all runs share.
 
     Args:
         plan: The YAML file's.
@@ -185,7 +185,7 @@ class Setting:
 
 
 def run(setting: Setting, method: str, seed: int, rate: float, directory: Path) -> dict[str, Any]:
-    """Trains by one method; what became of the rewards."""
+    """Trains with one method; returns what became of the rewards."""
     from trl import GRPOConfig, GRPOTrainer
 
     from hf_jd import JDGRPOConfig, JDGRPOTrainer

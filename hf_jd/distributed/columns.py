@@ -125,11 +125,11 @@ def offsets(part: list[Piece]) -> list[tuple[Piece, slice]]:
 
 
 def by_block(part: list[Piece], places: Mapping[nn.Parameter, int]) -> Iterator[tuple[int, slice]]:
-    """Where the columns of each block lie in a part's columns; neighbours of one block are taken together.
+    """Finds each block's columns among a part's columns, joining neighbours of the same block.
 
     Args:
         part: The pieces.
-        places: Which block each parameter belongs to.
+        places: The index of each parameter's block.
     """
     for place, pieces in groupby(offsets(part), lambda offset: places[offset[0].parameter]):
         where = [columns for _, columns in pieces]

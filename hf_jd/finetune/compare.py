@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     plan = Plan.read(example_path(DEFAULT) if file is None else file)
     folder = Path(arguments.output_dir)
     runs = plan.runs(folder, arguments.seeds)
-    for run in runs:  # Report errors now, not in an hour.
+    for run in runs:  # Report errors in later runs now, not in an hour.
         try:
             _, data, _, _ = parse(flags, run.settings)
         except ValueError as error:

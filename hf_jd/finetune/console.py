@@ -15,7 +15,7 @@ class Console(PrinterCallback):
     """Prints each log as a line."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Print it."""
+        """Print the log."""
         text = line(state.global_step, logs or {})
         if state.is_world_process_zero and text:
             tqdm.write(text)
@@ -25,7 +25,7 @@ class Bars(ProgressCallback):
     """Progress bars without logs."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Leave that to `Console`."""
+        """Print nothing: `Console` does."""
 
 
 def hide_bars(args: TrainingArguments) -> None:

@@ -1,4 +1,4 @@
-"""Files and data sets -> rows, checked, before anything expensive is loaded.
+"""Files and datasets -> checked rows, before anything expensive is loaded.
 
 The readers of `datasets` won't do: its JSON reader turns texts that look like dates into timestamps, refuses files
 whose columns differ, and can't say which line is malformed.

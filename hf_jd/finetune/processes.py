@@ -46,7 +46,7 @@ def _sigterm_as_exit() -> Generator[None]:
 def run_jobs(
     jobs: Sequence[Job], processes: int, environment: Mapping[str, str], finished: Callable[[Job], None]
 ) -> None:
-    """Run all jobs in order, `processes` at a time, and print when each is done.
+    """Runs all jobs in order, `processes` at a time, and prints when each is done.
 
     An error, Ctrl-C or SIGTERM also ends the running jobs.
 

@@ -35,7 +35,7 @@ LORA_LEARNING_RATE, FULL_LEARNING_RATE = 2e-4, 2e-5
 DEFAULTS: dict[str, Any] = {
     "do_train": True,
     "learning_rate": None,  # depends on --full
-    "logging_steps": 0.02,  # of the training, so that short data gives a curve, too
+    "logging_steps": 0.02,  # as shares of the training, so that short data gives a curve, too
     "eval_strategy": "steps",
     "eval_steps": 0.2,
     "eval_on_start": True,

@@ -31,7 +31,7 @@ from hf_jd.gramian.taps import TapEvent
 # model, below which a parameter's gradient is rounding noise (a bias that softmax cancels) and proves nothing.
 TOLERANCE = {torch.float64: (1e-5, 1e-10), torch.float32: (5e-3, 1e-6)}
 HALF_TOLERANCE = (3e-2, 1e-3)
-BLIND = (1e-1, 1e-2)  # if it takes noise beyond this to explain an error, the identity has proved next to nothing
+BLIND = (1e-1, 1e-2)  # if explaining an error takes more noise than this, the identity has proved next to nothing
 OUTLIERS = 1e3  # times the median parameter's gradient
 # The first levels have distinct, nonzero pairwise sums, so that what rows have in common does not cancel.
 LEVELS = (1.0, 0.5, -0.25, 0.25, -0.5)
@@ -44,7 +44,7 @@ class Checker:
     """Decides which rows still need a proof, and which are wrong.
 
     Attributes:
-        asleep: Parameters whose gradient was zero in their last proof, which proves nothing (lora_A at its start, where
+        asleep: Parameters whose gradient was zero in their last check, which proves nothing (lora_A at its start, where
             lora_B is zero). They need another proof as soon as their rows are not zero.
         expects: Whether the next step may need a proof: the quantities that it compares are then recorded first.
         underflows: Whether some part of the model computes in float16, where small gradients lose digits.
@@ -198,7 +198,7 @@ def is_due(use: ModuleUse, parameter: nn.Parameter, layout: Layout | None) -> bo
 class LeakRecording:
     """Records backwards of single losses, to find modules where two of them reach the same place.
 
-    Even if instances come in another order or dimension than the losses, no two losses share a place.
+    If instances don't mix, no two losses reach the same place, whatever the order or dimension of the instances.
 
     Args:
         batch: The instances of the step.
@@ -284,7 +284,7 @@ def unresolved(
 
 
 def is_blind(error: float, gradients: Probed | None, expected: Mapping[nn.Parameter, Probed | None]) -> bool:
-    """Whether noise is so large that a wrong map from rows to objectives could hide in it."""
+    """Whether the noise is large enough to hide a wrong map from rows to objectives."""
     relative, noise = BLIND
     return error > relative * _norm(gradients) + noise * _typical(expected.values()) * math.sqrt(_numel(gradients))
 

@@ -138,7 +138,7 @@ class Plan:
     Attributes:
         individual: Parameters that only tier 3 gets right.
         several: Parameters whose rows were the sum of several uses.
-        stacked: By the `kind_of` layers, whether their rows are formed together.
+        stacked: Whether rows are formed together, by the layers' `kind_of`.
         waited: By tap, its last event that waited for this.
     """
 
@@ -183,7 +183,7 @@ class Plan:
             if not decided:
                 undecided.add(parameter)
                 continue
-            # The order of several rows per instance is a guess: doubt it before a dimension of the right size.
+            # The order of several rows per instance is a guess: revoke it before a dimension of the right size.
             use, layout = next((pair for pair in decided if pair[1].is_repeated), decided[0])
             use.rejected.add(layout)
             use.layout = None
@@ -207,7 +207,7 @@ class Plan:
 
 
 def _key(tap: ModuleTap, modes: tuple[bool, ...], shape: torch.Size, batch: Batch) -> _Key:
-    """Returns what calls of a module must have in common to share a decision.
+    """Returns a key for calls of a module that share a decision.
 
     In another mode, a module may compute something else. An encoder called with B queries and with 2B passages holds
     the batch in two ways. And if all instances belong to one objective, no check can tell layouts apart: its approval

@@ -163,7 +163,7 @@ class Recording:
                     x = one.expand(len(twin[0]), *one.shape[1:])
                     rows = dict(use.method.rule(use.module, x, *twin))
             self.tiers.update(dict.fromkeys((targets[name] for name in rows if name in targets), Tier.CLOSED))
-            self.refuted |= self.doubted & set(targets.values())  # No layer can be called to check a twin's rows.
+            self.refuted |= self.doubted & set(targets.values())  # A twin's rows have no layer to check them.
             self._take(targets, rows)
         self._release()
         for parameter in self.unmapped & self._waiting:

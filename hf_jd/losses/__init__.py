@@ -20,7 +20,7 @@ from hf_jd.losses.cross_entropy import aligned
 from hf_jd.losses.ctc import ctc
 from hf_jd.losses.question_answering import question_answering, start_and_end
 
-# By transformers' `loss_type`, which has no "ForMultipleChoice" and no "Seq2SeqLM".
+# Keys are transformers' `loss_type`, plus two that it lacks: "ForMultipleChoice" and "Seq2SeqLM".
 LOSSES = {
     "ForCausalLM": causal_lm,
     "Seq2SeqLM": aligned,

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 IGNORED = -100
 
-# Autograd's nodes that keep numbers and their order.
+# Autograd's nodes that preserve the numbers and their order.
 _SAME_NUMBERS = {
     "AliasBackward0",
     "ReshapeAliasBackward0",

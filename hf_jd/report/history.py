@@ -107,7 +107,7 @@ def read_history(folder: Path) -> History:
 def _facts(folder: Path) -> dict[str, Any]:
     try:
         facts = json.loads((folder / FACTS_FILE).read_text("utf-8"))
-    except (OSError, ValueError):  # A run of the user's script has none.
+    except (OSError, ValueError):  # A run started by a user's own script has none.
         return {}
     return facts if isinstance(facts, dict) else {}
 

@@ -45,7 +45,7 @@ TEXTS = {
         "Weights",
         "Each group's share of the weights. The dashed line is an equal share.",
         "A share far above an equal one: without it, the others would outvote the group. A share near 0 over many "
-        "steps: the others help the group along, or its rows are long. Influence is share times norm (below).",
+        "steps: the others also help the group, or its rows are long. Influence is share times norm (below).",
         "Each group's share of the weights, relative to an equal share: blue is more, red is less. The largest are "
         "at the top.",
     ),
@@ -67,7 +67,7 @@ TEXTS = {
     "norms": Text(
         "Norms of rows",
         "The length of each group's gradient, before the weighting, on a logarithmic scale.",
-        "Lengths that differ by a factor of ten or more matter a lot: long ones win in the mean, short ones in MGDA. "
+        "Lengths that differ by a factor of ten or more matter a lot: long ones dominate the mean, short ones MGDA. "
         "A jump is a batch worth looking at.",
         "The length of each group's gradient, before the weighting, relative to the median of all: blue is longer, "
         "red is shorter. The longest are at the top.",

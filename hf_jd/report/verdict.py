@@ -45,7 +45,7 @@ def verdict(history: History) -> str:
         end = (
             "A weighting such as UPGrad would have prevented that; check first whether its loss suffered."
             if blind
-            else "This weighting makes no promise about whole groups: check whether the group's loss suffered."
+            else "This weighting guarantees nothing for whole groups: check whether the group's loss suffered."
         )
         return f"{against:.0%} of the steps went against {worst}. {end}"
     clean = "No steps went against a group" if shares else "Nothing is known about groups"
@@ -55,7 +55,7 @@ def verdict(history: History) -> str:
         return f"{clean}, although {_pairs(conflicts)}: the mean does well enough here."
     return (
         f"{clean}, although {_pairs(conflicts)}: that is as it should be. Compare with a run with --jd_weighting mean "
-        "to see what the weighting was worth."
+        "to see what the weighting achieved."
     )
 
 

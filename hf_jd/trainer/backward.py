@@ -49,7 +49,7 @@ class Passed:
         streams: The random streams' state before the forward, if a second pass may follow.
         shares: The instances' shares of the loss.
         members: The objectives of the instances.
-        table: The objectives' losses, counts and labels, including the loss's rest if that is an objective.
+        table: The objectives' losses, counts and labels, including the rest of the loss if that is an objective.
         broken: [] the number of instances, and losses of the whole batch, left out because they aren't finite.
     """
 
@@ -221,7 +221,7 @@ class Recorder:
         return self.jacobian_of({}, objectives) if objectives else None
 
     def jacobian_of(self, gradients: Mapping[nn.Parameter, Tensor], objectives: int = 1) -> Jacobian:
-        """The row of one objective from its gradient; without a gradient, rows of zeros, of any number."""
+        """Returns the row of one objective from its gradient; without a gradient, rows of zeros, of any number."""
         rows = {p: DenseRows(g.reshape(1, -1), p.shape) for p, g in gradients.items()}
         trainer = self.trainer
         return Jacobian({p: rows.get(p) for p in trainer.trainable()}, objectives, trainer.engine().block_names())

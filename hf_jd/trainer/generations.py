@@ -189,8 +189,8 @@ def _check_rewards(trainer: GeneratingMixin) -> None:
     by_itself = "kl" in names or not trainer.kl_is_objective or not trainer.beta
     if trainer.kl_is_objective and by_itself:
         raise ValueError(
-            "--jd_kl objective needs a --beta above 0, and no reward function named `kl`: set the one or rename the "
-            "other, or leave the flag at mean."
+            "--jd_kl objective needs a --beta above 0, and no reward function named `kl`: set --beta or rename that "
+            "function, or leave --jd_kl at mean."
         )
     if len(names) == 1 and by_itself:
         logger.warning(

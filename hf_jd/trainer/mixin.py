@@ -100,7 +100,7 @@ class JDTrainerMixin(EvaluationMixin):
         """
         check_liger(self)
         if resume_from_checkpoint:
-            check_alike({"resume_from_checkpoint": resume_from_checkpoint})  # before a single process refuses its own
+            check_alike({"resume_from_checkpoint": resume_from_checkpoint})  # before only some processes raise an error
             resume_from_checkpoint = checkpoint_to_resume(self, resume_from_checkpoint, needed_files(self))
         try:
             with lost_peers(self):
@@ -204,7 +204,7 @@ class JDTrainerMixin(EvaluationMixin):
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         prepared = super()._prepare_inputs(inputs)
-        # Whoever takes the labels out of it leaves these as they are.
+        # A step that removes the labels from its copy leaves these unchanged.
         self.jd_inputs = copy(prepared) if isinstance(prepared, MutableMapping) else prepared
         self.jd_streams = random_state(self.args.device)
         return prepared
@@ -316,7 +316,7 @@ class JDTrainerMixin(EvaluationMixin):
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def engine(self) -> Engine:
-        """The engine on today's model: `model_init` may have made another one."""
+        """The engine of the current model: `model_init` may have built a new one."""
         assert self.model is not None
         if self._jd_engine is None or self._jd_engine[0] is not self.model:
             self._leave_model()
@@ -329,7 +329,7 @@ class JDTrainerMixin(EvaluationMixin):
 
     @property
     def jd_backend(self) -> Backend:
-        """Where it trains."""
+        """The backend that this trainer runs on."""
         return backend_of(self)
 
     def count_broken(self, broken: bool) -> None:
@@ -338,7 +338,7 @@ class JDTrainerMixin(EvaluationMixin):
         if self._jd_broken_in_a_row >= self.jd_args.jd_max_non_finite:
             raise ValueError(
                 f"{self._jd_broken_in_a_row} updates in a row had losses or gradients that aren't finite, the last one "
-                f"being {self.state.global_step + 1}; the parameters are finite still. Lower the learning rate, look "
+                f"being {self.state.global_step + 1}; the parameters are still finite. Lower the learning rate, look "
                 "at the data that the log names, or allow more with --jd_max_non_finite."
             )
 

@@ -29,7 +29,7 @@ ADVANTAGES_KEY = "jd_advantages"
 
 
 class PolicyLoss:
-    """TRL's loss of one batch of completions, to evaluate again with other advantages.
+    """TRL's loss of one batch of completions, which can be evaluated again with other advantages.
 
     Args:
         trainer: Copied before TRL computes the loss, which advances counters and an entropy coefficient.

@@ -13,7 +13,7 @@ from hf_jd.contradictions import check_blocks, listed
 from hf_jd.groups import group_names
 from hf_jd.trainer.control import Control
 from hf_jd.trainer.foreign_weightings import as_weighting
-from hf_jd.trainer.overrides import overridden
+from hf_jd.trainer.overrides import overridden, warn_of_gradients
 from hf_jd.trainer.values import check_values_are_not_needed
 from hf_jd.weighting import Weighting
 
@@ -95,7 +95,7 @@ def _follow_groups(trainer: JDTrainerMixin, jd: JDArguments, made: FromFlags) ->
 
 
 def check_setup(trainer: JDTrainerMixin) -> None:
-    """Raises a ValueError if training can't work."""
+    """Raises a ValueError if training can't work, and warns of what won't do what it seems to."""
     if not trainer.trainable():
         raise ValueError("The model has no trainable parameter: add an adapter, or unfreeze some parameters.")
     unknown = set(trainer.jd_args.jd_ascend or []) - set(trainer.jd_group_names or trainer.jd_args.jd_ascend or [])
@@ -112,6 +112,7 @@ def check_setup(trainer: JDTrainerMixin) -> None:
     check_blocks(trainer.jd_args, trainer.jd_engine_options.get("blocks"))
     trainer.jd_backend.check()
     _check_losses(trainer)
+    warn_of_gradients(trainer)
     check_liger(trainer)
     if trainer.args.should_save and trainer.args.save_strategy != "no" and trainer.args.output_dir is not None:
         check_writable(Path(trainer.args.output_dir))

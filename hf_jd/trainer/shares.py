@@ -87,7 +87,7 @@ class Shares:
 
     @property
     def some(self) -> Tensor:
-        """[B, K] (bool) the shares that aren't empty."""
+        """The shares that aren't empty, [B, K] (bool)."""
         return self.counts > 0
 
     def take_out(self, instances: Tensor) -> None:

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 class Whose(NamedTuple):
-    """What a batch says about its instances.
+    """Which instances, groups and documents a batch's entries belong to.
 
     Attributes:
         groups: [B] the group ids, if there are groups.
         examples: B, if known.
         documents: [N, T] the document of each token, if rows are packed; see `documents_of`.
-        empty: Whether there is no example: a stand-in batch is used, which doesn't count.
+        empty: Whether there is no example, so that a stand-in batch is used, which doesn't count.
         rows: The number of examples that the batch's shapes suggest, if it isn't known.
     """
 

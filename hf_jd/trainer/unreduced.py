@@ -52,7 +52,7 @@ class LossesMixin(Host):
     Attributes:
         jd_inputs: The current batch, as `compute_loss` gets it.
         jd_unreduced: Its unreduced losses, if `compute_losses` returned any.
-        jd_extra: [] the part of its loss that belongs to none of these, if any.
+        jd_extra: The part [] of its loss that belongs to none of these, if any.
     """
 
     jd_inputs: Any = None
@@ -72,7 +72,7 @@ class LossesMixin(Host):
         return self.args
 
     def forget_losses(self) -> None:
-        """Forgets what was learnt about the model's losses: another run may have another model and other flags."""
+        """Forgets what is known about the model's losses, since the next run may have another model or flags."""
         self.jd_loss_names: list[str] = []
         self.jd_unreduced = self.jd_inputs = None
         # Whether the model's own loss consists of the instances' losses, as far as is known; see `values.py`.

@@ -60,9 +60,9 @@ class Update:
         self.store = RowStore(self.kind.shared)
         self.measuring = ExitStack()
         self.seconds = 0.0
-        # The loss to log, if Trainer's step doesn't know it.
+        # the loss to log, if Trainer's step can't compute it
         self.logged: Tensor | None = None
-        # Only in an update that isn't measured.
+        # only set in an update that isn't measured
         self.passed: list[Passed] = []
         self.gradients: list[dict[nn.Parameter, Tensor]] = []
 

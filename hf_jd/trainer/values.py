@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-_ROUNDING = 1e-5  # of a loss in float32
+_ROUNDING = 1e-5  # relative rounding error of a float32 loss
 
 
 def needs_values(trainer: JDTrainerMixin) -> str | None:

@@ -181,7 +181,7 @@ def call_weighting(weighting: Any, gramian: Tensor, losses: Tensor, names: Seque
     """
     m = len(losses)
     if m == 1:
-        # A single objective has no others to be weighed against: the stock step.
+        # A single objective isn't weighed against others: this is the stock step.
         return torch.ones(1, dtype=torch.float64, device=gramian.device)
     if isinstance(weighting, Weighting):
         weights = weighting(losses if weighting.reads == "losses" else gramian, names=names)

@@ -89,7 +89,7 @@ FACTS |= {"jd_objectives": "instance"}
     "weighting, against, conflicts, parts",
     [
         ("mean", 0.25, 0.3, ["25% of the steps went against b", "UPGrad would have prevented"]),
-        ("krum", 0.25, 0.3, ["25% of the steps went against b", "makes no promise about whole groups"]),
+        ("krum", 0.25, 0.3, ["25% of the steps went against b", "guarantees nothing for whole groups"]),
         ("mean", 0.0, 0.3, ["No steps went against a group", "the mean does well enough"]),
         (
             "upgrad",

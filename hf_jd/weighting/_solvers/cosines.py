@@ -94,7 +94,7 @@ def _semidefinite(cosines: Array) -> Array:
         return shrunk(cosines, 2 * noise)
     raise ValueError(
         f"A Gramian is positive semi-definite: scaled to a unit diagonal, its eigenvalues are 0 or more, and rounding "
-        f"to bfloat16 makes none of {len(values)} lower than {-largest:g}; this one's are {values.tolist()}. Hand over "
+        f"to bfloat16 makes none of {len(values)} lower than {-largest:g}; this one's are {values.tolist()}. Pass "
         f"J J^T, or let the engine compute it."
     )
 
