@@ -9,7 +9,7 @@ from difflib import get_close_matches
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from hf_jd.contradictions import check_flags, check_weighting
+from hf_jd.contradictions import check_flags, check_weighting, listed
 from hf_jd.objectives import OBJECTIVES, Kind
 from hf_jd.packing import PACKED
 from hf_jd.weighting import WEIGHTINGS, Weighting, build_weighting
@@ -30,17 +30,13 @@ _LEAST = {"jd_max_non_finite": 1, "jd_every": 1, "jd_warmup_steps": 0, "jd_monit
 _UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
-def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
-
-
 @dataclass
 class JDArguments:
     """The flags of Jacobian descent; put it to the left of any dataclass of training arguments."""
 
     jd_weighting: str = field(
         default="upgrad",
-        metadata={"help": f"The method that weighs objectives from their Gramian: {_listed(tuple(WEIGHTINGS))}."},
+        metadata={"help": f"The method that weighs objectives from their Gramian: {listed(WEIGHTINGS)}."},
     )
     jd_weighting_args: list[str] | None = field(
         default=None, metadata={"nargs": "*", "help": "Arguments of the weighting, as `name=value`."}
@@ -218,7 +214,7 @@ class JDArguments:
             value = getattr(self, name)
             if value not in choices:
                 near = get_close_matches(str(value), choices, n=len(choices), cutoff=0.0)
-                raise ValueError(f"--{name} is `{value}`; choose one of {_listed(tuple(near))}.")
+                raise ValueError(f"--{name} is `{value}`; choose one of {listed(near)}.")
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
@@ -234,7 +230,7 @@ class JDArguments:
 
     @property
     def own_mean(self) -> bool:
-        """Whether each objective is its own mean, not a share of the whole loss."""
+        """Whether each objective is the mean of its own losses, not a share of the whole loss."""
         return self.jd_objectives == "group" and self.jd_group_reduction == "mean"
 
     def build_weighting(self) -> Weighting:

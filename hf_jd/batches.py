@@ -37,7 +37,7 @@ def without_groups(batch: Any) -> Any:
 
 
 def holds_examples(batch: Any) -> bool:
-    """Whether there may be an example in a batch: not if all of its tensors are empty.
+    """Whether a batch may hold examples: not if all of its tensors are empty.
 
     A batch without tensors is passed on as it is, since we can't interpret it.
     """
@@ -53,7 +53,7 @@ def row_count(batch: Any) -> int:
 
 
 def stand_in(batch: Any) -> Any:
-    """Returns a batch of one example for an empty batch [0, ...]: zeros, but masks of ones, to attend to."""
+    """Returns a batch of one example in place of an empty batch [0, ...]: zeros, except for masks of ones."""
 
     def one(key: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -89,7 +89,7 @@ def selected(batch: Any, keep: Tensor, documents: Tensor | None = None) -> Any:
             return type(value)(value[i] for i in indices.tolist())
         if not isinstance(value, Tensor | np.ndarray) or not value.ndim:
             return value
-        # Positions in time, height and width of every token.
+        # positions of every token in time, height and width
         dim = 1 if key == "position_ids" and value.ndim == 3 else 0
         size = value.shape[dim]
         if size not in (1, len(keep)):

@@ -24,7 +24,7 @@ _WEIGHTS = (
     "*.safetensors.index.json",
     "pytorch_model*",
     "adapter_model.bin",
-    "global_step*/*_model_states.pt",  # DeepSpeed's
+    "global_step*/*_model_states.pt",  # of a backend that writes its own
 )
 
 
@@ -57,7 +57,7 @@ def what_is_missing(checkpoint: Path, needed: Iterable[str]) -> str | None:
 
 
 def _is_whole(file: Path) -> bool:
-    if file.is_dir():  # FSDP2's shards, whose metadata is written last
+    if file.is_dir():  # shards, whose metadata is written last
         return (file / ".metadata").is_file()
     if file.suffix == ".safetensors":
         try:

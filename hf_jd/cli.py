@@ -5,7 +5,9 @@ Nothing heavy is imported before the command is known, so `hf-jd --help` answers
 
 from __future__ import annotations
 
+import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -24,6 +26,9 @@ COMMANDS = {
     "report": ("hf_jd.report.write_report", "Turn a run's logs into pictures and one page, even while it runs."),
     "doctor": ("hf_jd.finetune.doctor", "Check that every parameter's rows are right, and what they cost."),
 }
+
+NOISE = ("Setting accelerator to CPU", "mtime may not be reliable on this filesystem")
+"""How logs of other libraries begin that tell a user nothing."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = get_close_matches(name, COMMANDS, n=len(COMMANDS), cutoff=0.0)
         print(f"hf-jd: error: Unknown command `{name}`; the commands are {', '.join(near)}.", file=sys.stderr)
         return 2
+    _silence_libraries()
     try:
         return import_module(COMMANDS[name][0]).main(rest)
     except ValueError as error:
@@ -59,6 +65,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _help() -> str:
     commands = "\n".join(f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items())
     return f"usage: hf-jd COMMAND ...\n\nCommands (each has its own --help):\n{commands}"
+
+
+def _silence_libraries() -> None:
+    """Hide what only other libraries can mend: their deprecated names for each other, and logs in `NOISE`.
+
+    Python's -W and PYTHONWARNINGS come first, so they still show the warnings.
+    """
+    libraries = r"(transformers|trl|peft|accelerate|datasets)\."
+    warnings.filterwarnings("ignore", category=FutureWarning, module=libraries, append=True)
+    for name in ("DeepSpeed", "transformers.trainer_utils"):
+        logging.getLogger(name).addFilter(_is_worth_reading)
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(NOISE)
 
 
 def _is_for_users(traceback: TracebackType | None) -> bool:

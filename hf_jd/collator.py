@@ -23,7 +23,7 @@ class _Wrapped:
     collator: Callable[[list], Any]
 
     def __getattr__(self, name: str) -> Any:
-        if name == "collator" or name.startswith("__"):  # not there yet while a worker unpickles
+        if name == "collator" or name.startswith("__"):  # not set yet while a worker unpickles
             raise AttributeError(name)
         return getattr(self.collator, name)
 
@@ -115,7 +115,7 @@ class _WithoutColumn(dict):
 
 
 def _without(example: Any, column: str) -> Any:
-    """Copy an example without its group column, if that can be removed."""
+    """Copies an example without its group column, if that can be removed."""
     if isinstance(example, dict):
         return _WithoutColumn(example, column)
     if isinstance(example, MutableMapping):

@@ -1,4 +1,4 @@
-"""Refuse --jd_* flags that contradict each other, or that the weighting can't follow."""
+"""Refuse --jd_* flags that contradict each other, or that the weighting doesn't support."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ def _check_preferences(args: JDArguments, weighting: Any, name: str) -> None:
     preferences = args.preferences()
     if not preferences:
         return
-    # Each update has other groups, so the weighting is rebuilt with their preferences: it has to be a dataclass.
+    # Groups differ between updates, so the weighting is rebuilt with their preferences: it has to be a dataclass.
     if not is_dataclass(weighting) or not hasattr(weighting, "pref_vector"):
         takers = [key for key, cls in WEIGHTINGS.items() if "pref_vector" in inspect.signature(cls).parameters]
         raise ValueError(
             f"--jd_preferences needs a weighting that takes preferences, and `{name}` does not: use one of "
-            f"{_listed(takers)}."
+            f"{listed(takers)}."
         )
     if weighting.pref_vector is not None:
         raise ValueError("--jd_preferences and the weighting's pref_vector say the same: leave one of them out.")
@@ -122,5 +122,6 @@ def _check_rhythm(args: JDArguments, mean: bool, name: str) -> None:
             raise ValueError(f"--jd_monitor_every only watches, but {flag} changes the steps: leave one of them out.")
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """Returns names as messages list them."""
     return ", ".join(f"`{name}`" for name in names)

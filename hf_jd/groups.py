@@ -19,7 +19,7 @@ DATASET_COLUMN = "dataset_name"
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a value stands for a missing one: None, NaN, pandas' NA and NaT, or an empty string."""
+    """Whether a value counts as missing: None, NaN, pandas' NA and NaT, or an empty string."""
     if isinstance(value, float):
         return math.isnan(value)
     return value is None or (isinstance(value, str) and not value) or type(value).__name__ in ("NAType", "NaTType")
@@ -125,7 +125,7 @@ def _column(dataset: Any, column: str) -> Sequence[Any] | None:
 
 
 def _has_transform(dataset: Any) -> bool:
-    """Whether the user's function builds a table's examples, and may add columns."""
+    """Whether a table's examples are built by the user's function, which may add columns."""
     form = getattr(dataset, "format", None)
     return isinstance(form, Mapping) and form.get("type") == "custom"
 

@@ -76,7 +76,7 @@ def step_metrics(
 
 
 def block_metrics(gramians: Tensor, weights: Tensor) -> Metrics:
-    """Computes a step's metrics of its blocks of parameters.
+    """Computes the metrics of a step that is weighed by blocks of parameters.
 
     Args:
         gramians: [B, m, m], one per block.

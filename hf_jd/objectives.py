@@ -1,9 +1,10 @@
-"""Instances -> objectives: which instances share a row, and which factors make the objectives' mean Trainer's loss."""
+"""Instances -> objectives: which instances share a row, and by which factors the objectives' mean is Trainer's loss."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -51,11 +52,6 @@ class Membership(NamedTuple):
     segments: Tensor
     groups: Tensor
     names: Tensor
-
-    @property
-    def labels(self) -> Tensor:
-        """[S K, 2] the groups and names."""
-        return torch.stack([self.groups, self.names], dim=1)
 
     def added(self, values: Tensor) -> Tensor:
         """Sums values of instances [B, K] over each objective: [S K]."""
@@ -106,7 +102,7 @@ class ObjectiveTable:
     names: Tensor
 
     def __len__(self) -> int:
-        """M."""
+        """The number of rows, M."""
         return len(self.counts)
 
     @property
@@ -142,10 +138,11 @@ class ObjectiveTable:
 
 @dataclass(frozen=True)
 class Objectives:
-    """The M rows of an update, over all micro-batches and processes.
+    """The M rows of an update, over all micro-batches and processes, and the M' objectives that the usable ones form.
 
     Attributes:
         table: Their losses, counts and labels.
+        finite: [M] (bool) whether they are.
         own_mean: Whether each objective is its own mean, not a share of the whole loss.
         normalised: Whether the rows are already shares of Trainer's loss, not sums.
         whole: The index of a loss of whole batches, besides losses of instances: all its rows form one objective. None
@@ -153,51 +150,54 @@ class Objectives:
     """
 
     table: ObjectiveTable
+    finite: Tensor
     own_mean: bool
     normalised: bool
     whole: int | None = None
 
-    def usable(self, gramian: Tensor) -> Tensor:
+    @cached_property
+    def usable(self) -> Tensor:
         """[M] (bool): the rows that are finite, and have tokens, instances or batches."""
-        return (self.table.counts > 0) & gramian.diagonal().isfinite().to(self.table.counts.device)
+        return (self.table.counts > 0) & self.finite
 
-    def broken(self, usable: Tensor) -> Tensor:
-        """[M] (bool): the rows with tokens, instances or batches that aren't usable."""
-        return (self.table.counts > 0) & ~usable
+    @property
+    def broken(self) -> Tensor:
+        """[M] (bool): the rows with tokens, instances or batches that aren't finite."""
+        return (self.table.counts > 0) & ~self.finite
 
-    def members(self, usable: Tensor) -> Tensor:
-        """Returns each usable row's objective: its own one, or the last, which all rows of whole batches share."""
-        names = self.table.names[usable]
+    @cached_property
+    def members(self) -> Tensor:
+        """Each usable row's objective: its own, or the last one, which all rows of whole batches share."""
+        names = self.table.names[self.usable]
         rows = torch.arange(len(names), device=names.device)
         if self.whole is None:
             return rows
         return rows.masked_fill(names == self.whole, len(names)).unique(return_inverse=True)[1]
 
-    def number(self, usable: Tensor) -> int:
-        """Returns M', the number of objectives that the usable rows form; at least 1."""
-        members = self.members(usable)
-        return int(members.max()) + 1 if len(members) else 1
+    @cached_property
+    def number(self) -> int:
+        """M', at least 1."""
+        return int(self.members.max()) + 1 if len(self.members) else 1
 
-    def factors(self, usable: Tensor) -> Tensor:
-        """Returns the factors [M] that turn rows into objectives whose mean over all M' is Trainer's loss.
+    @cached_property
+    def factors(self) -> Tensor:
+        """The factors [M] that turn rows into objectives whose mean over all M' is Trainer's loss.
 
         A row that is already a share of Trainer's loss is multiplied by M'; a sum, by M' over the count of all losses
         of that name. If each objective is its own mean, a sum is divided by its own count.
         """
         counts = self.table.counts
         if self.own_mean:
-            total = (counts * usable).sum() if self.normalised else 1
+            total = (counts * self.usable).sum() if self.normalised else 1
             return total / counts.clamp(min=1)
-        m = self.number(usable)
         if self.normalised:
-            return torch.full_like(counts, m)
-        totals = torch.bincount(self.table.names, counts * usable)
-        return m / totals.clamp(min=1)[self.table.names]
+            return torch.full_like(counts, self.number)
+        totals = torch.bincount(self.table.names, counts * self.usable)
+        return self.number / totals.clamp(min=1)[self.table.names]
 
-    def joined(self, usable: Tensor) -> Objectives:
+    def joined(self) -> ObjectiveTable:
         """Joins the usable rows into their M' objectives."""
-        members, m = self.members(usable), self.number(usable)
-        numbers, labels = self.table.numbers[usable], self.table.labels[usable]
-        numbers = numbers.new_zeros(m, 3).index_add(0, members, numbers)
-        labels = labels.new_zeros(m, 2).index_copy(0, members, labels)
-        return replace(self, table=ObjectiveTable.of(numbers, labels))
+        numbers, labels = self.table.numbers[self.usable], self.table.labels[self.usable]
+        numbers = numbers.new_zeros(self.number, 3).index_add(0, self.members, numbers)
+        labels = labels.new_zeros(self.number, 2).index_copy(0, self.members, labels)
+        return ObjectiveTable.of(numbers, labels)

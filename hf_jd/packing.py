@@ -93,9 +93,9 @@ def _tokens(batch: Any) -> Tensor | None:
 
 
 def _begin_again(positions: Tensor, real: Tensor | None, masked: bool) -> bool:
-    """Whether positions [B, T] are those of packed documents.
+    """Whether positions [B, T] belong to packed documents.
 
-    Other positions may not grow either: a constant, positions of padding, or those of a model with its own convention.
+    Other positions may also fail to grow: constants, positions of padding, or those of a model with its own convention.
     In packed documents, positions grow by 1, and every document starts with the same, lowest position.
     """
     if masked and len(positions) > 1:

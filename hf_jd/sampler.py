@@ -22,7 +22,7 @@ class StratifiedSampler(Sampler[int]):
         batch_size: The number of examples per batch of one process.
         length: The number of examples per epoch: with more than there are, some come twice; with fewer, some are left
             out.
-        seed: Of the order.
+        seed: The seed of the order.
         epoch: Returns the current epoch.
     """
 
@@ -111,14 +111,14 @@ def block_counts(counts: Tensor, length: int, size: int, generator: torch.Genera
 
 
 def _spread(n: int, generator: torch.Generator) -> Tensor:
-    """Return the integers below n in an order that fills every interval evenly from the first one on."""
+    """Returns the integers below n in an order whose every beginning is spread evenly over [0, n)."""
     golden = (torch.arange(n, dtype=torch.float64) * ((5**0.5 - 1) / 2)) % 1
     start = int(torch.randint(max(n, 1), (), generator=generator))
     return (golden.argsort().argsort() + start) % max(n, 1)
 
 
 def _rounded(first: Tensor, second: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """Round first / total, second / total and their sum [K], each up or down, so that both keep their (integer) sums.
+    """Rounds first / total, second / total and their sum [K], each up or down, so that both keep their (integer) sums.
 
     Such a rounding always exists (a transportation polytope with integer margins has integer vertices). By default, one
     of a group's two fractions is rounded up; as many groups as needed round up both, or neither.

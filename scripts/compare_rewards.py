@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,20 +34,28 @@ REFERENCE = -3.0
 """The change of a reward, in standard deviations, at which a method's hypervolume is 0."""
 
 
+WIDE = 8
+"""The most rewards that the table has a column for."""
+
 WORD = "word "
 """Before a word, the name of the reward for it."""
+
+SUM = r"(\d+) \+ (\d+)"
+"""A sum in a prompt."""
+
+EQUATION = SUM + r" = \d+"
 
 EMPTY = -10.0
 """The log-probability per token of an empty completion."""
 
 
 def short(prompts: list[str], completions: list[str]) -> list[float]:
-    """Minus the number of words per sentence."""
+    """Rewards short sentences: minus the number of words per sentence."""
     return [-len(text.split()) / max(1, sum(text.count(mark) for mark in ".!?")) for text in completions]
 
 
 def long(prompts: list[str], completions: list[str]) -> list[float]:
-    """The number of words per sentence."""
+    """Rewards words per sentence."""
     return [-score for score in short(prompts, completions)]
 
 
@@ -66,9 +75,31 @@ def variety(prompts: list[str], completions: list[str]) -> list[float]:
     return [len(set(text)) / max(1, len(text)) for text in words]
 
 
+def brief(prompts: list[str], completions: list[str]) -> list[float]:
+    """Minus the number of words."""
+    return [-float(len(text.split())) for text in completions]
+
+
+def equation(prompts: list[str], completions: list[str]) -> list[float]:
+    """Whether the completion writes an equation."""
+    return [float(re.search(EQUATION, text) is not None) for text in completions]
+
+
+def right(prompts: list[str], completions: list[str]) -> list[float]:
+    """Whether the completion's last number is the sum that the prompt asks for."""
+    asked = [re.search(SUM, prompt) for prompt in prompts]
+    answers = [re.findall(r"\d+", text)[-1:] for text in completions]
+    pairs = zip(asked, answers, strict=True)
+    return [float(a is not None and n == [str(int(a[1]) + int(a[2]))]) for a, n in pairs]
+
+
 def word(which: str) -> Reward:
     """Whether a word comes."""
     return lambda prompts, completions: [float(which in text.lower()) for text in completions]
+
+
+WRITTEN = (short, long, brief, dialogue, narration, variety, equation, right)
+"""The rewards that a text alone, or a text and its prompt, decides."""
 
 
 def fluency(model: Any, tokenizer: Any) -> Reward:
@@ -98,7 +129,7 @@ def named(name: str, reward: Reward, scale: float) -> Callable[..., list[float]]
 
 
 class Setting:
-    """What all runs share.
+    """The setting that all runs share.
 
     Args:
         plan: The YAML file's.
@@ -108,7 +139,7 @@ class Setting:
         self.plan = plan
         self.tokenizer: Any = AutoTokenizer.from_pretrained(plan["model"])
         self.base = AutoModelForCausalLM.from_pretrained(plan["model"], dtype="float32").eval()
-        functions: dict[str, Reward] = {f.__name__: f for f in (short, long, dialogue, narration, variety)}
+        functions: dict[str, Reward] = {f.__name__: f for f in WRITTEN}
         functions["fluency"] = fluency(self.base, self.tokenizer)
         functions |= {name: word(name[len(WORD) :]) for name in plan["rewards"] if name.startswith(WORD)}
         unknown = sorted(set(plan["rewards"]) - set(functions))
@@ -116,15 +147,21 @@ class Setting:
             raise ValueError(
                 f"There is no reward `{unknown[0]}`; allowed are {', '.join(functions)}, and `{WORD}` before any word."
             )
+        self.prompts = [self.asked(prompt) if plan.get("chat") else prompt for prompt in plan["prompts"]]
         self.rewards = {name: named(name, functions[name], scale) for name, scale in plan["rewards"].items()}
         self.before = self.measured(self.base)
+
+    def asked(self, question: str) -> str:
+        """A question of a user in the model's chat template, up to where the answer begins."""
+        messages = [{"role": "user", "content": question}]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     @torch.no_grad()
     def measured(self, model: Any) -> Tensor:
         """[N, K] the rewards of fresh completions, the same draws for each model."""
         set_seed(0)
         scores = []
-        for prompt in self.plan["prompts"]:
+        for prompt in self.prompts:
             ids = self.tokenizer(prompt, return_tensors="pt").input_ids.expand(self.plan["evaluated"], -1)
             length = self.plan["trainer"]["max_completion_length"]
             out = model.generate(
@@ -133,6 +170,7 @@ class Setting:
                 max_new_tokens=length,
                 do_sample=True,
                 top_k=0,
+                temperature=self.plan["trainer"].get("temperature", 1.0),
                 pad_token_id=self.tokenizer.pad_token_id,
             )
             texts = self.tokenizer.batch_decode(out[:, ids.shape[1] :], skip_special_tokens=True)
@@ -147,7 +185,7 @@ class Setting:
 
 
 def run(setting: Setting, method: str, seed: int, rate: float, directory: Path) -> dict[str, Any]:
-    """Trains by one method; what became of the rewards."""
+    """Trains with one method; returns what became of the rewards."""
     from trl import GRPOConfig, GRPOTrainer
 
     from hf_jd import JDGRPOConfig, JDGRPOTrainer
@@ -175,7 +213,7 @@ def run(setting: Setting, method: str, seed: int, rate: float, directory: Path) 
     trainer = kinds[0](
         model=model,
         args=kinds[1](output_dir=str(directory / "out"), **common),
-        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in setting.plan["prompts"]]),
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in setting.prompts]),
         processing_class=setting.tokenizer,
         reward_funcs=list(setting.rewards.values()),
     )
@@ -203,10 +241,12 @@ def summary(changes: Sequence[float]) -> dict[str, float]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """The results in Markdown: a line per method and learning rate, means over seeds, and the worst seed."""
+    """The results in Markdown: a line per method and learning rate, means over seeds, and the worst seed.
+
+    With more than `WIDE` rewards, a column per method instead.
+    """
     names = results[0]["rewards"]
-    columns = ["method", "learning rate", "seeds", *names, "worst", "worst of all", "improved", "hypervolume"]
-    lines = [columns, ["---"] * len(columns)]
+    lines = [["method", "learning rate", "seeds", *names, "worst", "worst of all", "improved", "hypervolume"]]
     for method, rate in dict.fromkeys((r["method"], r["learning_rate"]) for r in results):
         each_seed = [r["changes"] for r in results if (r["method"], r["learning_rate"]) == (method, rate)]
         each = torch.tensor(each_seed, dtype=torch.float64)
@@ -214,6 +254,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         means = {key: sum(s[key] for s in summaries) / len(summaries) for key in summaries[0]}
         numbers = [*each.mean(0).tolist(), means["worst"], each.min().item(), means["improved"], means["hypervolume"]]
         lines.append([method, f"{rate:g}", str(len(each_seed)), *(f"{number:.2f}" for number in numbers)])
+    if len(names) > WIDE:
+        lines = [list(column) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
@@ -222,16 +265,22 @@ def draw(results: Sequence[dict[str, Any]], before: Tensor, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     names = results[0]["rewards"]
-    figure, axes = plt.subplots(1, len(names), figsize=(3 * len(names), 3), layout="constrained", squeeze=False)
+    columns = min(5, len(names))
+    rows = -(-len(names) // columns)
+    figure, grid = plt.subplots(rows, columns, figsize=(3 * columns, 3 * rows), layout="constrained", squeeze=False)
+    axes = grid.flatten()
     for method in dict.fromkeys(r["method"] for r in results):
         ways = [torch.tensor(r["way"], dtype=torch.float64) for r in results if r["method"] == method]
         shortest = min(map(len, ways))
         way = (torch.stack([w[:shortest] for w in ways]).mean(0) - before.mean(0)) / before.std(0)
-        for k, name in enumerate(names):
-            axes[0, k].plot(way[:, k], label=method)
-            axes[0, k].set(title=name, xlabel="update")
-    axes[0, 0].set_ylabel("change / standard deviation")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
+        for axis, name, changes in zip(axes, names, way.T, strict=False):
+            axis.plot(changes, label=method)
+            axis.set(title=name, xlabel="update")
+    for axis in axes[len(names) :]:
+        axis.set_axis_off()
+    for axis in grid[:, 0]:
+        axis.set_ylabel("change / standard deviation")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize="small")
     figure.savefig(path)
 
 

@@ -1,6 +1,6 @@
 import os
 
-# Before anything of Hugging Face is imported: no test reaches for a network, and none counts as a user of TRL's.
+# Set before any Hugging Face import: no test may use the network, or send usage statistics to TRL.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")

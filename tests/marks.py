@@ -1,4 +1,4 @@
-"""What `make test` leaves out of a test's cases."""
+"""Mark the cases of a test that `make test` leaves out."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 
 
 def slow(*values: Any, id: str | None = None) -> Any:
-    """A case that only `make test-all` runs: another one shows the same in small."""
+    """Marks a case that only `make test-all` runs, because a quick case checks the same."""
     return pytest.param(*values, marks=pytest.mark.slow, id=id)
 
 
 def in_turn(names: Iterable[Any], values: Mapping[str, Any]) -> list[Any]:
-    """Each name with each value; `make test` has each name once, and the values in turn."""
+    """Returns each name with each value; `make test` runs each name once, with the values in turn."""
     return [
         (pytest.param if j == i % len(values) else slow)(name, value, id=f"{getattr(name, 'id', name)}-{key}")
         for i, name in enumerate(names)

@@ -11,7 +11,7 @@ VOCABULARY = 37
 
 
 def tiny_llama(seed: int = 0, **config) -> LlamaForCausalLM:
-    """A Llama of two layers, in float64 (but its norms compute in float32)."""
+    """Builds a Llama with two layers, in float64 (except that its norms compute in float32)."""
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": VOCABULARY,
@@ -29,7 +29,7 @@ def tiny_llama(seed: int = 0, **config) -> LlamaForCausalLM:
 
 
 def tiny_gpt2(seed: int = 0, dropout: float = 0.0, **config) -> GPT2LMHeadModel:
-    """A GPT-2 of two layers, which computes in float64 up to its logits."""
+    """Builds a GPT-2 with two layers, which computes in float64 up to its logits."""
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": VOCABULARY,
@@ -51,10 +51,10 @@ def with_lora(model: nn.Module, seed: int = 0, dropout: float = 0.0, warm: bool 
 
     Args:
         model: A tiny model.
-        seed: Of the adapters.
-        dropout: LoRA's own.
-        warm: Whether B starts at random values, so that A has gradients from the first step.
-        config: More of LoraConfig.
+        seed: The adapters' seed.
+        dropout: LoRA's dropout.
+        warm: Whether B starts with random values, so that A has gradients from the first step on.
+        config: Further arguments of LoraConfig.
     """
     torch.manual_seed(seed)
     targets = ["c_attn", "c_fc"] if isinstance(model, GPT2LMHeadModel) else ["q_proj", "v_proj", "down_proj"]

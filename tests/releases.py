@@ -1,4 +1,4 @@
-"""What some releases of the libraries don't have yet."""
+"""Skip tests of features that the installed releases don't have."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from packaging.version import Version
 
 
 def has(package: str, release: str) -> bool:
-    """Whether the package that is installed is of this release or a later one."""
+    """Whether the installed package is this release or a later one."""
     return Version(version(package)) >= Version(release)
 
 
 def needs(package: str, release: str, what: str) -> pytest.MarkDecorator:
-    """Skips a test of `what` this release of the package brought."""
+    """Skips a test of `what`, a feature that this release of the package added."""
     return pytest.mark.skipif(not has(package, release), reason=f"{package} {release} brought {what}")

@@ -1,4 +1,4 @@
-"""The house's rules: which room may import which, and how long a file or a function may be."""
+"""House rules: which parts of the package may import which, and how long files and functions may be."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LINES_OF_A_FUNCTION = 50
 HUGGING_FACE = {"transformers", "datasets", "accelerate", "peft", "trl", "huggingface_hub"}
 ISLANDS = {"gramian", "weighting", "losses", "metrics"}
 
-# What each room must not import: of the others' packages, and of hf_jd's own rooms.
+# What each part (room) of hf_jd must not import: other packages, and other parts of hf_jd.
 FORBIDDEN_PACKAGES = {
     "gramian": HUGGING_FACE,
     "weighting": HUGGING_FACE,
@@ -36,9 +36,9 @@ FORBIDDEN_ROOMS = {island: {"*"} - {island} for island in ISLANDS} | {
     "batches": {"trainer", "arguments", "finetune", "cli", "gramian", "weighting", "losses", "metrics"},
     "collator": {"trainer", "arguments", "finetune", "cli", "gramian", "weighting"},
 }
-# The formulas are plain numbers: only what reads a configuration knows models.
+# The formulas use plain numbers: only code that reads a configuration may import model libraries.
 FORMULAS = {"cases", "hardware", "memory", "operations", "timing", "traffic"}
-# In tests and benchmarks only.
+# Only tests and benchmarks may import these.
 REFERENCES = {"torchjd", "cvxpy", "pytest", "hypothesis"}
 
 
@@ -57,7 +57,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def room(module: str) -> str | None:
-    """The part of hf_jd that a module belongs to; None for another package's."""
+    """Returns the part of hf_jd that a module belongs to; None for a module of another package."""
     parts = module.split(".")
     return parts[1] if parts[0] == "hf_jd" and len(parts) > 1 else None
 
@@ -95,7 +95,7 @@ def test_files_and_functions_are_short(path):
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
-            if path.is_relative_to(ROOT / "tests"):  # The cases that are trained have many flags, each with its line.
+            if path.is_relative_to(ROOT / "tests"):  # Functions that train cases have many documented flags.
                 length -= len((ast.get_docstring(node) or "").splitlines())
             assert length <= LINES_OF_A_FUNCTION, f"{node.name} has {length} lines"
 

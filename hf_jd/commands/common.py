@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from datasets import load_dataset
 from transformers.utils import is_bitsandbytes_available
 
+from hf_jd.arguments import JDArguments
+from hf_jd.finetune.console import hide_bars
 from hf_jd.finetune.facts import FactsWriter, training_facts
+from hf_jd.finetune.flags import MAIN_FLAGS
+from hf_jd.finetune.parser import Parser, names_of, read_settings
+from hf_jd.groups import group_names
 
 try:
     from trl import (
         DatasetMixtureConfig,
         ModelConfig,
         ScriptArguments,
-        TrlParser,
         get_dataset,
         get_peft_config,
         get_quantization_config,
@@ -60,17 +63,17 @@ def run(
     Returns:
         The exit code.
     """
-    kinds: list[Any] = [script, config, ModelConfig, DatasetMixtureConfig]
-    parser: Any = TrlParser(kinds, prog=f"hf-jd {name}")
-    script_args, args, model, mixture = _parse(parser, argv)
+    script_args, args, model, mixture = parse(name, argv, script, config)
     _check(model)
+    hide_bars(args)
     args.model_init_kwargs = _loading(model, args)
     data = load(script_args, mixture)
-    _check_columns(name, _split(data, script_args.dataset_train_split, "dataset_train_split"))
+    rows = _split(data, script_args.dataset_train_split, "dataset_train_split")
+    _check_columns(name, rows, args)
     built = trainer(
         model=model.model_name_or_path,
         args=args,
-        train_dataset=_split(data, script_args.dataset_train_split, "dataset_train_split"),
+        train_dataset=rows,
         eval_dataset=None
         if args.eval_strategy == "no"
         else _split(data, script_args.dataset_test_split, "dataset_test_split"),
@@ -103,20 +106,45 @@ def _train(trainer: Any, checkpoint: str | None) -> None:
         ) from None
 
 
-def _parse(parser: Any, argv: Sequence[str]) -> Any:
-    """Parses the arguments like TRL; raises a ValueError with the nearest flag for an unknown one."""
-    *parsed, unknown = parser.parse_args_and_config(list(argv), return_remaining_strings=True)
-    if unknown:
-        flag = next((word for word in unknown if word.startswith("-")), unknown[0])
-        flags = [f"--{field.name}" for kind in parser.dataclass_types for field in fields(kind)]
-        nearest = get_close_matches(flag, flags, n=1)
-        advice = f"; the nearest is `{nearest[0]}`" if nearest else ""
-        raise ValueError(f"Unknown flag `{flag}`{advice}.")
-    return parsed
+def parse(name: str, argv: Sequence[str], script: Any, config: Any) -> Any:
+    """Parses the arguments like TRL.
+
+    Raises:
+        ValueError: A flag is unknown or has a value that isn't allowed, or the file can't be read.
+    """
+    kinds: list[Any] = [script, config, ModelConfig, DatasetMixtureConfig]
+    parser = Parser(
+        kinds,
+        prog=f"hf-jd {name}",
+        usage="%(prog)s [--config FILE.yaml] [--flag value ...]",
+        description="TRL's script of this name, with Jacobian descent. The file holds flags as `name: value`.",
+        allow_abbrev=False,
+        sections={
+            "Jacobian descent": names_of(JDArguments),
+            "Model": names_of(ModelConfig),
+            "Data and rewards": names_of(script),
+            "Training, as in transformers' TrainingArguments": MAIN_FLAGS,
+        },
+    )
+    flags, settings = _split_config(argv)
+    return parser.parse(flags, settings)
 
 
-def _check_columns(command: str, rows: Any) -> None:
-    """Raises a ValueError for texts without the columns that the command's trainer reads."""
+def _split_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Splits off the settings in `--config FILE`, and sets the environment variables in its `env`, like TRL."""
+    flags = list(argv)
+    if "--config" not in flags:
+        return flags, {}
+    at = flags.index("--config")
+    if at + 1 == len(flags):
+        raise ValueError("--config is given without a file.")
+    settings = read_settings(Path(flags[at + 1]))
+    os.environ.update({name: str(value) for name, value in (settings.pop("env", None) or {}).items()})
+    return flags[:at] + flags[at + 2 :], settings
+
+
+def _check_columns(command: str, rows: Any, args: Any) -> None:
+    """Raises a ValueError for texts without the trainer's columns, or without the group column, before tokenizing."""
     columns, needed = getattr(rows, "column_names", None) or [], COLUMNS.get(command, ())
     missing = [f"`{name}`" for name in needed if name not in columns]
     # Streams may not know their columns; token ids have other names; and KTO takes pairs apart.
@@ -127,6 +155,8 @@ def _check_columns(command: str, rows: Any) -> None:
             f"The data has no column {', '.join(missing)}; hf-jd {command} reads {', '.join(needed)}, and the data has "
             f"{', '.join(columns)}: rename its columns, or choose another command (`hf-jd --help`)."
         )
+    if args.jd_group_column and not (pairs and args.jd_group_column == "label"):
+        group_names(rows, args.jd_group_column, args.jd_groups)
 
 
 def _check(model: Any) -> None:

@@ -42,7 +42,7 @@ def check_weights(parameters: Mapping[str, nn.Parameter], step: int) -> None:
     """Compares the parameters of all processes, bit by bit, with one hash each; skips sharded ones.
 
     Args:
-        parameters: By name, in the same order on all processes. Those that are gathered on use are empty.
+        parameters: By name, in the same order on all processes. Parameters that are gathered only for use are empty.
         step: The number of updates so far.
 
     Raises:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 BUCKET_BYTES = 32 * 1024 * 1024
 """The size of a bucket on one process, with all rows and columns."""
@@ -87,13 +87,7 @@ def _equal(parameters: list[nn.Parameter], processes: int) -> list[list[Piece]]:
 
 
 def _shards(parameters: list[nn.Parameter], processes: int) -> list[list[Piece]]:
-    """Gives each process the elements of its shards: [W] lists of pieces."""
-    for p in parameters:
-        if isinstance(p, DTensor) and (p.device_mesh.size() != processes or p.placements != (Shard(0),)):
-            raise ValueError(
-                f"A parameter is placed as {p.placements} on {p.device_mesh.size()} of {processes} processes; use "
-                "FSDP2 over all processes, along the first dimension (no replicas, as in HSDP)."
-            )
+    """Gives each process the elements of its shards, along dimension 0 over all processes: [W] lists of pieces."""
     owned = []
     for q in range(processes):
         edges = [(shard_start(p, processes, q), shard_start(p, processes, q + 1)) for p in parameters]
@@ -131,11 +125,11 @@ def offsets(part: list[Piece]) -> list[tuple[Piece, slice]]:
 
 
 def by_block(part: list[Piece], places: Mapping[nn.Parameter, int]) -> Iterator[tuple[int, slice]]:
-    """Where the columns of each block lie in a part's columns; neighbours of one block are taken together.
+    """Finds each block's columns among a part's columns, joining neighbours of the same block.
 
     Args:
         part: The pieces.
-        places: Which block each parameter belongs to.
+        places: The index of each parameter's block.
     """
     for place, pieces in groupby(offsets(part), lambda offset: places[offset[0].parameter]):
         where = [columns for _, columns in pieces]

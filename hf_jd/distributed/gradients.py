@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -48,16 +48,14 @@ def _arrived(sent: Sent) -> tuple[Bucket, Tensor]:
     return sent.bucket, sent.tensor
 
 
-def used_anywhere(used: Iterable[nn.Parameter], parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    """Returns the parameters that some process used: the others get no gradient, as with autograd."""
-    flags = used_flags(used, parameters)
-    return [p for p, flag in zip(parameters, add_over_processes(flags).tolist(), strict=True) if flag]
-
-
-def used_flags(used: Iterable[nn.Parameter], parameters: list[nn.Parameter]) -> Tensor:
+def used_flags(used: Collection[nn.Parameter], parameters: list[nn.Parameter]) -> Tensor:
     """Returns [P] float64, 1 for the parameters that are used."""
-    used = set(used)
     return torch.tensor([float(p in used) for p in parameters], dtype=torch.float64, device=parameters[0].device)
+
+
+def flagged(flags: Tensor, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Returns the parameters with a flag [P]: those that no process used get no gradient, as with autograd."""
+    return [p for p, flag in zip(parameters, flags.tolist(), strict=True) if flag]
 
 
 def add_gradients(
@@ -75,7 +73,7 @@ def add_gradients(
     if process_count() == 1 and not any(isinstance(p, DTensor) for p in gradients):
         return gradients
     if used is None:
-        used = list(gradients) if process_count() == 1 else used_anywhere(gradients, parameters)
+        used = flagged(add_over_processes(used_flags(gradients, parameters)), parameters)
     total = Gradients(used)
     for bucket, sums in in_turn(_send_sum(bucket, gradients) for bucket in buckets(used, process_count(), 1)):
         total.put(bucket, sums)

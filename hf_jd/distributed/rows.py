@@ -14,7 +14,7 @@ gradient, or f b n with shards. A step also gathers 40 bytes per objective and 8
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, distributed, nn
@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from hf_jd._compat import all_gather_single, reduce_scatter_single
 from hf_jd.distributed.columns import Bucket, Piece, buckets, by_block, offsets
-from hf_jd.distributed.gradients import Gradients, Sent, add_gradients, in_turn, used_flags
+from hf_jd.distributed.gradients import Gradients, Sent, add_gradients, flagged, in_turn, used_flags
 from hf_jd.distributed.processes import add_over_processes, gather, gather_uneven, process_count, rank
 from hf_jd.gramian import Jacobian
 from hf_jd.gramian.blocks import places_of
@@ -83,18 +83,15 @@ class LocalRows:
         blocks, device = max(self._places.values()) + 1, self.parameters[0].device
         return torch.zeros(blocks, objectives, objectives, dtype=torch.float64, device=device)
 
-    def _add_part(self, gramians: Tensor, bucket: Bucket, rows: Tensor) -> None:
-        """Adds the contribution of this process's columns to each block's Gramian."""
-        for place, where in by_block(bucket.parts[rank()], self._places):
-            of_block = rows[:, where]
-            gramians[place] += inner(of_block, of_block)
-
-    def _flags(self) -> Tensor:
-        """Returns [P], 1 for parameters that some objective of this process depends on."""
-        return used_flags(self._local, self.parameters)
-
-    def _set_used(self, flags: Tensor) -> None:
-        self._used = [p for p, flag in zip(self.parameters, flags.tolist(), strict=True) if flag]
+    def _gramians_of(self, objectives: int, columns: Iterable[tuple[Bucket, Tensor]]) -> Tensor:
+        """Adds up the processes' parts of the Gramians [B, M, M], each from the rows [M, C / W] of its own columns."""
+        gramians = self._no_gramians(objectives)
+        for bucket, rows in columns:
+            for place, where in by_block(bucket.parts[rank()], self._places):
+                of_block = rows[:, where]
+                gramians[place] += inner(of_block, of_block)
+        gramians = add_over_processes(gramians)
+        return (gramians + gramians.mT) / 2
 
     def _pack(self, part: list[Piece], packed: Tensor) -> None:
         """Copies columns of the rows into `packed` [m_r, C]."""
@@ -106,7 +103,7 @@ class LocalRows:
 
 
 class GatheredRows(LocalRows):
-    """Rows of objectives that differ between processes, weighed together.
+    """Rows of objectives that differ between several processes, weighed together.
 
     Each process receives all M rows of the columns that it owns, and computes their part of the Gramian. Then it weighs
     its own rows, and the updates are added up.
@@ -114,25 +111,19 @@ class GatheredRows(LocalRows):
 
     def exchange(self, table: ObjectiveTable) -> ObjectiveTable:
         """Concatenates the processes' tables."""
-        if process_count() == 1:
-            return table
         numbers = torch.cat([table.numbers, table.labels.double()], dim=1)
-        heads = gather(torch.cat([torch.tensor([len(table)]).to(numbers), self._flags().to(numbers)]))
-        self._set_used(heads[:, 1:].sum(0))
+        used = used_flags(self._local, self.parameters)
+        heads = gather(torch.cat([torch.tensor([len(table)]).to(numbers), used.to(numbers)]))
+        self._used = flagged(heads[:, 1:].sum(0), self.parameters)
         self._lengths = heads[:, 0].long().tolist()
         every, self.local = gather_uneven(numbers, self._lengths)
         return ObjectiveTable.of(every[:, :-2], every[:, -2:])
 
     def gramians(self) -> Tensor:
         """Computes the Gramians [B, M, M] of the rows of all processes."""
-        if process_count() == 1:
-            return super().gramians()
         assert self._used is not None
-        gramians = self._no_gramians(sum(self._lengths))
         cut = buckets(self._used, process_count(), max(self._lengths))
-        for bucket, rows in in_turn(self._exchange(bucket) for bucket in cut):
-            self._add_part(gramians, bucket, rows)
-        return _symmetric(add_over_processes(gramians))
+        return self._gramians_of(sum(self._lengths), in_turn(map(self._exchange, cut)))
 
     def _exchange(self, bucket: Bucket) -> Sent:
         """Sends the rows [m_r, C] of this process by columns, and receives the rows [M, C / W] of all processes."""
@@ -148,7 +139,7 @@ class GatheredRows(LocalRows):
 
 
 class AddedRows(LocalRows):
-    """Rows of objectives that all processes share: the rows [K, n] are added up.
+    """Rows of objectives that several processes share: the rows [K, n] are added up.
 
     Each process receives the sums [K, n / W] of the columns that it owns, computes their part of the Gramian, and
     weighs them; then the update is gathered.
@@ -156,32 +147,21 @@ class AddedRows(LocalRows):
 
     def exchange(self, table: ObjectiveTable) -> ObjectiveTable:
         """Adds up the tables of all processes, whose objectives are the same."""
-        if process_count() == 1:
-            return table
         numbers, self._objectives = table.numbers, len(table)
-        sums = add_over_processes(torch.cat([numbers.flatten(), self._flags().to(numbers)]))
-        self._set_used(sums[numbers.numel() :])
+        used = used_flags(self._local, self.parameters)
+        sums = add_over_processes(torch.cat([numbers.flatten(), used.to(numbers)]))
+        self._used = flagged(sums[numbers.numel() :], self.parameters)
         return ObjectiveTable.of(sums[: numbers.numel()].view(numbers.shape), table.labels)
 
     def gramians(self) -> Tensor:
         """Computes the Gramians [B, K, K] of the summed rows."""
-        if process_count() == 1:
-            return super().gramians()
-        assert self._used is not None
         self._sums: list[tuple[Bucket, Tensor]] = []
-        gramians = self._no_gramians(self._objectives)
-        cut = buckets(self._used, process_count(), self._objectives)
-        for bucket, received in in_turn(self._exchange(bucket) for bucket in cut):
-            rows = self._summed(bucket, received)
-            self._add_part(gramians, bucket, rows)
-            self._sums.append((bucket, rows))
+        gramians = self._gramians_of(self._objectives, self._receive())
         self.jacobian = None  # Free the rows: each process only needs its 1/W of the sums.
-        return _symmetric(add_over_processes(gramians))
+        return gramians
 
     def weighted_sum(self, weights: Tensor, usable: Tensor) -> dict[nn.Parameter, Tensor]:
         """Computes the update sum_k w_k row_k, each process its columns; see `LocalRows.weighted_sum`."""
-        if process_count() == 1:
-            return super().weighted_sum(weights, usable)
         if not usable.any():
             return {}
         assert self._used is not None
@@ -189,6 +169,14 @@ class AddedRows(LocalRows):
         for bucket, columns in in_turn(self._weigh(*sums, weights, usable) for sums in self._sums):
             update.put(bucket, columns)
         return update.by_parameter()
+
+    def _receive(self) -> Iterator[tuple[Bucket, Tensor]]:
+        """Stores and yields the sums [K, C / W] of this process's columns."""
+        assert self._used is not None
+        cut = buckets(self._used, process_count(), self._objectives)
+        for bucket, received in in_turn(map(self._exchange, cut)):
+            self._sums.append((bucket, self._summed(bucket, received)))
+            yield self._sums[-1]
 
     def _exchange(self, bucket: Bucket) -> Sent:
         """Sends the rows [K, C] of this process by columns; `_summed` reads the result."""
@@ -236,7 +224,3 @@ class AddedRows(LocalRows):
         local = functional.pad(local, (0, max(bucket.widths) - len(local)))  # A gather needs parts of equal length.
         columns = local.new_empty(process_count(), len(local))
         return Sent(bucket, columns, all_gather_single(columns.view(-1), local, async_op=True), local)
-
-
-def _symmetric(gramians: Tensor) -> Tensor:
-    return (gramians + gramians.mT) / 2

@@ -88,6 +88,7 @@ class Parallelism:
         return self.weights and self.owns_backward
 
 
+# ZeRO 1 to 3 as in DeepSpeed 0.19 with its defaults.
 PARALLELISMS = {
     "ddp": Parallelism(weights=False, gradients=False, optimizer=False, owns_backward=False),
     "fsdp2": Parallelism(weights=True, gradients=True, optimizer=True, owns_backward=False),

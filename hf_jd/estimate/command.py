@@ -24,10 +24,12 @@ class EstimateArguments:
     """The model, the update and the hardware."""
 
     model: str = field(
+        default="",
         metadata={
+            "aliases": ["--model_name_or_path"],
             "help": "A transformers configuration: a folder with a config.json, such a file, or the name of a model "
-            "on the Hub. No weights are loaded."
-        }
+            "on the Hub. No weights are loaded.",
+        },
     )
     lora: int = field(default=8, metadata={"help": "The rank of LoRA matrices on all linear layers except the head."})
     full: bool = field(default=False, metadata={"help": "Train all parameters, instead of a LoRA adapter."})
@@ -68,6 +70,8 @@ class EstimateArguments:
         Raises:
             ValueError: A flag has a value that isn't allowed, or two flags contradict each other.
         """
+        if not self.model:
+            raise ValueError("No model is given: name its configuration with --model.")
         for name, allowed in (
             ("parallelism", PARALLELISMS), ("hardware", HARDWARE), ("dtype", _BYTES), ("trained_dtype", _BYTES),
         ):  # fmt: skip
@@ -100,11 +104,7 @@ class EstimateArguments:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `hf-jd estimate`.
-
-    Returns:
-        The exit code.
-    """
+    """Run `hf-jd estimate`; return the exit code."""
     print(report(parse(argv)))
     return 0
 

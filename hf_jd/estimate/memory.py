@@ -6,7 +6,7 @@ from hf_jd.estimate.cases import PARALLELISMS, Case
 from hf_jd.estimate.shapes import Matrix, Shape, Table
 
 _READ = 64  # multiplications in the time it takes to write a row's number and read it twice (`hf_jd.gramian.routed`)
-_ID_BYTES = 16  # of an embedding's owner and token, int64 each
+_ID_BYTES = 16  # bytes of an entry's owner and token, int64 each
 
 
 def storage(matrix: Matrix, case: Case) -> str:

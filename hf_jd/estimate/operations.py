@@ -16,12 +16,12 @@ _BLOCK = 64  # objectives up to which it does not split a Gramian into blocks
 
 
 def product_flops(matrix: Matrix, case: Case) -> float:
-    """2 N p d: a map's forward pass, its input's gradient, or its weight's (Kaplan et al., arXiv 2001.08361, 2.1)."""
+    """Counts 2 N p d for a map's forward pass, its input's gradient, or its weight's (arXiv 2001.08361, 2.1)."""
     return 2 * matrix.tokens(case.all_tokens) * matrix.outputs * matrix.inputs
 
 
 def attention_flops(shape: Shape, case: Case) -> float:
-    """4 N T h for the two products of each attention, h the width of its heads; counts both causal halves."""
+    """Counts 4 N T h for each attention's two products, with h the width of its heads; includes both causal halves."""
     return 4 * case.all_tokens * case.tokens * shape.attention
 
 

@@ -18,9 +18,9 @@ def gathered_bytes(shape: Shape, case: Case) -> float:
 def plain_bytes(shape: Shape, case: Case) -> float:
     """Counts a plain step: the weights, and the gradient's sum.
 
-    The sum is an all-reduce, 2 f b n; if weights are sharded, a reduce-scatter, f b n. ZeRO 1 and 2, with DeepSpeed
-    0.19's defaults, all-reduce the gradients, 2 f b n, and gather the weights that each process's optimizer has
-    updated, f b n. (With a reduce-scatter, it would be 2 f b n; Rajbhandari et al., arXiv 1910.02054, section 7.)
+    The sum is an all-reduce, 2 f b n; if weights are sharded, a reduce-scatter, f b n. ZeRO 1 and 2, by default,
+    all-reduce the gradients, 2 f b n, and gather the weights that each process's optimizer has updated, f b n. (With a
+    reduce-scatter, it would be 2 f b n; Rajbhandari et al., arXiv 1910.02054, section 7.)
     """
     kind = PARALLELISMS[case.parallelism]
     times = 1 if kind.weights else 3 if kind.owns_backward else 2

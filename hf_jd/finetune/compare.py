@@ -8,14 +8,15 @@ transformers' Trainer doesn't measure conflicts, so each stock configuration get
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from hf_jd.finetune.comparison import Plan, Run
 from hf_jd.finetune.example import example_data, example_path
@@ -36,11 +37,7 @@ _SAME = 0.05
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `hf-jd compare` with these arguments.
-
-    Returns:
-        The exit code.
-    """
+    """Run `hf-jd compare`; return the exit code."""
     flags, file = split_settings(argv)
     arguments, flags = _parser().parse_known_args(flags)
     if any(flag.partition("=")[0] == "--seed" for flag in flags):
@@ -50,8 +47,11 @@ def main(argv: Sequence[str]) -> int:
     plan = Plan.read(example_path(DEFAULT) if file is None else file)
     folder = Path(arguments.output_dir)
     runs = plan.runs(folder, arguments.seeds)
-    for run in runs:  # Report errors now, not in an hour.
-        _, data, _, _ = parse(flags, run.settings)
+    for run in runs:  # Report errors in later runs now, not in an hour.
+        try:
+            _, data, _, _ = parse(flags, run.settings)
+        except ValueError as error:
+            raise ValueError(f"{run.configuration}: {error}") from error
         if data.train_file and not data.validation_file:
             raise ValueError("--validation_file is missing: a comparison needs examples to evaluate on.")
     example = None if data.train_file or data.dataset_name else data.example
@@ -78,11 +78,13 @@ def _report(plan: Plan, flags: list[str], runs: list[Run], folder: Path) -> None
     for run in runs:
         (twins if run.twin else measured).setdefault(run.configuration, []).append(Results.read(run.folder))
     if plan.tradeoff is None:
-        table = comparison_table(measured, twins, plan.stock())
-        draw(measured, twins, folder / PICTURE)
+        table, picture = comparison_table(measured, twins, plan.stock()), partial(draw, measured, twins)
     else:
-        table = tradeoff_table(plan, measured)
-        draw_tradeoff(plan, measured, folder / PICTURE)
+        table, picture = tradeoff_table(plan, measured), partial(draw_tradeoff, plan, measured)
+    if importlib.util.find_spec("matplotlib") is None:
+        print("There is no picture: matplotlib isn't installed (`pip install matplotlib`).")
+    else:
+        picture(folder / PICTURE)
     (folder / TABLE).write_text(table + "\n", "utf-8")
     everything = {"plan": asdict(plan), "flags": flags}
     for kind, by_name in (("runs", measured), ("twins", twins)):
@@ -126,16 +128,12 @@ def _make_folder(folder: Path, overwrite: bool, resume: bool) -> None:
 
 
 def _is_finished(run: Run, flags: list[str]) -> bool:
-    """Whether a run is already done.
-
-    Raises:
-        ValueError: It was run with other flags.
-    """
+    """Whether a run is already done; raises a ValueError if that was with other flags."""
     try:
         before = json.loads((run.folder / FINISHED).read_text("utf-8"))
     except (OSError, ValueError):  # missing, or only half written
         return False
-    wanted = _flags_of(run, flags)
+    wanted = {"settings": run.settings, "flags": flags}
     if before == wanted:
         return True
     names = before["settings"].keys() | wanted["settings"].keys()
@@ -144,10 +142,6 @@ def _is_finished(run: Run, flags: list[str]) -> bool:
         f"{run.folder} was run with other flags ({', '.join(different) or 'on the command line'}): use the same flags, "
         "choose another --output_dir, or start over with --overwrite."
     )
-
-
-def _flags_of(run: Run, flags: list[str]) -> dict[str, Any]:
-    return {"settings": run.settings, "flags": flags}
 
 
 def _run_all(runs: list[Run], flags: list[str], example: dict[str, str], processes: int) -> None:
@@ -164,7 +158,9 @@ def _run_all(runs: list[Run], flags: list[str], example: dict[str, str], process
 
     def finished(job: Job) -> None:
         run = by_name[job.name]
-        (run.folder / FINISHED).write_text(json.dumps(_flags_of(run, flags), indent=1) + "\n", "utf-8")
+        (run.folder / FINISHED).write_text(
+            json.dumps({"settings": run.settings, "flags": flags}, indent=1) + "\n", "utf-8"
+        )
 
     run_jobs(jobs, processes, {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}, finished)
 

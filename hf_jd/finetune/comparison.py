@@ -8,7 +8,6 @@ from typing import Any
 
 from hf_jd.finetune.parser import read_settings
 
-_ONLY = "configurations"
 _TWIN = {"stock": False, "jd_weighting": "mean", "jd_objectives": "instance"}
 
 
@@ -35,14 +34,12 @@ class Plan:
         base: The flags that all configurations share.
         configurations: The further flags of each configuration, by name.
         variants: Further flags, by name: each configuration is run with each variant.
-        of_variants: The configurations to run with each variant.
         tradeoff: The trade-off that table and picture show; None shows every task separately.
     """
 
     base: dict[str, Any]
     configurations: dict[str, dict[str, Any]]
     variants: dict[str, dict[str, Any]]
-    of_variants: dict[str, list[str]]
     tradeoff: Tradeoff | None
 
     @classmethod
@@ -55,23 +52,21 @@ class Plan:
         settings = read_settings(path)
         unknown = settings.keys() - {"base", "configurations", "variants", "tradeoff"}
         base, configurations, variants = (settings.get(k) or {} for k in ("base", "configurations", "variants"))
-        parts = (base, configurations, variants)
-        if unknown or not all(isinstance(part, dict) for part in parts) or not configurations:
+        if unknown or not configurations or not all(isinstance(p, dict) for p in (base, configurations, variants)):
             raise ValueError(
                 f"{path} is no plan of a comparison: it needs `configurations`, each a name with its flags, and may "
                 "have `base`, the flags that they share, `variants`, each a name with flags to run every configuration "
-                f"with (or only those in its `{_ONLY}`), and `tradeoff`."
+                "with, and `tradeoff`."
             )
         configurations, variants = (_by_name(part, path) for part in (configurations, variants or {"": {}}))
-        only = {name: _only(flags.pop(_ONLY, None), configurations, path) for name, flags in variants.items()}
-        plan = cls(base, configurations, variants, only, _tradeoff(settings.get("tradeoff"), path))
+        plan = cls(base, configurations, variants, _tradeoff(settings.get("tradeoff"), path))
         if len({_file_name(name) for name in plan.all()}) < len(plan.all()):
             raise ValueError(f"{path}: two of {', '.join(plan.all())} would be saved in one folder; rename one.")
         return plan
 
     def names(self, variant: str) -> dict[str, str]:
-        """Map each configuration that is run with a variant to the name of these runs."""
-        return {name: f"{name}, {variant}" if variant else name for name in self.of_variants[variant]}
+        """Map each configuration to the name of its runs with a variant."""
+        return {name: f"{name}, {variant}" if variant else name for name in self.configurations}
 
     def all(self) -> dict[str, dict[str, Any]]:
         """Merge the flags of each configuration with those of each variant, by name."""
@@ -138,17 +133,6 @@ def _by_name(part: dict[Any, Any], path: Path) -> dict[str, dict[str, Any]]:
         if not isinstance(flags, dict | None):
             raise ValueError(f"{path}: `{name}` needs its flags as `name: value`, not `{flags}`.")
     return {str(name): dict(flags or {}) for name, flags in part.items()}
-
-
-def _only(names: Any, configurations: dict[str, Any], path: Path) -> list[str]:
-    """Return the configurations that a variant lists; all if it lists none."""
-    if names is None:
-        return list(configurations)
-    listed = [str(name) for name in names] if isinstance(names, list) else [f"{names}"]
-    for name in listed:
-        if name not in configurations:
-            raise ValueError(f"{path}: a variant lists `{name}`; the configurations are {', '.join(configurations)}.")
-    return listed
 
 
 def _tradeoff(settings: Any, path: Path) -> Tradeoff | None:

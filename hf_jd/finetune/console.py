@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import datasets
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers.utils.logging import disable_progress_bar
 
 
 class Console(PrinterCallback):
     """Prints each log as a line."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Print it."""
+        """Print the log."""
         text = line(state.global_step, logs or {})
         if state.is_world_process_zero and text:
             tqdm.write(text)
@@ -23,7 +25,14 @@ class Bars(ProgressCallback):
     """Progress bars without logs."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Leave that to `Console`."""
+        """Print nothing: `Console` does."""
+
+
+def hide_bars(args: TrainingArguments) -> None:
+    """Apply --disable_tqdm to loading models and data, too, where Trainer doesn't."""
+    if args.disable_tqdm:
+        disable_progress_bar()
+        datasets.disable_progress_bars()
 
 
 def use_console(trainer: Trainer) -> None:

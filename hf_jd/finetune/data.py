@@ -1,4 +1,4 @@
-"""Files and data sets -> rows, checked, before anything expensive is loaded.
+"""Files and datasets -> checked rows, before anything expensive is loaded.
 
 The readers of `datasets` won't do: its JSON reader turns texts that look like dates into timestamps, refuses files
 whose columns differ, and can't say which line is malformed.
@@ -29,8 +29,6 @@ EXAMPLE_TASK_COLUMN = "task"
 Rows = Sequence[Mapping[str, Any]]
 """A list, or a `Dataset`."""
 
-_PREFERENCES = {"chosen", "rejected"}
-
 
 def load_examples(data: DataArguments) -> dict[str, Any]:
     """Load the examples to train on (`train`) and, if there are any, to evaluate on (`validation`).
@@ -47,13 +45,7 @@ def load_examples(data: DataArguments) -> dict[str, Any]:
         loaded: Any = _load_dataset(data.dataset_name, data) if data.dataset_name else example_data(data.example)
         splits = dict(loaded)
     for split, rows in splits.items():
-        paths = data.validation_file if split == "validation" else data.train_file
-        source = ", ".join(paths) if paths else f"The split `{split}`"
-        if len(rows) == 0:
-            raise ValueError(f"{source} has no examples.")
-        _check_texts(rows, source)
-        if data.task_column:
-            _check_column(rows, data.task_column, source)
+        _check(rows, ", ".join(files[split] or ()) or f"The split `{split}`", data.task_column)
     return splits
 
 
@@ -84,15 +76,14 @@ def read_files(paths: Sequence[str]) -> list[dict[str, Any]]:
 def _expand(path: str) -> list[Path]:
     if Path(path).is_dir():
         files = [file for file in sorted(Path(path).iterdir()) if _suffix(file) in READERS]
-        if not files:
-            raise ValueError(f"The folder {path} holds no file that ends in {', '.join(READERS)}.")
-        return files
-    if not Path(path).exists() and glob.has_magic(path):
-        files = [Path(file) for file in sorted(glob.glob(path, recursive=True))]
-        if not files:
-            raise ValueError(f"No file matches {path}.")
-        return files
-    return [Path(path)]
+        complaint = f"The folder {path} holds no file that ends in {', '.join(READERS)}."
+    elif Path(path).exists() or not glob.has_magic(path):
+        return [Path(path)]
+    else:
+        files, complaint = sorted(map(Path, glob.glob(path, recursive=True))), f"No file matches {path}."
+    if not files:
+        raise ValueError(complaint)
+    return files
 
 
 def _suffix(path: Path) -> str:
@@ -124,34 +115,22 @@ def _open(path: Path) -> TextIO:
 
 
 def _read_json(path: Path) -> Iterator[dict[str, Any]]:
+    """Read an array of objects, or an object per line."""
     with _open(path) as file:
         text = file.read()
-    if not text.lstrip().startswith("["):
-        yield from _read_json_lines(path)
-        return
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: malformed JSON ({error.msg}).") from error
-    for number, row in enumerate(rows, 1):
-        yield _object(row, f"{path}, example {number}")
-
-
-def _read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: malformed JSON ({error.msg}).") from error
-                yield _object(row, f"{path}, line {number}")
-
-
-def _object(row: Any, place: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise ValueError(f"{place}: an example has to be an object with columns, not {json.dumps(row)}.")
-    return row
+    array = text.lstrip().startswith("[")
+    for line, part in enumerate([text] if array else text.split("\n"), 1):
+        if not part.strip():
+            continue
+        try:
+            value = json.loads(part)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {line + error.lineno - 1}: malformed JSON ({error.msg}).") from error
+        for number, row in enumerate(value, 1) if array else [(line, value)]:
+            if not isinstance(row, dict):
+                place = f"{path}, {'example' if array else 'line'} {number}"
+                raise ValueError(f"{place}: an example has to be an object with columns, not {json.dumps(row)}.")
+            yield row
 
 
 def _read_csv(path: Path) -> Iterator[dict[str, Any]]:
@@ -171,7 +150,7 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
 
 
 READERS: dict[str, Callable[[Path], Iterator[dict[str, Any]] | list[dict[str, Any]]]] = {
-    ".jsonl": _read_json_lines,
+    ".jsonl": _read_json,
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
@@ -186,44 +165,34 @@ def columns_of(rows: Rows) -> list[str]:
     return list(getattr(rows, "column_names", None) or dict.fromkeys(name for row in rows for name in row))
 
 
-def _check_texts(rows: Rows, source: str) -> None:
+def _check(rows: Rows, source: str, task_column: str | None) -> None:
+    """Raise a ValueError that lists the rows without text to learn, or without a task."""
+    if len(rows) == 0:
+        raise ValueError(f"{source} has no examples.")
     columns = columns_of(rows)
-    form = form_of(columns)
+    form, listed = form_of(columns), ", ".join(f"`{name}`" for name in columns)
     if not form:
-        advice = " Preferences are for `hf-jd dpo`." if _PREFERENCES.issubset(columns) else ""
+        advice = " Preferences are for `hf-jd dpo`." if {"chosen", "rejected"}.issubset(columns) else ""
+        raise ValueError(f"{source} has nothing to learn from: it needs the columns {HELP}, and has {listed}.{advice}")
+    if task_column and task_column not in columns:
         raise ValueError(
-            f"{source} has nothing to learn from: it needs the columns {HELP}, and has {_listed(columns)}.{advice}"
+            f"{source} has no column `{task_column}`; its columns are {listed}. Choose the column of tasks with "
+            "--task_column (or --jd_group_column)."
         )
     complaints: dict[str, list[int]] = {}
     for number, row in enumerate(rows, 1):
-        try:
-            to_example({name: row.get(name) for name in columns}, form)
-        except ValueError as error:
-            complaints.setdefault(str(error), []).append(number)
+        if complaint := _complaint({name: row.get(name) for name in columns}, form, task_column):
+            complaints.setdefault(complaint, []).append(number)
     for complaint, numbers in complaints.items():
-        raise ValueError(f"{source} has {complaint} of {_numbered(numbers)}.")
+        more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
+        place = f"row{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:5]))}{more}"
+        raise ValueError(f"{source} has {complaint} of {place}: fill it in, or leave out such rows.")
 
 
-def _check_column(rows: Rows, column: str, source: str) -> None:
-    columns = columns_of(rows)
-    if column not in columns:
-        raise ValueError(
-            f"{source} has no column `{column}`; its columns are {_listed(columns)}. Choose the column of tasks with "
-            "--task_column (or --jd_group_column)."
-        )
-    empty = [number for number, row in enumerate(rows, 1) if is_missing(row.get(column))]
-    if empty:
-        raise ValueError(
-            f"{source} has no value in the column `{column}` of {_numbered(empty)}: fill it in, or leave them out."
-        )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
-
-
-def _numbered(rows: list[int]) -> str:
-    """List the first five row numbers, counted from 1, and count the rest."""
-    listed = ", ".join(map(str, rows[:5]))
-    more = f" and {len(rows) - 5} more" if len(rows) > 5 else ""
-    return f"row{'s' if len(rows) > 1 else ''} {listed}{more}"
+def _complaint(row: Mapping[str, Any], form: tuple[str, ...], task_column: str | None) -> str:
+    try:
+        to_example(row, form)
+    except ValueError as error:
+        return str(error)
+    missing = task_column and is_missing(row[task_column])
+    return f"no value in the column `{task_column}`" if missing else ""

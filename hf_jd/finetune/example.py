@@ -80,10 +80,9 @@ def four_tasks(seed: int = 1) -> DatasetDict:
         ValueError: This Python's standard library comes without sources.
     """
     rng = random.Random(seed)
-    data: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
+    chosen = {}
     for task, texts in example_texts().items():
-        held_out = VALIDATION_EXAMPLES[task]
-        wanted = held_out + int(TRAINING_EXAMPLES * SHARES[task])
+        wanted = VALIDATION_EXAMPLES[task] + int(TRAINING_EXAMPLES * SHARES[task])
         if task == "error":
             texts = _balanced(texts, rng)
         if len(texts) < wanted:
@@ -92,11 +91,8 @@ def four_tasks(seed: int = 1) -> DatasetDict:
                 "sources are not installed. Use another Python, or your own data with --train_file."
             )
         rng.shuffle(texts)
-        rows = [{"task": task, "prompt": prompt, "completion": completion} for prompt, completion in texts[:wanted]]
-        data["validation"] += rows[:held_out]
-        data["train"] += rows[held_out:]
-    rng.shuffle(data["train"])
-    return DatasetDict({split: Dataset.from_list(rows) for split, rows in data.items()})
+        chosen[task] = texts[:wanted]
+    return _split(chosen, VALIDATION_EXAMPLES, rng)
 
 
 def stories_about_lily(seed: int = 1) -> DatasetDict:
@@ -106,15 +102,22 @@ def stories_about_lily(seed: int = 1) -> DatasetDict:
         seed: For choosing examples, not for training.
     """
     rng = random.Random(seed)
-    stories = _all_stories()
+    stories = _stories()
     about = [story for story in stories if HERO in story]
     others = rng.sample([story for story in stories if HERO not in story], 2 * len(about))
+    rng.shuffle(about)
+    rng.shuffle(others)
+    texts = {"lily": [("", story) for story in about], "others": [("", story) for story in others]}
+    return _split(texts, dict.fromkeys(texts, _VALIDATION_STORIES), rng)
+
+
+def _split(texts: dict[str, list[tuple[str, str]]], validation: dict[str, int], rng: random.Random) -> DatasetDict:
+    """Hold out the first of each task's pairs of prompt and completion, as many as `validation` says."""
     data: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
-    for task, texts in (("lily", about), ("others", others)):
-        rng.shuffle(texts)
-        rows = [{"task": task, "prompt": "", "completion": text} for text in texts]
-        data["validation"] += rows[:_VALIDATION_STORIES]
-        data["train"] += rows[_VALIDATION_STORIES:]
+    for task, pairs in texts.items():
+        rows = [{"task": task, "prompt": prompt, "completion": completion} for prompt, completion in pairs]
+        data["validation"] += rows[: validation[task]]
+        data["train"] += rows[validation[task] :]
     rng.shuffle(data["train"])
     return DatasetDict({split: Dataset.from_list(rows) for split, rows in data.items()})
 
@@ -132,7 +135,8 @@ def example_texts() -> dict[str, list[tuple[str, str]]]:
     return {
         "code": [("", text) for text in code],
         "docs": [("", text) for text in _reference()],
-        "story": [("", text) for text in _stories()],
+        # Most stories whose hero has a name begin alike.
+        "story": [("", text) for text in _stories() if not re.search(r"named [A-Z]", text)],
         "error": [(f"{message} =", f" {kind}") for message, kind in errors.items()],
     }
 
@@ -185,14 +189,7 @@ def _reference() -> Iterator[str]:
                     yield " ".join(words[start : start + _DOCS_WORDS])
 
 
-def _stories() -> Iterator[str]:
-    """Yield the stories whose hero has no name: most of the others begin alike."""
-    for story in _all_stories():
-        if not re.search(r"named [A-Z]", story):
-            yield story
-
-
-def _all_stories() -> list[str]:
+def _stories() -> list[str]:
     return json.loads(example_path("stories.json").read_text("utf-8"))
 
 

@@ -14,15 +14,17 @@ from transformers import TrainerCallback
 from hf_jd import JDTrainingArguments
 from hf_jd.arguments import JDArguments
 from hf_jd.finetune.flags import DataArguments, ModelArguments, RunArguments
+from hf_jd.report.history import FACTS_FILE
 
-FACTS_FILE = "jd_run.json"
-
-_TRAINING = (
+TRAINING = (
     "learning_rate",
     "lr_scheduler_type",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
     "max_grad_norm",
+    "warmup_steps",
+    "num_train_epochs",
+    "max_steps",
     "seed",
 )
 
@@ -33,19 +35,21 @@ def facts_of(
     path: str, model: ModelArguments, data: DataArguments, run: RunArguments, training: JDTrainingArguments
 ) -> dict[str, Any]:
     """Collect a run's settings, by the flags' names."""
-    return {"data": source_of(data), "stock": run.stock, **asdict(model), **training_facts(path, training)}
+    settings = {"data": _source(data), "max_length": data.max_length, "stock": run.stock, **asdict(model)}
+    del settings["model_name_or_path"]  # which may be a path: `model` is its name
+    return settings | training_facts(path, training)
 
 
 def training_facts(path: str, training: Any) -> dict[str, Any]:
     """Collect the model's name, and the settings in the trainer's arguments."""
-    trained = {name: getattr(training, name) for name in _TRAINING}
+    trained = {name: getattr(training, name) for name in TRAINING}
     weighed = {field.name: getattr(training, field.name) for field in fields(JDArguments)}
     trained["lr_scheduler_type"] = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
     model = Path(path).name if Path(path).exists() else path
     return {"version": version("hf-jd"), "model": model, **trained, **weighed}
 
 
-def source_of(data: DataArguments) -> str:
+def _source(data: DataArguments) -> str:
     """Name the data, without its folders."""
     if data.train_file:
         return ", ".join(Path(path).name for path in data.train_file)

@@ -7,6 +7,13 @@ from dataclasses import dataclass, field
 from hf_jd.finetune.formats import HELP
 
 EXAMPLES = ("tasks", "lily")
+MAIN_FLAGS = (
+    "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "bf16",
+    "per_device_eval_batch_size", "eval_strategy", "eval_steps", "logging_steps", "report_to", "save_steps",
+    "resume_from_checkpoint", "do_train", "push_to_hub", "seed", "use_cpu",
+)  # fmt: skip
+"""The flags of TrainingArguments that `--help` lists."""
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
@@ -48,11 +55,7 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        """Validate the flags.
-
-        Raises:
-            ValueError: A flag has a value that isn't allowed.
-        """
+        """Raise a ValueError for a value that isn't allowed, and for flags that contradict each other."""
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype is `{self.dtype}`; choose one of {', '.join(DTYPES)}.")
         if not self.full and self.lora_r < 1:
@@ -109,11 +112,7 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        """Validate the flags.
-
-        Raises:
-            ValueError: A flag has a value that isn't allowed, or two flags contradict each other.
-        """
+        """Raise a ValueError for a value that isn't allowed, and for flags that contradict each other."""
         self.train_file, self.validation_file = _as_list(self.train_file), _as_list(self.validation_file)
         if self.example not in EXAMPLES:
             raise ValueError(f"--example is `{self.example}`; choose one of {', '.join(EXAMPLES)}.")

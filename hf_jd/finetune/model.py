@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def model_path(model: ModelArguments) -> str:
-    """Return the model's name or folder.
-
-    Raises:
-        ValueError: It is a folder without a model or an adapter.
-    """
+    """Return the model's name or folder; raise a ValueError for a folder without a model or an adapter."""
     name = model.model_name_or_path or str(example_path(MODEL))
     if Path(name).is_dir() and not any((Path(name) / file).exists() for file in ("config.json", ADAPTER_CONFIG)):
         raise ValueError(f"The folder {name} holds no model: it has no config.json.")
@@ -36,11 +31,7 @@ def model_path(model: ModelArguments) -> str:
 
 
 def load_tokenizer(path: str, model: ModelArguments) -> PreTrainedTokenizerBase:
-    """Load the tokenizer; without a padding token, it pads with the end-of-sequence token.
-
-    Raises:
-        ValueError: It can't be loaded.
-    """
+    """Load the tokenizer, or raise a ValueError; without a padding token, it pads with the end-of-sequence token."""
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **_source(model))  # ty: ignore[invalid-assignment]
     except (OSError, ValueError) as error:
@@ -88,9 +79,7 @@ def _with_lora(loaded: nn.Module, path: str, model: ModelArguments) -> nn.Module
     if model.load_in_4bit:
         loaded = prepare_model_for_kbit_training(loaded, use_gradient_checkpointing=False)
     try:
-        with warnings.catch_warnings():  # PEFT 0.21 reads a name that transformers 5 has replaced.
-            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-            return get_peft_model(loaded, config)
+        return get_peft_model(loaded, config)
     except ValueError as error:
         raise ValueError(f"LoRA can't be added to `{path}`: {first_sentence(error)}") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import SUPPRESS, Action
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from textwrap import shorten, wrap
@@ -44,6 +45,13 @@ _COMMON_NAMES = {
     "weighting": "jd_weighting",
     "objectives": "jd_objectives",
     "preferences": "jd_preferences",
+    # Names of `hf-jd finetune`, for `hf-jd estimate`.
+    "lora_r": "lora",
+    "per_device_train_batch_size": "batch",
+    "gradient_accumulation_steps": "accumulation",
+    "max_length": "tokens",
+    "jd_backward": "two_pass",
+    "bf16": "dtype",
 }
 _WIDTH, _INDENT = 110, 34
 
@@ -69,26 +77,18 @@ class Parser(HfArgumentParser):
         self._sections = sections or {"Flags": self._names()}
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse the flags, and prepare them; see argparse.
-
-        Raises:
-            ValueError: A flag is unknown.
-        """
+        """Parse the flags, and prepare them, as argparse does; raise a ValueError for an unknown one."""
         if args and "--help-all" in args:
             print(self.format_help(everything=True))
             self.exit()
         flags, unknown = super().parse_known_args(args, namespace)
         if unknown:  # Check this first: a missing flag may be misspelt.
-            raise ValueError(f"Unknown flag `{unknown[0]}`{self._nearest(unknown[0].partition('=')[0])}.")
+            raise self.unknown(unknown[0])
         self._prepare(vars(flags))
         return flags, unknown
 
     def error(self, message: str) -> NoReturn:
-        """Raise a ValueError instead of printing hundreds of flags and exiting.
-
-        Raises:
-            ValueError: Always.
-        """
+        """Raise a ValueError instead of printing hundreds of flags and exiting."""
         raise ValueError(f"{message[0].upper()}{message[1:].rstrip('.')}.")
 
     def parse(self, flags: Sequence[str], settings: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -104,7 +104,7 @@ class Parser(HfArgumentParser):
         for name, value in settings.items():
             action = self._option_string_actions.get(f"--{name}")
             if action is None or action.nargs == 0:  # `--no_x` is only for the command line
-                raise ValueError(f"Unknown flag `{name}` in the file{self._nearest(name)}.")
+                raise self.unknown(name, " in the file")
             self.set_defaults(**{action.dest: value})
         try:
             return self.parse_args_into_dataclasses(list(flags), look_for_args_file=False)
@@ -127,13 +127,18 @@ class Parser(HfArgumentParser):
     def _names(self) -> list[str]:
         return list(dict.fromkeys(action.dest for action in self._actions))
 
-    def _nearest(self, name: str) -> str:
-        name = name.lstrip("-").replace("-", "_")
-        names = self._names()
-        near = [common for common in [_COMMON_NAMES.get(name)] if common in names] or get_close_matches(
-            name, names, n=1
-        )
-        return f"; the nearest is `--{near[0]}`" if near else "; --help lists all of them"
+    def unknown(self, flag: str, where: str = "") -> ValueError:
+        """Return the error for an unknown flag, with the nearest one."""
+        name, names = flag.partition("=")[0].lstrip("-").replace("-", "_"), self._names()
+        common = _COMMON_NAMES.get(name)
+        near = [common] if common in names else get_close_matches(name, names, n=1)
+        advice = f"; the nearest is `--{near[0]}`" if near else "; --help lists all of them"
+        return ValueError(f"Unknown flag `{flag}`{where}{advice}.")
+
+
+def names_of(dataclass: Any) -> list[str]:
+    """Return the names of a dataclass's fields, which are those of its flags."""
+    return [field.name for field in fields(dataclass)]
 
 
 def _described(action: Action, everything: bool) -> list[str]:

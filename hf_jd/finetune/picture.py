@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,16 +19,13 @@ _WINDOW = 8
 
 
 def draw(runs: Mapping[str, Sequence[Results]], twins: Mapping[str, Sequence[Results]], path: Path) -> None:
-    """Draws the curves of all configurations, as means over seeds, into a PNG; prints a note without matplotlib.
+    """Draws the curves of all configurations, as means over seeds, into a PNG.
 
     Args:
         runs: The runs of each configuration, one per seed.
         twins: Runs with the same steps as a configuration in `runs` that can't measure conflicts.
         path: The PNG.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        print("There is no picture: matplotlib isn't installed (`pip install matplotlib`).")
-        return
     from matplotlib.figure import Figure
 
     tasks = next(iter(runs.values()))[0].tasks

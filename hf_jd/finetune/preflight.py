@@ -1,4 +1,4 @@
-"""Refuse settings that can't work, before anything is loaded."""
+"""Refuse settings that can't work, with a ValueError, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -13,11 +13,7 @@ from hf_jd.finetune.sentences import first_sentence
 
 
 def check_launch(training: TrainingArguments) -> None:
-    """Refuse processes that would train separately into the same folder.
-
-    Raises:
-        ValueError: Several processes were started, but aren't connected.
-    """
+    """Refuse processes that aren't connected: they would train separately into the same folder."""
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started > 1 and training.world_size != started:
         raise ValueError(
@@ -27,11 +23,7 @@ def check_launch(training: TrainingArguments) -> None:
 
 
 def check_reporting(training: TrainingArguments) -> None:
-    """Refuse to report to a tool that isn't installed.
-
-    Raises:
-        ValueError: --report_to names such a tool.
-    """
+    """Refuse to report to a tool that isn't installed."""
     targets = training.report_to if isinstance(training.report_to, list) else [training.report_to]
     available = get_available_reporting_integrations()
     for name in targets:
@@ -41,11 +33,7 @@ def check_reporting(training: TrainingArguments) -> None:
 
 
 def check_hub(training: TrainingArguments) -> None:
-    """Refuse to push to the Hub if it can't be reached, or the user isn't logged in.
-
-    Raises:
-        ValueError: It can't be pushed to.
-    """
+    """Refuse to push to the Hub if it can't be reached, or the user isn't logged in."""
     if not training.push_to_hub:
         return
     try:
@@ -58,11 +46,9 @@ def check_hub(training: TrainingArguments) -> None:
 
 
 def spread_over(training: TrainingArguments, examples: int) -> None:
-    """Convert shares of the training into numbers of steps, which Trainer compares when a run is resumed.
+    """Convert logging_steps, eval_steps and save_steps below 1, shares of the training, into numbers of steps.
 
-    Args:
-        training: Its logging_steps, eval_steps and save_steps are changed if they are below 1.
-        examples: The number of examples to train on.
+    Trainer compares these numbers when a run is resumed.
     """
     batches = math.ceil(examples / (training.train_batch_size * training.world_size))
     epoch = math.ceil(batches / training.gradient_accumulation_steps)

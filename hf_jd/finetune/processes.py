@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 _SECONDS_BETWEEN_LOOKS = 0.2
 USER_ERROR = 2
@@ -35,11 +35,7 @@ class Job:
 @contextmanager
 def _sigterm_as_exit() -> Generator[None]:
     """Makes SIGTERM, which batch systems send when time is up, raise an exception like Ctrl-C."""
-
-    def leave(number: int, frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield
     finally:
@@ -50,7 +46,7 @@ def _sigterm_as_exit() -> Generator[None]:
 def run_jobs(
     jobs: Sequence[Job], processes: int, environment: Mapping[str, str], finished: Callable[[Job], None]
 ) -> None:
-    """Run all jobs in order, `processes` at a time, and print when each is done.
+    """Runs all jobs in order, `processes` at a time, and prints when each is done.
 
     An error, Ctrl-C or SIGTERM also ends the running jobs.
 
@@ -99,7 +95,9 @@ def _start(job: Job, environment: Mapping[str, str]) -> tuple[Job, subprocess.Po
 
 
 def _failure(job: Job, code: int) -> Exception:
-    lines = job.log.read_text("utf-8", errors="replace").strip().splitlines()
-    if code == USER_ERROR and lines:
-        return ValueError(f"{job.name}: {lines[-1].partition('error: ')[2] or lines[-1]}")
-    return RuntimeError(f"The run {job.name!r} failed with exit code {code}: see {job.log}\n" + "\n".join(lines[-20:]))
+    log = job.log.read_text("utf-8", errors="replace").strip()
+    _, said, rest = log.rpartition(": error: ")
+    if code == USER_ERROR and said:
+        return ValueError(f"{job.name}: {rest.splitlines()[0]}")  # Other libraries may log something after it.
+    end = "\n".join(log.splitlines()[-20:])
+    return RuntimeError(f"The run {job.name!r} failed with exit code {code}: see {job.log}\n{end}")

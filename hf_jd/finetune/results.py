@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hf_jd.report.history import mean
+from hf_jd.report.history import STATE_FILE, mean
 
-STATE = "trainer_state.json"
 STEP_TIMES = "step_times.json"
 """The file with the seconds of each step."""
 ALL = "all"
@@ -62,9 +61,9 @@ class Results:
             ValueError: The folder holds no finished run.
         """
         try:
-            state = json.loads((folder / STATE).read_text("utf-8"))
+            state = json.loads((folder / STATE_FILE).read_text("utf-8"))
         except OSError as error:
-            raise ValueError(f"{folder} holds no finished run: it has no {STATE}.") from error
+            raise ValueError(f"{folder} holds no finished run: it has no {STATE_FILE}.") from error
         results = cls.of_log(state["log_history"], state["global_step"])
         times = folder / STEP_TIMES
         if times.exists():
@@ -75,18 +74,14 @@ class Results:
     def of_log(cls, log: Iterable[dict[str, Any]], steps: int) -> Results:
         """Read Trainer's log of that many steps."""
         results = cls(steps=steps)
+        by_kind = {"weight": results.weights, "against": results.against}
         for entry in log:
             results._add_evaluations(entry)
-            results._add_step(entry)
+            for name, value in entry.items():
+                kind, _, task = name.removeprefix("jd/").partition("/")
+                if name.startswith("jd/") and kind in by_kind:
+                    by_kind[kind].setdefault(task, []).append((entry["step"], value))
         return results
-
-    def _add_step(self, entry: dict[str, Any]) -> None:
-        """Add a log of training."""
-        measured = {name: value for name, value in entry.items() if name.startswith(("jd/weight/", "jd/against/"))}
-        for name, value in measured.items():
-            kind, task = name.removeprefix("jd/").split("/", 1)
-            series = self.weights if kind == "weight" else self.against
-            series.setdefault(task, []).append((entry["step"], value))
 
     def _add_evaluations(self, entry: dict[str, Any]) -> None:
         for name, loss in entry.items():
@@ -111,11 +106,11 @@ class Results:
 
     def mean_weight(self, task: str) -> float | None:
         """Return a task's mean share of the weights, over the logs with examples of it."""
-        return mean([value for _, value in self.weights[task]]) if task in self.weights else None
+        return mean(self.weights[task]) if task in self.weights else None
 
     def share_against(self, task: str) -> float | None:
         """Return the mean share of measured steps that went against a task, over the same logs."""
-        return mean([value for _, value in self.against[task]]) if task in self.against else None
+        return mean(self.against[task]) if task in self.against else None
 
     def steps_against(self, task: str) -> float | None:
         """Return the number of measured steps that went against a task, for a run that logged every step."""

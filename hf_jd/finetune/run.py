@@ -7,7 +7,6 @@ import os
 import shutil
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ from transformers import DataCollatorForSeq2Seq, IntervalStrategy, Trainer, Trai
 from hf_jd import JDTrainer, JDTrainingArguments
 from hf_jd.arguments import JDArguments
 from hf_jd.finetune.card import write_card
-from hf_jd.finetune.console import use_console
+from hf_jd.finetune.console import hide_bars, use_console
 from hf_jd.finetune.data import EXAMPLE_TASK_COLUMN, Rows, load_examples
 from hf_jd.finetune.facts import FactsWriter, facts_of
-from hf_jd.finetune.flags import DataArguments, ModelArguments, RunArguments
+from hf_jd.finetune.flags import MAIN_FLAGS, DataArguments, ModelArguments, RunArguments
 from hf_jd.finetune.measures import StepTimer, TokenLoss, answers, token_metrics
 from hf_jd.finetune.model import load_model, load_tokenizer, model_path
-from hf_jd.finetune.parser import Parser, read_settings, split_settings
+from hf_jd.finetune.parser import Parser, names_of, read_settings, split_settings
 from hf_jd.finetune.preflight import check_hub, check_launch, check_reporting, spread_over
 from hf_jd.finetune.results import Results
 from hf_jd.finetune.table import evaluation_table
@@ -32,18 +31,11 @@ from hf_jd.finetune.tokens import tokenize
 from hf_jd.trainer.resuming import checkpoint_to_resume, needed_files, trainer_files
 
 _FILES_OF_A_RUN = ("trainer_state.json", "adapter_config.json", "adapter_model.safetensors", "model.safetensors")
-MAIN_FLAGS = (
-    "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "max_grad_norm", "bf16",
-    "per_device_eval_batch_size", "eval_strategy", "eval_steps", "logging_steps", "report_to", "save_steps",
-    "resume_from_checkpoint", "do_train", "push_to_hub", "seed", "use_cpu",
-)  # fmt: skip
-"""The flags of TrainingArguments that `--help` lists."""
 LORA_LEARNING_RATE, FULL_LEARNING_RATE = 2e-4, 2e-5
 DEFAULTS: dict[str, Any] = {
     "do_train": True,
     "learning_rate": None,  # depends on --full
-    "logging_steps": 0.02,  # of the training, so that short data gives a curve, too
+    "logging_steps": 0.02,  # as shares of the training, so that short data gives a curve, too
     "eval_strategy": "steps",
     "eval_steps": 0.2,
     "eval_on_start": True,
@@ -56,11 +48,7 @@ logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `hf-jd finetune` with these arguments.
-
-    Returns:
-        The exit code.
-    """
+    """Run `hf-jd finetune`; return the exit code."""
     flags, file = split_settings(argv)
     finetune(*parse(flags, {} if file is None else read_settings(file)))
     return 0
@@ -92,20 +80,16 @@ def parse(
         allow_abbrev=False,
         prepare=_prepare,
         sections={
-            "Jacobian descent": _names_of(JDArguments),
-            "Model": _names_of(ModelArguments),
-            "Data": _names_of(DataArguments),
-            "Run": _names_of(RunArguments),
+            "Jacobian descent": names_of(JDArguments),
+            "Model": names_of(ModelArguments),
+            "Data": names_of(DataArguments),
+            "Run": names_of(RunArguments),
             "Training, as in transformers' TrainingArguments": MAIN_FLAGS,
         },
     )
     parser.set_defaults(**DEFAULTS)
     model, data, run, training = parser.parse(flags, settings)
     return model, data, run, training
-
-
-def _names_of(dataclass: Any) -> list[str]:
-    return [field.name for field in fields(dataclass)]
 
 
 def _prepare(flags: dict[str, Any]) -> None:
@@ -140,7 +124,8 @@ def finetune(model: ModelArguments, data: DataArguments, run: RunArguments, trai
         trainer = build_trainer(path, model, data, run, training, load_examples(data))
         if not training.do_train:
             return _evaluate_only(trainer)
-        trainer.add_callback(FactsWriter(folder, facts_of(path, model, data, run, training)))
+        facts = facts_of(path, model, data, run, training)
+        trainer.add_callback(FactsWriter(folder, facts))
         if not training.resume_from_checkpoint and trainer.is_world_process_zero():
             _remove_run(folder)
         try:
@@ -152,7 +137,7 @@ def finetune(model: ModelArguments, data: DataArguments, run: RunArguments, trai
         trainer.save_state()
     if trainer.is_world_process_zero():
         results = Results.read(folder)
-        write_card(folder, path, model, data, run, training, results)
+        write_card(folder, path, data, facts, results)
         if results.evaluations:
             print(f"\n{evaluation_table(results)}")
         print(f"\nSaved in {folder}.")
@@ -171,6 +156,7 @@ def build_trainer(
     kind: type[Trainer] | None = None,
 ) -> Trainer:
     """Build JDTrainer or, as a reference, transformers' Trainer, on the same model and data; or `kind`."""
+    hide_bars(training)
     set_seed(training.seed)  # The adapter's initial values depend on it.
     tokenizer = load_tokenizer(path, model)
     tokenized = {split: tokenize(rows, tokenizer, data) for split, rows in examples.items()}
@@ -218,11 +204,8 @@ def _by_task(examples: Dataset, column: str | None) -> Any:
 
 def evaluate_at_the_end(trainer: Trainer) -> None:
     """Evaluate, unless the last step already has."""
-    evaluated = any(
-        name.endswith("_loss") and name.startswith("eval_") and entry["step"] == trainer.state.global_step
-        for entry in trainer.state.log_history
-        for name in entry
-    )
+    evaluations = Results.of_log(trainer.state.log_history, steps=0).evaluations.values()
+    evaluated = any(of_task[-1].step == trainer.state.global_step for of_task in evaluations)
     if trainer.eval_dataset is not None and not evaluated:
         trainer.evaluate()
 

@@ -13,8 +13,8 @@ _Cell = Callable[[Results, str], float | None]
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Format a markdown table whose columns are as wide as their widest cell."""
-    lines = [list(header), *map(list, rows)]
+    """Format a markdown table whose columns are as wide as their widest cell; a short row ends in empty cells."""
+    lines = [[*row, *[_NONE] * (len(header) - len(row))] for row in (header, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     texts = []
@@ -29,20 +29,14 @@ def evaluation_table(results: Results) -> str:
     before = any(evaluations[0].step == 0 and len(evaluations) > 1 for evaluations in results.evaluations.values())
     rows = []
     for task in results.tasks:
-        first, last = results.evaluations[task][0], results.evaluations[task][-1]
-        shown = [first, last] if before else [last]
-        cells = [f"{e.loss:.3f}" for e in shown] + [f"{e.accuracy:.1%}" for e in shown]
-        rows.append([task, *cells, *_training_cells(results, task)])
+        shown = [results.evaluations[task][i] for i in ((0, -1) if before else (-1,))]
+        row = [task, *(f"{e.loss:.3f}" for e in shown), *(f"{e.accuracy:.1%}" for e in shown)]
+        if results.weights:
+            row += [spread([results.mean_weight(task)], ".1%"), spread([results.share_against(task)], ".0%")]
+        rows.append(row)
     times = [" before", " after"] if before else [" after" if results.steps else ""]
     header = ["task", *(f"loss{when}" for when in times), *(f"accuracy{when}" for when in times)]
     return markdown([*header, *(["share of the weights", "steps against it"] if results.weights else [])], rows)
-
-
-def _training_cells(results: Results, task: str) -> list[str]:
-    if not results.weights:
-        return []
-    weight, against = results.mean_weight(task), results.share_against(task)
-    return [_NONE if weight is None else f"{weight:.1%}", _NONE if against is None else f"{against:.0%}"]
 
 
 def comparison_table(
@@ -81,7 +75,7 @@ def comparison_table(
     }
     header = ["", *tasks, "time per step"]
     rows = [row for title, lines in sections.items() if lines for row in ([f"**{title}**"], *lines)]
-    return markdown(header, [[*row, *[_NONE] * (len(header) - len(row))] for row in rows])
+    return markdown(header, rows)
 
 
 def _block(runs: Mapping[str, Sequence[Results]], tasks: Sequence[str], cell: _Cell, form: str) -> list[list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -70,11 +71,7 @@ def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, data: DataArguments
 
 
 def _report(counts: Counter[str], lengths: list[int], learned: int, max_length: int) -> None:
-    """Warn about text that isn't learned.
-
-    Raises:
-        ValueError: There is nothing to learn.
-    """
+    """Warn about text that isn't learned; raise a ValueError if nothing is."""
     if not learned:
         raise ValueError(
             "No example has a token to predict: all completions (or texts) are empty, or truncated. Check the data, or "
@@ -82,23 +79,16 @@ def _report(counts: Counter[str], lengths: list[int], learned: int, max_length: 
         )
     total = len(lengths)
     if learned < total:
-        logger.warning("%d of %d examples are left out: they have no text to learn.", total - learned, total)
-    longer = sum(length > max_length for length in lengths)
-    if longer:
+        logger.warning(f"{total - learned} of {total} examples are left out: they have no text to learn.")
+    if longer := sum(length > max_length for length in lengths):
         logger.warning(
-            "%d of %d examples are longer than --max_length %d (the longest has %d tokens): they lose the beginning of "
-            "their prompt, then the end of their learned text.",
-            longer,
-            total,
-            max_length,
-            max(lengths),
+            f"{longer} of {total} examples are longer than --max_length {max_length} (the longest has {max(lengths)} "
+            "tokens): they lose the beginning of their prompt, then the end of their learned text."
         )
     if counts["rewritten"]:
         logger.warning(
-            "%d of %d answers of the assistant are not learned: the chat template changes them when more messages "
-            "follow.",
-            counts["rewritten"],
-            counts["answers"],
+            f"{counts['rewritten']} of {counts['answers']} answers of the assistant are not learned: the chat template "
+            "changes them when more messages follow."
         )
 
 
@@ -171,12 +161,7 @@ def _render(
 
 def _common(ids: Iterable[int], others: Iterable[int]) -> int:
     """Return the length of two sequences' common prefix."""
-    count = 0
-    for a, b in zip(ids, others, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, others, strict=False)))
 
 
 def _truncate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,12 +11,11 @@ from typing import TYPE_CHECKING
 from hf_jd.finetune.comparison import Plan, Tradeoff
 from hf_jd.finetune.results import Results
 from hf_jd.finetune.table import markdown, spread
+from hf_jd.report.verdict import CONTROLS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_CONTROLS = ("mean", "sum", "constant")
-"""Weightings that ignore the Gramian."""
 _COLORS = [f"C{i}" for i in (3, 0, 2, 1, 4, 9, 5, 6, 8)]
 """The other weightings' colours; controls are grey."""
 _SMALLEST = 1e-9
@@ -61,55 +59,44 @@ def tradeoff_table(plan: Plan, runs: Mapping[str, Sequence[Results]]) -> str:
     tradeoff = _checked(plan, runs)
     forget, keep = tradeoff.forget, tradeoff.keep
     header = ["", f"{forget} ↑", "right", f"{keep} ↓", "right"]
-    header += [f"{keep} where {forget} is {tradeoff.until:g}", "at step"]
-    header += [f"steps against {forget}", f"against {keep}"]
+    header += [f"{keep} where {forget} is {tradeoff.until:g}", "at step", f"steps against {forget}", f"against {keep}"]
     start = [next(iter(runs.values()))[0].evaluations[task][0] for task in (forget, keep)]
-    rows = [["before training", *(text for e in start for text in (f"{e.loss:.2f}", f"{e.accuracy:.0%}")), *[""] * 4]]
+    rows = [["before training", *(text for e in start for text in (f"{e.loss:.2f}", f"{e.accuracy:.0%}"))]]
     for variant in plan.variants:
-        if variant:
-            rows.append([f"**{variant}**", *[""] * 8])
+        rows += [[f"**{variant}**"]] if variant else []
         rows += [_row(name, runs[full], tradeoff) for name, full in plan.names(variant).items()]
     return markdown(header, rows)
 
 
 def _checked(plan: Plan, runs: Mapping[str, Sequence[Results]]) -> Tradeoff:
     assert plan.tradeoff is not None
+    tasks = next(iter(runs.values()))[0].tasks
     for task in (plan.tradeoff.forget, plan.tradeoff.keep):
-        tasks = next(iter(runs.values()))[0].tasks
         if task not in tasks:
             raise ValueError(f"The plan's tradeoff has the task `{task}`; the evaluated tasks are {', '.join(tasks)}.")
     return plan.tradeoff
 
 
 def _row(name: str, seeds: Sequence[Results], tradeoff: Tradeoff) -> list[str]:
-    ends = [[results.evaluations[task][-1] for results in seeds] for task in (tradeoff.forget, tradeoff.keep)]
+    cells, against = [name], []
+    for task in (tradeoff.forget, tradeoff.keep):
+        ends = [results.evaluations[task][-1] for results in seeds]
+        cells += [spread([end.loss for end in ends], ".2f"), spread([end.accuracy for end in ends], ".0%")]
+        against.append(spread([results.steps_against(task) for results in seeds], ".0f"))
     prices = [cost for results in seeds if (cost := price(results, tradeoff))]
-    few = f" ({len(prices)} of {len(seeds)})" if 0 < len(prices) < len(seeds) else ""
-    return [
-        name,
-        *(
-            text
-            for end in ends
-            for text in (spread([e.loss for e in end], ".2f"), spread([e.accuracy for e in end], ".0%"))
-        ),
-        spread([loss for _, loss in prices], ".2f") + few if prices else "never",
-        spread([step for step, _ in prices], ".0f"),
-        spread([results.steps_against(tradeoff.forget) for results in seeds], ".0f"),
-        spread([results.steps_against(tradeoff.keep) for results in seeds], ".0f"),
-    ]
+    few = f" ({len(prices)} of {len(seeds)})" if len(prices) < len(seeds) else ""
+    cells.append(spread([loss for _, loss in prices], ".2f") + few if prices else "never")
+    return [*cells, spread([step for step, _ in prices], ".0f"), *against]
 
 
 def draw_tradeoff(plan: Plan, runs: Mapping[str, Sequence[Results]], path: Path) -> None:
-    """Draws each configuration's path through the two losses into a PNG; prints a note without matplotlib.
+    """Draws each configuration's path through the two losses into a PNG.
 
     Args:
         plan: Its `tradeoff` is not None.
         runs: The runs of each configuration, one per seed.
         path: The PNG.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        print("There is no picture: matplotlib isn't installed (`pip install matplotlib`).")
-        return
     from matplotlib.figure import Figure
 
     tradeoff = _checked(plan, runs)
@@ -134,13 +121,15 @@ def draw_tradeoff(plan: Plan, runs: Mapping[str, Sequence[Results]], path: Path)
 
 def _is_control(plan: Plan, name: str) -> bool:
     flags = plan.base | plan.configurations[name]
-    return bool(flags.get("stock")) or flags.get("jd_weighting") in _CONTROLS
+    return bool(flags.get("stock")) or flags.get("jd_weighting") in CONTROLS
 
 
 def _draw_path(axis: Axes, name: str, seeds: Sequence[Results], tradeoff: Tradeoff, color: str, style: str) -> None:
     """Draw one configuration: the geometric mean over seeds, and each seed's end."""
     paths = [losses_of(results, tradeoff) for results in seeds]
-    keep, forget = ([_mean([at[i] for at in points]) for points in zip(*paths, strict=True)] for i in (2, 1))
+    keep, forget = (
+        [statistics.geometric_mean(at[i] for at in points) for points in zip(*paths, strict=True)] for i in (2, 1)
+    )
     axis.plot(keep, forget, style, color=color, linewidth=1.6, markersize=5, markevery=[-1], label=name)
     if len(seeds) > 1:
         ends = [points[-1] for points in paths]
@@ -170,8 +159,3 @@ def _label_axes(axis: Axes, variant: str, tradeoff: Tradeoff) -> None:
         side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         side.set_minor_locator(NullLocator())
     axis.spines[["top", "right"]].set_visible(False)
-
-
-def _mean(values: Sequence[float]) -> float:
-    """Return the geometric mean."""
-    return math.exp(statistics.fmean(map(math.log, values)))

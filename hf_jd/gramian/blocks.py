@@ -64,11 +64,11 @@ def blocks_of(blocks: Blocks, names: Iterable[str]) -> list[str]:
 
 
 def places_of(blocks: Mapping[nn.Parameter, str] | None, parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, int]:
-    """The place of each parameter's block among all of them, in the order in which `blocks` first names them.
+    """Returns the index of each parameter's block, counting blocks in the order in which `blocks` first names them.
 
     Args:
         blocks: The name of each parameter's block; None: all are one.
-        parameters: Whose places are wanted.
+        parameters: The parameters to look up.
     """
     if blocks is None:
         return dict.fromkeys(parameters, 0)

@@ -21,16 +21,17 @@ from torch import Tensor, nn
 
 from hf_jd.gramian.graph import Differentiator
 from hf_jd.gramian.layouts import AXES, Batch, Layout, candidates
-from hf_jd.gramian.plan import ModuleUse
-from hf_jd.gramian.recording import RecordedUse, Recording
+from hf_jd.gramian.plan import ModuleUse, RecordedUse
+from hf_jd.gramian.recording import Recording
 from hf_jd.gramian.rows import accumulation_dtype
+from hf_jd.gramian.small_tensors import SmallTensors
 from hf_jd.gramian.taps import TapEvent
 
 # The largest difference allowed: relative to the parameter's own gradient, and relative to the typical gradient of the
 # model, below which a parameter's gradient is rounding noise (a bias that softmax cancels) and proves nothing.
 TOLERANCE = {torch.float64: (1e-5, 1e-10), torch.float32: (5e-3, 1e-6)}
 HALF_TOLERANCE = (3e-2, 1e-3)
-BLIND = (1e-1, 1e-2)  # if it takes noise beyond this to explain an error, the identity has proved next to nothing
+BLIND = (1e-1, 1e-2)  # if explaining an error takes more noise than this, the identity has proved next to nothing
 OUTLIERS = 1e3  # times the median parameter's gradient
 # The first levels have distinct, nonzero pairwise sums, so that what rows have in common does not cancel.
 LEVELS = (1.0, 0.5, -0.25, 0.25, -0.5)
@@ -43,7 +44,7 @@ class Checker:
     """Decides which rows still need a proof, and which are wrong.
 
     Attributes:
-        asleep: Parameters whose gradient was zero in their last proof, which proves nothing (lora_A at its start, where
+        asleep: Parameters whose gradient was zero in their last check, which proves nothing (lora_A at its start, where
             lora_B is zero). They need another proof as soon as their rows are not zero.
         expects: Whether the next step may need a proof: the quantities that it compares are then recorded first.
         underflows: Whether some part of the model computes in float16, where small gradients lose digits.
@@ -197,7 +198,7 @@ def is_due(use: ModuleUse, parameter: nn.Parameter, layout: Layout | None) -> bo
 class LeakRecording:
     """Records backwards of single losses, to find modules where two of them reach the same place.
 
-    Even if instances come in another order or dimension than the losses, no two losses share a place.
+    If instances don't mix, no two losses reach the same place, whatever the order or dimension of the instances.
 
     Args:
         batch: The instances of the step.
@@ -234,7 +235,17 @@ def probed_gradients(
     differentiator: Differentiator, losses: Tensor, probe: Tensor, parameters: Sequence[nn.Parameter]
 ) -> dict[nn.Parameter, Probed | None]:
     """Computes autograd's gradient of sum_i r_i loss_i for each r of a probe [P, R]; None if no loss depends on it."""
-    gradients = [differentiator.gradients((r * losses).sum(), parameters) for r in probe]
+    small = SmallTensors()
+
+    def move(gradient: Tensor | None) -> Tensor | None:  # as soon as it is formed
+        return None if gradient is None else small.store(gradient)
+
+    handles = [p.register_hook(move) for p in parameters]
+    try:
+        gradients = [differentiator.gradients((r * losses).sum(), parameters) for r in probe]
+    finally:
+        for handle in handles:
+            handle.remove()
     columns = zip(*gradients, strict=True)
     return {
         p: None if column[0] is None else [g.to_dense() if g.is_sparse else g for g in column if g is not None]
@@ -273,7 +284,7 @@ def unresolved(
 
 
 def is_blind(error: float, gradients: Probed | None, expected: Mapping[nn.Parameter, Probed | None]) -> bool:
-    """Whether noise is so large that a wrong map from rows to objectives could hide in it."""
+    """Whether the noise is large enough to hide a wrong map from rows to objectives."""
     relative, noise = BLIND
     return error > relative * _norm(gradients) + noise * _typical(expected.values()) * math.sqrt(_numel(gradients))
 

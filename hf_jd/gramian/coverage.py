@@ -65,7 +65,7 @@ class Coverage:
 
     @property
     def sizes(self) -> set[tuple[int, int]]:
-        """(axis, size) of the first two dimensions of the modules' input tensors since the last Gramian."""
+        """The (axis, size) pairs of the first two dimensions of all inputs to the modules since the last Gramian."""
         return self.inputs.sizes
 
     def parameters(self) -> list[nn.Parameter]:
@@ -74,7 +74,7 @@ class Coverage:
 
     @property
     def sharded(self) -> bool:
-        """Whether processes share the parameters out."""
+        """Whether the parameters are sharded over processes."""
         return self._sharded or is_partitioned(self.names)
 
     def whole(self) -> dict[nn.Parameter, nn.Parameter]:
@@ -158,7 +158,7 @@ class Coverage:
     def _state(self) -> list[int]:
         """Returns the ids of each module's children and parameters; in C, this is far cheaper than walking the tree."""
         members = [*map(_MODULES, self._tree), *map(_PARAMETERS, self._tree)]
-        return [*map(len, members), *map(id, chain.from_iterable(map(_VALUES, members)))]
+        return [*map(len, members), *map(id, chain.from_iterable(map(_VALUES, filter(None, members))))]
 
     def _replaced(self) -> bool:
         """Whether `torch.func.functional_call` has replaced the parameters with other tensors for one forward."""

@@ -10,7 +10,7 @@ from hf_jd.gramian.check import BLIND, TOLERANCE
 from hf_jd.gramian.engine import Engine
 from hf_jd.gramian.rules import RULES, Rule
 
-SETTLING_STEPS = 3  # steps in which parameters whose owner isn't called find their holder
+SETTLING_STEPS = 3  # steps to find the holders of parameters whose owner isn't called
 ADVICE = {
     0: "no objective depends on it: freeze it, or check that the loss uses it",
     1: "closed form: costs as much as autograd's own weight gradient",

@@ -22,7 +22,7 @@ from hf_jd.gramian.recording import Keep
 from hf_jd.gramian.rules import RULES, Rule
 from hf_jd.gramian.taps import ModuleTap, Switch
 
-FREE_MEMORY_SHARE = 0.5  # of the device's free memory that `keep_rows="auto"` lets rows take
+FREE_MEMORY_SHARE = 0.5  # the share of the device's free memory that rows may take with `keep_rows="auto"`
 
 
 @dataclass
@@ -176,7 +176,7 @@ class Engine:
 
         Args:
             losses: As for `compute_gramian`. Rows follow `losses.movedim(batch_dim, -1).flatten()`: row k * m + i is of
-                instance i and of index k into the other dimensions.
+                instance i and index k into the other dimensions.
             segments: As for `compute_gramian`.
             materialise: False stores rows as factors where those are smaller.
             retain_graph: As for `compute_gramian`.
@@ -324,7 +324,7 @@ class Engine:
         return tensor.movedim(self.batch_dim + before if self.batch_dim >= 0 else self.batch_dim, -1)
 
     def _generalized(self, gramian: Tensor, losses: Tensor) -> Tensor:
-        """[R, R] in the order of rows -> shape(losses) + reversed(shape(losses))."""
+        """Reshapes [R, R], in the order of rows, to shape(losses) + reversed(shape(losses))."""
         n, shape = losses.dim(), self._instances_last(losses).shape
         gramian = gramian.reshape([*shape, *shape])
         if self.batch_dim is not None:

@@ -127,7 +127,7 @@ class Foresight:
                 continue
             for shape in node.shapes:
                 use = self._plan.past_use(node.tap, node.call.modes, shape, batch)
-                # Methods that call a module again may fail on a call's shapes, and leave its parameters to tier 3.
+                # Methods that call a module again may fail for new shapes, and leave its parameters to tier 3.
                 if use is None or not use.is_closed:
                     return False
                 layout = use.layout_for(shape[:-1] or shape, batch.instances)

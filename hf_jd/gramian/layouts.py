@@ -28,7 +28,7 @@ class UnmappedError(Exception):
 
 
 class DrawsError(UnmappedError):
-    """A module draws random numbers when called again, and those of its forward are unknown."""
+    """A module draws random numbers when called again, and its forward's numbers are unknown."""
 
 
 @dataclass(eq=False)
@@ -65,7 +65,7 @@ class Segments:
         """The order that makes objectives contiguous (None: they are already), and the number of entries of each."""
         assert self.ids is not None
         ids = self.ids.flatten()
-        # Counting from -1 on: the first count is of entries without an objective, which the sort puts first.
+        # Counts start at id -1: the first count is of entries without an objective, which the sort puts first.
         none, *lengths = torch.bincount(ids + 1, minlength=self.objectives + 1).tolist()
         if none == 0 and bool((ids[1:] >= ids[:-1]).all()):
             return None, lengths

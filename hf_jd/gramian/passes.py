@@ -24,7 +24,7 @@ from hf_jd.gramian.taps import Switch
 
 logger = logging.getLogger(__name__)
 ATTEMPTS = 12  # passes of one self-check: each revokes one wrong decision per parameter
-MIXING_TESTS = 32  # losses to differentiate one by one when instances seem to mix
+MIXING_TESTS = 32  # how many losses to differentiate one by one if instances seem to mix
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Measurement:
     Attributes:
         losses: [R], one entry per objective.
         batch: The instances that they belong to.
-        differentiator: Of their graph.
+        differentiator: Differentiates their graph.
         keep: Whether to store rows, factors or only the Gramian.
         retain: Whether to retain the graph even when this measurement no longer needs it.
     """
@@ -168,7 +168,7 @@ class Passes:
             shared = recording.shared
 
     def _unmet(self, one: Measurement, recording: Recording) -> set[nn.Parameter]:
-        """Returns the parameters that have gradients but were seen by no tap."""
+        """Returns the parameters that have gradients, but that no tap has seen."""
         names, individual, seen = self._coverage.names, self._plan.individual, recording.uses_of
         reached = recording.reached - seen.keys()
         missing = [p for p in names if p not in seen and p not in individual and p not in self._absent]
@@ -182,7 +182,7 @@ class Passes:
     def _check_length(self, losses: Tensor, batch: Batch, recording: Recording) -> None:
         """Raises if no input of the model can hold as many instances as there are losses or segments."""
         seen, n = self._coverage.sizes, batch.instances
-        # If the batch is the second dimension, some module sees it: the dimension alone proves nothing.
+        # A batch in the second dimension is still some module's input, so one dimension alone proves nothing.
         fits = any(size % n == 0 if axis == 0 else size == n and not recording.uses for axis, size in seen)
         if not seen or fits or any(m.layout is not None or m.use.rejected for m in recording.uses):
             return

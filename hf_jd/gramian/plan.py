@@ -6,6 +6,7 @@ then one differentiation per objective), until the self-check confirms one.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from hf_jd.gramian.methods import LINEAR_MAPS, ClosedForm, Method
 from hf_jd.gramian.routed import experts, is_experts
 from hf_jd.gramian.rules import RULES, Rule, recognise
 from hf_jd.gramian.sharding import layer_type
-from hf_jd.gramian.taps import ModuleTap, TapEvent
+from hf_jd.gramian.taps import Call, ModuleTap, TapEvent
 
 
 @dataclass(eq=False)
@@ -73,6 +74,56 @@ class ModuleUse:
         return self.layout
 
 
+@dataclass(frozen=True)
+class RecordedUse:
+    """One use of a module, as a backward recorded it.
+
+    Attributes:
+        targets: The parameters whose rows it gives, by name.
+        use: The module, and how its rows are formed.
+        layout: How its tensors hold the batch; None if no layout fits.
+    """
+
+    targets: Mapping[str, nn.Parameter]
+    use: ModuleUse
+    layout: Layout | None
+
+
+class Waited(NamedTuple):
+    """A small layer's last event that waited to be stacked: the same event waits again in the same situation.
+
+    Attributes:
+        recorded: Its use.
+        method: Of the use, at that time.
+        call: How the layer was called.
+        situation: What else decided.
+        kind: What the layers of its stack have in common (`stacks.kind_of`).
+        dtypes: The parameters'.
+    """
+
+    recorded: RecordedUse
+    method: Method
+    call: Call
+    situation: tuple
+    kind: tuple
+    dtypes: list[torch.dtype]
+
+    def fits(self, event: TapEvent) -> bool:
+        """Whether the event is of the same kind, and nothing was decided about its use since."""
+        recorded, g = self.recorded, event.grad_outputs[0]
+        if event.call is not self.call or event.targets is not recorded.targets or event.inputs is None or g is None:
+            return False
+        if recorded.use.method is not self.method or recorded.use.layout is not recorded.layout:
+            return False
+        x = event.inputs[0]
+        if (x.shape, g.shape, x.dtype, g.dtype) != self.kind[1:5]:
+            return False
+        for parameter, dtype in zip(event.targets.values(), self.dtypes, strict=True):
+            if not parameter.requires_grad or parameter.dtype is not dtype:
+                return False
+        return True
+
+
 # Module, modes, rank of the output gradient, whether it has one leading row per instance, whether there are several
 # objectives.
 _Key = tuple[nn.Module, tuple[bool, ...], int, bool, bool]
@@ -87,7 +138,8 @@ class Plan:
     Attributes:
         individual: Parameters that only tier 3 gets right.
         several: Parameters whose rows were the sum of several uses.
-        stacked: By the `kind_of` layers, whether their rows are formed together.
+        stacked: Whether rows are formed together, by the layers' `kind_of`.
+        waited: By tap, its last event that waited for this.
     """
 
     def __init__(self, rules: Mapping[type[nn.Module], Rule]):
@@ -95,6 +147,7 @@ class Plan:
         self.individual: set[nn.Parameter] = set()
         self.several: set[nn.Parameter] = set()
         self.stacked: dict[tuple, bool] = {}
+        self.waited: dict[ModuleTap, Waited] = {}
         self._uses: dict[_Key, ModuleUse] = {}
 
     def use(self, event: TapEvent, shape: torch.Size, batch: Batch) -> ModuleUse:
@@ -130,7 +183,7 @@ class Plan:
             if not decided:
                 undecided.add(parameter)
                 continue
-            # The order of several rows per instance is a guess: doubt it before a dimension of the right size.
+            # The order of several rows per instance is a guess: revoke it before a dimension of the right size.
             use, layout = next((pair for pair in decided if pair[1].is_repeated), decided[0])
             use.rejected.add(layout)
             use.layout = None
@@ -154,7 +207,7 @@ class Plan:
 
 
 def _key(tap: ModuleTap, modes: tuple[bool, ...], shape: torch.Size, batch: Batch) -> _Key:
-    """Returns what calls of a module must have in common to share a decision.
+    """Returns a key for calls of a module that share a decision.
 
     In another mode, a module may compute something else. An encoder called with B queries and with 2B passages holds
     the batch in two ways. And if all instances belong to one objective, no check can tell layouts apart: its approval

@@ -16,10 +16,10 @@ class RandomState:
     """The states of the random streams.
 
     Attributes:
-        cpu: torch's, on the CPU.
-        device: torch's, on the device; None if that is the CPU.
-        numpy: That of numpy's global functions.
-        python: That of the module `random`.
+        cpu: torch's state on the CPU.
+        device: torch's state on the device; None if that is the CPU.
+        numpy: The state of numpy's global functions.
+        python: The state of the module `random`.
     """
 
     cpu: Tensor

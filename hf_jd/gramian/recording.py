@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from hf_jd.gramian.functional_call import single_precision_gradients
 from hf_jd.gramian.layouts import AXES, Batch, DrawsError, Layout, Segments, UnmappedError
 from hf_jd.gramian.methods import FINAL, VECTORISED, ClosedForm, Tier
-from hf_jd.gramian.plan import ModuleUse, Plan
+from hf_jd.gramian.plan import ModuleUse, Plan, RecordedUse, Waited
 from hf_jd.gramian.rows import DenseRows, OuterRows, Rows, accumulation_dtype
 from hf_jd.gramian.sharding import is_partitioned
+from hf_jd.gramian.small_tensors import SmallTensors
 from hf_jd.gramian.stacks import Stack, Stacker, kind_of
 from hf_jd.gramian.taps import Call, ModuleTap, TapEvent
 
@@ -26,21 +27,6 @@ class Keep(Enum):
     ROWS = "rows"
     FACTORS = "factors"  # if they are smaller than rows
     GRAMIAN = "gramian"
-
-
-@dataclass
-class RecordedUse:
-    """One use of a module, as a backward recorded it.
-
-    Attributes:
-        targets: The parameters whose rows it gives, by name.
-        use: The module, and how its rows are formed.
-        layout: How its tensors hold the batch; None if no layout fits.
-    """
-
-    targets: Mapping[str, nn.Parameter]
-    use: ModuleUse
-    layout: Layout | None
 
 
 @dataclass
@@ -92,9 +78,16 @@ class Recording:
     _unbatched: list[tuple[ModuleUse, TapEvent]] = field(default_factory=list, init=False)
     _stacker: Stacker = field(init=False)
     _waiting: set[nn.Parameter] = field(default_factory=set, init=False)
+    _sums: SmallTensors = field(default_factory=SmallTensors, init=False)
+    _situation: tuple | None = field(init=False)
 
     def __post_init__(self) -> None:
         self._stacker = Stacker(self.batch)
+        # What the decision to let a layer wait depends on, beside the event; None: each parameter needs a closer look.
+        plain = self.probe is None and self.keep is not Keep.GRAMIAN and not self.asleep and not self.doubted
+        segments = self.batch.segments
+        shape = None if segments.ids is None else segments.ids.shape
+        self._situation = (self.batch.instances, segments.distinguish, shape, self.keep) if plain else None
 
     @property
     def uses_of(self) -> dict[nn.Parameter, list[RecordedUse]]:
@@ -107,6 +100,8 @@ class Recording:
 
     def record(self, event: TapEvent) -> None:
         """Forms the rows of one event; parameters whose layout is unknown are left to tier 3, without an error."""
+        if self._waits_again(event):
+            return
         event = self._without_individual(event)
         first, targets = event.first, event.targets
         if first is None or not targets:
@@ -123,6 +118,10 @@ class Recording:
             return
         kind = self._kind(use, layout, event)
         if kind is not None and self.plan.stacked.get(kind):
+            if self._situation is not None:
+                dtypes = [p.dtype for p in targets.values()]
+                recorded = self.uses[-1]
+                self.plan.waited[event.tap] = Waited(recorded, use.method, event.call, self._situation, kind, dtypes)
             self._wait(kind, event)
             return
         ModuleTap.look_away = True
@@ -164,13 +163,27 @@ class Recording:
                     x = one.expand(len(twin[0]), *one.shape[1:])
                     rows = dict(use.method.rule(use.module, x, *twin))
             self.tiers.update(dict.fromkeys((targets[name] for name in rows if name in targets), Tier.CLOSED))
-            self.refuted |= self.doubted & set(targets.values())  # No layer can be called to check a twin's rows.
+            self.refuted |= self.doubted & set(targets.values())  # A twin's rows have no layer to check them.
             self._take(targets, rows)
         self._release()
         for parameter in self.unmapped & self._waiting:
             self._unstack(parameter)
         if self.keep is Keep.GRAMIAN:
             self.shared |= self.unmapped & self._dropped  # Tier 3 gives all their rows, but the Gramian has a part.
+
+    def _waits_again(self, event: TapEvent) -> bool:
+        """Lets a layer wait whose last event waited in the same situation, without deciding again."""
+        waited, plan = self.plan.waited.get(event.tap), self.plan
+        if waited is None or waited.situation != self._situation or plan.several or plan.individual:
+            return False
+        targets = event.targets.values()
+        if not waited.fits(event) or not self._waiting.isdisjoint(targets):
+            return False
+        if self.rows and not self.rows.keys().isdisjoint(targets):
+            return False
+        self.uses.append(waited.recorded)
+        self._wait(waited.kind, event)
+        return True
 
     def _kind(self, use: ModuleUse, layout: Layout | None, event: TapEvent) -> tuple | None:
         """Returns what layers must share with this one to form their rows together; None if it can't be stacked."""
@@ -184,12 +197,10 @@ class Recording:
                 return None
         if ids is not None and ids.dim() == 2 and kind[1][1:2] != ids.shape[1:]:
             return None
-        return (*kind, ids is None, self.keep)  # These decide whether rows stay factors.
+        return (*kind, ids is None, self.keep is Keep.ROWS)  # These decide whether rows stay factors.
 
     def _wait(self, kind: tuple, event: TapEvent) -> None:
-        for parameter in event.targets.values():
-            self.tiers[parameter] = Tier.CLOSED
-            self._waiting.add(parameter)
+        self._waiting.update(event.targets.values())
         self._stacker.wait(kind, event)
         if self._stacker.is_full:
             self._release()
@@ -299,8 +310,10 @@ class Recording:
 
     def _release(self) -> None:
         for stack in self._stacker.release():
+            members = dict.fromkeys(stack.members, stack)
+            self.tiers = dict.fromkeys(members, Tier.CLOSED) | self.tiers
             if self.probe is None:
-                self.rows.update(dict.fromkeys(stack.members, stack))
+                self.rows.update(members)
                 continue
             sums = [stack.weighted_sums(r) for r in self.probe]
             for parameter, *parts in zip(stack.members, *sums, strict=True):
@@ -308,7 +321,8 @@ class Recording:
 
     def _weigh(self, parameter: nn.Parameter, parts: list[Tensor]) -> None:
         before = self.probed.get(parameter)
-        self.probed[parameter] = parts if before is None else [a + b for a, b in zip(before, parts, strict=True)]
+        sums = parts if before is None else [a + b for a, b in zip(before, parts, strict=True)]
+        self.probed[parameter] = [self._sums.store(part) for part in sums]
 
     def _unstack(self, parameter: nn.Parameter) -> Rows | None:
         """Returns a parameter's rows so far, to add to or leave out; takes their stack apart."""

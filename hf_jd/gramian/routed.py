@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_jd.gramian.layouts import Segments
 from hf_jd.gramian.rows import DenseRows, Rows, accumulation_dtype, inner
 
-READ = 64  # multiplications in about the time that it takes to write a number of a row and read it twice
+READ = 64  # multiplications in about the time of writing one number of a row and reading it twice
 
 
 class RoutedRows(Rows):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 65_536  # columns in one inner product: float32 sums of more lose digits (1.7e-3 relative at 10M columns)
+CHUNK = 65_536  # columns per inner product: longer float32 sums lose digits (1.7e-3 relative at 10M columns)
 BLOCK = 64  # objectives up to which a symmetric product is fastest in one piece
 COLUMNS = 64  # columns up to which forming a tall product transposed is several times faster
 

@@ -26,7 +26,7 @@ Rule = Callable[[Any, Any, Tensor, Segments], dict[str, Rows]]
 
 
 def outer(grad_output: Tensor, input: Tensor, segments: Segments, shape: torch.Size) -> Rows:
-    """Rows sum_t g_t x_t^T of a weight of `shape`; as factors if the objectives are equal blocks of leading rows."""
+    """Forms rows sum_t g_t x_t^T of a weight of `shape`; as factors if objectives are equal blocks of leading rows."""
     if input.dtype != grad_output.dtype:
         input = input.to(grad_output.dtype)
     if segments.ids is not None and narrow(shape):
@@ -110,7 +110,7 @@ def _times_normalised(g: Tensor, x: Tensor, eps: float) -> Tensor:
 
 
 def _channels(module: Any, x_hat: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
-    """Rows of a scale and a shift per channel; tensors [N, C, *]."""
+    """Forms the rows of a scale and a shift per channel; tensors [N, C, *]."""
     rows = {}
     if module.weight is not None and module.weight.requires_grad:
         rows["weight"] = _sum(shared_features((grad_output * x_hat).movedim(1, -1)), segments, module.weight)

@@ -2,7 +2,7 @@
 
 Rows belong to whole parameters. Under FSDP2, they are stored under the sharded parameters, which the optimizer holds;
 ZeRO 3 empties and refills the same parameters. Every backward pass gathers shards, so all processes have to run the
-same number of passes, however many their data needs.
+same number of passes, even if their data needs fewer.
 """
 
 from __future__ import annotations

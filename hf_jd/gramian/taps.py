@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from hf_jd.gramian.random_streams import RandomState, random_state, set_random_state
 
-MOST_FORWARDS = 8  # forwards that a tap remembers: a thousand forwards without a Gramian must not fill memory
+MOST_FORWARDS = 8  # forwards that a tap remembers at most: a thousand forwards without a Gramian must not fill memory
 NO_AUTOCAST = ("cpu", torch.bfloat16, False)
 
 

@@ -14,13 +14,13 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 )
 
-from hf_jd.losses.aligned import aligned
 from hf_jd.losses.causal_lm import causal_lm
 from hf_jd.losses.classification import classification
+from hf_jd.losses.cross_entropy import aligned
 from hf_jd.losses.ctc import ctc
 from hf_jd.losses.question_answering import question_answering, start_and_end
 
-# By transformers' `loss_type`, which has no "ForMultipleChoice" and no "Seq2SeqLM".
+# Keys are transformers' `loss_type`, plus two that it lacks: "ForMultipleChoice" and "Seq2SeqLM".
 LOSSES = {
     "ForCausalLM": causal_lm,
     "Seq2SeqLM": aligned,
@@ -38,18 +38,13 @@ LOSSES = {
 NAMED_LOSSES = {"ForQuestionAnswering": start_and_end}
 """The kinds whose loss is a sum of several named losses."""
 
-TARGETS = ("labels", "start_positions", "end_positions")
-"""The keys of a batch from which a model computes its own loss."""
-
 __all__ = [
     "LOSSES",
     "NAMED_LOSSES",
-    "TARGETS",
     "bare",
     "causal_lm",
     "check_targets",
     "known_kind",
-    "loss_kind",
 ]
 
 
@@ -59,25 +54,8 @@ def bare(model: nn.Module | None) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # ty: ignore[not-callable]
 
 
-def loss_kind(model: nn.Module | None) -> str:
-    """Returns the key of `LOSSES` for a model, with or without PEFT's wrappers.
-
-    Raises:
-        ValueError: There is none.
-    """
-    kind = known_kind(model)
-    if kind is None:
-        raise ValueError(
-            f"{type(bare(model)).__name__} has no built-in unreduced loss (there are: {', '.join(LOSSES)}): override "
-            "`compute_losses` and return one loss per instance or per token."
-        )
-    return kind
-
-
-def known_kind(model: nn.Module | None) -> str | None:
-    """Returns the key of `LOSSES` for a model; None if there is none."""
-    core = bare(model)
-    name = type(core).__name__.removeprefix("FSDP")  # FSDP2 derives its own class
+def known_kind(core: Any, name: str) -> str | None:
+    """Returns the key of `LOSSES` for a bare model of a class with this name; None if there is none."""
     kind = getattr(core, "loss_type", None)
     answers = {
         *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(),
@@ -100,7 +78,7 @@ def check_targets(kind: str, inputs: Mapping[str, Any]) -> None:
     Raises:
         ValueError: Some are missing.
     """
-    needed = TARGETS[1:] if kind == "ForQuestionAnswering" else TARGETS[:1]
+    needed = ("start_positions", "end_positions") if kind == "ForQuestionAnswering" else ("labels",)
     missing = [f"`{name}`" for name in needed if inputs.get(name) is None]
     if missing:
         raise ValueError(

@@ -1,14 +1,15 @@
-"""Cross-entropy with label smoothing, per target: the core of most losses."""
+"""Cross-entropy with label smoothing, per target: the core of most losses, and all of those that align with labels."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 IGNORED = -100
 
-# Autograd's nodes that keep numbers and their order.
+# Autograd's nodes that preserve the numbers and their order.
 _SAME_NUMBERS = {
     "AliasBackward0",
     "ReshapeAliasBackward0",
@@ -18,6 +19,26 @@ _SAME_NUMBERS = {
     "_DDPSinkBackward",
 }
 _BETWEEN = 12  # nodes between a loss and its log-probabilities: divisions, factors, casts
+
+
+def aligned(
+    outputs: Mapping[str, Any], inputs: Mapping[str, Any], model: nn.Module, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """Computes the losses of heads whose logits align with the labels: tagging, masked tokens, encoder-decoders.
+
+    Args:
+        outputs: `logits` [B, T, V], per token; or [B, C], per instance.
+        inputs: `labels` [B, T] or [B], -100 where there is nothing to predict.
+        model: Unused.
+        label_smoothing: Between 0 and 1.
+
+    Returns:
+        The losses and where they count (bool), shaped like the labels.
+
+    Raises:
+        ValueError: The shapes of logits and labels don't match.
+    """
+    return cross_entropy(outputs["logits"], inputs["labels"], label_smoothing, outputs.get("loss"))
 
 
 def cross_entropy(

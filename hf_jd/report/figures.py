@@ -31,49 +31,15 @@ NAME = 26
 Draw = Callable[[History, Theme], Figure | None]
 
 
-def render(figure: Figure) -> bytes:
-    """Encode the picture as PNG."""
-    file = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # characters missing from the font are drawn as boxes
-        figure.savefig(file, format="png", dpi=DOTS, facecolor=figure.get_facecolor())
-    return file.getvalue()
-
-
-def _styled(draw: Draw) -> Draw:
-    def styled(history: History, theme: Theme) -> Figure | None:
-        names = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "xtick.labelcolor")
-        colours = dict.fromkeys(names, theme.muted)
-        settings: Any = {
-            **colours,
-            "font.size": 9,
-            "axes.edgecolor": theme.line,
-            "axes.facecolor": theme.surface,
-            "figure.facecolor": theme.surface,
-            "ytick.labelcolor": theme.ink,
-            "grid.color": theme.line,
-            "grid.linewidth": 0.7,
-            "axes.linewidth": 0.8,
-            "xtick.major.size": 3,
-            "ytick.major.size": 0,
-        }
-        with rc_context(settings):
-            return draw(history, theme)
-
-    return styled
-
-
-@_styled
 def losses(history: History, theme: Theme) -> Figure | None:
     """Draw the training loss per group, with evaluations as dots; of many groups, as a multiple of its first value."""
     if not history.losses:
         return _single(history, theme, "loss", "training loss")
     if len(history.losses) <= LINES:
-        return _lines(history, theme, history.losses, "loss per token", dots=history.evaluations)
+        return _lines(history, theme, history.losses, "loss", dots=history.evaluations)
     return _rows(theme, _relative(history.losses), "loss, against its first value", good="low")
 
 
-@_styled
 def weights(history: History, theme: Theme) -> Figure | None:
     """Draw the share of the weights per group; of many groups, as a multiple of an equal share."""
     count = len(history.weights)
@@ -85,7 +51,6 @@ def weights(history: History, theme: Theme) -> Figure | None:
     return _rows(theme, shares, "share of the weights, against an equal one")
 
 
-@_styled
 def norms(history: History, theme: Theme) -> Figure | None:
     """Draw the norm of each group's row; of many groups, as a multiple of the median of all."""
     if not history.norms:
@@ -98,7 +63,6 @@ def norms(history: History, theme: Theme) -> Figure | None:
     return _rows(theme, scaled, "norm of the row, against the median of all")
 
 
-@_styled
 def matrix(history: History, theme: Theme) -> Figure | None:
     """Draw the mean cosine of the rows of each pair of groups, over the whole run."""
     if not history.pairs:
@@ -108,7 +72,7 @@ def matrix(history: History, theme: Theme) -> Figure | None:
     table = [[math.nan] * len(names) for _ in names]
     for (a, b), series in history.pairs.items():
         i, j = sorted((place[a], place[b]))
-        table[j][i] = mean([value for _, value in series])
+        table[j][i] = mean(series)
     few, table = len(names) <= 12, [row[:-1] for row in table[1:]]  # the triangle has no first row and no last column
     side = 1.0 + (0.5 if few else 0.185) * len(names)
     figure = Figure(figsize=(WIDTH, side), layout="constrained")
@@ -127,10 +91,9 @@ def matrix(history: History, theme: Theme) -> Figure | None:
     return figure
 
 
-@_styled
 def pairs(history: History, theme: Theme) -> Figure | None:
     """Draw the share of conflicting pairs of objectives, and the cosines of the pairs that conflict most, over time."""
-    chosen = sorted(history.pairs, key=lambda pair: mean([v for _, v in history.pairs[pair]]))[:PAIRS]
+    chosen = sorted(history.pairs, key=lambda pair: mean(history.pairs[pair]))[:PAIRS]
     share = history.totals.get("jd/conflicts", [])
     share = share if len(share) > 1 else []  # A single log makes no curve; the page shows its number above.
     if not chosen:
@@ -140,21 +103,16 @@ def pairs(history: History, theme: Theme) -> Figure | None:
     if share:
         top, axes = figure.subplots(2, height_ratios=[1.3, height], sharex=True)
         edges = _edges([share])
-        top.plot(_middles(edges), binned(share, edges), color=theme.accent, linewidth=1.6)
+        top.plot(edges[1:], binned(share, edges), color=theme.accent, linewidth=1.6)
         top.set_ylim(0, max(0.05, max(v for _, v in share) * 1.1))
         top.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
         top.set_title("share of the pairs of objectives that conflict", loc="left", fontsize=9, color=theme.muted)
         _frame(top)
     else:
         axes = figure.subplots()
-    axes.set_title(
-        f"cosine of the {len(chosen)} of {len(history.pairs)} pairs of groups that conflict most"
-        if len(chosen) < len(history.pairs)
-        else "cosine of each pair of groups",
-        loc="left",
-        fontsize=9,
-        color=theme.muted,
-    )
+    every, few = "each pair of groups", f"the {PAIRS} of {len(history.pairs)} pairs of groups that conflict most"
+    title = f"cosine of {few if len(history.pairs) > PAIRS else every}"
+    axes.set_title(title, loc="left", fontsize=9, color=theme.muted)
     cross = "  \N{MULTIPLICATION SIGN}  "
     rows = [(shown(a, 18) + cross + shown(b, 18), history.pairs[a, b]) for a, b in chosen]
     image = _map(axes, theme, rows, TwoSlopeNorm(0, -1, 1))
@@ -169,6 +127,32 @@ FIGURES: Mapping[str, Draw] = {
     "conflicts_over_time": pairs,
     "norms": norms,
 }
+
+
+def draw(history: History, theme: Theme) -> dict[str, bytes]:
+    """Draw all figures that have something to show, as PNGs by name."""
+    muted = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "xtick.labelcolor")
+    style: Any = dict.fromkeys(muted, theme.muted) | {
+        "font.size": 9,
+        "axes.edgecolor": theme.line,
+        "axes.facecolor": theme.surface,
+        "figure.facecolor": theme.surface,
+        "ytick.labelcolor": theme.ink,
+        "grid.color": theme.line,
+        "grid.linewidth": 0.7,
+        "axes.linewidth": 0.8,
+        "xtick.major.size": 3,
+        "ytick.major.size": 0,
+        "savefig.dpi": DOTS,
+    }
+    pictures = {}
+    with rc_context(style), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # characters missing from the font are drawn as boxes
+        for name, figure in ((name, of(history, theme)) for name, of in FIGURES.items()):
+            if figure is not None:
+                figure.savefig(file := io.BytesIO())
+                pictures[name] = file.getvalue()
+    return pictures
 
 
 # ---- Parts of pictures ----
@@ -191,30 +175,22 @@ def _lines(
     level: float | None = None,
     logarithmic: bool = False,
 ) -> Figure:
-    names, ends = sorted(series), []
+    ends: list[tuple[float, str]] = []
     colours = dict(zip(history.groups, theme.series, strict=False))
     if len({step for points in series.values() for step, _ in points}) < 2:
         return _bars(series, label, colours, level)
     figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
     axes = figure.subplots()
     edges = _edges(series.values())
-    for name in names:
-        points = [(x, y) for x, y in zip(_middles(edges), binned(series[name], edges), strict=True) if math.isfinite(y)]
+    dot: Any = {"markersize": 4.5, "mec": theme.surface, "mew": 0.8}
+    for name in sorted(series):
+        points = [(x, y) for x, y in zip(edges[1:], binned(series[name], edges), strict=True) if math.isfinite(y)]
         if not points:
             continue
         xs, ys = zip(*points, strict=True)
         axes.plot(xs, ys, color=colours[name], linewidth=1.7, marker="o" if len(points) < 3 else None, markersize=4)
-        marks = (dots or {}).get(name, [])
-        if marks:
-            axes.plot(
-                *zip(*marks, strict=True),
-                "o",
-                color=colours[name],
-                markersize=4.5,
-                mec=theme.surface,
-                mew=0.8,
-                clip_on=False,
-            )
+        if marks := (dots or {}).get(name):
+            axes.plot(*zip(*marks, strict=True), "o", color=colours[name], clip_on=False, **dot)
         ends.append((ys[-1], name))
     if level is not None:
         axes.axhline(level, color=theme.muted, linewidth=0.9, linestyle=(0, (4, 3)))
@@ -305,7 +281,7 @@ def _single(history: History, theme: Theme, key: str, label: str) -> Figure | No
     figure = Figure(figsize=(WIDTH, 3.1), layout="constrained")
     axes = figure.subplots()
     edges = _edges([series])
-    axes.plot(_middles(edges), binned(series, edges), color=theme.accent, linewidth=1.7)
+    axes.plot(edges[1:], binned(series, edges), color=theme.accent, linewidth=1.7)
     axes.set_ylabel(label)
     axes.set_xlabel("step")
     _frame(axes)
@@ -355,7 +331,3 @@ def _edges(series: Iterable[Series]) -> list[float]:
 def _leads(value: float) -> bool:
     """Whether a number is 2 or 5 times a power of ten: enough labels to read a narrow range."""
     return round(value / 10 ** math.floor(math.log10(value))) in (2, 5)
-
-
-def _middles(edges: Sequence[float]) -> list[float]:
-    return list(edges[1:])

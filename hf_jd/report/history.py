@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ class History:
         folder: The run's folder.
         source: The file that was read.
         facts: The flags that the run was started with, by name; empty if unknown.
-        losses: Each group's training loss per token.
+        losses: Each group's training loss: per token, or per instance for pairs and classes.
         evaluations: The loss on each evaluation set.
         weights: Each group's share of the weights' sum.
         norms: The norm of each group's row.
@@ -106,7 +107,7 @@ def read_history(folder: Path) -> History:
 def _facts(folder: Path) -> dict[str, Any]:
     try:
         facts = json.loads((folder / FACTS_FILE).read_text("utf-8"))
-    except (OSError, ValueError):  # A run of the user's script has none.
+    except (OSError, ValueError):  # A run started by a user's own script has none.
         return {}
     return facts if isinstance(facts, dict) else {}
 
@@ -155,18 +156,16 @@ def current_lines(text: str) -> list[dict[str, Any]]:
     return entries
 
 
-def mean(values: list[float]) -> float:
-    """Average the finite values; NaN if there is none."""
-    finite = [value for value in values if math.isfinite(value)]
+def mean(series: Series) -> float:
+    """Average a series' finite values; NaN if there is none."""
+    finite = [value for _, value in series if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan
 
 
 def binned(series: Series, edges: list[float]) -> list[float]:
     """Average a series between neighbouring edges; NaN where it has no value."""
-    bins: list[list[float]] = [[] for _ in edges[1:]]
-    at = 0
-    for step, value in sorted(series):
-        while at < len(bins) - 1 and step > edges[at + 1]:
-            at += 1
-        bins[at].append(value)
-    return [mean(values) for values in bins]
+    bins: list[Series] = [[] for _ in edges[1:]]
+    for step, value in series:
+        at = bisect_left(edges, step, lo=1, hi=len(edges) - 1)  # the bin's right edge
+        bins[at - 1].append((step, value))
+    return [mean(points) for points in bins]

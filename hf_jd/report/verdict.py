@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from hf_jd.report.history import History, mean
 
 FEW = 0.05
 """The share of pairs or steps below which there is nothing to fix."""
-_CONTROLS = ("mean", "sum", "constant")
+CONTROLS = ("mean", "sum", "constant")
 """Weightings that ignore conflicts."""
 
 
-def setup(history: History) -> str:
-    """Name model, data, objectives, weighting and learning rate; "" if they are unknown."""
-    facts = history.facts
+def setup(facts: Mapping[str, Any]) -> str:
+    """Name model, data, objectives, weighting and learning rate, from a run's flags; "" if they are unknown."""
     if not {"model", "data"} <= facts.keys():
         return ""
     kind = "all parameters" if facts.get("full") else f"LoRA, r = {facts.get('lora_r')}"
@@ -31,19 +33,19 @@ def setup(history: History) -> str:
 
 def verdict(history: History) -> str:
     """Say whether there was conflict, which group suffered most, and what follows; "" if nothing was measured."""
-    shares = {name: mean([value for _, value in series]) for name, series in history.against.items()}
-    conflicts = mean([value for _, value in history.totals.get("jd/conflicts", [])])
+    shares = {name: mean(series) for name, series in history.against.items()}
+    conflicts = mean(history.totals.get("jd/conflicts", []))
     if not shares and conflicts != conflicts:
         return ""
     worst = max(shares, key=lambda name: (shares[name], name), default="")
     against = shares.get(worst, 0.0)
-    blind = history.facts.get("jd_weighting") in _CONTROLS or history.facts.get("stock", False)
-    disturbed = any(mean([value for _, value in series]) < -FEW for series in history.pairs.values())
+    blind = history.facts.get("jd_weighting") in CONTROLS or history.facts.get("stock", False)
+    disturbed = any(mean(series) < -FEW for series in history.pairs.values())
     if against >= FEW:
         end = (
             "A weighting such as UPGrad would have prevented that; check first whether its loss suffered."
             if blind
-            else "This weighting makes no promise about whole groups: check whether the group's loss suffered."
+            else "This weighting guarantees nothing for whole groups: check whether the group's loss suffered."
         )
         return f"{against:.0%} of the steps went against {worst}. {end}"
     clean = "No steps went against a group" if shares else "Nothing is known about groups"
@@ -53,14 +55,14 @@ def verdict(history: History) -> str:
         return f"{clean}, although {_pairs(conflicts)}: the mean does well enough here."
     return (
         f"{clean}, although {_pairs(conflicts)}: that is as it should be. Compare with a run with --jd_weighting mean "
-        "to see what the weighting was worth."
+        "to see what the weighting achieved."
     )
 
 
 def why_pairs(history: History) -> str:
     """Explain why examples conflict although their groups don't; "" if that isn't the case."""
-    conflicts = mean([value for _, value in history.totals.get("jd/conflicts", [])])
-    calm = history.pairs and all(mean([v for _, v in series]) >= 0 for series in history.pairs.values())
+    conflicts = mean(history.totals.get("jd/conflicts", []))
+    calm = history.pairs and all(mean(series) >= 0 for series in history.pairs.values())
     if history.facts.get("jd_objectives", "instance") != "instance" or not calm or not conflicts >= FEW:
         return ""
     return (

@@ -8,21 +8,18 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_jd.report.history import History, read_history
+from hf_jd.report.history import read_history
 from hf_jd.report.page import page
 from hf_jd.report.theme import LIGHT, THEMES
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run `hf-jd report`.
-
-    Returns:
-        The exit code.
-    """
+    """Run `hf-jd report`; return the exit code."""
     parser = argparse.ArgumentParser(
         prog="hf-jd report",
         description="Draw a run's losses, weights, conflicts and norms, as PNGs and one self-contained page. The run "
         "may still be running, or have been killed.",
+        allow_abbrev=False,
     )
     parser.add_argument("run_dir", type=Path, help="The run's folder, its --output_dir.")
     parser.add_argument("--output_dir", type=Path, help="Where to save it (default: `report` in the run's folder).")
@@ -47,8 +44,10 @@ def report(run: Path, folder: Path | None = None) -> Path:
     history = read_history(run)
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("hf-jd report needs matplotlib, which isn't installed: `pip install matplotlib`.")
-    images = draw(history)
-    files = {f"{name}.png": themes[LIGHT.name] for name, themes in images.items()}
+    from hf_jd.report.figures import draw
+
+    images = {theme.name: draw(history, theme) for theme in THEMES}
+    files = {f"{name}.png": image for name, image in images[LIGHT.name].items()}
     files["index.html"] = page(history, images).encode()
     folder = run / "report" if folder is None else folder
     try:
@@ -60,15 +59,3 @@ def report(run: Path, folder: Path | None = None) -> Path:
     except OSError as error:
         raise ValueError(f"{folder} can't be written to: {error.strerror}.") from error
     return folder / "index.html"
-
-
-def draw(history: History) -> dict[str, dict[str, bytes]]:
-    """Draw all figures that have something to show: PNGs by the names of figure and theme."""
-    from hf_jd.report.figures import FIGURES, render
-
-    images: dict[str, dict[str, bytes]] = {}
-    for name, figure in FIGURES.items():
-        pictures = {theme.name: drawn for theme in THEMES if (drawn := figure(history, theme)) is not None}
-        if pictures:
-            images[name] = {theme: render(drawn) for theme, drawn in pictures.items()}
-    return images

@@ -1,4 +1,4 @@
-"""Jacobian descent inside Hugging Face's Trainer: the bridge between all packages."""
+"""Jacobian descent inside Hugging Face's Trainer: the bridge between the engine, weightings, losses and metrics."""
 
 from hf_jd.trainer.mixin import JDSeq2SeqTrainer, JDTrainer, JDTrainerMixin
 from hf_jd.trainer.weighing import JDState

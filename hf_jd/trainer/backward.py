@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from hf_jd.gramian import Jacobian
 from hf_jd.gramian.random_streams import RandomState, set_random_state
 from hf_jd.gramian.rows import DenseRows
 from hf_jd.objectives import Membership, ObjectiveTable, membership
-from hf_jd.trainer.backends import Backend
 from hf_jd.trainer.gradients import set_aside
 from hf_jd.trainer.metrics_of_trl import unchanged_metrics
 from hf_jd.trainer.shares import Shares, at
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin
 
 logger = logging.get_logger(__name__)
+
+T = TypeVar("T")
 
 Step = Callable[[nn.Module, Any], Tensor]
 """Trainer's own step, for a model and a batch without group ids; returns the value to log."""
@@ -48,7 +49,7 @@ class Passed:
         streams: The random streams' state before the forward, if a second pass may follow.
         shares: The instances' shares of the loss.
         members: The objectives of the instances.
-        table: The objectives' losses, counts and labels, including the loss's rest if that is an objective.
+        table: The objectives' losses, counts and labels, including the rest of the loss if that is an objective.
         broken: [] the number of instances, and losses of the whole batch, left out because they aren't finite.
     """
 
@@ -87,7 +88,6 @@ class Recorder:
 
     Args:
         trainer: The trainer whose step to run.
-        backend: The backend.
         model: The model as wrapped by Trainer.
         present: [G] the sorted ids of the groups that are weighed together; None without a group column.
         materialise: Whether to form rows even if the layers' inputs and gradients are smaller.
@@ -99,15 +99,10 @@ class Recorder:
     """
 
     def __init__(
-        self,
-        trainer: JDTrainerMixin,
-        backend: Backend,
-        model: nn.Module,
-        present: Tensor | None,
-        materialise: bool,
-        keep_graph: bool,
+        self, trainer: JDTrainerMixin, model: nn.Module, present: Tensor | None, materialise: bool, keep_graph: bool
     ):
-        self.trainer, self.backend, self.model = trainer, backend, backend.measured(model)
+        self.trainer, self.backend = trainer, trainer.jd_backend
+        self.model = self.backend.measured(model)
         self.present, self.materialise, self.keep_graph = present, materialise, keep_graph
         self.kind = trainer.jd_args.kind
         scaler = trainer.accelerator.scaler
@@ -127,39 +122,35 @@ class Recorder:
         Raises:
             ValueError: The step didn't call `accelerator.backward` once, or its loss can't be split.
         """
-        recorded: list[Recorded] = []
         with set_aside(self.trainer.trainable()) as past:
-            value = self.run(batch, step, lambda passed: recorded.append(self.rows(passed)))
+            value, recorded = self.run(batch, step, self.rows)
         if any(bool(gradient.any()) for gradient in past.values()):
             raise ValueError(
                 f"{type(self.trainer).__name__} ran its own backward pass, past accelerator.backward, which left "
                 "gradients that can't be split by instance: use torch.autograd.grad for them, add up the losses, or "
                 "choose --jd_objectives batch, which makes each batch one objective."
             )
-        return value, recorded[0]
+        return value, recorded
 
-    def run(self, batch: Any, step: Step, backward: Callable[[Passed], None]) -> Tensor:
-        """Runs the step with another backward in place of accelerate's; returns the step's value."""
+    def run(self, batch: Any, step: Step, backward: Callable[[Passed], T]) -> tuple[Tensor, T]:
+        """Runs the step with another backward in place of accelerate's; returns the values of both."""
         trainer = self.trainer
         whose = Whose.of(batch, trainer.jd_args.jd_packed, trainer.args.device)
         batch = stand_in(batch) if whose.empty else batch
-        value = self._step(batch, step, lambda loss: backward(self._passed(batch, whose, loss)))
-        return torch.zeros_like(value) if whose.empty else value
+        value, result = self._step(batch, step, lambda loss: backward(self._passed(batch, whose, loss)))
+        return torch.zeros_like(value) if whose.empty else value, result
 
     def whole(self, batch: Any, step: Step) -> tuple[Tensor, Recorded]:
         """Runs the step on a micro-batch that is one objective: its row is its gradient, over all of its passes."""
-        losses: list[Tensor] = []
 
-        def backward(loss: Tensor) -> None:
-            losses.append(loss.detach())
+        def backward(loss: Tensor) -> Tensor:
             loss.backward()
+            return loss.detach().isfinite()[None]
 
         with self.trainer.engine().paused(), set_aside(self.trainer.trainable()) as gradients:
-            value = self._step(batch, step, backward)
-        finite = losses[0].isfinite()[None]
-        unknown = finite.double() * torch.nan
-        labels = torch.stack([finite.long() * 0 - 1, finite.long() * 0], dim=1)
-        table = ObjectiveTable.of(torch.stack([unknown, unknown, finite.double()], dim=1), labels)
+            value, finite = self._step(batch, step, backward)
+        unknown, name = finite.double() * torch.nan, finite.long() * 0
+        table = ObjectiveTable(unknown, unknown, finite.double(), name - 1, name)
         jacobian = self.jacobian_of(gradients if finite else {})
         return value, Recorded(table, jacobian, (~finite).sum(), True, {}, None)
 
@@ -230,18 +221,16 @@ class Recorder:
         return self.jacobian_of({}, objectives) if objectives else None
 
     def jacobian_of(self, gradients: Mapping[nn.Parameter, Tensor], objectives: int = 1) -> Jacobian:
-        """The row of one objective from its gradient; without a gradient, rows of zeros, of any number."""
+        """Returns the row of one objective from its gradient; without a gradient, rows of zeros, of any number."""
         rows = {p: DenseRows(g.reshape(1, -1), p.shape) for p, g in gradients.items()}
         trainer = self.trainer
         return Jacobian({p: rows.get(p) for p in trainer.trainable()}, objectives, trainer.engine().block_names())
 
-    def _step(self, batch: Any, step: Step, backward: Callable[[Tensor], None]) -> Tensor:
-        trainer, losses = self.trainer, []
+    def _step(self, batch: Any, step: Step, backward: Callable[[Tensor], T]) -> tuple[Tensor, T]:
+        trainer, results = self.trainer, []
 
         def take(loss: Tensor) -> None:
-            losses.append(loss.detach())
-            if len(losses) == 1:
-                backward(loss)
+            results.append(None if results else backward(loss))
 
         trainer.jd_outputs.begin(batch)
         trainer.jd_inputs = trainer.jd_streams = trainer.jd_unreduced = None
@@ -251,16 +240,18 @@ class Recorder:
                 value = step(self.model, without_groups(batch))
         finally:
             trainer.jd_backward = None
-        if len(losses) != 1:
+        if len(results) != 1:
             raise ValueError(
-                f"The training step of {type(trainer).__name__} called accelerator.backward {len(losses)} times for "
+                f"The training step of {type(trainer).__name__} called accelerator.backward {len(results)} times for "
                 "one batch: call it, or super().training_step, once, with the sum of the losses."
             )
-        return value
+        return value, results[0]
 
     def _passed(self, batch: Any, whose: Whose, loss: Tensor, streams: RandomState | None = None) -> Passed:
         """Splits the loss of a micro-batch, and assigns the shares to objectives."""
         trainer, last = self.trainer, self.trainer.jd_outputs.last
+        if trainer.jd_groups_of_batch is not None:
+            whose = Whose(trainer.jd_groups_of_batch, len(trainer.jd_groups_of_batch), None)
         shares, names = shares_of(trainer, loss * (self.scale / self.backend.divisor()), whose, self.scale)
         broken = self._take_out_broken(shares, whose)
         groups = whose.groups
@@ -294,12 +285,11 @@ class Recorder:
     def _row_of_rest(self, loss: Tensor, shares: Shares, last: Any) -> ObjectiveTable:
         """Returns the table [1] of the part of the loss that belongs to no instance."""
         router = part_of_router(self.trainer, last)
-        value = loss.detach().double() * (torch.nan if router is None else router)
-        counts = torch.tensor(float(shares.rest is not None and bool(loss.isfinite())), device=loss.device)
-        raw = value if router is None else last["loss"].detach().double() * router
-        numbers = torch.stack([value / self.backend.divisor(), raw, counts.double()])[None]
-        labels = torch.tensor([[-1, shares.names]], device=loss.device)
-        return ObjectiveTable.of(numbers, labels)
+        value = loss.detach().double()[None] * (torch.nan if router is None else router)
+        raw = value if router is None else last["loss"].detach().double()[None] * router
+        count = torch.full_like(value, shares.rest is not None and bool(loss.isfinite()))
+        name = torch.full_like(value, shares.names, dtype=torch.int64)
+        return ObjectiveTable(value / self.backend.divisor(), raw, count, torch.full_like(name, -1), name)
 
     def _take_out_broken(self, shares: Shares, whose: Whose) -> Tensor:
         """Removes nonfinite instances and losses from all objectives, and logs them; returns their number."""
@@ -321,4 +311,4 @@ def _table(shares: Shares, members: Membership) -> ObjectiveTable:
         sums = parts = torch.full_like(counts, torch.nan, dtype=torch.float64)
     else:
         sums, parts = (members.added(v.masked_fill(~shares.some, 0)) for v in (shares.values.sums, shares.values.parts))
-    return ObjectiveTable.of(torch.stack([parts, sums, counts.double()], dim=1), members.labels)
+    return ObjectiveTable(parts, sums, counts.double(), members.groups, members.names)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_jd.arguments import JDArguments
-from hf_jd.contradictions import check_weighting
+from hf_jd.contradictions import check_weighting, listed
 from hf_jd.trainer.weighing import call_weighting
 from hf_jd.weighting import Stateful
 
@@ -117,8 +117,7 @@ class Control:
         unknown = sorted(set(self.preferences) - set(names))
         if unknown:
             raise ValueError(
-                f"--jd_preferences names {_listed(unknown)}, which is no objective; the objectives are "
-                f"{_listed(names)}."
+                f"--jd_preferences names {listed(unknown)}, which is no objective; the objectives are {listed(names)}."
             )
 
     def _scales(self, gramian: Tensor, losses: Tensor) -> Tensor:
@@ -130,7 +129,3 @@ class Control:
         }[self.jd.jd_normalize]
         sizes = sizes.to(gramian.device, torch.float64)
         return 1 / torch.where(sizes > 0, sizes, 1)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)

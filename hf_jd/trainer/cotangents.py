@@ -8,7 +8,8 @@ to L's gradient exactly, even if the loss itself mixes instances (contrastive lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -43,12 +44,9 @@ class OutputObserver:
 
     def __init__(self, modules: Sequence[nn.Module], apart: bool = False):
         self._apart = apart
-        self._outputs: list[Tensor] = []
-        self.last: Any = None
-        self._rows: set[int] = set()
-        self._stacked: set[int] = set()
         self._modules = list(modules)
         self._handles: list[RemovableHandle] = []
+        self.begin(None)
         self.renew()
 
     def renew(self) -> None:
@@ -74,24 +72,48 @@ class OutputObserver:
         if not outputs:
             return
         self.last = output
-        rows = {len(t) for t in _tensors(inputs) if t.dim()}
+        taken = [t for t in _tensors(inputs) if t.dim()]
+        rows = {len(t) for t in taken}
         self._rows |= rows
+        self._taken += [t for t in taken if t.dim() > 1]
         # Leading rows that match no input, and not the last output, are no examples: a router's logits are per token.
         rows.add(len(max(outputs, key=_order)))
         self._outputs += [t for t in outputs if len(t) in rows]
 
     def begin(self, batch: Any) -> None:
         """Forgets earlier outputs, before the model is called with this batch."""
-        self._outputs, self._rows, self.last = [], set(), None
-        self._stacked = {len(t) * t.shape[1] for t in _tensors(batch) if t.dim() > 2}
+        self._outputs: list[Tensor] = []
+        self._taken: list[Tensor] = []
+        self.last: Any = None
+        self._rows: set[int] = set()
+        self._collated = [t for t in _tensors(batch) if t.dim() > 1]
+        self._stacked = {len(t) * t.shape[1] for t in self._collated if t.dim() > 2}
 
     def tells_order(self, rows: int, instances: int) -> bool:
-        """Whether shapes suggest that several rows per example come in blocks of all examples.
+        """Whether the model's inputs suggest that several rows per example come in blocks of all examples.
 
         They don't if the model took no tensor with that many rows (tokens come before examples, or are flattened with
-        them), or if the batch holds [B, k, ...], which is flattened as B blocks of k.
+        them), if the batch holds [B, k, ...], which is flattened as B blocks of k, or if each example's rows follow one
+        another (`stack(..., dim=1).flatten(0, 1)`, `repeat_interleave`, several generations per prompt).
         """
-        return rows == instances or not self._rows or (rows in self._rows and rows not in self._stacked)
+        if rows == instances or not self._rows:
+            return True
+        by_example = (t.unflatten(0, (instances, -1)) for t in self._taken if len(t) == rows)
+        return rows in self._rows and rows not in self._stacked and not any(map(self._in_turn, by_example))
+
+    def _in_turn(self, taken: Tensor) -> bool:
+        """Whether an input [B, k, ...] starts in each of its columns as a tensor of the batch, and in no block does."""
+        blocks = taken.flatten(0, 1).unflatten(0, (-1, len(taken)))
+        return all(map(self._is_collated, taken.unbind(1))) and not all(map(self._is_collated, blocks))
+
+    def _is_collated(self, column: Tensor) -> bool:
+        """Whether a tensor [B, T, ...] starts as one of the batch."""
+        for one in self._collated:
+            if len(one) == len(column) and one.shape[2:] == column.shape[2:]:
+                length = min(one.shape[1], column.shape[1])
+                if torch.equal(column[:, :length], one[:, :length].to(column)):
+                    return True
+        return False
 
     def take(self) -> tuple[list[Tensor], Any]:
         """Returns the outputs since the last time, and everything that the last call returned."""
@@ -105,19 +127,7 @@ class OutputObserver:
             handle.remove()
 
 
-class Split(NamedTuple):
-    """A loss as its cotangents, and the rest, which bypasses the model's outputs.
-
-    Attributes:
-        cotangents: One per output that the loss reads.
-        rest: [] with a graph: its gradient is the rest's, but not its value. None if there is no rest.
-    """
-
-    cotangents: list[Cotangent]
-    rest: Tensor | None
-
-
-def split(loss: Tensor, outputs: Sequence[Tensor]) -> Split:
+def split(loss: Tensor, outputs: Sequence[Tensor]) -> tuple[list[Cotangent], Tensor | None]:
     """Splits a loss at the outputs that it reads.
 
     Outputs may depend on each other (hidden states and logits). They are visited from the loss backwards, and each
@@ -127,24 +137,42 @@ def split(loss: Tensor, outputs: Sequence[Tensor]) -> Split:
         loss: [] with a graph; its own part of the graph is freed, unless there is a rest.
         outputs: The model's outputs; the loss need not read all of them.
 
+    Returns:
+        One cotangent per output that the loss reads; and the rest, which bypasses the outputs, [] with a graph: its
+        gradient is the rest's, but not its value. None if there is no rest.
+
     Raises:
         ValueError: Reentrant activation checkpointing stands between two outputs.
     """
-    read, has_rest = _read(loss, outputs) if loss.requires_grad else ([], False)
+    read, has_rest, through_model = _read(loss, outputs) if loss.requires_grad else ([], False, False)
     cotangents, rest = [], loss
+    # The path from one output to another goes through the model, whose graph is still needed.
+    keep_graph = through_model or has_rest or len(read) > 1
     for i, (output, edge) in enumerate(read):
-        last = i + 1 == len(read) and not has_rest
-        # The path from one output to another goes through the model, whose graph is still needed.
-        keep = has_rest or len(read) > 1
-        gradient = _gradient(rest, edge, keep)
+        with _without_hooks([output for output, _ in read]):
+            gradient = _gradient(rest, edge, keep_graph)
         if gradient is None:
             continue
         gradient = gradient.to(output.dtype)
         cotangents.append(Cotangent(output, gradient))
-        if not last:
+        if has_rest or i + 1 < len(read):
             ids = torch.zeros(output.shape[:1], dtype=torch.int64, device=output.device)
             rest = rest - surrogates(cotangents[-1], ids, 1).sum().to(rest)
-    return Split(cotangents, rest if has_rest else None)
+    return cotangents, rest if has_rest else None
+
+
+@contextmanager
+def _without_hooks(outputs: Sequence[Tensor]) -> Generator[None]:
+    """Leaves hooks on the outputs to the surrogates' backward, which would apply them a second time."""
+    hooks = [output._backward_hooks for output in outputs if output._backward_hooks]
+    before = [dict(each) for each in hooks]
+    for each in hooks:
+        each.clear()
+    try:
+        yield
+    finally:
+        for each, kept in zip(hooks, before, strict=True):
+            each.update(kept)
 
 
 def _gradient(loss: Tensor, edge: GradientEdge, retain_graph: bool) -> Tensor | None:
@@ -188,28 +216,42 @@ class _Surrogates(torch.autograd.Function):
         # Writing another tensor of all logits takes a tenth of a small model's step on a CPU.
         if weights.device.type == "cpu" and bool((weights == 1).all()):
             return gradient, None, None, None
-        return gradient * weights.view(weights.shape + (1,) * (gradient.dim() - weights.dim())), None, None, None
+        return gradient * wide(weights, gradient), None, None, None
 
 
-def _read(loss: Tensor, outputs: Sequence[Tensor]) -> tuple[list[tuple[Tensor, GradientEdge]], bool]:
+def wide(leading: Tensor, like: Tensor) -> Tensor:
+    """Appends dimensions of size 1, up to the number of another tensor's."""
+    return leading.view(leading.shape + (1,) * (like.dim() - leading.dim()))
+
+
+def _read(loss: Tensor, outputs: Sequence[Tensor]) -> tuple[list[tuple[Tensor, GradientEdge]], bool, bool]:
     """Finds the outputs that a loss reads, the latest first, each with its edge in the graph.
 
     Returns:
-        These, and whether the loss also depends on parameters in other ways.
+        These, whether the loss also depends on parameters in other ways, and whether its graph has the tap of the model
+        itself in it, through which the model's outputs pass, too.
     """
     places = dict(_places(outputs))
-    read: dict[int, tuple[Tensor, GradientEdge]] = {}
-    has_rest = False
+    returned = {node for node, _ in places}
+    read: dict[int, tuple[Tensor, GradientEdge, int]] = {}
+    has_rest = through_model = False
     stack: list[tuple[Any, int]] = [(loss.grad_fn, loss.output_nr)]
     seen = set(stack)
     while stack:
         place = stack.pop()
         node, index = place
         if place in places:
-            read.setdefault(id(places[place]), (places[place], GradientEdge(node, index)))
+            output, depth = places[place]
+            # The gradient at the place before a cast includes that from behind it.
+            if id(output) not in read or depth > read[id(output)][2]:
+                read[id(output)] = (output, GradientEdge(node, index), depth)
             continue
         edges = node.next_functions
-        if isinstance(getattr(node, "tap", None), ModuleTap) or node.name() == "CheckpointFunctionBackward":
+        tapped = _is_tap(node)
+        if tapped and node in returned:
+            through_model = True
+            edges = edges[index + 1 : index + 2]  # the identity on all that the model returned
+        elif tapped or node.name() == "CheckpointFunctionBackward":
             has_rest = True  # There may be an output behind it: a head that is called again reads one.
         if not edges and isinstance(getattr(node, "variable", None), nn.Parameter):
             has_rest = True
@@ -219,22 +261,28 @@ def _read(loss: Tensor, outputs: Sequence[Tensor]) -> tuple[list[tuple[Tensor, G
             if edge[0] is not None and edge not in seen:
                 seen.add(edge)
                 stack.append(edge)
-    latest = sorted(read.values(), key=lambda pair: pair[1].node._sequence_nr(), reverse=True)
-    return latest, has_rest
+    latest = sorted(read.values(), key=lambda found: found[1].node._sequence_nr(), reverse=True)
+    return [(output, edge) for output, edge, _ in latest], has_rest, through_model
 
 
-def _places(outputs: Sequence[Tensor]) -> Iterator[tuple[tuple[Any, int], Tensor]]:
-    """Yields each output's place in the graph; for an output that was cast, also the place before the cast.
+def _places(outputs: Sequence[Tensor]) -> Iterator[tuple[tuple[Any, int], tuple[Tensor, int]]]:
+    """Yields each output's places in the graph, from the last to the first, with the output and the place's depth.
 
-    With mixed precision, accelerate casts the model's outputs after the model's own loss has read them.
+    The model's own loss reads its outputs before what wraps the model changes them: accelerate casts them with mixed
+    precision, and the engine taps them if the model itself has parameters.
     """
     for output in outputs:
-        node = output.grad_fn
-        if node is None:
-            continue
-        yield (node, output.output_nr), output
-        if node.name() == "ToCopyBackward0" and node.next_functions[0][0] is not None:
-            yield node.next_functions[0], output
+        node, index, depth = output.grad_fn, output.output_nr, 0
+        while node is not None:
+            yield (node, index), (output, depth)
+            before = (index + 1) if _is_tap(node) else 0 if node.name() == "ToCopyBackward0" else None
+            if before is None:
+                break
+            (node, index), depth = node.next_functions[before], depth + 1
+
+
+def _is_tap(node: Any) -> bool:
+    return isinstance(getattr(node, "tap", None), ModuleTap)
 
 
 def _order(tensor: Tensor) -> int:

@@ -27,7 +27,7 @@ class EvaluationMixin(LossesMixin):
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Predicts without the group ids, and stores the losses of the instances; see Trainer."""
         groups, inputs = group_ids(inputs), without_groups(inputs)
-        if groups is None or not self._tells_losses:  # the trainer's own scalar gives no group's loss
+        if groups is None or not self._tells_losses:  # a trainer's own scalar loss can't be split by group
             return super().prediction_step(model, inputs, *args, **kwargs)
         seen: dict[str, Any] = {}
 

@@ -17,10 +17,10 @@ from transformers.utils import logging
 
 from hf_jd.arguments import JDArguments
 from hf_jd.collator import GROUP_KEY, GroupCollator
-from hf_jd.trainer.generation_update import GenerationUpdate, RewardUpdate
+from hf_jd.trainer.backward import Recorder
 from hf_jd.trainer.mixin import JDTrainerMixin
-from hf_jd.trainer.rewards import ADVANTAGES_KEY, PolicyLoss
-from hf_jd.trainer.update import Update
+from hf_jd.trainer.named_gradients import NamedRecorder
+from hf_jd.trainer.rewards import ADVANTAGES_KEY, PolicyLoss, RewardLosses
 
 logger = logging.get_logger(__name__)
 
@@ -58,7 +58,12 @@ class GeneratingMixin(JDTrainerMixin):
         """Returns the names of all objectives, if known before training."""
         if not self.jd_args.kind.of_rewards:
             return super().objective_names()
-        return [*self.reward_func_names, *(["kl"] if getattr(self.args, "jd_kl", "mean") == "objective" else [])]
+        return [*self.reward_func_names, *(["kl"] if self.kl_is_objective else [])]
+
+    @property
+    def kl_is_objective(self) -> bool:
+        """Whether the divergence from the reference model is an objective."""
+        return getattr(self.args, "jd_kl", "mean") == "objective"
 
     def follow_flags(self) -> None:
         """Makes what the flags decide; see JDTrainerMixin."""
@@ -68,7 +73,6 @@ class GeneratingMixin(JDTrainerMixin):
         column = self.jd_args.jd_group_column
         self._jd_grouper = None if column is None else GroupCollator(lambda rows: {}, column, self.jd_group_names)
         self._jd_policy: PolicyLoss | None = None
-        self.jd_groups_of_batch: Tensor | None = None
         self.jd_proved = False
         if self.jd_args.jd_sampler != "trainer":
             raise ValueError(
@@ -87,10 +91,20 @@ class GeneratingMixin(JDTrainerMixin):
         """
         raise NotImplementedError
 
-    def make_update(self, model: nn.Module, batches: list[Any], alone: bool) -> Update:
-        """Makes the next update; see JDTrainerMixin."""
-        kind = RewardUpdate if self.jd_args.kind.of_rewards else GenerationUpdate
-        return kind(self, model, batches, alone)
+    @property
+    def recorder_class(self) -> type[Recorder]:
+        """See JDTrainerMixin."""
+        return NamedRecorder if self.jd_args.kind.of_rewards else Recorder
+
+    def named_losses(self, loss: Tensor) -> RewardLosses:
+        """Splits the loss of the last batch by reward."""
+        return RewardLosses(self, loss)
+
+    def groups_before(self, batch: Any) -> Tensor | None:
+        """Returns all groups' ids: a batch's groups are unknown until TRL has shuffled its completions."""
+        if self.jd_group_names is None:
+            raise ValueError("A stream's groups of prompts can't be known in advance: list them with --jd_groups.")
+        return torch.arange(len(self.jd_group_names))
 
     def _get_train_sampler(  # ty: ignore[lost-keyword-for-regular-parameter]  # TRL's name of the argument
         self, dataset: Any = None
@@ -172,11 +186,11 @@ def _check_rewards(trainer: GeneratingMixin) -> None:
             "--jd_objectives reward weighs the rewards of whole batches, which have no groups: leave out "
             "--jd_group_column, or choose --jd_objectives group."
         )
-    by_itself = "kl" in names or getattr(trainer.args, "jd_kl", "mean") == "mean" or not trainer.beta
-    if getattr(trainer.args, "jd_kl", "mean") == "objective" and by_itself:
+    by_itself = "kl" in names or not trainer.kl_is_objective or not trainer.beta
+    if trainer.kl_is_objective and by_itself:
         raise ValueError(
-            "--jd_kl objective needs a --beta above 0, and no reward function named `kl`: set the one or rename the "
-            "other, or leave the flag at mean."
+            "--jd_kl objective needs a --beta above 0, and no reward function named `kl`: set --beta or rename that "
+            "function, or leave --jd_kl at mean."
         )
     if len(names) == 1 and by_itself:
         logger.warning(

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_jd.gramian import Jacobian
+from hf_jd.objectives import Membership
+from hf_jd.trainer.backward import Recorder
 from hf_jd.trainer.mixin import JDTrainerMixin
-from hf_jd.trainer.named_gradients import NamedRecorder, NamedUpdate, Rows
-from hf_jd.trainer.update import Update
+from hf_jd.trainer.named_gradients import NamedLosses, NamedRecorder
 
 
 class LossTypesMixin(JDTrainerMixin):
@@ -38,14 +39,14 @@ class LossTypesMixin(JDTrainerMixin):
         """See JDTrainerMixin."""
         return self.jd_args.jd_objectives == "loss"
 
-    def make_update(self, model: nn.Module, batches: list[Any], alone: bool) -> Update:
-        """Makes the next update; see JDTrainerMixin."""
-        kind = LossTypesUpdate if self.jd_args.jd_objectives == "loss" else Update
-        return kind(self, model, batches, alone)
+    @property
+    def recorder_class(self) -> type[Recorder]:
+        """See JDTrainerMixin."""
+        return NamedRecorder if self.tells_losses_apart else Recorder
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Computes TRL's own loss, with weights that require a gradient if its parts are objectives in training."""
-        if self.jd_args.jd_objectives != "loss" or not model.training:
+        if not (self.tells_losses_apart and model.training):
             return super().compute_loss(model, inputs, *args, **kwargs)
         plain = self.loss_weights
         self.jd_loss_weights = [torch.tensor(float(w), device=self.args.device, requires_grad=True) for w in plain]
@@ -55,40 +56,39 @@ class LossTypesMixin(JDTrainerMixin):
         finally:
             self.loss_weights = plain
 
+    def named_losses(self, loss: Tensor) -> LossTypes:
+        """Splits the loss of the last batch by the trainer's list."""
+        return LossTypes(self, loss)
 
-class LossTypesRecorder(NamedRecorder):
-    """Records micro-batches by loss, with one plain backward pass per loss; see `Recorder`."""
 
-    trainer: LossTypesMixin
+class LossTypes(NamedLosses):
+    """The losses of a trainer's list, each times its weight, and their sum; one plain backward pass per loss.
 
-    def split(self, loss: Tensor) -> tuple[Any, Tensor, Tensor]:
-        """Returns each loss times its weight, with a graph: its part of the whole."""
-        weights = self.trainer.jd_loss_weights
+    Args:
+        trainer: Has the weights with which it has computed the sum.
+        loss: [] the sum, with a graph.
+    """
+
+    def __init__(self, trainer: LossTypesMixin, loss: Tensor):
+        weights = trainer.jd_loss_weights
         unweighted = torch.autograd.grad(loss, weights, create_graph=True)
-        losses = [weight.detach() * part for weight, part in zip(weights, unweighted, strict=True)]
-        finite = torch.stack(losses).detach().isfinite()
-        return (loss, losses), finite.long(), (~finite).sum()
+        self._trainer, self._loss = trainer, loss
+        self._losses = [weight.detach() * part for weight, part in zip(weights, unweighted, strict=True)]
+        finite = torch.stack(self._losses).detach().isfinite()
+        self.names, self.counts, self.broken = trainer.loss_types, finite.long(), (~finite).sum()
 
-    def form(self, content: Any) -> Rows:
+    def rows(self, recorder: NamedRecorder) -> tuple[Jacobian, dict[nn.Parameter, Tensor]]:
         """Forms the rows [K, n] of the losses; a router's balancing loss joins the mean."""
-        loss, losses = content
         extra = {}
-        if getattr(self.trainer, "aux_loss_enabled", False):
-            extra = self.trainer.engine().gradients(loss - torch.stack(losses).sum())
-        return Rows(Jacobian.cat([self.gradient_row(one) for one in losses]), extra)
+        if getattr(self._trainer, "aux_loss_enabled", False):
+            extra = self._trainer.engine().gradients(self._loss - torch.stack(self._losses).sum())
+        return Jacobian.cat([recorder.gradient_row(one) for one in self._losses]), extra
 
-    def weighted(self, content: Any, weights: Tensor) -> Tensor:
-        """See `NamedRecorder`."""
-        loss, losses = content
-        each = torch.stack(losses)
-        return loss + ((weights.to(each) - 1) * each).sum()
+    def weighted(self, weights: Tensor, members: Membership, rest: bool) -> Tensor:
+        """See `NamedLosses`."""
+        each = torch.stack(self._losses)
+        return self._loss + ((weights.to(each) - 1) * each).sum()
 
-
-class LossTypesUpdate(NamedUpdate):
-    """An update by loss; see `Update`."""
-
-    trainer: LossTypesMixin
-
-    def _make_recorder(self, keep_graph: bool) -> LossTypesRecorder:
-        self.trainer.jd_loss_names = list(self.trainer.loss_types)
-        return LossTypesRecorder(self.trainer, self.backend, self.model, None, True, False)
+    def release(self) -> None:
+        """Frees the graph."""
+        del self._loss, self._losses

@@ -1,4 +1,4 @@
-"""Protect the metrics that TRL's trainers collect as they compute a loss, in a second pass that must not count."""
+"""Restore the metrics that TRL's trainers collect with each loss, after a second pass that must not count."""
 
 from __future__ import annotations
 

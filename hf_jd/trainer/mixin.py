@@ -18,6 +18,7 @@ from torch._dynamo import config as dynamo_config
 from torch._functorch import config as functorch_config
 from transformers import Seq2SeqTrainer, Trainer
 
+from hf_jd.batches import group_ids
 from hf_jd.checkpoints import STATE_FILE, check_writable
 from hf_jd.collator import ExampleCounter
 from hf_jd.distributed.agreement import check_alike
@@ -25,6 +26,7 @@ from hf_jd.gramian import Engine
 from hf_jd.gramian.random_streams import RandomState, random_state
 from hf_jd.metrics import Averages, pairs, readable
 from hf_jd.trainer.backends import Backend, backend_of
+from hf_jd.trainer.backward import Recorder
 from hf_jd.trainer.cotangents import OutputObserver
 from hf_jd.trainer.evaluating import EvaluationMixin
 from hf_jd.trainer.overrides import steps_through
@@ -48,6 +50,7 @@ class JDTrainerMixin(EvaluationMixin):
     """
 
     jd_backward: Callable[[Tensor], None] | None = None
+    jd_groups_of_batch: Tensor | None = None  # if they are unknown until `compute_loss`
 
     def __init_subclass__(cls, **kwargs: Any):
         """Refuses a class with a Trainer to the left of the mixin, whose methods would run instead of the mixin's."""
@@ -97,7 +100,7 @@ class JDTrainerMixin(EvaluationMixin):
         """
         check_liger(self)
         if resume_from_checkpoint:
-            check_alike({"resume_from_checkpoint": resume_from_checkpoint})  # before a single process refuses its own
+            check_alike({"resume_from_checkpoint": resume_from_checkpoint})  # before only some processes raise an error
             resume_from_checkpoint = checkpoint_to_resume(self, resume_from_checkpoint, needed_files(self))
         try:
             with lost_peers(self):
@@ -135,6 +138,7 @@ class JDTrainerMixin(EvaluationMixin):
         self.jd_metrics = Averages()
         self.jd_apart = False
         self.jd_items: Any = None
+        self.jd_hooked: set[nn.Parameter] = set()
         self.jd_streams: RandomState | None = None  # the random streams' state before the forward
         self._jd_batches: list[Any] = []
         self._jd_seen = 0
@@ -183,7 +187,7 @@ class JDTrainerMixin(EvaluationMixin):
         self._jd_seen += 1
         alone = self.jd_args.jd_scope == "micro_batch" or self.jd_apart
         if self._jd_update is None:
-            self._jd_update = self.make_update(model, [inputs] if alone else self._jd_batches or [inputs], alone)
+            self._jd_update = Update(self, model, [inputs] if alone else self._jd_batches or [inputs], alone)
         step = super().training_step
         update = self._jd_update
         with self.unreduced_first(), update.measuring_unless_raised():
@@ -200,14 +204,10 @@ class JDTrainerMixin(EvaluationMixin):
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         prepared = super()._prepare_inputs(inputs)
-        # Whoever takes the labels out of it leaves these as they are.
+        # A step that removes the labels from its copy leaves these unchanged.
         self.jd_inputs = copy(prepared) if isinstance(prepared, MutableMapping) else prepared
         self.jd_streams = random_state(self.args.device)
         return prepared
-
-    def make_update(self, model: nn.Module, batches: list[Any], alone: bool) -> Update:
-        """Makes the next update; see `Update`."""
-        return Update(self, model, batches, alone)
 
     def jd_instances(self, output: Tensor, instances: int) -> Tensor:
         """Assigns the leading rows of an output to examples: override this method if a loss pairs rows differently.
@@ -290,6 +290,20 @@ class JDTrainerMixin(EvaluationMixin):
 
     # ---- What an update needs ----
 
+    @property
+    def takes_whole_gradients(self) -> bool:
+        """Whether rows are gradients of whole losses, as they come, not of shares of one loss."""
+        return self.jd_args.kind.of_batches or self.jd_args.kind.of_rewards or self.tells_losses_apart
+
+    @property
+    def recorder_class(self) -> type[Recorder]:
+        """How micro-batches become rows."""
+        return Recorder
+
+    def groups_before(self, batch: Any) -> Tensor | None:
+        """Returns the ids of the groups that a batch may have, before its step, if it has groups."""
+        return group_ids(batch)
+
     def objective_names(self) -> list[str] | None:
         """Returns the names of all objectives, if known before training."""
         return self.jd_group_names
@@ -302,7 +316,7 @@ class JDTrainerMixin(EvaluationMixin):
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def engine(self) -> Engine:
-        """The engine on today's model: `model_init` may have made another one."""
+        """The engine of the current model: `model_init` may have built a new one."""
         assert self.model is not None
         if self._jd_engine is None or self._jd_engine[0] is not self.model:
             self._leave_model()
@@ -315,7 +329,7 @@ class JDTrainerMixin(EvaluationMixin):
 
     @property
     def jd_backend(self) -> Backend:
-        """Where it trains."""
+        """The backend that this trainer runs on."""
         return backend_of(self)
 
     def count_broken(self, broken: bool) -> None:
@@ -324,7 +338,7 @@ class JDTrainerMixin(EvaluationMixin):
         if self._jd_broken_in_a_row >= self.jd_args.jd_max_non_finite:
             raise ValueError(
                 f"{self._jd_broken_in_a_row} updates in a row had losses or gradients that aren't finite, the last one "
-                f"being {self.state.global_step + 1}; the parameters are finite still. Lower the learning rate, look "
+                f"being {self.state.global_step + 1}; the parameters are still finite. Lower the learning rate, look "
                 "at the data that the log names, or allow more with --jd_max_non_finite."
             )
 

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any
+
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 _OURS = ("transformers.trainer", "hf_jd.trainer.unreduced")
 """The modules whose `compute_loss` and `compute_losses` are not the user's."""
@@ -29,6 +34,27 @@ def overridden(trainer: Any) -> str | None:
             return "compute_loss"
         right = right or step == "hf_jd.trainer.mixin"
     return None
+
+
+def warn_of_gradients(trainer: Any) -> None:
+    """Warns if a user's `training_step` names `.grad`, which is only written after it, once per update."""
+    for cls in type(trainer).__mro__:
+        step = vars(cls).get("training_step")
+        if step is not None and cls.__module__.partition(".")[0] not in ("hf_jd", "transformers"):
+            names = _names(getattr(step, "__code__", None))
+            if names & {"grad", "clip_grad_norm_", "clip_grad_value_"} and "autograd" not in names:
+                logger.warning(
+                    f"{cls.__name__}.training_step uses `.grad`, but under JDTrainerMixin `.grad` is written after it, "
+                    "once per update: read or change it in a TrainerCallback's on_pre_optimizer_step instead."
+                )
+
+
+def _names(code: CodeType | None) -> set[str]:
+    """Returns the names of attributes that a function and those inside it use."""
+    if code is None:
+        return set()
+    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*inner)
 
 
 @contextmanager

@@ -1,9 +1,7 @@
 """The policy loss of each reward, from one forward pass: cotangents at the log-probabilities, and their rows.
 
 TRL's loss is a function of the completions' log-probabilities and advantages. With reward k's own advantages, it is
-objective k, so TRL's own code, evaluated again on stored log-probabilities, gives each reward's cotangents. On-policy,
-these are multiples of each other within each completion: the rows of the completions, from one backward pass, give the
-rows of any number of rewards. Where clipping treats good and bad completions differently, two passes are enough.
+objective k, so TRL's own code, evaluated again on stored log-probabilities, gives each reward's cotangents.
 """
 
 from __future__ import annotations
@@ -11,12 +9,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import copy
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_jd.trainer.cotangents import Cotangent, split, surrogates
+from hf_jd.gramian import Jacobian
+from hf_jd.metrics import Metrics
+from hf_jd.objectives import Membership
+from hf_jd.trainer.cotangents import Cotangent, split, surrogates, wide
+from hf_jd.trainer.directions import Direction, directions
+from hf_jd.trainer.named_gradients import NamedLosses, NamedRecorder
 
 if TYPE_CHECKING:
     from hf_jd.trainer.generations import GeneratingMixin
@@ -24,24 +27,9 @@ if TYPE_CHECKING:
 ADVANTAGES_KEY = "jd_advantages"
 """The batch's key for the advantages [B, K], by reward."""
 
-ROUNDING = 64
-"""The rounding units by which cotangents of TRL's loss may differ from being multiples of each other."""
-
-
-class Direction(NamedTuple):
-    """One cotangent per completion, of which some objectives have multiples.
-
-    Attributes:
-        gradients: For each output, [B, ...].
-        membership: [K, B] the multiples.
-    """
-
-    gradients: list[Tensor]
-    membership: Tensor
-
 
 class PolicyLoss:
-    """TRL's loss of one batch of completions, to evaluate again with other advantages.
+    """TRL's loss of one batch of completions, which can be evaluated again with other advantages.
 
     Args:
         trainer: Copied before TRL computes the loss, which advances counters and an entropy coefficient.
@@ -113,14 +101,10 @@ class _Alone:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._accelerator, name)
 
-    def gather(self, tensor: Tensor) -> Tensor:
+    def gather(self, tensor: Tensor, reduction: str = "sum") -> Tensor:
         return tensor
 
-    def gather_for_metrics(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def reduce(self, tensor: Tensor, reduction: str = "sum") -> Tensor:
-        return tensor
+    gather_for_metrics = reduce = gather
 
 
 def _past_the_method(trainer: Any) -> str:
@@ -131,66 +115,109 @@ def _past_the_method(trainer: Any) -> str:
     )
 
 
-def directions(parts: Sequence[Sequence[Tensor]], advantages: Tensor, noise: Sequence[Tensor]) -> list[Direction]:
-    """Finds as few cotangents per completion as span every objective's: one, or two by the sign of the advantage.
+class RewardLosses(NamedLosses):
+    """The loss of a batch of completions by reward, and by divergence if that is an objective.
 
     Args:
-        parts: K objectives' cotangents at each output, [B, ...].
-        advantages: [B, K]; where one is 0, so is that objective's cotangent.
-        noise: For each output, cotangents [B, ...] whose rounding errors are in `parts`.
+        trainer: Has just computed the loss.
+        loss: [] with a graph, as Trainer has divided and scaled it.
+    """
+
+    def __init__(self, trainer: GeneratingMixin, loss: Tensor):
+        self._trainer, policy = trainer, trainer.take_policy()
+        assert policy.loss is not None
+        # Trainer has divided the loss by accumulation, and scaled it, since TRL computed it.
+        factor = torch.autograd.grad(loss, policy.loss, retain_graph=True)[0]
+        rewards, apart, rest, base = _by_reward(policy, trainer.kl_is_objective)
+        every = [c for gradients in [*rewards, *apart, rest] for c in gradients if c.dim()]
+        finite = torch.stack([c.flatten(1).isfinite().all(1) for c in every]).all(0)
+
+        def whole(gradients: list[Tensor]) -> list[Tensor]:
+            return [_where(finite, c * factor.to(c.dtype)) for c in gradients]
+
+        if trainer.jd_args.jd_check and not trainer.jd_proved and bool(finite.all()):
+            policy.prove()
+            trainer.jd_proved = True
+        self._outputs, self._rest, self._noise = policy.outputs, whole(rest), whole(base)
+        self._rewards, self._apart = ([whole(gradients) for gradients in several] for several in (rewards, apart))
+        self._advantages = torch.where(finite[:, None], policy.advantages[:, : len(rewards)], 0)
+        self.names, self.broken = trainer.objective_names() or [], (~finite).sum()
+        self.counts = torch.cat([(self._advantages != 0).sum(0), *[finite.sum()[None] for _ in apart]])
+
+    def rows(self, recorder: NamedRecorder) -> tuple[Jacobian, dict[nn.Parameter, Tensor]]:
+        """Forms the rows [K, n] of the rewards, and of the divergence if that is an objective; see `directions`."""
+        extra = {}
+        if any(bool(c.any()) for c in self._rest):
+            extra = self._trainer.engine().gradients(scalar(self._outputs, self._rest))
+        apart = [recorder.gradient_row(scalar(self._outputs, c)) for c in self._apart]
+        return Jacobian.cat([self._rows_by_reward(recorder), *apart]), extra
+
+    def weighted(self, weights: Tensor, members: Membership, rest: bool) -> Tensor:
+        """See `NamedLosses`."""
+        total = [c.clone() for c in self._rest]
+        for factor, gradients in zip(weights.tolist(), [*self._rewards, *self._apart], strict=True):
+            total = [t + factor * c for t, c in zip(total, gradients, strict=True)]
+        return scalar(self._outputs, total)
+
+    def release(self) -> None:
+        """Frees the graph."""
+        del self._outputs, self._rewards, self._apart, self._rest, self._noise
+
+    def _rows_by_reward(self, recorder: NamedRecorder) -> Jacobian:
+        """Forms the rows [K, n] of the rewards with the fewest backward passes, and logs their number."""
+        count = len(self._rewards)
+        common = directions(self._rewards, self._advantages, self._noise)
+        passes = len(common) if 0 < len(common) < count else count
+        self._trainer.jd_metrics.add(Metrics(("jd/reward_passes",), torch.tensor([float(passes)], dtype=torch.float64)))
+        if passes == count:
+            return Jacobian.cat([recorder.gradient_row(scalar(self._outputs, c)) for c in self._rewards])
+        rows = [self._rows_along(recorder, direction, i + 1 == passes) for i, direction in enumerate(common)]
+        return rows[0] if passes == 1 else rows[0] + rows[1]
+
+    def _rows_along(self, recorder: NamedRecorder, direction: Direction, last: bool) -> Jacobian:
+        """Forms the objectives' rows as weighted sums of completions' rows, with one backward pass."""
+        membership = direction.membership
+        some = (membership != 0).any(0)
+        if not some.any():
+            return recorder.jacobian_of({}, len(membership))
+        ids, m = torch.where(some, some.cumsum(0) - 1, -1), int(some.sum())
+        pairs = zip(self._outputs, direction.gradients, strict=True)
+        parts = [surrogates(Cotangent(output, gradient), ids, m) for output, gradient in pairs if output.dim()]
+        losses = torch.stack([part.to(parts[0]) for part in parts]).sum(0)
+        instances = self._trainer.engine().compute_jacobian(losses, ids, materialise=False, retain_graph=not last)
+        return instances.combined(membership[:, some])
+
+
+def _by_reward(
+    policy: PolicyLoss, kl_is_objective: bool
+) -> tuple[list[list[Tensor]], list[list[Tensor]], list[Tensor], list[Tensor]]:
+    """Evaluates TRL's loss with each reward's advantages, and without any.
 
     Returns:
-        The directions; empty if more than two are needed.
+        The cotangents at each output [B, ...]: of each reward; of the divergence, if that is an objective; of the part
+        of the mean that no weighting sees; and those without advantages, which were subtracted from all others.
     """
-    stacked = [torch.stack(list(of_output)) for of_output in zip(*parts, strict=True)]  # [K, B, ...]
-    advantages = advantages.to(stacked[0].dtype)
-    tolerances = [_tolerance(c, n) for c, n in zip(stacked, noise, strict=True)]
-    positive = _unit(stacked, advantages, 1)
-    negative = _unit(stacked, advantages, -1)
-    up, down = advantages.T.clamp(min=0), advantages.T.clamp(max=0)
-    for c, plus, minus, tolerance in zip(stacked, positive, negative, tolerances, strict=True):
-        fitted = _wide(up, c) * plus + _wide(down, c) * minus
-        if ((fitted - c).abs() > tolerance).any():
-            return []
-    largest = advantages.abs().amax(1)
-    has_both = (advantages > 0).any(1) & (advantages < 0).any(1)
-    same = all(
-        not (has_both & _any((_wide(largest, p) * (p - m)).abs() > tolerance)).any()
-        for p, m, tolerance in zip(positive, negative, tolerances, strict=True)
-    )
-    if not same:
-        return [Direction(positive, up), Direction(negative, down)]
-    is_up = (advantages > 0).any(1)
-    return [
-        Direction(
-            [torch.where(_wide(is_up, p), p, m) for p, m in zip(positive, negative, strict=True)], advantages.T.clone()
-        )
-    ]
+    zero = torch.zeros_like(policy.advantages[:, 0])
+    base = policy.gradients(zero)
+    rewards = [_less(policy.gradients(column), base) for column in policy.advantages.T]
+    if len(rewards) > len(policy.names):  # RLOO's divergence is a reward.
+        *rewards, kl = rewards
+        if kl_is_objective:
+            return rewards, [kl], base, base
+        return rewards, [], [b + c for b, c in zip(base, kl, strict=True)], base
+    if kl_is_objective:
+        rest = policy.gradients(zero, beta=0.0)
+        return rewards, [_less(base, rest)], rest, base
+    return rewards, [], base, base
 
 
-def _unit(stacked: Sequence[Tensor], advantages: Tensor, sign: int) -> list[Tensor]:
-    """Returns each completion's cotangent per unit of advantage of one sign, from its largest advantage; else 0."""
-    largest, which = (sign * advantages).max(1)
-    rows = torch.arange(len(which), device=which.device)
-    scale = torch.where(largest > 0, sign / largest.clamp(min=torch.finfo(largest.dtype).tiny), 0)
-    return [_wide(scale, c[0]).to(c.dtype) * c[which, rows] for c in stacked]
+def _less(gradients: list[Tensor], base: list[Tensor]) -> list[Tensor]:
+    return [g - b for g, b in zip(gradients, base, strict=True)]
 
 
-def _tolerance(stacked: Tensor, noise: Tensor) -> Tensor:
-    """Returns the rounding error [B, 1, ...] of each completion's cotangents [K, B, ...]."""
-    size = stacked.abs().amax(0) + noise.abs()
-    size = size.flatten(1).amax(1) if size[0].numel() else size.new_zeros(len(size))
-    return _wide(ROUNDING * torch.finfo(stacked.dtype).eps * size, noise)
-
-
-def _any(where: Tensor) -> Tensor:
-    """Returns whether any entry of each [B, ...] is true: [B]."""
-    return where.flatten(1).any(1)
-
-
-def _wide(leading: Tensor, like: Tensor) -> Tensor:
-    """Appends dimensions of size 1, up to the number of another tensor's."""
-    return leading.view(leading.shape + (1,) * (like.dim() - leading.dim()))
+def _where(finite: Tensor, gradient: Tensor) -> Tensor:
+    """A cotangent [B, ...] with zeros where its completion's isn't finite."""
+    return torch.where(wide(finite, gradient), gradient, 0) if gradient.dim() else gradient
 
 
 def scalar(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:

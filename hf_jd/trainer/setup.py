@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from hf_jd.arguments import JDArguments
 from hf_jd.checkpoints import check_room, check_writable
 from hf_jd.collator import GroupCollator
-from hf_jd.contradictions import check_blocks
+from hf_jd.contradictions import check_blocks, listed
 from hf_jd.groups import group_names
 from hf_jd.trainer.control import Control
 from hf_jd.trainer.foreign_weightings import as_weighting
-from hf_jd.trainer.overrides import overridden
-from hf_jd.trainer.values import needs_values
+from hf_jd.trainer.overrides import overridden, warn_of_gradients
+from hf_jd.trainer.values import check_values_are_not_needed
 from hf_jd.weighting import Weighting
 
 if TYPE_CHECKING:
@@ -95,14 +95,14 @@ def _follow_groups(trainer: JDTrainerMixin, jd: JDArguments, made: FromFlags) ->
 
 
 def check_setup(trainer: JDTrainerMixin) -> None:
-    """Raises a ValueError if training can't work."""
+    """Raises a ValueError if training can't work, and warns of what won't do what it seems to."""
     if not trainer.trainable():
         raise ValueError("The model has no trainable parameter: add an adapter, or unfreeze some parameters.")
     unknown = set(trainer.jd_args.jd_ascend or []) - set(trainer.jd_group_names or trainer.jd_args.jd_ascend or [])
     if unknown:
         raise ValueError(
-            f"--jd_ascend names {', '.join(f'`{n}`' for n in sorted(unknown))}, which is no group of the training "
-            f"set; its groups are {', '.join(f'`{n}`' for n in trainer.jd_group_names or [])}."
+            f"--jd_ascend names {listed(sorted(unknown))}, which is no group of the training set; its groups are "
+            f"{listed(trainer.jd_group_names or [])}."
         )
     if trainer.jd_args.jd_sampler != "trainer" and not hasattr(trainer.train_dataset, "__len__"):
         raise ValueError(
@@ -112,6 +112,7 @@ def check_setup(trainer: JDTrainerMixin) -> None:
     check_blocks(trainer.jd_args, trainer.jd_engine_options.get("blocks"))
     trainer.jd_backend.check()
     _check_losses(trainer)
+    warn_of_gradients(trainer)
     check_liger(trainer)
     if trainer.args.should_save and trainer.args.save_strategy != "no" and trainer.args.output_dir is not None:
         check_writable(Path(trainer.args.output_dir))
@@ -145,21 +146,10 @@ def _check_losses(trainer: JDTrainerMixin) -> None:
             "one: return a dict of losses from `compute_losses`, or choose --jd_objectives instance."
         )
     unvalued = jd.kind.of_batches or not (trainer.knows_losses or whose == "compute_losses" or trainer.jd_loss_func)
-    apart = trainer.tells_losses_apart
-    flag = needs_values(trainer) if unvalued and (apart or not jd.kind.several) else None
-    if flag is not None:
+    if unvalued and (trainer.tells_losses_apart or not jd.kind.several):
         what = f"--jd_objectives {jd.jd_objectives} takes" if jd.kind.of_batches else f"the loss of {name} is"
-        raise ValueError(
-            f"{flag} needs the value of each objective, but {what} one for the whole batch: leave it out, or "
-            "override `compute_losses` and return unreduced losses."
-        )
-    whole = jd.kind.of_batches or jd.kind.of_rewards or apart
-    if whole and trainer.jd_backend.owns_backward:
-        raise ValueError(
-            f"--jd_objectives {jd.jd_objectives} of {name} takes gradients as they come, which DeepSpeed keeps for "
-            "itself: use DDP or FSDP2."
-        )
-    if whole and (jd.jd_extra_losses != "mean" or jd.jd_backward == "two_pass"):
+        check_values_are_not_needed(trainer, what)
+    if trainer.takes_whole_gradients and (jd.jd_extra_losses != "mean" or jd.jd_backward == "two_pass"):
         raise ValueError(
             f"--jd_objectives {jd.jd_objectives} of {name} takes gradients as they come: leave --jd_extra_losses at "
             "mean, and --jd_backward at one_pass."

@@ -148,5 +148,5 @@ def _check_packing(args: JDSFTConfig) -> None:
     if args.packing and args.jd_sampler != "trainer":
         raise ValueError(
             f"--jd_sampler {args.jd_sampler} orders the examples by their group, but a row of --packing holds several: "
-            "leave one of the two out."
+            "leave one of the flags out."
         )

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_jd.trainer.cotangents import Cotangent, surrogates
+from hf_jd.objectives import Membership
+from hf_jd.trainer.cotangents import Cotangent, surrogates, wide
 
 
 class Piece(NamedTuple):
@@ -72,7 +73,8 @@ class Shares:
     ):
         self.pieces, self.instances, self.names, self.rest = list(pieces), instances, names, rest
         self.values, self.normalised, self.factor, self.unreduced = values, normalised, factor, unreduced
-        self.sizes, places = self._measured()
+        measured = [(_sizes(c.gradient, owner), owner, name) for c, owner, name in self.pieces]
+        self.sizes, places = sums_of([(s, s != 0, owner, name) for s, owner, name in measured], instances, names)
         self.finite = self.sizes.isfinite()
         if values is not None:
             self.finite = self.finite & values.sums.isfinite()
@@ -85,7 +87,7 @@ class Shares:
 
     @property
     def some(self) -> Tensor:
-        """[B, K] (bool) the shares that aren't empty."""
+        """The shares that aren't empty, [B, K] (bool)."""
         return self.counts > 0
 
     def take_out(self, instances: Tensor) -> None:
@@ -115,10 +117,22 @@ class Shares:
         sums = torch.cat([torch.stack(parts).sum(0) if parts else none for parts in columns])
         return sums * self.factor.to(sums) if isinstance(self.factor, Tensor) else sums * self.factor
 
-    def weighted(self, weights: Tensor) -> Tensor:
-        """Returns a scalar with the gradient of all shares' sum, each times its weight [B, K]; its value is 0."""
-        each = self.surrogates(torch.arange(self.instances, device=weights.device), self.instances)
-        return (each * weights.T.flatten().to(each)).sum()
+    def weighted(self, weights: Tensor, members: Membership, rest: bool) -> Tensor:
+        """Returns a scalar whose gradient is the weighted sum of the objectives.
+
+        Args:
+            weights: [m], one per objective; the last one is the rest's if that is an objective.
+            members: The objectives of the instances.
+            rest: Whether to include the rest, unless it is an objective.
+        """
+        m = len(members.groups)
+        each = self.surrogates(members.segments, m // self.names)
+        total = (each * weights[:m].to(each)).sum()
+        if self.rest is None:
+            return total
+        if len(weights) > m:
+            return total + weights[-1].to(self.rest) * self.rest
+        return total + self.rest if rest else total
 
     def release(self) -> None:
         """Frees the graph."""
@@ -136,42 +150,26 @@ class Shares:
         self.sizes = self.sizes.masked_fill(~keep, 0)
         self.pieces = [_where(piece, keep[:, piece.name]) for piece in self.pieces]
 
-    def _measured(self) -> tuple[Tensor, Tensor]:
-        """Returns the size of each instance's cotangents [B, K], and the number of places with a gradient [B, K]."""
-        device = self.pieces[0].owner.device
-        sizes = torch.zeros(self.instances, self.names, dtype=torch.float64, device=device)
-        counts = torch.zeros_like(sizes, dtype=torch.int64)
-        for cotangent, owner, name in self.pieces:
-            places = _sizes(cotangent.gradient, owner)
-            where = owner.view(owner.shape + (1,) * (places.dim() - owner.dim())).expand_as(places)
-            owned = where >= 0
-            sizes[:, name].index_add_(0, where[owned], places[owned].double())
-            counts[:, name].index_add_(0, where[owned], (places[owned] != 0).long())
-        return sizes, counts
 
-
-def sums_of(
-    losses: Sequence[Tensor], counted: Sequence[Tensor], owners: Sequence[Tensor], instances: int
-) -> tuple[Tensor, Tensor]:
-    """Adds up K unreduced losses by instance.
+def sums_of(parts: Sequence[tuple[Tensor, Tensor, Tensor, int]], instances: int, names: int) -> tuple[Tensor, Tensor]:
+    """Adds up the values of K losses by instance.
 
     Args:
-        losses: [N], [N, T] or [] each.
-        counted: Which ones count (bool), in the same shapes.
-        owners: See `Piece`.
+        parts: Values [N], [N, T] or [], which of them count (bool), and their owner and name; see `Piece`.
         instances: B.
+        names: K.
 
     Returns:
-        The sums [B, K], float64, and the numbers of losses [B, K].
+        The sums [B, K], float64, and the numbers of values that count [B, K].
     """
-    device = owners[0].device
-    sums = torch.zeros(instances, len(losses), dtype=torch.float64, device=device)
+    device = parts[0][2].device
+    sums = torch.zeros(instances, names, dtype=torch.float64, device=device)
     counts = torch.zeros_like(sums, dtype=torch.int64)
-    for k, (values, mask, owner) in enumerate(zip(losses, counted, owners, strict=True)):
-        where = owner.view(owner.shape + (1,) * (values.dim() - owner.dim())).expand_as(values)
-        used = mask.to(device) & (where >= 0)
-        sums[:, k].index_add_(0, where[used], values.detach().to(device)[used].double())
-        counts[:, k].index_add_(0, where[used], torch.ones_like(where[used]))
+    for values, counted, owner, name in parts:
+        where = wide(owner, values).expand_as(values)
+        used = counted.to(device) & (where >= 0)
+        sums[:, name].index_add_(0, where[used], values.detach().to(device)[used].double())
+        counts[:, name].index_add_(0, where[used], torch.ones_like(where[used]))
     return sums, counts
 
 
@@ -191,6 +189,5 @@ def _sizes(gradient: Tensor, owner: Tensor) -> Tensor:
 def _where(piece: Piece, keep: Tensor) -> Piece:
     """Returns the piece with zeros for instances not in `keep`."""
     gradient = piece.cotangent.gradient
-    mask = keep[piece.owner.clamp(min=0)]
-    mask = mask.view(mask.shape + (1,) * (gradient.dim() - mask.dim()))
+    mask = wide(keep[piece.owner.clamp(min=0)], gradient)
     return piece._replace(cotangent=piece.cotangent._replace(gradient=torch.where(mask, gradient, 0)))

@@ -8,33 +8,36 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_jd.batches import holds_examples
+from hf_jd.batches import holds_examples, row_count
 from hf_jd.collator import EXAMPLES_KEY, GROUP_KEY
+from hf_jd.contradictions import listed
 from hf_jd.packing import documents_of
 from hf_jd.trainer.cotangents import Cotangent, split
 from hf_jd.trainer.gradients import accumulate
 from hf_jd.trainer.shares import Piece, Shares, Values, sums_of
 from hf_jd.trainer.unreduced import LOSS, Unreduced
-from hf_jd.trainer.values import known_losses, needs_values, values_of
+from hf_jd.trainer.values import check_values_are_not_needed, known_losses, values_of
 
 if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin
 
 
 class Whose(NamedTuple):
-    """What a batch says about its instances.
+    """Which instances, groups and documents a batch's entries belong to.
 
     Attributes:
         groups: [B] the group ids, if there are groups.
         examples: B, if known.
         documents: [N, T] the document of each token, if rows are packed; see `documents_of`.
-        empty: Whether there is no example: a stand-in batch is used, which doesn't count.
+        empty: Whether there is no example, so that a stand-in batch is used, which doesn't count.
+        rows: The number of examples that the batch's shapes suggest, if it isn't known.
     """
 
     groups: Tensor | None
     examples: int | None
     documents: Tensor | None
     empty: bool = False
+    rows: int = 1
 
     @staticmethod
     def of(batch: Any, packed: str, device: torch.device) -> Whose:
@@ -47,7 +50,9 @@ class Whose(NamedTuple):
             None if ids is None else ids.to(device) for ids in (batch.get(GROUP_KEY), documents_of(batch, packed))
         )
         counted = groups if groups is not None else batch.get(EXAMPLES_KEY)
-        return Whose(groups, None if counted is None else len(counted), documents)
+        if counted is None:  # collated by a DataLoader of the user's own
+            return Whose(groups, None, documents, rows=row_count(batch))
+        return Whose(groups, len(counted), documents)
 
 
 def shares_of(trainer: JDTrainerMixin, loss: Tensor, whose: Whose, scale: float) -> tuple[Shares, list[str]]:
@@ -89,18 +94,15 @@ def _of_outputs(
     values = None
     if read is not None and len(read[0]) == instances:
         values = values_of(trainer, *read, last, loss.detach() / scale, rest is not None)
-    flag = needs_values(trainer) if values is None else None
-    if flag is not None:
-        raise ValueError(
-            f"{flag} needs the value of each objective, but the loss of {type(trainer).__name__} is one for the whole "
-            "batch: leave it out, or override `compute_losses` and return unreduced losses."
-        )
-    if values is None or not trainer.jd_args.own_mean:
-        return Shares(pieces, instances, rest=rest, values=values)
-    # A group's own mean is over all its losses, however Trainer divides those of each micro-batch.
-    factor = values.sums[values.sums.isfinite()].sum() / values.parts[values.parts.isfinite()].sum()
-    values = values._replace(parts=values.sums)
-    return Shares(pieces, instances, rest=rest, values=values, normalised=False, factor=factor)
+    if values is None:
+        check_values_are_not_needed(trainer, f"the loss of {type(trainer).__name__} is")
+    normalised, factor = True, 1.0
+    if values is not None and trainer.jd_args.own_mean:
+        # A group's own mean is over all its losses, however Trainer divides those of each micro-batch.
+        normalised = False
+        factor = values.sums[values.sums.isfinite()].sum() / values.parts[values.parts.isfinite()].sum()
+        values = values._replace(parts=values.sums)
+    return Shares(pieces, instances, rest=rest, values=values, normalised=normalised, factor=factor)
 
 
 def _of_unreduced(trainer: JDTrainerMixin, loss: Tensor, whose: Whose, unreduced: Unreduced, scale: float) -> Shares:
@@ -117,10 +119,11 @@ def _of_unreduced(trainer: JDTrainerMixin, loss: Tensor, whose: Whose, unreduced
     ]
     if not pieces:
         raise ValueError(
-            f"The losses {', '.join(f'`{name}`' for name in unreduced.losses)} have no graph, so there is nothing to "
+            f"The losses {listed(unreduced.losses)} have no graph, so there is nothing to "
             "train: compute them from the model's outputs in training."
         )
-    sums, counts = sums_of(losses, counted, owners, instances)
+    parts = list(zip(losses, counted, owners, range(len(losses)), strict=True))
+    sums, counts = sums_of(parts, instances, len(losses))
     # A loss's cotangent is its factor in Trainer's loss.
     each = torch.zeros(len(losses), dtype=torch.float64, device=sums.device)
     for (_, gradient), _, k in pieces:
@@ -139,7 +142,7 @@ def _owners(trainer: JDTrainerMixin, cotangents: Sequence[Cotangent], whose: Who
         owners = [owners_of_tokens(whose.documents, c.output) for c in cotangents]
     else:
         sizes = {len(c.output) for c in cotangents}
-        instances = whose.examples or min(sizes)
+        instances = whose.examples or (min(sizes) if any(n % whose.rows for n in sizes) else whose.rows)
         if any(n % instances for n in sizes):
             raise ValueError(
                 f"The batch has {instances} examples, but the loss reads outputs of {sorted(sizes)} rows, so no row's "
@@ -165,13 +168,13 @@ def _owners_of_losses(trainer: JDTrainerMixin, losses: Mapping[str, Tensor], who
     objectives, kind = trainer.jd_args.jd_objectives, trainer.jd_args.kind
     if len(losses) > 1 and not kind.several:
         raise ValueError(
-            f"There are several losses ({', '.join(f'`{name}`' for name in losses)}), but --jd_objectives {objectives} "
+            f"There are several losses ({listed(losses)}), but --jd_objectives {objectives} "
             "takes one: add them up in `compute_losses`, or choose `loss` or `instance_loss`."
         )
-    whole = [f"`{name}`" for name, values in losses.items() if not values.ndim]
+    whole = [name for name, values in losses.items() if not values.ndim]
     if whole and kind.of_instances:
         raise ValueError(
-            f"{', '.join(whole)} is one loss for the whole batch, but --jd_objectives {objectives} needs one per "
+            f"{listed(whole)} is one loss for the whole batch, but --jd_objectives {objectives} needs one per "
             "instance [B], or per token [B, T] with a bool tensor of those that count: leave out its last mean or sum, "
             "or choose --jd_objectives loss."
         )
@@ -238,6 +241,7 @@ def _nothing_read(trainer: JDTrainerMixin, outputs: Sequence[Tensor]) -> str:
     return (
         f"The loss of {type(trainer).__name__} does not depend on the model's outputs with a graph (outputs of shapes "
         f"{shapes}), so it can't be split by instance. Usual causes: a loss that runs its own backward pass, or calls "
-        "a part of the model past its forward, or a model that returns no tensors. Choose --jd_objectives batch, which "
-        "makes each batch one objective, or override `compute_losses`."
+        "a part of the model past its forward, a model that returns no tensors, or --torch_compile, which joins the "
+        "model's own loss with its outputs. Choose --jd_objectives batch, which makes each batch one objective, or "
+        "override `compute_losses`."
     )

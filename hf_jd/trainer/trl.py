@@ -110,7 +110,7 @@ class JDRLOOTrainer(GeneratingMixin, RLOOTrainer):
 
     def advantages_by_reward(self, rewards: Tensor, total: Tensor) -> Tensor:
         """[N, K] the advantages that TRL computes for each reward alone, times its weight; see GeneratingMixin."""
-        if rewards.shape[1] == 1 and getattr(self.args, "jd_kl", "mean") == "mean":
+        if rewards.shape[1] == 1 and not self.kl_is_objective:
             return total[:, None]
         weighted = rewards * self.reward_weights.to(rewards)
         if self.reward_clip_range:

@@ -14,8 +14,10 @@ from transformers.utils import logging
 
 from hf_jd._compat import loss_is_scaled_for_ga
 from hf_jd.arguments import JDArguments
+from hf_jd.contradictions import listed
 from hf_jd.distributed.processes import process_count
-from hf_jd.losses import LOSSES, NAMED_LOSSES, bare, check_targets, known_kind, loss_kind
+from hf_jd.gramian.sharding import layer_type
+from hf_jd.losses import LOSSES, NAMED_LOSSES, bare, check_targets, known_kind
 from hf_jd.trainer.overrides import overridden
 
 logger = logging.get_logger(__name__)
@@ -50,7 +52,7 @@ class LossesMixin(Host):
     Attributes:
         jd_inputs: The current batch, as `compute_loss` gets it.
         jd_unreduced: Its unreduced losses, if `compute_losses` returned any.
-        jd_extra: [] the part of its loss that belongs to none of these, if any.
+        jd_extra: The part [] of its loss that belongs to none of these, if any.
     """
 
     jd_inputs: Any = None
@@ -70,7 +72,7 @@ class LossesMixin(Host):
         return self.args
 
     def forget_losses(self) -> None:
-        """Forgets what was learnt about the model's losses: another run may have another model and other flags."""
+        """Forgets what is known about the model's losses, since the next run may have another model or flags."""
         self.jd_loss_names: list[str] = []
         self.jd_unreduced = self.jd_inputs = None
         # Whether the model's own loss consists of the instances' losses, as far as is known; see `values.py`.
@@ -113,18 +115,31 @@ class LossesMixin(Host):
                 f"The batch is a {type(inputs).__name__}, without names, so its labels are unknown: use a collator "
                 "that returns a dict, or override `compute_losses`."
             )
-        check_targets(loss_kind(self.model), inputs)
+        check_targets(self._built_in_kind(), inputs)
 
     def read_losses(self, outputs: Any, inputs: Mapping[str, Any]) -> Losses:
         """Reads the unreduced losses of a known head from the model's outputs; see `compute_losses`."""
-        core = self.model
-        return LOSSES[loss_kind(core)](outputs, inputs, bare(core), self._smoothing(inputs))
+        return LOSSES[self._built_in_kind()](outputs, inputs, bare(self.model), self._smoothing(inputs))
+
+    @property
+    def loss_kind(self) -> str | None:
+        """The key of `LOSSES` for the model, with or without PEFT's wrappers; None if there is none."""
+        core = bare(self.model)
+        return known_kind(core, layer_type(core).__name__)
+
+    def _built_in_kind(self) -> str:
+        """Returns the same, or raises a ValueError."""
+        if self.loss_kind is None:
+            raise ValueError(
+                f"{type(bare(self.model)).__name__} has no built-in unreduced loss (there are: {', '.join(LOSSES)}): "
+                "override `compute_losses` and return one loss per instance or per token."
+            )
+        return self.loss_kind
 
     @property
     def knows_losses(self) -> bool:
         """Whether Trainer's loss is a known head's, so that `read_losses` gives the instances' losses."""
-        has_kind = known_kind(self.model) is not None
-        return has_kind and overridden(self) is None and self.jd_loss_func is None
+        return self.loss_kind is not None and overridden(self) is None and self.jd_loss_func is None
 
     @property
     def tells_losses_apart(self) -> bool:
@@ -166,7 +181,7 @@ class LossesMixin(Host):
         named = outputs.get("losses") if isinstance(outputs, Mapping) else None
         if isinstance(named, Mapping):
             return named
-        read = NAMED_LOSSES.get(known_kind(self.model) or "")
+        read = NAMED_LOSSES.get(self.loss_kind or "")
         return None if read is None or not self.knows_losses else read(outputs, self.jd_inputs)
 
     def _batch_loss(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -186,34 +201,25 @@ class LossesMixin(Host):
         """
         values, counted = by_name(losses)
         several, tokens = len(values) > 1, next(iter(values.values())).ndim > 1
-        averaged, divides = self._averages_batches(), self._divides_loss(num_items)
         of_head = several and self.knows_losses
+        # Does Trainer average the losses of an update's micro-batches, instead of adding them up?
+        scaled = loss_is_scaled_for_ga(self)
+        averaged = not (self.model_accepts_loss_kwargs or self.jd_loss_func) if scaled is None else not scaled
         # Losses of tokens are divided by their number in the update, if that is known.
-        divisor_is_known = averaged or (tokens and not (num_items is None and loss_is_scaled_for_ga(self)))
+        divisor_is_known = averaged or (tokens and not (num_items is None and scaled))
         normalised = of_head or (divisor_is_known and not several and not self.jd_args.own_mean)
         self.jd_unreduced = Unreduced(values, counted, normalised)
-        # Leave out instances whose losses aren't finite.
-        finite = {name: _finite(losses, counted[name]) for name, losses in values.items()}
-        if tokens and not several and not averaged and num_items is not None:
-            processes = process_count() if self.args.average_tokens_across_devices else 1
-            divide_by = {name: torch.as_tensor(num_items) / processes for name in values}
-        else:
-            batches = 1 if divides else self.current_gradient_accumulation_steps
-            divide_by = {name: finite[name].sum().clamp(min=1) * batches for name in values}
-        sums = {name: values[name].masked_fill(~finite[name], 0).sum() for name in values}
-        total = torch.stack([sums[name] / divide_by[name].to(sums[name].device) for name in values]).sum()
+        by_items = tokens and not several and not averaged and num_items is not None
+        divided_by_trainer = averaged or (scaled is None and num_items is None and self.jd_loss_func is None)
+        batches = 1 if by_items or divided_by_trainer else self.current_gradient_accumulation_steps
+        processes = process_count() if self.args.average_tokens_across_devices else 1
+        parts = []
+        for name, loss in values.items():
+            finite = _finite(loss, counted[name])  # Leave out instances whose losses aren't finite.
+            divide_by = torch.as_tensor(num_items) / processes if by_items else finite.sum().clamp(min=1) * batches
+            parts.append(loss.masked_fill(~finite, 0).sum() / divide_by.to(loss.device))
+        total = torch.stack(parts).sum()
         return total if self.jd_extra is None else total + self.jd_extra
-
-    def _averages_batches(self) -> bool:
-        """Whether Trainer averages the losses of an update's micro-batches, instead of adding them up."""
-        scaled = loss_is_scaled_for_ga(self)
-        return not (self.model_accepts_loss_kwargs or self.jd_loss_func) if scaled is None else not scaled
-
-    def _divides_loss(self, num_items: Any) -> bool:
-        """Whether Trainer divides this micro-batch's loss by the number of micro-batches."""
-        if self._averages_batches():
-            return True
-        return loss_is_scaled_for_ga(self) is None and num_items is None and self.jd_loss_func is None
 
     def _smoothing(self, inputs: Mapping[str, Any]) -> float:
         return self.args.label_smoothing_factor if "labels" in inputs else 0.0
@@ -254,13 +260,13 @@ class LossesMixin(Host):
         """
         if self.jd_args.jd_objectives == "loss" and counted and len(names) < 2:
             raise ValueError(
-                f"There is only one loss ({_quoted(names)}), but --jd_objectives loss weighs several: return a dict of "
+                f"There is only one loss ({listed(names)}), but --jd_objectives loss weighs several: return a dict of "
                 "losses by name from `compute_losses`, make a model's balancing loss one of them with "
                 "--jd_extra_losses objective, or choose --jd_objectives instance."
             )
         if self.jd_loss_names and self.jd_loss_names != names:
             raise ValueError(
-                f"The losses were {_quoted(self.jd_loss_names)}, but in another batch they are {_quoted(names)}: "
+                f"The losses were {listed(self.jd_loss_names)}, but in another batch they are {listed(names)}: "
                 "return the same names for each batch, and count nothing for a loss without a value."
             )
         self.jd_loss_names = names
@@ -270,10 +276,6 @@ def _finite(losses: Tensor, counted: Tensor) -> Tensor:
     """Returns which losses count (bool), leaving out instances with a loss that isn't finite."""
     finite = losses.detach().isfinite() | ~counted
     return counted & (finite.flatten(1).all(1).view(-1, *[1] * (losses.ndim - 1)) if losses.ndim > 1 else finite)
-
-
-def _quoted(names: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
 
 
 def by_name(losses: Losses | Mapping[str, Losses]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

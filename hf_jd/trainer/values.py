@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-_ROUNDING = 1e-5  # of a loss in float32
+_ROUNDING = 1e-5  # relative rounding error of a float32 loss
 
 
 def needs_values(trainer: JDTrainerMixin) -> str | None:
@@ -33,6 +33,16 @@ def needs_values(trainer: JDTrainerMixin) -> str | None:
         f"the weighting `{jd.jd_weighting}`": getattr(trainer.weighting, "reads", "gramian") != "gramian",
     }
     return next((flag for flag, is_set in flags.items() if is_set), None)
+
+
+def check_values_are_not_needed(trainer: JDTrainerMixin, what: str) -> None:
+    """Raises a ValueError if a flag needs each objective's value; `what` is why there are none."""
+    flag = needs_values(trainer)
+    if flag is not None:
+        raise ValueError(
+            f"{flag} needs the value of each objective, but {what} one for the whole batch: leave it out, or override "
+            "`compute_losses` and return unreduced losses."
+        )
 
 
 @torch.no_grad()
@@ -62,7 +72,7 @@ def known_losses(
         instances = int(documents.max()) + 1
     if len(owner) != len(losses) or (documents is None and examples not in (None, instances)):
         return None
-    sums, counts = sums_of([losses], [counted], [owner.to(losses.device)], instances)
+    sums, counts = sums_of([(losses, counted, owner.to(losses.device), 0)], instances, 1)
     _compare(trainer, outputs, sums, counts)
     return (sums, counts) if trainer.jd_valued else None
 

@@ -43,7 +43,6 @@ class StepSettings:
 
     Attributes:
         kind: The kind of objectives.
-        objectives: Its name.
         losses: The names of the losses.
         group_name: Returns the name of a group, from its id.
         raised: The names of the groups whose loss is raised.
@@ -52,7 +51,6 @@ class StepSettings:
     """
 
     kind: Kind
-    objectives: str
     losses: Sequence[str]
     group_name: Callable[[int], str]
     raised: Sequence[str]
@@ -74,7 +72,7 @@ class StepResult(NamedTuple):
     metrics: list[Metrics]
 
 
-def weigh(gramians: Tensor, objectives: Objectives, usable: Tensor, settings: StepSettings) -> StepResult:
+def weigh(gramians: Tensor, objectives: Objectives, settings: StepSettings) -> StepResult:
     """Computes the weights of an update's rows, separately in each block of parameters.
 
     A row times a factor f_k is its objective's row; f_k is negative for a loss that is raised. With D = diag(f) and w
@@ -82,16 +80,16 @@ def weigh(gramians: Tensor, objectives: Objectives, usable: Tensor, settings: St
 
     Args:
         gramians: [B, M, M], one per block; B = 1 without blocks.
-        objectives: The table of the M objectives.
-        usable: [M] (bool).
+        objectives: The M rows.
         settings: See `StepSettings`.
     """
+    usable = objectives.usable
     weights = torch.zeros(len(gramians), len(usable), dtype=torch.float64, device=gramians.device)
     if not usable.any():
         return StepResult(weights, None, [])
-    factors = objectives.factors(usable) * signs(objectives.table.groups, settings)
+    factors = objectives.factors * signs(objectives.table.groups, settings)
     gramians = (factors.outer(factors).to(gramians) * gramians)[:, usable][:, :, usable]
-    members, joined = objectives.members(usable), objectives.joined(usable).table
+    members, joined = objectives.members, objectives.joined()
     (b, m), n = (len(gramians), len(joined)), len(members)
     if m < n:
         gramians = gramians.new_zeros(b, m, n).index_add(1, members, gramians)
@@ -120,15 +118,14 @@ def _means(table: ObjectiveTable) -> Tensor | None:
 
 def _names(table: ObjectiveTable, whole: int | None, settings: StepSettings) -> list[str]:
     """Returns the objectives' names: groups or losses, or the positions of instances in the update."""
-    losses, seen, names = settings.losses, Counter[int](), []
+    kind, losses, seen, names = settings.kind, settings.losses, Counter[int](), []
     for group, name in zip(table.groups.tolist(), table.names.tolist(), strict=True):
-        if settings.objectives in ("loss", "reward") or name == whole:
+        if kind.shared and group >= 0:
+            names.append(settings.group_name(group))
+        elif kind.shared or name == whole:
             names.append(losses[name])
-        elif settings.objectives == "group":
-            names.append(settings.group_name(group) if group >= 0 else losses[name])
         else:
-            several = settings.objectives == "instance_loss"
-            names.append(f"{seen[name]}/{losses[name]}" if several else str(seen[name]))
+            names.append(f"{seen[name]}/{losses[name]}" if kind.several else str(seen[name]))
             seen[name] += 1
     return names
 
@@ -184,7 +181,7 @@ def call_weighting(weighting: Any, gramian: Tensor, losses: Tensor, names: Seque
     """
     m = len(losses)
     if m == 1:
-        # A single objective has no others to be weighed against: the stock step.
+        # A single objective isn't weighed against others: this is the stock step.
         return torch.ones(1, dtype=torch.float64, device=gramian.device)
     if isinstance(weighting, Weighting):
         weights = weighting(losses if weighting.reads == "losses" else gramian, names=names)

@@ -1,6 +1,6 @@
-"""Given the Gramian G of a step's objectives, which weights w?
+"""Weightings: from the Gramian G of a step's objectives to their weights w.
 
-Usable alone, on a Gramian from anywhere: `UPGradWeighting()(gramian)`. `WEIGHTINGS` is the one list of the methods.
+They also work alone, on any Gramian: `UPGradWeighting()(gramian)`. `WEIGHTINGS` is the only list of the methods.
 """
 
 from __future__ import annotations

@@ -18,20 +18,20 @@ class Weighting(ABC):
     """Turns the Gramian G = J J^T of a step into the weights w of its objectives; the update is J^T w.
 
     Call it as `weights = weighting(gramian)`: `gramian` [m, m], symmetric and positive semi-definite, of any floating
-    dtype, on any device; `weights` [m], of the same dtype and device, without a graph. Computes in float64. Raises a
-    `ValueError` that says what is wrong with an invalid Gramian.
+    dtype, on any device; `weights` [m], of the same dtype and device, without a graph. Weights are computed in float64.
+    An invalid Gramian raises a `ValueError` that says what is wrong with it.
 
     The trainer only needs a callable G -> w, so any function or TorchJD object will do. Subclasses of this class add:
 
     * `weighting.reads` is `"gramian"` or `"losses"`. One that reads losses (`LossWeighting`) is called with the step's
-      losses [m] instead, and no Gramian need be computed.
+      losses [m] instead, so no Gramian has to be computed.
     * `weighting(gramian, names=names)` says which objective each row belongs to, for weightings that remember past
       steps (`Stateful`): groups may be absent from a batch, or come in another order. Without names, row i is objective
       i. Weightings without memory ignore `names`.
     * A `Stateful` weighting has `state_dict()`, `load_state_dict(state)` and `reset()`.
 
     A subclass defines `weigh`, which receives only valid float64 Gramians. `guarantee` (what is proved about the
-    update) and `cost` (of the weights, on top of the Gramian) are shown in the documents.
+    update) and `cost` (of the weights, in addition to the Gramian) are shown in the documents.
     """
 
     guarantee: ClassVar[str] = ""

@@ -1,4 +1,4 @@
-"""COSMOS: a weighted sum of the losses, with a reward for their direction."""
+"""COSMOS: a weighted sum of the losses, minus their cosine with the preferences."""
 
 from __future__ import annotations
 

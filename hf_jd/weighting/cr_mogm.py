@@ -16,7 +16,7 @@ from hf_jd.weighting.upgrad import UPGradWeighting
 
 @dataclass(frozen=True)
 class CRMOGMWeighting(Stateful):
-    """Correlation-reduced multi-objective gradient manipulation: smooths the weights of any other weighting.
+    """Correlation-reduced multi-objective gradient manipulation: smooths the weights of another weighting.
 
     w_t = alpha w_(t-1) + (1 - alpha) W(G_t). Without initial weights, an objective starts with W's weight. An absent
     objective keeps its last weight.

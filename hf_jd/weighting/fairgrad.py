@@ -27,7 +27,7 @@ class FairGradWeighting(Weighting):
     """
 
     guarantee: ClassVar[str] = "every row makes progress, or w = 0"
-    cost: ClassVar[str] = "m³, ten times"
+    cost: ClassVar[str] = "ten times m³"
 
     alpha: float = 1.0
 

@@ -17,10 +17,10 @@ from hf_jd.weighting.stateful import StatefulLoss
 class FAMOWeighting(StatefulLoss):
     """Fast adaptive multitask optimization: equal rates of improvement, without gradients of individual losses.
 
-    w = softmax(xi - log L), up to a factor the gradient of sum_i z_i log L_i, z = softmax(xi). Then xi takes a step
-    away from the losses that fell most, xi <- xi - lr (dz/dxi^T [log L(t-1) - log L(t)] + decay xi). The paper computes
-    L(t) on the same batch after the update, which costs a second forward; here it is the objective's loss at its next
-    step, on another batch.
+    w = softmax(xi - log L): up to a factor, the update is the gradient of sum_i z_i log L_i, z = softmax(xi). Then xi
+    takes a step away from the losses that fell most, xi <- xi - lr (dz/dxi^T [log L(t-1) - log L(t)] + decay xi). The
+    paper computes L(t) on the same batch after the update, which costs a second forward; here it is the objective's
+    loss at its next step, on another batch.
 
     Attributes:
         lr: The learning rate of xi.

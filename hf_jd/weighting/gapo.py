@@ -28,7 +28,7 @@ class GAPOWeighting(Weighting):
     """
 
     guarantee: ClassVar[str] = "non-conflicting; 0 where Pareto stationary"
-    cost: ClassVar[str] = "m³, a few times"
+    cost: ClassVar[str] = "a few times m³"
 
     p: float = 1.0
 

@@ -13,7 +13,7 @@ from hf_jd.weighting.preference import log_losses
 
 @dataclass(frozen=True)
 class GeometricMeanWeighting(LossWeighting):
-    """Geometric loss strategy: the gradient of (L_1 ... L_m)^(1/m), whose direction doesn't depend on a loss's scale.
+    """Geometric loss strategy: the gradient of (L_1 ... L_m)^(1/m), whose direction doesn't depend on any loss's scale.
 
     w_i = (L_1 ... L_m)^(1/m) / (m L_i).
 

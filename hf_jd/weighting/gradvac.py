@@ -17,10 +17,10 @@ _LARGEST_TARGET = 1 - 1e-9  # a cosine: a row can't be made parallel to another 
 
 @dataclass(frozen=True)
 class GradVacWeighting(Stateful):
-    """Gradient vaccine.
+    """Gradient vaccine: adds multiples of other rows to each row, to bring their cosines up to moving averages.
 
-    Row i visits the others in random order. Where its cosine phi with row j is below the target, the moving average of
-    this pair's cosines, a multiple of g_j is added to row i that brings it to the target:
+    Row i visits the others in random order. If its cosine phi with row j is below the target, which is the moving
+    average of this pair's cosines, a multiple of g_j is added to row i, which brings the cosine to the target:
 
         |g_i| (target sqrt(1 - phi^2) - phi sqrt(1 - target^2)) / (|g_j| sqrt(1 - target^2))
 

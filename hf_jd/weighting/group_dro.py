@@ -1,4 +1,4 @@
-"""Group DRO: weights that chase the worst group."""
+"""Group DRO: weights that shift towards the groups with the largest losses."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from hf_jd.weighting.stateful import StatefulLoss
 class GroupDROWeighting(StatefulLoss):
     """Distributionally robust optimisation over groups: exponentiated gradient ascent on the worst mixture's weights.
 
-    q_i <- q_i exp(step_size L_i), normalised over all groups seen so far; w_i = q_i. Absent groups keep their share up
-    to the normalisation, so the weights of the present ones sum to less than 1.
+    q_i <- q_i exp(step_size L_i), normalised over all groups seen so far; w_i = q_i. Absent groups keep their share, up
+    to the normalisation, so the weights of the groups present sum to less than 1.
 
     Attributes:
         step_size: The ascent's step, per unit of loss.

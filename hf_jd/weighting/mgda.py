@@ -18,8 +18,8 @@ from hf_jd.weighting.preference import PreferenceWeighting, checked_numbers
 class MGDAWeighting(PreferenceWeighting):
     """Multiple-gradient descent algorithm, solved exactly.
 
-    The update is the shortest convex combination d of the rows; <g_i, d> >= |d|^2 for every row, and d = 0 exactly
-    where the step is Pareto stationary. Short rows dominate, however long the others are.
+    The update is the shortest convex combination d of the rows; <g_i, d> >= |d|^2 for every row, and d = 0 exactly if
+    the step is Pareto stationary. Short rows dominate, however long the others are.
 
     Attributes:
         pref_vector: Positive p: rows are divided by m p_i first, so that <g_i, d> is proportional to p_i for the
@@ -31,7 +31,7 @@ class MGDAWeighting(PreferenceWeighting):
     """
 
     guarantee: ClassVar[str] = "non-conflicting; 0 where Pareto stationary"
-    cost: ClassVar[str] = "m³, a few times"
+    cost: ClassVar[str] = "a few times m³"
 
     def __post_init__(self) -> None:
         super().__post_init__()

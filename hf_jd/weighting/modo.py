@@ -18,7 +18,7 @@ class MoDoWeighting(Stateful):
 
     lambda <- the point of the simplex nearest to lambda - gamma (G + rho) lambda; the update is J^T lambda. The paper
     uses J_1 J_2^T of two independent batches for G, so noise adds no bias; G = J J^T of one batch favours the rows with
-    the least noise. Absent objectives keep their lambda; those of the present ones are scaled to a sum of 1.
+    the least noise. Absent objectives keep their lambda; the lambda of present ones are scaled to a sum of 1.
 
     Attributes:
         gamma: The step of lambda, positive, per squared length of the rows.

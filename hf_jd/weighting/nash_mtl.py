@@ -1,4 +1,4 @@
-"""Nash-MTL: the objectives bargain for the update."""
+"""Nash-MTL: the weights of the Nash bargaining solution."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hf_jd.weighting.stateful import Stateful
 
 @dataclass(frozen=True)
 class NashMTLWeighting(Stateful):
-    """The Nash bargaining solution, solved exactly.
+    """The Nash bargaining solution between the objectives, solved exactly.
 
     The update maximises the product of the objectives' progress, prod_i <g_i, d>, among updates of equal length; then
     G w = 1/w, and |J^T w| = sqrt(m) whatever the rows' lengths, before `max_norm` applies. Where no update makes
@@ -31,7 +31,7 @@ class NashMTLWeighting(Stateful):
     """
 
     guarantee: ClassVar[str] = "every row makes progress, or w = 0; invariant to each row's scale"
-    cost: ClassVar[str] = "m³, ten times"
+    cost: ClassVar[str] = "ten times m³"
 
     max_norm: float = 1.0
     update_weights_every: int = 1

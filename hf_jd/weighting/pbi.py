@@ -1,4 +1,4 @@
-"""PBI: the losses along a ray, and their distance from it."""
+"""PBI: weights that lower the losses along a ray, and their distance from it."""
 
 from __future__ import annotations
 

@@ -16,9 +16,9 @@ from hf_jd.weighting.cagrad import CAGradWeighting
 class RACOWeighting(CAGradWeighting):
     """Reward-free alignment for conflicting objectives: conflict-averse gradient descent with clipping.
 
-    CAGrad's update is g_0 + c |g_0| g_w / |g_w|, whose w on the simplex may give everything to one objective. Here w is
-    clipped to min(w_i, p_i), p the preferences scaled to a sum of 1, and the correction has the same length as before:
-    d = g_0 + c |g_0| g_v / |g_v|, v = min(w, p). Where g_v = 0, or CAGrad finds the step Pareto stationary, the weights
+    CAGrad's update is g_0 + c |g_0| g_w / |g_w|, where w on the simplex may give everything to one objective. Here w is
+    clipped to min(w_i, p_i), where p are the preferences scaled to a sum of 1, and the correction keeps its length:
+    d = g_0 + c |g_0| g_v / |g_v|, v = min(w, p). If g_v = 0, or CAGrad finds the step Pareto stationary, the weights
     are 0.
 
     References:
@@ -26,7 +26,7 @@ class RACOWeighting(CAGradWeighting):
     """
 
     guarantee: ClassVar[str] = "within c of the mean; correction clipped to the preferences"
-    cost: ClassVar[str] = "m³, a few times"
+    cost: ClassVar[str] = "a few times m³"
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
         """Computes p + c |g_0| / |g_v| v, v = min(w, p / sum(p)), [m]."""

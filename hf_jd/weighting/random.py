@@ -1,4 +1,4 @@
-"""Random weights: the baseline that every method has to beat."""
+"""Random weights: a baseline for all other methods."""
 
 from __future__ import annotations
 

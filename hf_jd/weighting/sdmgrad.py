@@ -37,7 +37,7 @@ class SDMGradWeighting(Stateful):
     """
 
     guarantee: ClassVar[str] = "none for one step; between MGDA and the mean over many"
-    cost: ClassVar[str] = "m², `n_iter` times"
+    cost: ClassVar[str] = "`n_iter` times m²"
 
     lr: float = 10.0
     momentum: float = 0.5

@@ -58,7 +58,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Stateful(Weighting):
-    """A weighting whose result depends on past steps, or on chance.
+    """A weighting whose result depends on past steps, or on random numbers.
 
     The memory is stored by the objectives' names (`weighting(gramian, names=names)`), so their number and order may
     change from step to step. A run resumed from `state_dict()` continues as if it had not been interrupted.
@@ -74,7 +74,7 @@ class Stateful(Weighting):
         object.__setattr__(self, "memory", Memory(getattr(self, "seed", 0)))
 
     def remember_as(self, other: Stateful) -> None:
-        """Shares what another weighting remembers: of the same method, with other parameters."""
+        """Shares the memory of another weighting, which has the same method and other parameters."""
         object.__setattr__(self, "memory", other.memory)
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,4 +101,4 @@ class Stateful(Weighting):
 
 @dataclass(frozen=True)
 class StatefulLoss(Stateful, LossWeighting):
-    """A weighting that reads losses and depends on past steps, or on chance."""
+    """A weighting that reads losses, and depends on past steps or on random numbers."""

@@ -1,4 +1,4 @@
-"""STCH: the largest loss decides, smoothly."""
+"""STCH: weights of a smooth maximum of the losses."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ class UPGradWeighting(PreferenceWeighting):
     """Unconflicting projection of gradients.
 
     The update is sum_i p_i pi_J(g_i), where pi_J projects onto the dual cone {x : J x >= 0} of the rows g_1, ..., g_m:
-    every projection, and so the update, conflicts with no row. Where no two rows conflict, it is J^T p, the mean.
+    every projection, and so the update, conflicts with no row. If no two rows conflict, the update is J^T p, the mean.
 
     Guarantees: non-conflicting; linear under scaling (the update is linear in the positive scale of each row); the
     update lies in the span of the rows.

@@ -49,7 +49,7 @@ class Cost:
     groups: int = 4
 
     def __call__(self, setting: Setting) -> dict[str, Any]:
-        """Times the case; what failed is said in its place."""
+        """Times the case; reports an error in place of a result."""
         case = replace(self, shape="tiny", batch=4, tokens=8) if setting.tiny else self
         return Contest(case, setting.device).run(setting)
 

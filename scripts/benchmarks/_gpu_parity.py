@@ -96,7 +96,7 @@ def trained(setting: Setting, ours: bool, **flags: Any) -> nn.Module:
 
 
 def _apart(first: nn.Module, second: nn.Module) -> float:
-    """The distance of two trained models, by how far the second has gone."""
+    """Returns the distance between two trained models, relative to how far the second has moved."""
     start, ends = _flat(_start()), [_flat(model) for model in (first, second)]
     return ((ends[0] - ends[1]).norm() / (ends[1] - start).norm()).item()
 

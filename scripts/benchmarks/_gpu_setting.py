@@ -1,4 +1,4 @@
-"""What every case of `benchmark.py gpu` is given, and how it times."""
+"""The setting of every case of `benchmark.py gpu`, and its timing."""
 
 from __future__ import annotations
 

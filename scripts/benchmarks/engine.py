@@ -9,7 +9,7 @@ is what torch's allocator holds at the step's peak beyond the plain step's peak,
     python scripts/benchmark.py engine --cases full     the lines whose label contains "full"
     python scripts/benchmark.py engine --factors        factors beside rows and two-pass
     python scripts/benchmark.py engine --compile        the same steps of models that torch.compile has compiled
-    python scripts/benchmark.py engine --sweep          the cost an instance for m = 2 ... 256, and its picture
+    python scripts/benchmark.py engine --sweep          the cost per instance for m = 2 ... 256, and its picture
 """
 
 import argparse
@@ -45,7 +45,7 @@ class Case:
         hidden: Width h; the intermediate size is 8 h / 3, of each expert h.
         batch: Instances B.
         tokens: Tokens T of an instance.
-        groups: Number of groups K; None: an objective an instance.
+        groups: Number of groups K; None: one objective per instance.
         layers: Number of layers.
         sorted: Whether the batch is sorted by group; else neighbours are of different groups.
     """
@@ -133,7 +133,7 @@ class Way:
             self.model.compile()
 
     def __call__(self) -> float:
-        """Takes a step; its seconds."""
+        """Takes a step; returns its seconds."""
         for p in self._parameters:
             p.grad = None
         start = time.perf_counter()
@@ -176,7 +176,7 @@ class Way:
 
         def step(values: Tensor) -> None:
             engine.compute_gramian(values, self._segments, retain_graph=False)
-            del values  # And so what is left of the graph, before the gradient is formed.
+            del values  # This frees the rest of the graph before the gradient is formed.
             engine.accumulate_grad(self._weights)
 
         return step
@@ -207,7 +207,7 @@ class Way:
         return step
 
     def passes(self) -> Callable[[Tensor], None]:
-        """One backward an objective, rows stacked."""
+        """Runs one backward per objective, and stacks the rows."""
 
         def step(values: Tensor) -> None:
             rows = [torch.autograd.grad(v, self._parameters, retain_graph=True) for v in values]

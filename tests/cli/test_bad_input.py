@@ -1,4 +1,4 @@
-"""What a user can mend is told in one sentence on stderr, with exit code 2, and leaves nothing behind."""
+"""Errors that a user can fix are one sentence on stderr, with exit code 2, and leave no files behind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.cli.conftest import ROWS, write_jsonl
 
 @pytest.fixture
 def complaint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that must be refused; returns what it says."""
+    """Runs a command that must be refused; returns its message."""
 
     def run(*flags: str | Path, output: str = "out") -> str:
         before = sorted(tmp_path.rglob("*"))

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
+import warnings
 from importlib.metadata import version
 
 import pytest
@@ -30,6 +32,19 @@ def test_unknown_command(capsys):
 def test_an_unknown_flag_is_said_before_what_is_missing(capsys):
     assert main(["finetune", "--output_dri", "runs/mine"]) == 2
     assert "Unknown flag `--output_dri`; the nearest is `--output_dir`" in capsys.readouterr().err
+
+
+def test_what_only_other_libraries_can_mend_is_silenced(capsys, caplog):
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.resetwarnings()
+        main(["report", "no such folder"])
+        for module in ("transformers.trainer", "my_rewards"):
+            warnings.warn_explicit("renamed", FutureWarning, "file.py", 1, module)
+            warnings.warn_explicit("wrong", UserWarning, "file.py", 1, module)
+    assert [str(warning.message) for warning in shown] == ["wrong", "renamed", "wrong"]
+    for text in ("Setting accelerator to CPU. If you have ...", "The loss is not finite."):
+        logging.getLogger("DeepSpeed").warning(text)
+    assert caplog.messages == ["The loss is not finite."]
 
 
 def test_no_command(capsys):

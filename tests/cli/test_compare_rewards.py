@@ -1,9 +1,10 @@
-"""`scripts/compare_rewards.py`: what it tells of a run, and a small one."""
+"""`scripts/compare_rewards.py`: how it summarises a run, and a small comparison."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,19 @@ def test_the_rewards(script):
     assert script.narration(["", ""], ['"Hi"', "Hi"]) == [0.0, 1.0]
     assert script.named("dialogue", script.dialogue, 100)([""], ['"Hi"'], kind=["a"]) == [100.0]
     assert script.variety([""], ["a a b c"]) == [0.75]
+    assert script.brief([""], ["one two three"]) == [-3.0]
+    assert script.equation(["", ""], ["3 + 4 = 8", "3 + 4 is 7"]) == [1.0, 0.0]
+    answers = ["7", "It is 3 + 4 = 7.", "It is 8, not 7, nor 6.", "seven"]
+    assert script.right(["What is 3 + 4?"] * 4, answers) == [1.0, 1.0, 0.0, 0.0]
+    assert script.right(["What is it?"], ["7"]) == [0.0]
+
+
+def test_a_table_of_many_rewards_has_a_column_per_method(script):
+    run = {"seed": 0, "learning_rate": 1e-3, "rewards": list("abcdefghi"), "changes": [1.0] * 8 + [-1.0]}
+    lines = script.table([run | {"method": "one"}, run | {"method": "two"}]).splitlines()
+    assert lines[:2] == ["| method | one | two |", "| --- | --- | --- |"]
+    assert lines[-5] == "| i | -1.00 | -1.00 |"
+    assert lines[-2] == "| improved | 8.00 | 8.00 |"
 
 
 def test_an_unknown_method_is_told(script, capsys):
@@ -49,10 +63,12 @@ def test_an_unknown_method_is_told(script, capsys):
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("names", [slow(["upgrad", "sum, then normalise"])])
-@pytest.mark.parametrize("example", ["rewards", "many_rewards"])
+@pytest.mark.parametrize("example", ["rewards", "many_rewards", "chat_rewards"])
 def test_a_small_comparison(example, names, script, tmp_path):
     plan = yaml.safe_load((ROOT / "examples" / f"{example}.yaml").read_text("utf-8"))
-    plan |= {"model": str(ROOT / plan["model"]), "seeds": [0], "learning_rates": [1e-3], "evaluated": 2}
+    model = shutil.copytree(ROOT / "examples" / "stories15m", tmp_path / "model")
+    (model / "chat_template.jinja").write_text("User: {{ messages[0].content }} Answer:", "utf-8")
+    plan |= {"model": str(model), "seeds": [0], "learning_rates": [1e-3], "evaluated": 2}
     plan["trainer"] |= {"max_steps": 1, "max_completion_length": 4}
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan), "utf-8")
     words = [str(tmp_path / "plan.yaml"), "--output_dir", str(tmp_path / "out"), "--methods", *names]
@@ -60,7 +76,7 @@ def test_a_small_comparison(example, names, script, tmp_path):
     results = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [r["method"] for r in results] == names
     assert all(len(r["changes"]) == len(plan["rewards"]) and len(r["way"]) == 1 for r in results)
-    assert script.main(words) == 0  # Nothing is run again.
+    assert script.main(words) == 0  # Finished runs are not repeated.
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 2
-    assert (tmp_path / "out" / "table.md").read_text().count("\n") == 4
+    assert all(name in (tmp_path / "out" / "table.md").read_text() for name in names)
     assert (tmp_path / "out" / "way.png").exists()

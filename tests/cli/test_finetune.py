@@ -74,7 +74,9 @@ def test_the_loss_after_training_is_the_mean_over_tokens_whatever_the_batch(lora
 
 def test_card_tells_the_weighting_and_the_results(lora_run):
     card = (lora_run / "README.md").read_text("utf-8")
-    assert "the weighting `upgrad`, with one objective per instance" in card
+    assert "stories15m (LoRA, r = 8) on train.jsonl; upgrad, one objective per example; learning rate 0.001." in card
+    assert "- `max_length`: 16\n" in card
+    assert "`dtype`" not in card  # It is the default.
     assert "| story |" in card
     assert "loss before" in card
     assert card.startswith("---\n")
@@ -86,7 +88,7 @@ def test_full_finetuning_saves_the_model(finetune, tmp_path):
     trained = AutoModelForCausalLM.from_pretrained(folder)
     before = AutoModelForCausalLM.from_pretrained(example_path(MODEL))
     assert (trained.model.norm.weight - before.model.norm.weight).abs().max() > 0
-    assert "All parameters of" in (folder / "README.md").read_text("utf-8")
+    assert "(all parameters) on train.jsonl" in (folder / "README.md").read_text("utf-8")
 
 
 def test_dora_and_whole_modules_beside_it(finetune, tmp_path):
@@ -112,16 +114,16 @@ def test_flags_override_the_file(finetune, tmp_path):
     adapter = json.loads((folder / "adapter_config.json").read_text("utf-8"))
     assert adapter["r"] == 3
     assert set(adapter["target_modules"]) == {"q_proj", "v_proj"}
-    assert "`mgda`" in (folder / "README.md").read_text("utf-8")
+    assert "- `jd_weighting`: mgda" in (folder / "README.md").read_text("utf-8")
 
 
 def test_stock_trainer_and_mean_make_the_same_model(finetune, tmp_path):
     stock = load_file(finetune(tmp_path / "stock", "--stock") / "adapter_model.safetensors")
     mean = load_file(finetune(tmp_path / "mean", "--jd_weighting", "mean") / "adapter_model.safetensors")
-    # In float32 AdamW turns rounding of tiny gradients into steps; exactness is tested in float64 elsewhere.
+    # In float32, AdamW amplifies the rounding errors of tiny gradients; other tests check exactness in float64.
     for name, tensor in stock.items():
         assert (mean[name] - tensor).abs().mean() < 1e-5
-    assert "transformers' `Trainer`" in (tmp_path / "stock" / "README.md").read_text("utf-8")
+    assert "; transformers' Trainer; " in (tmp_path / "stock" / "README.md").read_text("utf-8")
 
 
 def test_resumes_its_own_newest_checkpoint(finetune, tmp_path):
@@ -144,7 +146,7 @@ def saved_run(finetune, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def resumed(monkeypatch) -> list[str | None]:
-    """From what was resumed, each time."""
+    """Records the checkpoint of each resumed run."""
     asked: list[str | None] = []
     train = Trainer.train
 

@@ -12,7 +12,7 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# As templates of reasoning models do: only the last answer keeps its thoughts.
+# Like templates of reasoning models: only the last answer keeps its thoughts.
 FORGETFUL = (
     "{% for m in messages %}[{{ m['role'] }}]{% if m['role'] == 'assistant' and loop.last %}(so:){% endif %}"
     "{{ m['content'] }};{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"

@@ -1,4 +1,4 @@
-"""`hf-jd sft | dpo | reward | kto | grpo` on files of one's own, and what can't work, each in a sentence."""
+"""`hf-jd sft | dpo | reward | kto | grpo` on local files; what can't work is refused in one sentence."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 pytest.importorskip("trl", reason="TRL 1.16 asks for datasets 4.7")
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.utils import is_bitsandbytes_available
+from trl import ScriptArguments
 
 from hf_jd.cli import main
+from hf_jd.commands import common as common_parts
 from hf_jd.report.history import read_history
 from hf_jd.report.verdict import setup
+from hf_jd.trainer.sft import JDSFTConfig
+from tests.cli.test_cli import TWO_SCREENS
 
 STORIES = Path(__file__).parents[2] / "examples" / "stories15m"
 pytestmark = [
@@ -65,7 +69,7 @@ def happy(completions, **columns):
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Tiny models by the command that trains them, each with a tokenizer that has a chat template."""
+    """Returns tiny models by command, each with a tokenizer that has a chat template."""
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
     tokenizer.chat_template = TEMPLATE
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -80,7 +84,7 @@ def models(tmp_path_factory):
 
 
 def written(name, directory):
-    """A file of the command's examples, of two groups."""
+    """Writes a file of the command's examples, with two groups."""
     rows = []
     for i in range(4):
         row = {**EXAMPLES[name]}
@@ -98,7 +102,7 @@ def common(tmp_path, monkeypatch):
     flags = {"max_steps": 1, "per_device_train_batch_size": 4, "logging_steps": 1, "report_to": "none"}
     flags |= {"output_dir": "out", "lora_r": 2}
     words = ["--use_cpu", "--bf16", "false", "--use_peft", "--disable_tqdm", "true"]
-    words += ["--lora_target_modules", "q_proj", "v_proj"]  # PEFT reads a single one as a pattern of whole names.
+    words += ["--lora_target_modules", "q_proj", "v_proj"]  # PEFT reads a single name as a pattern for whole names.
     return [*words, *(word for key, value in flags.items() for word in (f"--{key}", str(value)))]
 
 
@@ -110,7 +114,18 @@ def test_a_file_of_ones_own_is_trained_on(name, models, common, tmp_path):
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
     (log,) = [json.loads(line) for line in (tmp_path / "out" / "jd_log.jsonl").read_text().splitlines()][:1]
     assert {key.rpartition("/")[2] for key in log if key.startswith("jd/weight/")} == NAMES[name]
-    assert "(LoRA, r = 2) on data.jsonl; " in setup(read_history(tmp_path / "out"))
+    assert "(LoRA, r = 2) on data.jsonl; " in setup(read_history(tmp_path / "out").facts)
+
+
+def test_a_file_of_flags_may_set_the_environment_and_mix_datasets(monkeypatch, tmp_path):
+    monkeypatch.setenv("MY_VARIABLE", "")
+    mixture = [{"path": "a"}, {"path": "b", "split": "test"}]
+    file = {"env": {"MY_VARIABLE": 3}, "datasets": mixture, "learning_rate": "3e-3", "lora_r": 4}
+    (tmp_path / "flags.yaml").write_text(json.dumps(file))
+    argv = ["--config", str(tmp_path / "flags.yaml"), "--lora_r", "5", "--use_cpu", "--bf16", "false"]
+    _, args, model, mixed = common_parts.parse("sft", argv, ScriptArguments, JDSFTConfig)
+    assert (args.learning_rate, model.lora_r, os.environ["MY_VARIABLE"]) == (3e-3, 5, "3")
+    assert [(dataset.path, dataset.split) for dataset in mixed.datasets] == [("a", "train"), ("b", "test")]
 
 
 def test_a_run_is_continued_from_its_last_checkpoint(models, common, tmp_path):
@@ -138,6 +153,22 @@ def test_scripts_run_under_accelerate_with_two_processes(name, models, common, t
 MISTAKES = {
     "model": (["dpo", "--dataset_name", "d.jsonl"], "No model is given: name it, or its folder"),
     "flag": (["dpo", "--jd_weigthing", "upgrad"], "Unknown flag `--jd_weigthing`; the nearest is `--jd_weighting`"),
+    "abbreviation": (["dpo", "--jd_weight", "mgda"], "Unknown flag `--jd_weight`; the nearest is `--jd_weighting`"),
+    "other tool": (["sft", "--lr", "1e-3"], "Unknown flag `--lr`; the nearest is `--learning_rate`"),
+    "config": (["sft", "--config", "no.yaml"], "The file no.yaml can't be read: No such file or directory"),
+    "flag in a file": (
+        ["sft", "--config", "FILE"],
+        "Unknown flag `jd_weigting` in the file; the nearest is `--jd_weighting`",
+    ),
+    "value": (
+        ["sft", "--learning_rate", "fast"],
+        "Argument --learning_rate/--learning-rate: invalid float value: 'fast'.",
+    ),
+    "group column": (
+        ["dpo", "--model_name_or_path", "m", "--dataset_name", "DATA", "--jd_objectives", "group"]
+        + ["--jd_group_column", "knd"],
+        "The training set has no group column `knd`; its columns are `prompt`, `chosen`, `rejected`, `kind`: choose",
+    ),
     "file": (["dpo", "--model_name_or_path", "m", "--dataset_name", "no.jsonl"], "no.jsonl can't be read"),
     "column": (
         ["kto", "--model_name_or_path", "m", "--dataset_name", "GRPO"],
@@ -167,11 +198,23 @@ def test_a_mistake_is_told_in_a_sentence(name, common, tmp_path, capsys):
     words, expected = MISTAKES[name]
     data = written("grpo" if words[0] == "grpo" else "dpo", tmp_path)
     words = words + (["--num_generations", "2"] if words[0] == "grpo" else [])
-    files = {"DATA": data, "GRPO": written("grpo", tmp_path) if "GRPO" in words else ""}
+    (tmp_path / "flags.yaml").write_text("jd_weigting: mgda\n")
+    files = {"FILE": str(tmp_path / "flags.yaml"), "DATA": data}
+    files["GRPO"] = written("grpo", tmp_path) if "GRPO" in words else ""
     assert main([files.get(word, word) for word in words] + common) == 2
     error = capsys.readouterr().err
     assert f"hf-jd {words[0]}: error: " in error
     assert any(part in error for part in expected.split("|"))
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_help_fits_on_two_screens(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"usage: hf-jd {name} ")
+    assert len(lines) <= TWO_SCREENS
+    assert any(line.startswith("  --dataset_name ") for line in lines)
 
 
 def test_a_preference_for_no_reward_is_told(models, common, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""The wheel, installed by itself, trains: what it needs is in it."""
+"""The wheel contains all that it needs: installed alone, it trains."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(*command: object, folder: Path, path: Path | None = None) -> subprocess.
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """A folder with nothing but what the wheel holds."""
+    """Returns a folder with only the wheel's contents."""
     folder = tmp_path_factory.mktemp("wheel")
     built = run("-m", "hatchling", "build", "-t", "wheel", "-d", folder, folder=ROOT)
     assert built.returncode == 0, built.stderr
@@ -47,6 +47,8 @@ def test_it_trains(installed, train_file, tmp_path):
     done = run("-m", "hf_jd.cli", "finetune", *flags, *sizes, folder=tmp_path, path=installed)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+    done = run("-m", "hf_jd.cli", "report", tmp_path / "run", folder=tmp_path, path=installed)
+    assert done.returncode == 0, done.stderr  # Its template came with the wheel.
 
 
 def test_the_embedded_model_is_asked_for_in_a_sentence(installed, tmp_path):

@@ -1,4 +1,4 @@
-"""The files in configs/: read by accelerate's own parser, by transformers, and by `hf-jd finetune`."""
+"""The files in configs/, read by accelerate's own parser, by transformers, and by `hf-jd finetune`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KINDS = {
 
 
 def launched(path: Path, *more: str):
-    """What `accelerate launch --config_file path` makes of the file and of what is typed besides."""
+    """Returns the settings that `accelerate launch --config_file path` reads from the file and further arguments."""
     arguments = launch_command_parser().parse_args(["--config_file", str(path), *more, "scripts/finetune.py"])
     return _validate_launch_command(arguments)[0]
 

@@ -1,4 +1,4 @@
-"""What the processes of the tests run; each function returns what `multiprocessing` can send."""
+"""Functions that the tests' processes run; each returns something that `multiprocessing` can send."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 from torch.utils.data import IterableDataset, SequentialSampler
 from transformers import (
@@ -57,7 +57,7 @@ MODELS = {
 
 
 def tiny_mixtral() -> nn.Module:
-    """In float32: grouped products know no float64."""
+    """Builds a float32 Mixtral: grouped products don't support float64."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
@@ -65,32 +65,32 @@ def tiny_mixtral() -> nn.Module:
 
 
 def only(model: nn.Module, name: str) -> nn.Module:
-    """The model with the parameters trainable that have `name` in theirs."""
+    """Returns the model with only the parameters trainable whose names contain `name`."""
     for path, parameter in model.named_parameters():
         parameter.requires_grad = name in path
     return model
 
 
 def checkpointed(model: Any) -> Any:
-    """The model with activation checkpointing."""
+    """Returns the model with activation checkpointing."""
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
 def token_losses(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
-    """Unreduced losses [B, T] in the model's own dtype, which Trainer's own loss would compute in float32."""
+    """Computes unreduced losses [B, T] in the model's own dtype; Trainer's own loss would compute them in float32."""
     shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
     losses = F.cross_entropy(outputs.logits.transpose(1, 2), shifted, reduction="none", ignore_index=-100)
     return losses, shifted != -100
 
 
 def reduced_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
-    """The same as one number, for the stock Trainer."""
+    """Computes the same as one number, for the stock Trainer."""
     return token_losses(outputs, labels)[0].sum() / num_items_in_batch
 
 
 class Stream(IterableDataset):
-    """Examples of one length, which come one after the other."""
+    """A stream of examples of one length."""
 
     def __init__(self, rows: list[dict[str, Any]]):
         self.rows = rows
@@ -102,14 +102,14 @@ class Stream(IterableDataset):
 
 
 class InOrder(Trainer):
-    """Takes the examples in their order, so that the global batches don't depend on the number of processes."""
+    """Visits the examples in order, so that the global batches don't depend on the number of processes."""
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(self.train_dataset)
 
 
 class Ours(JDTrainer, InOrder):
-    """JDTrainer, in order; some examples have losses, or only gradients, that aren't finite."""
+    """JDTrainer with examples in order; some have losses, or only gradients, that aren't finite."""
 
     spoiled: Callable[[Tensor, Tensor], Tensor] | None = None
 
@@ -121,7 +121,7 @@ class Ours(JDTrainer, InOrder):
 
 
 def scaled_penalised(trainer: Any, model: nn.Module, inputs: dict[str, Tensor], number: Any) -> tuple[Tensor, Any]:
-    """A loss that takes the number of tokens of all processes, as Trainer's own does, and a penalty on parameters."""
+    """Computes a loss over the number of tokens of all processes, like Trainer's own, and a penalty on parameters."""
     loss, outputs = next_tokens(trainer, model, inputs, number)
     penalty = sum(p.square().sum() for p in model.parameters() if p.requires_grad)
     share = len(outputs.logits) / trainer.examples
@@ -129,13 +129,13 @@ def scaled_penalised(trainer: Any, model: nn.Module, inputs: dict[str, Tensor], 
 
 
 def scaled(trainer: Any, model: nn.Module, inputs: dict[str, Tensor], number: Any) -> tuple[Tensor, Any]:
-    """The same without the penalty: ZeRO 3 has parameters empty outside of the model."""
+    """Computes the same without the penalty: under ZeRO 3, parameters are empty outside the model."""
     loss, outputs = next_tokens(trainer, model, inputs, number)
     return loss * trainer.accelerator.num_processes, outputs
 
 
 class TheirOwnLoss(trainer_of(scaled_penalised, InOrder)):
-    """A Trainer with a loss of its own."""
+    """A Trainer with its own loss."""
 
     def get_batch_samples(self, *args):
         batches, number = super().get_batch_samples(*args)
@@ -153,12 +153,12 @@ class OurScaledLoss(JDTrainerMixin, trainer_of(scaled, InOrder)):
 
 
 def spoil_loss(losses: Tensor, ids: Tensor) -> Tensor:
-    """Losses that are NaN for the instances whose first token is even and below 16."""
+    """Makes losses NaN for the instances whose first token is even and below 16."""
     return losses.masked_fill(_spoiled(ids), torch.nan)
 
 
 def spoil_row(losses: Tensor, ids: Tensor) -> Tensor:
-    """The same losses, with infinite gradients for these instances."""
+    """Leaves the losses unchanged, with infinite gradients for these instances."""
     spoiled = _spoiled(ids)
     return losses + torch.where(spoiled, losses - losses.detach(), 1).sqrt() - (~spoiled).to(losses)
 
@@ -169,7 +169,7 @@ def _spoiled(ids: Tensor) -> Tensor:
 
 @contextmanager
 def fresh_accelerate() -> Iterator[None]:
-    """Leaves nothing of one run to the next."""
+    """Resets accelerate's state between runs."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -178,19 +178,19 @@ def fresh_accelerate() -> Iterator[None]:
 
 
 def shard(args: TrainingArguments) -> None:
-    """Has accelerate prepare models as on GPUs: on a CPU it would make DDP of FSDP2, without a word."""
+    """Makes accelerate prepare models as on GPUs: on a CPU, it would silently turn FSDP2 into DDP."""
     assert args.device.type == "cpu"
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def whole(model: nn.Module) -> Tensor:
-    """The trainable parameters as one vector."""
+    """Returns the trainable parameters as one vector."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.cat([(p.full_tensor() if isinstance(p, DTensor) else p).detach().flatten() for p in parameters])
 
 
 def with_tasks(data: list[dict[str, Any]], tasks: str) -> list[dict[str, Any]]:
-    """The examples, the first ones with the tasks of these numbers."""
+    """Returns the examples; the first ones have the tasks with these numbers."""
     numbered = [{**example, "task": TASKS[int(digit)]} for example, digit in zip(data, tasks, strict=False)]
     return [*numbered, *data[len(tasks) :]]
 
@@ -225,27 +225,27 @@ def train(
     own_loss: bool | str = False,
     **flags: Any,
 ) -> dict[str, Any]:
-    """Trains for some steps: the parameters, what was logged, and the collectives that were called.
+    """Trains for some steps; returns the parameters, the logs, and the collectives that were called.
 
     Args:
         model: One of `MODELS`.
         batch: The global batch.
-        n: How many examples there are.
+        n: The number of examples.
         stock: Whether the stock Trainer trains.
         even: Whether the last batch is filled by repeating examples.
-        steps: How many.
-        bucket: Bytes of a bucket.
-        summed_here: Whether groups' rows are added up by hf_jd, as on CPUs, or by a reduce-scatter, as on GPUs.
+        steps: The number of steps.
+        bucket: The bytes of a bucket.
+        summed_here: Whether hf_jd adds up groups' rows, as on CPUs, instead of a reduce-scatter, as on GPUs.
         unlabelled: The examples without labels.
-        tasks: The group of each example, by its number, where it isn't the usual one.
+        tasks: The group of each example, by number, if not the default.
         dropped: The examples that the collator leaves out.
-        dispatched: Of a stream, whether one process reads it for all, or each reads it whole; None for a list.
+        dispatched: Whether one process reads a stream for all, or each reads all of it; None for a list.
         spoiled: A function of this module that makes losses or rows infinite.
         sharded: Whether FSDP2 shards the model.
         checkpointing: Whether FSDP2 checkpoints activations.
         clip: The norm that gradients are clipped to, 0 for none.
-        own_loss: Whether `compute_loss` is the trainer's own; `scaled` for one without a penalty.
-        flags: Of the arguments.
+        own_loss: Whether the trainer overrides `compute_loss`; `scaled` for a loss without a penalty.
+        flags: Further training arguments.
     """
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     data = with_tasks(examples(n, unlabelled=unlabelled), tasks)
@@ -279,13 +279,13 @@ def train(
 
 
 def shared_history(trainer: Trainer) -> list[dict[str, Any]]:
-    """What was logged, without what each process measures of itself."""
+    """Returns the logs, without what each process measures about itself."""
     own = ("jd/seconds/", "jd/megabytes/")
     return [{k: v for k, v in e.items() if not k.startswith(own)} for e in trainer.state.log_history[:-1]]
 
 
 def hidden_gradients(model: nn.Module) -> int:
-    """How many gradients FSDP2 keeps beside `.grad`, where they would be added to the next step's."""
+    """Counts the gradients that FSDP2 keeps besides `.grad`, which it would add to the next step's."""
     parameters = fsdp_parameters([model])
     kept = [p.unsharded_accumulated_grad is not None or p.unsharded_param.grad is not None for p in parameters]
     assert kept
@@ -293,15 +293,28 @@ def hidden_gradients(model: nn.Module) -> int:
 
 
 def shard_replicas() -> None:
-    """Trains a model of which two groups of processes hold a replica each, in shards."""
+    """Trains a model of which two groups of processes each hold a sharded replica."""
     with tempfile.TemporaryDirectory() as directory, fresh_accelerate():
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
         model = fully_shard(MODELS["lora"](), mesh=mesh)
         Ours(model, arguments(directory), train_dataset=examples(), data_collator=collate).train()
 
 
+def shard_columns() -> None:
+    """Trains a model whose matrices are sharded along their columns."""
+    with tempfile.TemporaryDirectory() as directory, fresh_accelerate():
+        args = arguments(directory, fsdp=True, fsdp_config={"fsdp_version": 2})
+        shard(args)
+        model = fully_shard(
+            MODELS["full"](),
+            mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)),
+            shard_placement_fn=lambda p: Shard(p.ndim - 1),
+        )
+        Ours(model, args, train_dataset=examples(), data_collator=collate).train()
+
+
 def differ(what: str) -> None:
-    """Trains with something that is not the same on all processes."""
+    """Trains with one setting that differs between processes."""
     rank = torch.distributed.get_rank()
     data = examples(16, seed=rank if what == "examples" else 0)
     if what == "order" and rank == 1:
@@ -338,16 +351,17 @@ class Kill(TrainerCallback):
 def survive(
     directory: str, sharded: bool = False, kill: int | None = None, kill_in_write: tuple[int, int] | None = None
 ) -> dict[str, Any]:
-    """Trains, and saves every third update; goes on from the newest whole checkpoint, if there is one.
+    """Trains, and saves at every third update; continues from the newest complete checkpoint, if there is one.
 
     Args:
-        directory: Of the checkpoints.
+        directory: The checkpoints' directory.
         sharded: Whether FSDP2 shards the model.
         kill: The collective of the fifth update in which the last process is killed.
-        kill_in_write: The process that is killed in the third checkpoint, and in which of the files that it writes.
+        kill_in_write: The process that is killed in the third checkpoint, and the file during whose writing it is
+            killed.
 
     Returns:
-        The parameters, and what was said of checkpoints.
+        The parameters, and the messages about checkpoints.
     """
     said: list[str] = []
     handler = logging.Handler()

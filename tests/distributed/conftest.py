@@ -27,21 +27,21 @@ def pools_by_size() -> Iterator[Callable[[int], Pool]]:
 
 @pytest.fixture(scope="session")
 def pools():
-    """The pool of W processes, by W: started when first asked for."""
+    """Returns the pool of W processes, by W; starts it when it is first requested."""
     with pools_by_size() as pool:
         yield pool
 
 
 @pytest.fixture(scope="module")
 def own_pools():
-    """The same, of processes that run nothing but one module's tests: DeepSpeed sets what stays set."""
+    """Returns the same, with processes that run only one module's tests: DeepSpeed's settings persist."""
     with pools_by_size() as pool:
         yield pool
 
 
 @pytest.fixture(scope="session")
 def alone():
-    """What one process trains; each configuration once."""
+    """Trains with one process; each configuration once."""
     known: dict[str, dict] = {}
 
     def train(**configuration) -> dict:

@@ -21,7 +21,7 @@ class Call(NamedTuple):
     """One call of a collective.
 
     Attributes:
-        name: Of the function.
+        name: The function's name.
         sent: The bytes that this process sends to others, by the cheapest known algorithm.
     """
 
@@ -34,7 +34,7 @@ _now: list[list[Call]] = []
 
 
 def _sent(name: str, bound: Any) -> float:
-    """Bytes: a ring's for reductions and gathers, and what is not for the process itself in an all-to-all."""
+    """Counts bytes: of a ring for reductions and gathers, and of what goes to other processes in an all-to-all."""
     processes = distributed.get_world_size()
     share = (processes - 1) / processes
     tensors = [value for value in bound if isinstance(value, Tensor)]
@@ -47,10 +47,10 @@ def _sent(name: str, bound: Any) -> float:
 
 @contextmanager
 def counted() -> Iterator[list[Call]]:
-    """All calls of collectives by hf_jd and DeepSpeed, DDP aside, within the context."""
+    """Records all calls of collectives by hf_jd and DeepSpeed, but not DDP's, within the context."""
     calls: list[Call] = []
     names = {"all_reduce", "all_to_all_single", "all_gather", "broadcast", GATHER, REDUCE_SCATTER}
-    names |= {"all_gather_into_tensor", "reduce_scatter_tensor"}  # DeepSpeed's, by their former names
+    names |= {"all_gather_into_tensor", "reduce_scatter_tensor"}  # DeepSpeed's collectives, under their old names
     before = {name: getattr(distributed, name) for name in names}
 
     def wrapped(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Processes that are started once, and run one case after another together (gloo)."""
+"""Processes that are started once, and run one case after another (gloo)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import warnings
 from datetime import timedelta
 from typing import Any
 
-SECONDS = 600  # for what never comes; a machine may be busy with other things
+SECONDS = 600  # for answers that never come; the machine may be busy
 
 
 class Pool:
@@ -41,20 +41,20 @@ class Pool:
             requests.put((case, arguments))
 
     def run(self, case: str, **arguments: Any) -> list[Any]:
-        """What a function of `tests.distributed.cases` returned on each process."""
+        """Runs a function of `tests.distributed.cases`; returns its result on each process."""
         answers = self.answers_of(case, **arguments)
         for failed, answer in answers:
             assert not failed, answer
         return [answer for _, answer in answers]
 
     def answers_of(self, case: str, **arguments: Any) -> list[tuple[bool, Any]]:
-        """Whether the function failed on each process, and what it answered, or its error."""
+        """Returns, for each process, whether the function failed, and its result or error."""
         self.ask(case, **arguments)
         found = dict(self.answers.get(timeout=SECONDS) for _ in self.processes)
         return [found[r] for r in range(len(found))]
 
     def answer(self, seconds: float) -> tuple[int, tuple[bool, Any]] | None:
-        """The next (rank, (failed, answer)) within some seconds."""
+        """Returns the next (rank, (failed, answer)) within some seconds."""
         try:
             return self.answers.get(timeout=seconds)
         except queue.Empty:
@@ -68,7 +68,7 @@ class Pool:
 
 
 def serve(rank: int, processes: int, port: int, requests: Any, answers: Any) -> None:
-    """What each process does."""
+    """Runs the requested functions in one process."""
     warnings.simplefilter("ignore")
     os.environ |= {
         "RANK": str(rank),
@@ -94,7 +94,7 @@ def serve(rank: int, processes: int, port: int, requests: Any, answers: Any) -> 
 
 
 def free_port() -> int:
-    """A port of this machine that is free."""
+    """Returns a free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -14,6 +14,7 @@ from transformers import set_seed
 from hf_jd import JDDPOConfig, JDDPOTrainer, JDGRPOConfig, JDGRPOTrainer
 from tests.distributed.cases import fresh_accelerate, shared_history, whole
 from tests.invariant.test_trl_trainers import PAIRS, PROMPTS, TOKENIZER, lora
+from tests.trainer.runs import DESCENT, arguments
 
 
 def by_length(completions: list[str], **columns: Any) -> list[float]:
@@ -21,12 +22,12 @@ def by_length(completions: list[str], **columns: Any) -> list[float]:
 
 
 def by_position(completions: list[str], **columns: Any) -> list[float]:
-    """The same for a prompt's completions on whichever process: batches hold whole prompts."""
+    """Rewards a completion by its position in its prompt, the same on any process: batches hold whole prompts."""
     return [100.0 * ((i % 4) ** 2) for i in range(len(completions))]
 
 
 class Written(JDGRPOTrainer):
-    """Completes a prompt by tokens that depend on it alone: what is drawn depends on the process."""
+    """Completes a prompt with tokens that depend only on it, since random numbers depend on the process."""
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         found = []
@@ -37,20 +38,10 @@ class Written(JDGRPOTrainer):
 
 
 def train(name: str, **flags: Any) -> dict[str, Any]:
-    """Trains for some steps on the same global batches of 8: the parameters, and what was logged."""
+    """Trains for some steps on the same global batches of 8; returns the parameters and the logs."""
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    common = {
-        "use_cpu": True,
-        "bf16": False,
-        "per_device_train_batch_size": 8 // processes,
-        "max_steps": 3,
-        "optim": "sgd",
-        "learning_rate": 0.1,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
+    of_batches = {"per_device_train_batch_size": 8 // processes, "gradient_accumulation_steps": 1, "max_steps": 3}
+    common = {**DESCENT, **of_batches}
     settings: dict[str, Any] = {"train_dataset": PAIRS.select(range(8))}
     cls, config = JDDPOTrainer, JDDPOConfig
     if name == "grpo":
@@ -59,7 +50,7 @@ def train(name: str, **flags: Any) -> dict[str, Any]:
         cls, config = Written, JDGRPOConfig
     with tempfile.TemporaryDirectory() as directory, fresh_accelerate():
         set_seed(0)
-        args = config(output_dir=directory, **{**common, **flags})
+        args = arguments(directory, config, **{**common, **flags})
         trainer: Any = cls(model=lora(), args=args, processing_class=TOKENIZER, **settings)
         trainer.train()
         return {"parameters": whole(trainer.model).numpy(), "history": shared_history(trainer)}

@@ -1,4 +1,4 @@
-"""What the collectives send is what the documents say, to 1 %."""
+"""The collectives send the bytes that the documents state, to 1 %."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_bytes_are_those_of_the_model(kind, processes, pools):
     for result in found:
         sent = sum(call.sent for call in result["calls"]) / STEPS
         assert sent == pytest.approx(expected, rel=0.01, abs=2000 if kind == "stock" else 0)
-        if kind != "stock":  # What `hf-jd estimate` says is the same.
+        if kind != "stock":  # `hf-jd estimate` gives the same.
             case = Case(m // processes, 12, 1, processes, k if kind == "group" else None, trained_bytes=itemsize)
             assert sent == pytest.approx(step_bytes(shape_of(MODELS["wide"]()), case), rel=0.01)
 
@@ -42,7 +42,8 @@ def test_bytes_with_sharded_weights_are_those_of_the_cost_model(kind, processes,
     k = 3 if kind == "group" else None
     case = Case(8 // processes, 12, 1, processes, k, "fsdp2", number_bytes=8, trained_bytes=8)
     expected = step_bytes(shape_of(MODELS["wide"]()), case)
-    # Weights are gathered before the first step and after the last one, too: what a step more sends is a step's.
+    # Weights are also gathered before the first and after the last step, so the bytes of a step are what one more step
+    # adds.
     shorter, longer = (pools(processes).run("train", steps=steps, **settings) for steps in (2, 3))
     for less, more in zip(shorter, longer, strict=True):
         sent = sum(call.sent for call in more["calls"]) - sum(call.sent for call in less["calls"])

@@ -1,4 +1,4 @@
-"""DeepSpeed itself, on CPUs: W processes give what one gives without it, and its own step under `mean`."""
+"""DeepSpeed itself, on CPUs: W processes give the result of one without it, and with `mean`, DeepSpeed's own step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TRAIN = "under_deepspeed.train"
 OWN = {"instance": INSTANCE, "group": GROUP}
 # DeepSpeed keeps float32 copies of the parameters, and its optimizer steps there.
 ROUNDING = 1e-6
-# Of two processes, the first has no labels in its first micro-batch, and makes all passes all the same.
+# The first of two processes has no labels in its first micro-batch, but still has to run all passes.
 LABELS = {"n": 24, "unlabelled": (0, 1, 5)}
 
 
@@ -61,7 +61,7 @@ def test_many_processes_are_one(stage, processes, model, accumulated, own, own_p
 
 @pytest.mark.parametrize(("stage", "kind", "loss"), [(2, "group", True), (3, "instance", "scaled")])
 def test_a_loss_of_ones_own(stage, kind, loss, own_pools, alone):
-    # Split at the outputs; one has a penalty on parameters.
+    # Both are split at the outputs; one has a penalty on parameters.
     configuration = {
         **OWN[kind],
         **LABELS,
@@ -98,7 +98,7 @@ def test_offloaded(own_pools, alone):
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "own"), [("lora32", INSTANCE), ("full32", GROUP)], ids=["lora", "full"])
 def test_what_the_processor_knows_changes_nothing(model, own, own_pools):
-    # ZeRO 3 asks whether it has float16 instructions, and chooses a dtype by that.
+    # ZeRO 3 chooses a dtype by whether the processor has float16 instructions.
     common = {"stage": 3, "model": model, **own, **LABELS, "steps": 3}
     without, with_them = (own_pools(2).run(TRAIN, float16_instructions=has, **common)[0] for has in (False, True))
     assert (without["parameters"] == with_them["parameters"]).all()
@@ -107,7 +107,7 @@ def test_what_the_processor_knows_changes_nothing(model, own, own_pools):
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "own"), [("lora", INSTANCE), ("full", GROUP)], ids=["lora", "full"])
 def test_with_deepspeeds_own_sizes_and_evaluation(model, own, own_pools, alone):
-    # What is small stays gathered, and what comes next is fetched ahead.
+    # Small parameters stay gathered, and the next ones are prefetched.
     configuration = {**own, **LABELS, "model": model, "clip": 0.0, "gradient_accumulation_steps": 3}
     found = own_pools(2).run(TRAIN, stage=3, usual=True, **configuration)[0]
     assert relative(found, alone(**configuration)) < ROUNDING
@@ -116,7 +116,7 @@ def test_with_deepspeeds_own_sizes_and_evaluation(model, own, own_pools, alone):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_micro_batches_that_are_weighed_apart_are_one_step(stage, own_pools):
-    # Rows are too many, so that each micro-batch is weighed by itself from the first update on.
+    # There are too many rows, so each micro-batch is weighed separately from the first update on.
     common = {"model": "full", **LABELS, **INSTANCE, "gradient_accumulation_steps": 3, "steps": 4}
     apart = own_pools(1).run(TRAIN, stage=stage, jd_keep_rows="1KB", jd_when_full="micro_batch", **common)[0]
     always = own_pools(1).run(TRAIN, stage=stage, jd_scope="micro_batch", **common)[0]
@@ -147,7 +147,7 @@ def test_clipping_is_by_the_global_norm(stage, own_pools, alone):
     ],
 )
 def test_ways_of_fine_tuning_under_zero_3(model, own, own_pools, alone):
-    # Some are proved by another tier, and by more passes, than without DeepSpeed.
+    # For some, other tiers and more passes are needed than without DeepSpeed.
     configuration = {**own, **LABELS, "model": model, "clip": 0.0}
     assert relative(own_pools(2).run(TRAIN, stage=3, **configuration)[1], alone(**configuration)) < ROUNDING
 
@@ -183,7 +183,7 @@ def test_a_run_goes_on_from_its_newest_whole_checkpoint(stage, tmp_path, own_poo
     whole = own_pools(2).run(TRAIN, **common)[0]
     saving = {**common, "directory": str(tmp_path), "save_strategy": "steps", "save_steps": 2}
     own_pools(2).run(TRAIN, **saving)
-    # What the second process wrote last is cut off, as if it had been killed.
+    # Truncates the second process's last file, as if the process had been killed.
     (last,) = tmp_path.glob("checkpoint-6/global_step6/*zero_pp_rank_1_mp_rank_00_optim_states.pt")
     last.write_bytes(last.read_bytes()[:-100])
     resumed = own_pools(2).run(TRAIN, resume=True, **saving)[0]

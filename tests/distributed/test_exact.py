@@ -1,4 +1,4 @@
-"""W processes give what one gives on the same global batches, and the stock Trainer's step under `mean`."""
+"""W processes give the result of one on the same global batches, and with `mean`, the stock Trainer's step."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_what_gpus_run_is_the_same(blocks, sharded, pools, alone):
 
 
 def test_uneven_batches_of_four_processes(pools, alone):
-    # Batches of 8, 8 and 7: two instances on each process, and one on the last.
+    # Batches of 8, 8 and 7: two instances on each process, except one on the last.
     configuration = {"batch": 8, "n": 23, **GROUP}
     many = pools(4).run("train", **configuration)
     assert relative(many[3], alone(**configuration)) < 1e-10
@@ -96,7 +96,7 @@ def test_a_stream_with_groups(accumulated, dispatched, pools, alone):
     many = pools(2).run("train", **configuration, dispatched=dispatched)
     one = alone(**configuration)
     assert relative(many[0], one) < 1e-10
-    # How many updates an epoch of a stream has isn't known.
+    # A stream's number of updates per epoch is unknown.
     without = [{"history": [{**entry, "epoch": 0.0} for entry in ran["history"]]} for ran in (many[1], one)]
     assert_logged_alike(*without)
 
@@ -105,9 +105,9 @@ def test_a_stream_with_groups(accumulated, dispatched, pools, alone):
 @pytest.mark.parametrize("sharded", [False, slow(True)], ids=["ddp", "fsdp2"])
 @pytest.mark.parametrize("flags", [{}, {"jd_backward": "two_pass"}, {"gradient_accumulation_steps": 2}], ids=repr)
 def test_a_batch_of_no_example_on_one_process(flags, sharded, own, pools, alone):
-    # They are the whole first batch of the first process, and the whole third one of the second.
+    # They make up the first process's first batch, and the second process's third batch.
     dropped = (0, 1, 10, 11)
-    labels = {"n": 24, "unlabelled": (5, *dropped)}  # Nobody reads those that are left out.
+    labels = {"n": 24, "unlabelled": (5, *dropped)}  # No process reads the examples that are left out.
     many = pools(2).run("train", **own, **flags, **labels, dropped=dropped, sharded=sharded)
     one = alone(**own, **flags, **labels)
     assert relative(many[0], one) < 1e-10

@@ -1,4 +1,4 @@
-"""Processes that end, and processes that don't train the same."""
+"""Processes that end, and processes that train differently."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_weights_that_differ_are_found(pools):
 
 @pytest.fixture(scope="module")
 def unharmed(tmp_path_factory, pools):
-    """The parameters of runs that nothing befell."""
+    """Returns the parameters of uninterrupted runs."""
     return {
         sharded: pools(2).run("survive", directory=str(tmp_path_factory.mktemp("whole")), sharded=sharded)[0]
         for sharded in (False, True)
@@ -62,7 +62,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(shard
     assert resumed[0]["parameters"] == unharmed[sharded]["parameters"]
 
 
-# Of one checkpoint, the first process writes arguments, optimizer, scheduler, weighting, random numbers and state.
+# For each checkpoint, the first process writes arguments, optimizer, scheduler, weighting, random numbers and state.
 @pytest.mark.parametrize(
     ("sharded", "rank", "file", "missing"),
     [

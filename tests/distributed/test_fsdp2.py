@@ -1,4 +1,4 @@
-"""FSDP2, as accelerate makes it: W processes give what one gives, and the stock Trainer's step under `mean`."""
+"""FSDP2 as set up by accelerate: W processes give the result of one, and with `mean`, the stock Trainer's step."""
 
 from __future__ import annotations
 
@@ -28,6 +28,12 @@ def test_replicas_of_shards_are_refused(pools):
     for failed, answer in pools(4).answers_of("shard_replicas"):
         assert failed
         assert "does not work with replicas of shards (HSDP)" in answer
+
+
+def test_shards_of_columns_are_refused(pools):
+    for failed, answer in pools(2).answers_of("shard_columns"):
+        assert failed
+        assert "on 2 of 2 processes; use FSDP2 over all processes, along the first dimension" in answer
 
 
 @pytest.mark.parametrize("model", [slow("lora"), "full"])
@@ -82,7 +88,7 @@ def test_what_is_not_finite_on_one_process_is_left_out_by_all(spoiled, own, pool
 
 
 def test_a_process_without_losses(pools, alone):
-    # The first two examples are the whole first batch of one process, and have no labels.
+    # The first two examples make up one process's first batch, and have no labels.
     configuration = {"unlabelled": (0, 1, 6), "n": 24, **GROUP}
     many = pools(2).run("train", sharded=True, **configuration)
     assert relative(many[0], alone(**configuration)) < 1e-10

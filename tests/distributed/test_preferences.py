@@ -1,4 +1,4 @@
-"""Two processes give what one gives, inside TRL's trainers."""
+"""In TRL's trainers, two processes give the result of one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the processes of the tests run under DeepSpeed, as `cases.py` does without it."""
+"""Functions that the tests' processes run under DeepSpeed; `cases.py` has those without it."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from tests.trainer.runs import arguments, collate, examples
 
 @contextmanager
 def under_deepspeed(float16_instructions: bool = False) -> Iterator[None]:
-    """Has accelerate start DeepSpeed on a CPU, by arguments alone: where the environment asks for one, it does not.
+    """Makes accelerate start DeepSpeed on a CPU, by arguments alone: it doesn't if the environment asks for a CPU.
 
     Args:
-        float16_instructions: What DeepSpeed hears of the processor: ZeRO 3 refuses float64, in which these tests
-            compute, unless there are none.
+        float16_instructions: Whether DeepSpeed is told that the processor has them. If it is, ZeRO 3 refuses float64,
+            in which these tests compute.
     """
     asked = os.environ.pop("ACCELERATE_USE_CPU")
     os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed  # Only these tests wait for it to be imported.
+    import deepspeed  # Importing it is slow, and only these tests need it.
 
-    deepspeed.ops.__compatible_ops__ = {}  # Else it compiles an all-reduce of its own, if it finds a compiler.
+    deepspeed.ops.__compatible_ops__ = {}  # Otherwise DeepSpeed compiles its own all-reduce, if it finds a compiler.
     accelerator = deepspeed.get_accelerator()
     try:
         with fresh_accelerate(), patch.object(accelerator, "is_fp16_supported", lambda: float16_instructions):
@@ -43,7 +43,7 @@ def under_deepspeed(float16_instructions: bool = False) -> Iterator[None]:
 
 
 def zero(stage: int, offload: bool = False, usual: bool = False) -> dict[str, Any]:
-    """A configuration of DeepSpeed; unless it's the usual one, nothing is too small to be shared out, or is kept."""
+    """Returns a DeepSpeed configuration; unless `usual`, even small parameters are sharded, and none are kept."""
     names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     sizes = ("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_max_live_parameters")
     settings: dict[str, Any] = {"stage": stage, **({} if usual else dict.fromkeys(sizes, 0))}
@@ -78,27 +78,27 @@ def train(
     own_loss: bool | str = False,
     **flags: Any,
 ) -> dict[str, Any]:
-    """Trains with DeepSpeed: the parameters, and what was logged; see `train`.
+    """Trains with DeepSpeed; returns the parameters and the logs; see `cases.train`.
 
     Args:
-        stage: Of ZeRO.
+        stage: ZeRO's stage.
         model: One of `MODELS`.
         batch: The global batch.
-        n: How many examples there are.
-        steps: How many.
+        n: The number of examples.
+        steps: The number of steps.
         unlabelled: The examples without labels.
         spoiled: A function of this module that makes losses or rows infinite.
         clip: The norm that gradients are clipped to, 0 for none.
         stock: Whether the stock Trainer trains.
-        loaded: Where the model is loaded from instead, once DeepSpeed is known to be asked for.
-        offload: Whether parameters and optimizer live in another memory.
-        usual: Whether DeepSpeed's own sizes are kept; and evaluates at each update, between its own passes.
+        loaded: A folder to load the model from instead, after DeepSpeed was requested.
+        offload: Whether parameters and optimizer are offloaded.
+        usual: Whether to keep DeepSpeed's default sizes, and to evaluate at each update, between its own passes.
         kill: The collective of the fifth update in which the last process is killed.
-        float16_instructions: Whether DeepSpeed hears that the processor has them.
-        directory: Of checkpoints; None for one that is removed.
-        resume: Whether to go on from the newest whole checkpoint.
+        float16_instructions: Whether DeepSpeed is told that the processor has them.
+        directory: The checkpoints' directory; None for a temporary one.
+        resume: Whether to continue from the newest complete checkpoint.
         own_loss: See `train`.
-        flags: Of the arguments.
+        flags: Further training arguments.
     """
     processes = torch.distributed.get_world_size()
     with tempfile.TemporaryDirectory() as temporary, counted() as calls, under_deepspeed(float16_instructions):
@@ -111,7 +111,7 @@ def train(
             accelerator_config={"even_batches": False},
             eval_strategy="steps" if usual else "no",
             eval_steps=1,
-            per_device_eval_batch_size=8 // processes,  # ZeRO 3 waits for a process that has no batch.
+            per_device_eval_batch_size=8 // processes,  # ZeRO 3 would wait for a process without a batch.
             deepspeed=zero(stage, offload, usual),
             **({} if stock else {"jd_backward": "two_pass"}),
             **flags,
@@ -132,7 +132,7 @@ def train(
 
 
 def trained(trainer: Trainer, stage: int, usual: bool) -> np.ndarray:
-    """The trainable parameters as one vector, which ZeRO 3 has shared out."""
+    """Returns the trainable parameters, which ZeRO 3 has sharded, as one vector."""
     from deepspeed.runtime.zero import GatheredParameters
 
     assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"

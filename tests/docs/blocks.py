@@ -1,4 +1,4 @@
-"""Documents -> their blocks of code."""
+"""Documents -> their code blocks."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ PAGES = [
 
 @dataclass(frozen=True)
 class Block:
-    """A block between fences.
+    """A fenced block.
 
     Attributes:
         page: The file's name.
-        line: Where it starts.
-        language: What is named behind the fence.
-        text: All lines between.
+        line: The line where it starts.
+        language: The language named after the fence.
+        text: The lines between the fences.
     """
 
     page: str
@@ -32,7 +32,7 @@ class Block:
 
     @property
     def code(self) -> str:
-        """What is run: of a diff, what is there afterwards."""
+        """The code to run: for a diff, the code after applying it."""
         if self.language != "diff":
             return self.text
         return "".join(line[1:] or "\n" for line in self.text.splitlines(True) if not line.startswith("-"))
@@ -42,7 +42,7 @@ class Block:
 
 
 def blocks(*languages: str) -> Iterator[Block]:
-    """All blocks of these languages."""
+    """Yields all blocks in these languages."""
     for page in PAGES:
         text = page.read_text("utf-8")
         for found in re.finditer(r"^```(\w*)[^\n]*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
@@ -51,7 +51,7 @@ def blocks(*languages: str) -> Iterator[Block]:
 
 
 def commands(block: Block) -> Iterator[list[str]]:
-    """A shell block's commands, as words, without what is only meant for a reader: comments and `...`."""
+    """Yields a shell block's commands, split into words, without comments and `...`."""
     for line in block.text.replace("\\\n", " ").splitlines():
         words = [word for word in re.split(r"\s#", line)[0].split() if word != "..."]
         if words and not words[0].startswith("#"):

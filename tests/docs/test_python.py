@@ -1,7 +1,6 @@
-"""Every Python block of the documents runs.
+"""Run every Python block of the documents.
 
-A block that is a fragment gets the smallest context that makes it true, from CONTEXTS; one that needs another context,
-or none, and isn't listed, fails.
+CONTEXTS gives a block that is a fragment the smallest context in which it runs. A fragment without a context fails.
 """
 
 from __future__ import annotations
@@ -88,7 +87,7 @@ def trl() -> dict[str, Any]:
 
 @cache
 def adapter_folder() -> str:
-    """An adapter as `hf-jd finetune` leaves it."""
+    """Returns the folder of an adapter like those that `hf-jd finetune` saves."""
     folder = mkdtemp()
     model = AutoModelForCausalLM.from_pretrained(STORIES)
     get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(folder)
@@ -132,7 +131,7 @@ def encoding() -> dict[str, Any]:
     return {"replace": {"my-encoder": path, '"out"': '"out", use_cpu=True, report_to="none", max_steps=2'}}
 
 
-# By the page, and the beginning of a line of the block.
+# By page, and by the beginning of one of the block's lines.
 CONTEXTS: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
     ("README.md", "trainer = JDTrainer(model"): training,
     ("from_torchjd.md", "engine = Engine(model)  # once"): regression,

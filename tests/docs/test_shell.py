@@ -1,4 +1,4 @@
-"""Every command of the documents is one that there is, with flags that there are."""
+"""Every command in the documents exists, and so do its flags."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.docs.blocks import ROOT, blocks, commands
 
 COMMAND_LINES = [(str(block), words) for block in blocks("bash", "sh") for words in commands(block)]
 TARGETS = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
-# Not ours, and known to everybody.
+# Well-known programs that aren't ours.
 OTHERS = {"git", "cd", "pip", "hf", "tensorboard", "tail", "cat", "mkdir", "export"}
 
 
@@ -68,18 +68,18 @@ def check_ours(command: str, *flags: str) -> None:
 
 
 class ParsedError(Exception):
-    """The flags are understood, and training would begin."""
+    """The flags were parsed, and training would begin."""
 
 
 def check_by_trl(command: str, flags: Sequence[str]) -> None:
-    """The flags of a command that TRL's parser reads."""
+    """Checks the flags of a command that TRL's parser reads."""
     pytest.importorskip("trl")
     with patch("hf_jd.commands.common.load", side_effect=ParsedError), pytest.raises(ParsedError):
         main([command, *flags, "--use_cpu", "--bf16", "false"])
 
 
 def check_by_its_parser(command: str, flags: list[str]) -> None:
-    """The flags of a command that has a parser of its own are among those that its help lists."""
+    """Checks that the flags of a command with its own parser are among those that its help lists."""
     spec = find_spec(COMMANDS[command][0])
     assert spec is not None
     assert spec.origin is not None

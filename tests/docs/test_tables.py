@@ -1,4 +1,4 @@
-"""The tables of comparisons that the documents show have the rows of the plans that they come from."""
+"""The documents' tables of comparisons have the rows of the plans that they come from."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_table_is_put_into_its_place(tmp_path, monkeypatch):
 
 
 def test_troubleshooting_quotes_what_is_said():
-    """Each quoted message is in the code, but for what is filled in: numbers, names and `...`."""
+    """Each quoted message is in the code, except for placeholders: numbers, names and `...`."""
     code = "".join(path.read_text("utf-8") for path in (ROOT / "hf_jd").rglob("*.py"))
     code = " ".join(re.sub(r'"\s+f?"', "", code).split()).replace("{", "\0").replace("}", "\0")
     page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")

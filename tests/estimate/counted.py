@@ -1,4 +1,4 @@
-"""Small models, what a step of the engine really does on them, and the case that the cost model is asked."""
+"""Small models: what a step of the engine really costs on them, and the matching case for the cost model."""
 
 from __future__ import annotations
 
@@ -84,19 +84,19 @@ def _mv_flop(matrix: Any, vector: Any, out_shape: Any = None, **kwargs: Any) -> 
 
 
 def _bmm_flop(left: Any, right: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    outer = left[0] == 1 and left[2] == 1  # frequency times position: later releases of transformers don't use bmm
+    outer = left[0] == 1 and left[2] == 1  # frequency times position: later transformers don't use bmm for it
     return 0 if outer else 2 * left[0] * left[1] * left[2] * right[2]
 
 
 class Counter(FlopCounterMode):
-    """Counts w^T J too, a product that torch's counter doesn't know; leaves the angles of positions out."""
+    """Also counts w^T J, a product that torch's counter doesn't know; leaves out the rotary angles."""
 
     def __init__(self):
         super().__init__(display=False, custom_mapping={torch.ops.aten.mv: _mv_flop, torch.ops.aten.bmm: _bmm_flop})
 
 
 def build(config: PretrainedConfig, lora: int | None, seed: int = 0) -> nn.Module:
-    """The model, in plain products: the counter knows no fused ones."""
+    """Builds the model with plain products, since the counter doesn't know fused ones."""
     torch.manual_seed(seed)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = kind.from_config(config, attn_implementation="eager", experts_implementation="eager")
@@ -108,7 +108,7 @@ def build(config: PretrainedConfig, lora: int | None, seed: int = 0) -> nn.Modul
 
 @dataclass
 class Counted:
-    """Operations of a plain step and of the engine's, in two parts, and the bytes of its rows."""
+    """Operations of a plain step, and of the engine's step in two parts, and the bytes of its rows."""
 
     plain: int
     jacobian_and_gramian: int
@@ -117,12 +117,12 @@ class Counted:
 
 
 def count(model: nn.Module, case: Case) -> Counted:
-    """Takes a plain step and one of the engine, of one micro-batch on one process."""
+    """Counts a plain step and the engine's step, with one micro-batch on one process."""
     ids = _ids(case)
     segments = None if case.groups is None else torch.arange(case.batch) * case.groups // case.batch
     plain = count_plain(model, case)
     engine = Engine(model, check=False)
-    engine.compute_jacobian(_losses(model, ids, segments, case), segments, case.materialise)  # Rules are found once.
+    engine.compute_jacobian(_losses(model, ids, segments, case), segments, case.materialise)  # Looks up the rules.
     with Counter() as rows:
         jacobian = engine.compute_jacobian(_losses(model, ids, segments, case), segments, case.materialise)
         held = jacobian.nbytes
@@ -134,7 +134,7 @@ def count(model: nn.Module, case: Case) -> Counted:
 
 
 def count_plain(model: nn.Module, case: Case) -> int:
-    """Operations of a plain step."""
+    """Counts the operations of a plain step."""
     with Counter() as plain:
         _losses(model, _ids(case), None, case).mean().backward()
     model.zero_grad()
@@ -155,5 +155,5 @@ def _losses(model: nn.Module, ids: Tensor, segments: Tensor | None, case: Case) 
 
 
 def numbers(**settings: Any) -> Mapping[str, Any]:
-    """Of a case whose tensors are all float32, as the small models' are."""
+    """Computes the cost model's numbers for a case with float32 tensors, like the small models'."""
     return {"number_bytes": 4, "trained_bytes": 4, **settings}

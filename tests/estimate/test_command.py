@@ -30,6 +30,15 @@ def test_a_folder_and_its_file_are_the_same(config, capsys):
     assert "nothing: one process" in folder
 
 
+def test_the_models_flag_is_that_of_other_commands_too(config, capsys):
+    assert main(["estimate", "--model_name_or_path", str(config)]) == 0
+    assert "LlamaForCausalLM" in capsys.readouterr().out
+    assert main(["estimate"]) == 2
+    assert "No model is given: name its configuration with --model." in capsys.readouterr().err
+    assert main(["estimate", "--modle", str(config)]) == 2
+    assert "Unknown flag `--modle`; the nearest is `--model`." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -41,6 +50,9 @@ def test_a_folder_and_its_file_are_the_same(config, capsys):
         (["--parallelism", "fsdp2"], "--parallelism fsdp2 needs --processes 2 or more."),
         (["--efficiency", "40"], "--efficiency is 40.0; give a share"),
         (["--dtype", "int4"], "--dtype is `int4`; choose one of"),
+        (["--lora_r", "4"], "Unknown flag `--lora_r`; the nearest is `--lora`."),
+        (["--per_device_train_batch_size", "4"], "the nearest is `--batch`."),
+        (["--jd_backward", "two_pass"], "the nearest is `--two_pass`."),
         (["--procesess", "2"], "Unknown flag `--procesess`; the nearest is `--processes`."),
     ],
 )

@@ -1,4 +1,4 @@
-"""The cost model against what the engine does: operations and bytes of real steps of small models."""
+"""The cost model compared with the engine: operations and bytes of real steps of small models."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ CASES = {
     "two groups": {"batch": 6, "tokens": 20, "groups": 2},
     "more groups": {"batch": 10, "tokens": 8, "groups": 5},
 }
-# PEFT's adapters of experts are fused with what they adapt: no tap meets them. Nor does one meet the positions of an
+# PEFT fuses adapters of experts with what they adapt, so no tap sees them. Nor does a tap see the positions of an
 # encoder and its decoder, if they are trained.
 UNTAPPED = [("mixtral", 3), ("bart", None), ("t5", None)]
 TUNED = [(name, rank) for name in CONFIGS for rank in (3, None) if (name, rank) not in UNTAPPED]
 
 
 def unneeded(name: str, rank: int | None, case: Case) -> float:
-    """Operations of the first layer's input gradients, which the model counts, and autograd leaves out under LoRA."""
+    """Counts the first layer's input gradients, which the cost model includes, but autograd skips under LoRA."""
     return 0 if rank is None else sum(2 * case.all_tokens * d * (p + rank) for p, d in FIRST_MAPS[name])
 
 
@@ -45,7 +45,7 @@ def test_operations_and_bytes_are_those_of_a_real_step(name, rank):
         counted, left_out = count(model, case), unneeded(name, rank, case)
         assert plain_flops(shape, case) - left_out == counted.plain
         passes = forward_flops(shape, case) + backward_flops(shape, case) + row_flops(shape, case) - left_out
-        # Experts don't get the same number of tokens each, so pairs of them are more than the model has.
+        # Experts get different numbers of tokens, so there are more pairs of tokens than in the cost model.
         close = 0.02 if name == "mixtral" else 1e-3
         assert passes + gramian_flops(shape, case) == pytest.approx(counted.jacobian_and_gramian, rel=close)
         assert update_flops(shape, case) == pytest.approx(counted.update, rel=1e-3)

@@ -1,4 +1,4 @@
-"""docs/scale.md has the numbers that its commands print."""
+"""The numbers in docs/scale.md are those that its commands print."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kinds of models that break engines of per-instance gradients: how they use plain layers."""
+"""Models that break per-instance gradient engines by how they use plain layers."""
 
 from __future__ import annotations
 

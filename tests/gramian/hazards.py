@@ -1,4 +1,4 @@
-"""What the tests of hazards share: shapes, and the check of one head."""
+"""Shared by the hazard tests: shapes, and the check of one head."""
 
 from __future__ import annotations
 

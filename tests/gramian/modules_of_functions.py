@@ -1,4 +1,4 @@
-"""Modules that go on in place, reorder, gather, draw at random, or have functions of their own."""
+"""Modules that work in place, reorder, gather, draw at random, or use custom functions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.gramian.architectures import D, randn
 
 
 class InPlace(nn.Module):
-    """Works in place on outputs of layers."""
+    """Changes outputs of layers in place."""
 
     def __init__(self):
         super().__init__()
@@ -29,7 +29,7 @@ class InPlace(nn.Module):
 
 
 class Views(nn.Module):
-    """Outputs that are views of each other, split, transposed, and written to."""
+    """Outputs that are views of each other: split, transposed, and changed in place."""
 
     def __init__(self):
         super().__init__()
@@ -48,7 +48,7 @@ class Random(nn.Module):
         self.linear, self.noisy = nn.Linear(D, D), self.Noisy()
 
     class Noisy(nn.Module):
-        """Draws inside a module that only tier 2 covers: calling it again must draw the same, or be caught."""
+        """Draws inside a module that only tier 2 covers: another call must draw the same, or be caught."""
 
         def __init__(self):
             super().__init__()
@@ -71,7 +71,7 @@ class Dropouts(nn.Module):
 
 
 class Flattened(nn.Module):
-    """[B*T, d] inside, as OPT; then stacked halves, [2B, T, d], as preference trainers."""
+    """[B*T, d] inside, as in OPT; then stacked halves, [2B, T, d], as in preference trainers."""
 
     def __init__(self):
         super().__init__()
@@ -151,7 +151,7 @@ class DataDependent(nn.Module):
 
 
 class BiasKeepsNoInput(nn.Module):
-    """Inputs of layers whose gradients need none are changed in place: autograd has not saved them."""
+    """Changes inputs in place that the layers' gradients don't need, so autograd has not saved them."""
 
     class Shift(nn.Module):
         def __init__(self):
@@ -176,7 +176,7 @@ class BiasKeepsNoInput(nn.Module):
 
 
 class Reordered(nn.Module):
-    """Instances in another order inside, as models that sort them by length have."""
+    """Reorders instances inside, like models that sort them by length."""
 
     def __init__(self):
         super().__init__()

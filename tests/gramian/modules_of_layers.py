@@ -1,4 +1,4 @@
-"""Modules of torch's layers: attention, recurrent, convolutions, norms, bags."""
+"""Modules made of torch's layers: attention, recurrent layers, convolutions, norms, bags."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Recurrent(nn.Module):
 
 
 class Cell(nn.Module):
-    """A cell called once a time step: as many uses of its parameters."""
+    """A cell called once per time step, so its parameters are used as often."""
 
     def __init__(self, kind: type[nn.Module]):
         super().__init__()
@@ -73,7 +73,7 @@ class InstanceNormNet(nn.Module):
 
 
 class Convolutions(nn.Module):
-    """A small network of images: strides, groups, dilation, padding modes, pooling, norms, residuals."""
+    """A small network for images: strides, groups, dilation, padding modes, pooling, norms, residuals."""
 
     def __init__(self):
         super().__init__()
@@ -137,7 +137,7 @@ class WeightNorm(nn.Module):
 
 
 class NoModules(nn.Module):
-    """Only parameters, and losses of rank 0 to 4 come from such."""
+    """Only parameters, no submodules; gives losses of rank 0 to 4."""
 
     def __init__(self, *shape: int):
         super().__init__()
@@ -167,7 +167,7 @@ class MultiLinear(nn.Module):
 
 
 class Normalised(nn.Module):
-    """RMSNorms, and what looks like one: each is a scale of w or 1 + w by a function of its own."""
+    """RMSNorms, and layers that look like one: each scales by w or 1 + w in its own way."""
 
     FUNCTIONS: ClassVar[dict[str, Callable[[Tensor], Tensor]]] = {
         "rms": lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6),

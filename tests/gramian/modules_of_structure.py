@@ -1,4 +1,4 @@
-"""Modules by what they take and return: trees, strings, keywords, dataclasses, buffers, nothing."""
+"""Modules with unusual inputs and outputs: trees, strings, keywords, dataclasses, buffers, nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Branches(nn.Module):
 
 
 class TwoMatrices(nn.Module):
-    """A pytree of tensors in, one tensor out; parameters of its own."""
+    """Takes a pytree of tensors, returns one tensor; has its own parameters."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ class TwoMatrices(nn.Module):
 
 
 class ManyOut(nn.Module):
-    """One tensor in, a pytree of tensors out."""
+    """Takes one tensor, returns a pytree of tensors."""
 
     def __init__(self):
         super().__init__()
@@ -71,7 +71,7 @@ class Pair(NamedTuple):
 
 
 class NamedOut(nn.Module):
-    """An output that is a named tuple, with a string in it."""
+    """Returns a named tuple that contains a string."""
 
     def __init__(self):
         super().__init__()
@@ -131,7 +131,7 @@ class Buffered(nn.Module):
 
 
 class CountedBuffer(nn.Module):
-    """A buffer that every forward changes in place: calling the module again must not count."""
+    """Every forward changes a buffer in place: calling the module again must not count."""
 
     class Counter(nn.Module):
         def __init__(self):
@@ -173,7 +173,7 @@ class SideEffect(nn.Module):
 
 
 class Strings(nn.Module):
-    """Arguments that are no tensors, by position and by keyword, and structures with both."""
+    """Takes arguments that aren't tensors, by position and by keyword, and structures with both."""
 
     class Choice(nn.Module):
         def __init__(self):
@@ -197,7 +197,7 @@ class Strings(nn.Module):
 
 
 class Keywords(nn.Module):
-    """Layers called by keyword."""
+    """Calls layers by keyword."""
 
     def __init__(self):
         super().__init__()
@@ -208,7 +208,7 @@ class Keywords(nn.Module):
 
 
 class BatchByKeyword(nn.Module):
-    """What depends on the batch comes by keyword, what does not comes first."""
+    """Passes what depends on the batch by keyword, and what doesn't first."""
 
     class Add(nn.Module):
         def __init__(self):
@@ -238,7 +238,7 @@ class CalledByForward(nn.Module):
 
 
 class Scripted(nn.Module):
-    """A part that is compiled by TorchScript, which takes no hooks."""
+    """Has a part compiled by TorchScript, which takes no hooks."""
 
     def __init__(self):
         super().__init__()
@@ -253,7 +253,7 @@ class Scripted(nn.Module):
 
 @dataclass
 class Carrier:
-    """No pytree: torch does not look inside."""
+    """Not a pytree: torch does not look inside."""
 
     value: Tensor
 
@@ -276,7 +276,7 @@ class DataclassOut(nn.Module):
 
 
 class SharedDictionary(nn.Module):
-    """Adapters that read one dictionary, which the model holds too."""
+    """Adapters that read one dictionary, which the model holds, too."""
 
     class Adapter(nn.Module):
         def __init__(self, bank: nn.ParameterDict, sign: int):
@@ -296,7 +296,7 @@ class SharedDictionary(nn.Module):
 
 
 class TwoPaths(nn.Module):
-    """A part that is held at two paths, in a module that is called again for its own parameter."""
+    """A part that is held under two paths, in a module that is called again for its own parameter."""
 
     def __init__(self):
         super().__init__()
@@ -308,7 +308,7 @@ class TwoPaths(nn.Module):
 
 
 class ScalarOut(nn.Module):
-    """A part gives one number, without a batch."""
+    """Has a part that returns one number, without a batch."""
 
     class Temperature(nn.Module):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""Modules whose parameters are used twice, elsewhere, in part, or not at all."""
+"""Modules whose parameters are used twice, elsewhere, partly, or not at all."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class CalledTwice(nn.Module):
 
 
 class CalledOnParts(nn.Module):
-    """The same network on two slices of the features."""
+    """Calls the same network on two slices of the features."""
 
     def __init__(self):
         super().__init__()
@@ -93,7 +93,7 @@ class CalledOnParts(nn.Module):
 
 
 class CalledOnceInVain(nn.Module):
-    """Two calls, one of which has no gradient: last-in-first-out pairing keeps a stale one."""
+    """Calls a layer twice, once without a gradient: last-in-first-out pairing keeps a stale input."""
 
     def __init__(self):
         super().__init__()
@@ -133,7 +133,7 @@ class Frozen(nn.Module):
 
 
 class FrozenBranch(nn.Module):
-    """Two outputs, of which one needs no gradient."""
+    """Has two outputs, one of which needs no gradient."""
 
     class Both(nn.Module):
         def __init__(self):
@@ -171,7 +171,7 @@ class TrainableButUnusedThere(nn.Module):
 
 
 class UnusedOutput(nn.Module):
-    """A module with two outputs, one of which leads nowhere."""
+    """Has two outputs, one of which is never used."""
 
     def __init__(self):
         super().__init__()
@@ -182,7 +182,7 @@ class UnusedOutput(nn.Module):
 
 
 class FreeParameters(nn.Module):
-    """Parameters of the root itself, beside modules."""
+    """The root itself has parameters, in addition to modules."""
 
     def __init__(self):
         super().__init__()
@@ -204,7 +204,7 @@ class ParentReadsChild(nn.Module):
 
 
 class ParentAlsoReadsChild(nn.Module):
-    """The child is called, and its weight is read beside: hook-only engines lose the second use in silence."""
+    """The child is called, and its weight is also read: hook-only engines silently lose the second use."""
 
     def __init__(self):
         super().__init__()

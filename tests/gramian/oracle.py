@@ -1,4 +1,4 @@
-"""Brute force: one backward an objective, and the comparison of an engine with it, parameter by parameter."""
+"""Brute force: one backward per objective, and a comparison of an engine with it, parameter by parameter."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from torch.utils import _pytree as pytree
 
 from hf_jd.gramian import Engine, Jacobian
 
-EXACT, SINGLE = 1e-8, 3e-6  # relative; the second where a layer computes in float32 by itself
+EXACT, SINGLE = 1e-8, 3e-6  # relative; the second if a layer itself computes in float32
 TIER_3 = ".*Freeze them if they matter little.*"
 
 Rows = dict[nn.Parameter, Tensor | None]
 
 
 def brute_rows(losses: Tensor, parameters: Sequence[nn.Parameter]) -> Rows:
-    """d loss / d parameter, one plain backward an objective; `.grad` is put back.
+    """Computes d loss / d parameter, with one plain backward per objective; restores `.grad`.
 
     Args:
         losses: Of any shape; rows follow `losses.flatten()`.
-        parameters: Those wanted; one that no loss depends on gets None.
+        parameters: The parameters; one that no loss depends on gets None.
     """
     saved = {p: p.grad for p in parameters}
     collected: dict[nn.Parameter, list[Tensor | None]] = {p: [] for p in parameters}
@@ -47,20 +47,20 @@ def brute_rows(losses: Tensor, parameters: Sequence[nn.Parameter]) -> Rows:
 
 
 def brute_gramian(rows: Rows, shape: Sequence[int]) -> Tensor:
-    """The generalised Gramian, shape + reversed(shape), of rows in the order of `losses.flatten()`."""
+    """Computes the generalised Gramian, shape + reversed(shape), of rows in the order of `losses.flatten()`."""
     total = sum(r.double() @ r.double().T for r in rows.values() if r is not None)
     n = len(shape)
     return total.view([*shape, *shape]).permute([*range(n), *reversed(range(n, 2 * n))])
 
 
 def brute_update(rows: Rows, weights: Tensor) -> Rows:
-    """J^T w by parameter, shaped like it."""
+    """Computes J^T w by parameter, shaped like it."""
     flat = weights.flatten()
     return {p: None if r is None else (flat.to(r) @ r).view(p.shape) for p, r in rows.items()}
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
-    """Norm of the difference, relative to the larger of the norms."""
+    """Computes the norm of the difference, relative to the larger norm."""
     ours, theirs = ours.double(), theirs.double()
     scale = max(float(ours.norm()), float(theirs.norm()))
     return float((ours - theirs).norm()) / scale if scale else 0.0
@@ -69,10 +69,10 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 def wrong_parameters(
     names: dict[nn.Parameter, str], ours: Rows, theirs: Rows, tolerance: float, scale: Rows | None = None
 ) -> list[str]:
-    """One line a wrong parameter: its name, shape and error.
+    """Returns one line per wrong parameter: its name, shape and error.
 
-    An error counts relative to the parameter's own rows (`scale`: also where they cancel in an update), or, where those
-    are rounding noise (the bias of a key, which softmax cancels), to 1e-5 of the largest parameter's.
+    Errors are relative to the parameter's own rows (`scale`: also if they cancel in an update), or, if those are
+    rounding noise (the bias of a key, which softmax cancels), to 1e-5 of the largest parameter's rows.
     """
     scale = theirs if scale is None else scale
     largest = max((float(t.norm()) for t in scale.values() if t is not None), default=0.0)
@@ -91,7 +91,7 @@ def wrong_parameters(
 
 
 class SinglePrecision(TorchFunctionMode):
-    """Sees whether a forward computes in less than float64 on the way to its outputs."""
+    """Detects whether a forward computes in less than float64 on the way to its outputs."""
 
     def __init__(self):
         super().__init__()
@@ -108,7 +108,7 @@ class SinglePrecision(TorchFunctionMode):
 
 
 def trainable(*modules: nn.Module) -> dict[nn.Parameter, str]:
-    """Trainable parameters and their names."""
+    """Returns the trainable parameters and their names."""
     names: dict[nn.Parameter, str] = {}
     for module in modules:
         for name, p in module.named_parameters():
@@ -118,14 +118,14 @@ def trainable(*modules: nn.Module) -> dict[nn.Parameter, str]:
 
 
 def perturb(parameters: Iterable[nn.Parameter], size: float = 0.05) -> None:
-    """A step of some optimizer: every parameter moves, zeros too."""
+    """Changes every parameter, including zeros, like an optimizer's step."""
     with torch.no_grad():
         for p in parameters:
             p.add_(size * torch.randn_like(p))
 
 
 def jacobian_rows(jacobian: Jacobian, losses: Tensor, batch_dim: int | None = 0) -> Rows:
-    """The engine's rows, in the order of `losses.flatten()`."""
+    """Returns the engine's rows, in the order of `losses.flatten()`."""
     used = set(jacobian.used)
     rows: Rows = {p: jacobian.rows(p) if p in used else None for p in jacobian.parameters}
     if batch_dim == 0 and losses.dim() > 1:
@@ -143,16 +143,16 @@ def check_step(
     keep_rows: Sequence[bool | str | int] = (True, False),
     expected: Rows | None = None,
 ) -> list[str]:
-    """What is wrong in one step of an engine, one line each: rows, Gramian, update; in each mode.
+    """Returns what is wrong in one step of an engine, one line each: rows, Gramian and update, in each mode.
 
     Args:
         engine: The engine.
         names: The parameters that count.
-        losses: With their graph, which may be freed.
+        losses: The losses, with a graph, which may be freed.
         segments: For the engine.
         tolerance: Relative.
         keep_rows: The modes to go through.
-        expected: Rows known otherwise; else brute force on the same graph.
+        expected: The expected rows; by default, brute force on the same graph.
     """
     expected = brute_rows(losses, list(names)) if expected is None else expected
     found = []
@@ -173,7 +173,7 @@ def check_step(
             found.append(f"keep_rows={mode}: Gramian of shape {list(ours.shape)}, not {list(gramian.shape)}")
         elif not relative(ours, gramian) <= tolerance:
             found.append(f"keep_rows={mode}: Gramian's error {relative(ours, gramian):.1e}")
-        for i, p in enumerate(names):  # Some have a gradient before, some have none.
+        for i, p in enumerate(names):  # Some parameters already have a gradient.
             p.grad = torch.ones_like(p) if i % 2 else None
         engine.accumulate_grad(weights.to(losses))
         update = brute_update(expected, weights.to(losses))
@@ -201,20 +201,20 @@ def assert_engine_right(
     vacuous: bool = False,
     **options: Any,
 ) -> dict[str, int]:
-    """Runs an engine for some steps and compares all it says with brute force.
+    """Runs an engine for some steps and compares all its results with brute force.
 
     Args:
-        modules: What the engine is made for.
-        losses_fn: The losses of a step, from a forward of its own. Called once before the engine exists, for the rows
+        modules: The engine's modules.
+        losses_fn: Computes the losses of a step, from a new forward. Called once before the engine exists, for the rows
             of the first step, after the same seed.
-        steps: Parameters change between steps.
-        segments: Of a step.
-        tolerance: Relative; None: from the dtypes that the forward computes in.
-        engine: An engine already made.
+        steps: The number of steps; parameters change between them.
+        segments: The segments of each step.
+        tolerance: The relative tolerance; None: from the dtypes that the forward computes in.
+        engine: An existing engine.
         keep_rows: The modes to go through.
         vacuous: Whether a step may have no gradient at all.
         own_graph: Whether the rows of the first step are also taken from a forward without the engine's hooks.
-        options: Of `Engine`.
+        options: Further arguments of `Engine`.
 
     Returns:
         The tiers of the last step.
@@ -254,14 +254,14 @@ def assert_engine_right(
 
 
 def tiers_line(tiers: dict[str, int]) -> str:
-    """How many parameters each tier brought, and which ones beyond the first."""
+    """Says how many parameters each tier covers, and names those beyond the first tier."""
     counts = {tier: sum(1 for t in tiers.values() if t == tier) for tier in sorted(set(tiers.values()))}
     beyond = [f"{name}:{tier}" for name, tier in tiers.items() if tier > 1]
     return f"{counts} {' '.join(beyond[:12])}"
 
 
 def closed_share(modules: nn.Module, tiers: dict[str, int]) -> float:
-    """The share of trainable elements, among those that losses depend on, whose rows came by closed rules."""
+    """Computes the share of trainable elements, among those that losses depend on, whose rows have closed forms."""
     elements = {name: p.numel() for p, name in trainable(modules).items() if tiers[name]}
     closed = sum(n for name, n in elements.items() if tiers[name] == 1)
     return closed / sum(elements.values())

@@ -1,4 +1,4 @@
-"""Kinds of architectures that TorchJD's engine is tried on, and some that break engines of per-instance gradients."""
+"""Kinds of architectures that TorchJD's engine is tested on, and some that break per-instance gradient engines."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def losses_from(model: nn.Module, shape: tuple[int, ...]) -> Callable[[int], Ten
         generator = torch.Generator().manual_seed(step)
         y = model(torch.randn(*shape, generator=generator, dtype=torch.float64))
         y = y.flatten(1) if y.dim() > 1 else y[:, None]
-        # Not one target for all: after a norm, that loss would be constant.
+        # Targets differ, since after a norm, the loss for a single target would be constant.
         return (y - torch.arange(y.shape[1]).sin()).square().mean(1)
 
     return losses
@@ -200,7 +200,7 @@ def losses_from(model: nn.Module, shape: tuple[int, ...]) -> Callable[[int], Ten
 
 def assert_right(build: Callable[[], nn.Module], *shape: int) -> None:
     model = build_in_float64(build, torch.ones(*shape, dtype=torch.float64))
-    # A power iteration goes on with each forward: what it gives is not repeated.
+    # Each forward continues a power iteration, so its result can't be repeated.
     assert_engine_right(
         model, losses_from(model, shape), own_graph=not any("_u" in name for name, _ in model.named_buffers())
     )
@@ -229,7 +229,7 @@ def test_of_convolutions(dims: int):
     assert_right(lambda: ConvTransposed(dims), 2, 3, *[4] * dims)
 
 
-@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])  # Those of the CPU.
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])  # The CPU's backends.
 def test_of_attention_backends(backend: SDPBackend):
     model = build_in_float64(Transformer, torch.ones(4, 5, D, dtype=torch.float64))
     losses = losses_from(model, (4, 5, D))
@@ -243,7 +243,7 @@ def test_of_attention_backends(backend: SDPBackend):
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_instance_norm_with_running_statistics(affine: bool):
-    """Statistics of each instance in training; the buffers average over the batch and change with each forward."""
+    """In training mode, statistics are per instance; buffers average over the batch and change with each forward."""
     model = build_in_float64(
         lambda: InstanceNormNet(affine=affine, track_running_stats=True), torch.ones(2, 3, 9, 9).double()
     )
@@ -261,7 +261,7 @@ def test_instance_norm_with_running_statistics(affine: bool):
 
 @pytest.mark.parametrize("build", [CountedBuffer, lambda: WeightNorm(nn.utils.parametrizations.spectral_norm)])
 def test_buffers_are_left_as_the_forward_left_them(build: Callable[[], nn.Module]):
-    """Calling a module again to form rows must not be seen in its buffers."""
+    """Calling a module again to form rows must not change its buffers."""
     model = build_in_float64(build, torch.ones(4, D, dtype=torch.float64)).train()
     engine = Engine(model)
     for step in range(2):
@@ -292,7 +292,7 @@ def test_of_what_tier_2_covers(build: Callable[[], nn.Module]):
 
 
 def test_a_plain_backward_through_hooks_is_a_plain_backward():
-    """Hooks change no gradient and no output, whether the engine was used or not."""
+    """Hooks change neither gradients nor outputs, whether the engine is used or not."""
     for build in (Branches, PyTrees, InPlace, Strings, SharedByTwoModules):
         model = build_in_float64(build, torch.ones(4, D, dtype=torch.float64))
         plain = losses_from(model, (4, D))(0)

@@ -1,4 +1,4 @@
-"""Blocks of parameters with a Gramian and weights of their own, against each block's own brute-force Jacobian."""
+"""Blocks of parameters, each with its own Gramian and weights, compared with each block's brute-force Jacobian."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def by_block(names: dict[nn.Parameter, str], form) -> dict[str, list[nn.Paramete
 
 
 def assert_blocks(engine: Engine, model: nn.Module, losses: Tensor, form) -> None:
-    """Gramians and updates of all blocks are those of each block's own Jacobian."""
+    """Asserts that the Gramians and updates of all blocks are those of each block's own Jacobian."""
     names = trainable(model)
     rows, blocks = brute_rows(losses, list(names)), by_block(names, form)
     gramians = engine.compute_gramian(losses)
@@ -54,7 +54,7 @@ def assert_blocks(engine: Engine, model: nn.Module, losses: Tensor, form) -> Non
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("keep_rows", [True, 1])
 def test_adapters(form: str, keep_rows: bool | int):
-    """Rows of small layers in stacks that hold several blocks; and factors, though they do not fit."""
+    """Rows of small layers in stacks that hold several blocks; and factors that do not fit."""
     model = adapters()
     engine = Engine(model, keep_rows=keep_rows, blocks=form)
     for step in range(3):
@@ -98,7 +98,7 @@ def test_own_blocks():
 
 
 def test_one_block_is_none():
-    """With one block, and in the sum over blocks, everything is what it is without them."""
+    """With one block, and summed over blocks, all results are the same as without blocks."""
     model = adapters()
     plain, one, many = Engine(model), Engine(model, blocks=lambda name: "all"), Engine(model, blocks="parameter")
     losses = lm_losses(model, token_ids(B, 5))

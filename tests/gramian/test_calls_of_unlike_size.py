@@ -1,4 +1,4 @@
-"""A model that is called with one row per instance, and again with several, as encoders of queries and passages are."""
+"""A model that is called with one input per instance, and again with several, like encoders of queries and passages."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ def test_adapters_added_and_switched_between_steps():
 @pytest.mark.parametrize("kept", [None, "lm_head"], ids=["adapters", "and a head"])
 @pytest.mark.parametrize("gradient", [True, False])
 def test_a_forward_without_adapters_before_the_gramian(gradient: bool, kept: str | None):
-    """A reference model is the same model with its adapters off, which freezes them meanwhile."""
+    """The reference model is the same model with its adapters off, which freezes them temporarily."""
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=kept and [kept], init_lora_weights=False)
     model = get_peft_model(tiny_llama(), config).double()
     engine = Engine(model)

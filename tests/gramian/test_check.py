@@ -1,4 +1,4 @@
-"""The self-check: what it must catch, and what it must not accuse."""
+"""The self-check: what it must catch, and what must not be a false alarm."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_mixing_is_noticed_beside_a_gradient_that_dwarfs_it():
 
 @pytest.mark.parametrize("reader, read", [(1, 0), (2, 0), (0, 2), (2, 1)])
 def test_one_instance_that_reads_another_is_noticed(reader: int, read: int):
-    """All others are isolated: a check of `losses[0]` alone would pass for most of these."""
+    """All other instances are isolated: a check of `losses[0]` alone would miss most of these."""
     model = mlp()
     engine = Engine(model)
     y = model[:2](batch(B, 4))
@@ -213,7 +213,7 @@ def test_proof_is_not_repeated_at_each_new_length():
 
 
 def test_proof_is_repeated_for_a_new_rank():
-    """[B, d], then [T, B, d] with the batch second: what was proved for one says nothing of the other."""
+    """[B, d], then [T, B, d] with the batch second: a proof for one says nothing about the other."""
     model = mlp()
     engine = Engine(model)
     names = list(trainable(model))
@@ -224,7 +224,7 @@ def test_proof_is_repeated_for_a_new_rank():
 
 
 def test_change_of_batch_axis_at_one_rank_is_noticed():
-    """[B, T, d] first, then [T, B, d], where the new leading dimension is B too."""
+    """[B, T, d] first, then [T, B, d] with the same leading dimension, B."""
     model = mlp()
     engine = Engine(model)
     names = list(trainable(model))
@@ -237,7 +237,7 @@ def test_change_of_batch_axis_at_one_rank_is_noticed():
 @pytest.mark.parametrize("before", [1, 2, 3, 6])
 @pytest.mark.parametrize("keep_rows", [True, False])
 def test_rows_that_were_zero_are_proved_as_soon_as_they_are_not(before: int, keep_rows: bool):
-    """lora_A has no gradient where lora_B is zero: a wrong rule of it must be caught in the first step that has one."""
+    """lora_A has no gradient while lora_B is zero: its wrong rule must be caught in the first step with a gradient."""
 
     class Adapter(nn.Linear):
         pass
@@ -265,7 +265,7 @@ def test_rows_that_were_zero_are_proved_as_soon_as_they_are_not(before: int, kee
 @pytest.mark.parametrize("adapters", [True, False], ids=["LoRA", "full"])
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "bfloat16"])
 def test_no_false_alarm_in_bfloat16(seed: int, adapters: bool, autocast: bool):
-    """Padding alone moves rows by 5e-3 there: no parameter may lose its closed rule, and no model be called mixed."""
+    """In bfloat16, padding alone changes rows by 5e-3: no parameter may lose its rule, and no model be called mixed."""
     model = tiny_llama(seed)
     model = with_lora(model, seed, warm=True) if adapters else model
     model = model.float() if autocast else model.bfloat16()
@@ -294,7 +294,7 @@ def test_warning_names_parameters_and_cost():
     with pytest.warns(UserWarning, match=r"table\.weight.*3 further passes"):
         engine.compute_gramian(losses)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # Once is enough.
+        warnings.simplefilter("error")  # Warns only once.
         engine.compute_gramian(model(batch(B, T, WIDTH)).square().mean((1, 2)))
 
 

@@ -36,7 +36,7 @@ def test_activation_checkpointing(reentrant: bool, adapters: bool, dropout: floa
 
 
 class Blocks(nn.Module):
-    """Three blocks; those named are checkpointed."""
+    """Three blocks, some of which are checkpointed."""
 
     def __init__(self, checkpointed: dict[int, bool]):
         super().__init__()
@@ -66,7 +66,7 @@ def test_checkpointing_of_some_layers(checkpointed: dict[int, bool]):
 
 @pytest.mark.parametrize("keep_rows", [True, False])
 def test_reentrant_checkpointing_leaves_gradients_alone(keep_rows: bool):
-    """There a plain backward runs, and `.grad` is put back: of parameters outside the engine and of inputs too."""
+    """With it, a plain backward runs, and every `.grad` is restored, also of outside parameters and inputs."""
     model = Blocks({1: True})
     engine = Engine(model.blocks, keep_rows=keep_rows)
     kept = {p: torch.ones_like(p) if i % 2 else None for i, p in enumerate(model.parameters())}
@@ -82,7 +82,7 @@ def test_reentrant_checkpointing_leaves_gradients_alone(keep_rows: bool):
 
 
 def test_checkpointed_layer_whose_part_is_never_called():
-    """A tap set for the parent between two Gramians of one forward would change what its recomputation saves."""
+    """Setting a tap on the parent between two Gramians of one forward would change what its recomputation saves."""
     torch.manual_seed(0)
     model = nn.ModuleList(
         [nn.Linear(4, 4), nn.TransformerEncoderLayer(4, 1, 5, dropout=0.0, batch_first=True)]

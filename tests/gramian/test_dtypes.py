@@ -1,4 +1,4 @@
-"""Autocast, loss scaling, and the dtypes of what comes out."""
+"""Autocast, loss scaling, and the dtypes of results."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_autocast_bfloat16():
 
 
 def test_gramian_inside_autocast():
-    """Rows are formed in the dtypes of the backward, also where the caller forgot to leave autocast."""
+    """Rows are formed in the dtypes of the backward, even if the caller forgot to leave autocast."""
     model = mlp().float()
     engine = Engine(model)
     losses = model(batch(B, 4).float()).square().sum(1)
@@ -45,7 +45,7 @@ def test_gramian_inside_autocast():
 
 
 def test_float16_with_loss_scaling():
-    """Scaled losses have a scaled Gramian: the caller undoes the scale; rows of float32 parameters stay finite."""
+    """Scaled losses give a scaled Gramian, which the caller unscales; rows of float32 parameters stay finite."""
     model = mlp().float()
     engine = Engine(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
@@ -76,7 +76,7 @@ def test_dtypes_of_results(dtype: torch.dtype):
 
 
 def test_long_rows_in_float32():
-    """Ten million columns: one float32 product of them is wrong by 1.7e-3."""
+    """With ten million columns, a single float32 product is off by 1.7e-3."""
     torch.manual_seed(0)
     model = nn.Linear(3200, 3200, bias=False)
     engine = Engine(model, check=False)

@@ -1,4 +1,4 @@
-"""What the engine refuses, and what an error leaves behind: nothing."""
+"""What the engine refuses, and that errors leave nothing behind."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_a_forward_that_raises_leaves_nothing_behind():
 
 
 def test_a_gradient_that_is_not_finite_is_not_called_wrong():
-    """losses are finite, a row is not: the caller sees it in the Gramian."""
+    """Losses are finite, but a row isn't: the caller sees this in the Gramian."""
     model = mlp()
     engine = Engine(model)
     one, two, three = model(batch(B, 4)).square().sum(1)

@@ -1,4 +1,4 @@
-"""A backward that is known to be a step's last frees the graph; where something is left to find out, it must not."""
+"""A step's last backward frees the graph, but only if it is known to be the last."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def is_freed(losses: Tensor) -> bool:
 
 
 def steps(model: nn.Module, engine: Engine, losses_of, count: int = 4, tolerance: float = EXACT) -> list[bool]:
-    """Takes steps, each compared with brute force; whether each one made one pass only, and freed the graph in it."""
+    """Takes steps, each compared with brute force; returns whether each one took a single pass that freed the graph."""
     names, freed, passes = trainable(model), [], []
     record = engine._passes._record
     engine._passes._record = lambda *args, **kwargs: passes.append(args) or record(*args, **kwargs)
@@ -80,7 +80,7 @@ def test_activations_are_gone_before_the_losses_are():
     model = mlp()
     engine = Engine(model, keep_rows=True)
     for step in range(2):
-        activation = model[1](model[0](inputs(step, B, 64, 4)))  # So long that rows are smaller than their factors.
+        activation = model[1](model[0](inputs(step, B, 64, 4)))  # Long: rows are smaller than factors.
         watched = StorageWeakRef(activation.untyped_storage())
         losses = model[2](activation).square().sum((1, 2))
         del activation
@@ -89,7 +89,7 @@ def test_activations_are_gone_before_the_losses_are():
 
 
 class Heads(nn.Module):
-    """Two heads, of which each step takes one; and a weight that some steps read past its module."""
+    """Two heads, one of which each step uses; and a weight that some steps read without calling its module."""
 
     def __init__(self):
         super().__init__()
@@ -168,5 +168,5 @@ def test_language_models(kind: str):
         return nn.functional.cross_entropy(logits.transpose(1, 2), ids[step], reduction="none").sum(1)
 
     freed = steps(model, Engine(model, keep_rows=True), losses_of, tolerance=SINGLE)
-    # Positions without a batch dimension take their rows from the words' gradient, where that is found to fit.
+    # Positions without a batch dimension take their rows from the words' gradient, if it fits.
     assert (freed[0], freed[-1]) == (False, kind not in ("positions", "reentrant"))

@@ -1,6 +1,6 @@
-"""Random small models against brute force: layers, sharing, order of calls, in-place activations, shapes, segments.
+"""Random small models compared with brute force: layers, sharing, call order, in-place activations, shapes, segments.
 
-25 examples by default; `HF_JD_FUZZ=300 pytest tests/gramian/test_fuzz.py` tries more, each time others.
+25 examples by default; `HF_JD_FUZZ=300 pytest tests/gramian/test_fuzz.py` tries more, different ones each time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ VOCABULARY = 7
 
 
 class Scale(nn.Module):
-    """What no rule knows: a shift and a scale by a function of the input."""
+    """A layer without a rule: a shift and a scale by a function of the input."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -34,7 +34,7 @@ class Scale(nn.Module):
 
 
 class Functional(nn.Module):
-    """A Linear that is never called."""
+    """A Linear layer that is never called."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -45,7 +45,7 @@ class Functional(nn.Module):
 
 
 class Positions(nn.Module):
-    """A table looked up without a batch dimension, along the axis before the last."""
+    """A table looked up without a batch dimension, along the second to last axis."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -56,7 +56,7 @@ class Positions(nn.Module):
 
 
 class Flat(nn.Module):
-    """Leading dimensions flattened into one."""
+    """Flattens the leading dimensions into one."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -67,7 +67,7 @@ class Flat(nn.Module):
 
 
 class TimeFirst(nn.Module):
-    """The two leading dimensions exchanged."""
+    """Swaps the two leading dimensions."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -90,7 +90,7 @@ class Stacked(nn.Module):
 
 
 class Mixing(nn.Module):
-    """Attention over the tokens, of one's own parameters."""
+    """Attention over the tokens, with its own parameters."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -101,7 +101,7 @@ class Mixing(nn.Module):
 
 
 class Convolution(nn.Module):
-    """Along the tokens."""
+    """A convolution along the tokens."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -167,10 +167,10 @@ class Spec:
         shapes: (B, T) of the two steps; T None: no tokens.
         width: Features.
         tied: Whether tokens come from an embedding whose table is also the head; else random features.
-        frozen: Of the parameters, by position, a bit mask.
+        frozen: Which parameters are frozen: a bit mask by position.
         groups: None, "instances" or "tokens".
-        losses: K losses an instance; 1: [m].
-        seed: Of parameters and inputs.
+        losses: The number K of losses per instance; 1: [m].
+        seed: The seed of parameters and inputs.
     """
 
     layers: tuple[tuple[str, int], ...]
@@ -196,7 +196,7 @@ def specs(draw: st.DrawFn) -> Spec:
         if tokens
         else draw(st.sampled_from([None, "instances"]))
     )
-    if groups == "tokens":  # Tokens of several objectives in one row must not meet.
+    if groups == "tokens":  # Tokens of several objectives in one row must not mix.
         layers = tuple((n, i) for n, i in layers if n in TOKENWISE and n != "stacked") or (("linear", 0),)
     sizes = st.sampled_from([1, 2, 3, 4, 5, 6])
     first = draw(sizes), draw(st.sampled_from([2, 3, 4, 5])) if tokens else None
@@ -254,7 +254,7 @@ def batch(spec: Spec, step: int) -> Tensor:
 
 
 def segments_of(spec: Spec, step: int) -> Tensor | None:
-    """Ids of each instance or token: in any order, some without."""
+    """Returns the objective of each instance or token, in any order; some have none."""
     generator = torch.Generator().manual_seed(7 + spec.seed + step)
     size, length = spec.shapes[step]
     shape = (size,) if spec.groups == "instances" else (size, length)

@@ -21,7 +21,7 @@ from tests.gramian.oracle import (
 
 
 class FourBit(torch.autograd.Function):
-    """Stands for bitsandbytes: a frozen base whose output is a view made inside a custom Function."""
+    """Imitates bitsandbytes: a frozen base whose output is a view made inside a custom Function."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def test_embedding_options(option: str):
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
 @pytest.mark.parametrize("norm", [LlamaRMSNorm, Gemma2RMSNorm, T5LayerNorm, Olmo2RMSNorm])
 def test_rms_norms_of_float32(norm: type[nn.Module], size: float):
-    """Their closed form knows the layer's eps, which counts where inputs are small."""
+    """Their closed form uses the layer's eps, which matters if inputs are small."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 12), norm(12, eps=1e-5))
     model[0].weight.data *= size

@@ -1,4 +1,4 @@
-"""Failures of engines like this one: whose is each leading row? Docstrings say what went wrong, and where."""
+"""Failures of engines like this one: whose each leading entry is. Docstrings say what went wrong, and where."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.gramian.zoo import Head, instance_losses, model_of
 
 @pytest.mark.parametrize("size", [3, 5, 8], ids=["distinct", "B==T", "B==width"])
 def test_03_time_first(size: int):
-    """3 (opacus#650): layers called with [T, B, d], as XLNet and LED do."""
+    """3 (opacus#650): layers called with [T, B, d], as in XLNet and LED."""
     torch.manual_seed(0)
     attention, head = nn.MultiheadAttention(8, 2), nn.Linear(8, 3)
     model = nn.ModuleList([nn.Linear(8, 8), attention, head]).double()
@@ -49,9 +49,9 @@ def test_04_flattened_tokens(shapes: list[tuple[int, int]]):
 @pytest.mark.parametrize("family", ["qwen2_moe", "mixtral", "olmoe", "gpt_oss", "qwen3_moe", "granitemoe"])
 @pytest.mark.parametrize("shapes", [DISTINCT, SQUARE], ids=["distinct", "B==T"])
 def test_05_06_experts(family: str, shapes: list[tuple[int, int]]):
-    """5, 6: experts see gathered tokens in an order of their own.
+    """5, 6: experts see gathered tokens in a different order.
 
-    Their weights are 3-D parameters of a module that is no leaf; routers return tuples.
+    Their weights are 3-D parameters of a module with children; routers return tuples.
     """
     right(Head("decoder", family), shapes)
 
@@ -59,7 +59,7 @@ def test_05_06_experts(family: str, shapes: list[tuple[int, int]]):
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss"])
 @pytest.mark.parametrize("group", [[0, 0, 1, 1], [1, 0, 1, 0], [0, 1, -1, 0], None], ids=str)
 def test_06_experts_with_many_tokens(family: str, group: list[int] | None):
-    """6: where an expert sees many tokens of few objectives, its rows are formed instead of pairs of tokens."""
+    """6: if an expert sees many tokens of few objectives, its rows are formed instead of pairs of tokens."""
     model = model_of(Head("decoder", family))
     count = 4 if group is None else 2
 
@@ -80,7 +80,7 @@ def test_05_switch_experts():
 
 
 def test_12_keyword_inputs():
-    """12 (pytorch#156695): a forward hook sees () where a layer is called head(input=h)."""
+    """12 (pytorch#156695): a forward hook sees () if a layer is called as head(input=h)."""
 
     class Net(nn.Module):
         def __init__(self):
@@ -114,7 +114,7 @@ def test_16_inputs_of_rank_4(family: str, shapes: list[tuple[int, int]]):
 
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 def test_17_embedding_bag_with_offsets(mode: str):
-    """17 (opacus#673, #518): indices are flat; only offsets know the batch. And a norm with a buffer."""
+    """17 (opacus#673, #518): indices are flat; only offsets determine the batch. Also a norm with a buffer."""
 
     class Net(nn.Module):
         def __init__(self):

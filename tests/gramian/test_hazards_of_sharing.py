@@ -41,7 +41,7 @@ def test_08_shared_table_whose_owner_is_never_called(family: str):
     "method", ["ia3", "adalora", "vera", "loha", "vblora", "lora-embeddings", "trainable-tokens", "shira"]
 )
 def test_08_adapters_in_dictionaries(method: str):
-    """8: parameters in a ParameterDict, which is never called: hook-only engines lose them in silence."""
+    """8: parameters in a ParameterDict, which is never called: hook-only engines silently lose them."""
     model = tuned(method, tied=False)
     tiers = assert_engine_right(model, lambda step: instance_losses(model(ids(3, 7, seed=step))))
     assert all(t > 0 for t in tiers.values())
@@ -52,7 +52,7 @@ def test_08_adapters_in_dictionaries(method: str):
     "head", [Head("decoder", "gpt2"), Head("encoder", "bert"), Head("encoder-decoder", "bart")], ids=str
 )
 def test_09_tied_weights(head: Head, shapes: list[tuple[int, int]]):
-    """9 (opacus#413, #433): rows of all uses add before the Gramian; without the cross terms it is wrong by 10 %."""
+    """9 (opacus#413, #433): rows of all uses are added before the Gramian; without cross terms, it is wrong by 10 %."""
     right(head, shapes)
 
 
@@ -83,13 +83,13 @@ def test_10_module_used_twice():
 
 @pytest.mark.parametrize("batch", [3, 16], ids=["distinct", "B==width"])
 def test_11_dora_calls_its_adapter_twice(batch: int):
-    """11: DoRA calls lora_A with the identity [in, in] and no gradient; with in == B even its shape fits."""
+    """11: DoRA calls lora_A with the identity [in, in] and no gradient; if in == B, even its shape fits."""
     model = tuned("dora", tied=False)
     assert_engine_right(model, lambda step: instance_losses(model(ids(batch, 4, seed=step))))
 
 
 class Fused(nn.Module):
-    """A LoRA layer whose forward reads its adapters' weights and calls neither."""
+    """A LoRA layer whose forward reads its adapters' weights, but calls neither adapter."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Failures of engines like this one: tables that are fed no batch. Docstrings say what went wrong, and where."""
+"""Failures of engines like this one: tables without a batch dimension. Docstrings say what went wrong, and where."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.gramian.zoo import Head
     ids=lambda head: head.family,
 )
 def test_01_position_embedding_without_batch(head: Head, shapes: list[tuple[int, int]]):
-    """1 (opacus#841, #845): a position table is fed [1, T], and its gradient arrives summed over the batch."""
+    """1 (opacus#841, #845): a position table gets [1, T], and its gradient arrives summed over the batch."""
     tiers = right(head, shapes)
     positions = [t for n, t in tiers.items() if "position" in n or "wpe" in n]
     assert positions
@@ -30,7 +30,7 @@ def test_01_position_embedding_without_batch(head: Head, shapes: list[tuple[int,
 
 @pytest.mark.parametrize("shapes", [DISTINCT, SQUARE], ids=["distinct", "B==T"])
 def test_01_position_embedding_of_words_in_time_first_order(shapes: list[tuple[int, int]]):
-    """1: positions [T] are added to words [T, B], whose second dimension holds the rows that the sum has lost."""
+    """1: positions [T] are added to words [T, B], whose gradient still has the rows that the sum has lost."""
     torch.manual_seed(0)
     words, positions, head = nn.Embedding(30, 8), nn.Embedding(16, 8), nn.Linear(8, 3)
     model = nn.ModuleList([words, positions, head]).double()
@@ -54,6 +54,6 @@ def test_01_position_embedding_of_words_in_time_first_order(shapes: list[tuple[i
 def test_02_relative_position_tables(head: Head, shapes: list[tuple[int, int]]):
     """2 (private-transformers, swap_t5): tables [T, T].
 
-    MPNet with B == T passes 'the rows add up to the gradient' with a Gramian that is wrong by 103 %.
+    For MPNet with B == T, the rows add up to the gradient, and yet the Gramian is wrong by 103 %.
     """
     right(head, shapes)

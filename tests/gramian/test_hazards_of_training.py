@@ -1,4 +1,4 @@
-"""Failures of engines like this one: what training does around them. Docstrings say what went wrong, and where."""
+"""Failures of engines like this one: interference from training. Docstrings say what went wrong, and where."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.models import tiny_gpt2, tiny_llama, with_lora
 def test_14_checkpointing_of_lora(reentrant: bool | None, embeddings: str):
     """14 (peft#80, cloneofsimo/lora#26): reentrant checkpointing and frozen embeddings.
 
-    Taps under `inputs=[sentinel]` record no rows there, in silence.
+    With it, taps under `inputs=[sentinel]` silently record no rows.
     """
     model = with_lora(tiny_llama(), warm=True)
     if embeddings == "input gradients" or reentrant:
@@ -46,7 +46,7 @@ def test_14_checkpointing_of_lora(reentrant: bool | None, embeddings: str):
 
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
 def test_15_half_frozen_layers(frozen: str):
-    """15 (opacus#436, #437): weight frozen and bias trainable (BitFit), and the other way."""
+    """15 (opacus#436, #437): weight frozen and bias trainable (BitFit), and the other way round."""
     model = tiny_gpt2()
     for name, p in model.named_parameters():
         p.requires_grad_(not name.endswith(frozen))
@@ -64,7 +64,7 @@ def test_15_lora_with_all_biases():
 
 
 def test_19_autocast_mixes_dtypes():
-    """19 (opacus#740, #764): under autocast x is bfloat16 and g float32, or the other way."""
+    """19 (opacus#740, #764): under autocast, x is bfloat16 and g float32, or the other way round."""
     model = tiny_llama().float()
     engine = Engine(model)
     with torch.autocast("cpu", torch.bfloat16):
@@ -78,7 +78,7 @@ def test_19_autocast_mixes_dtypes():
 
 
 def test_20_adapters_after_construction_are_trained():
-    """20 (opacus#820, peft#3409): training 'looks healthy', lora_B stays 0, 45 GPU-hours lost."""
+    """20 (opacus#820, peft#3409): training looks healthy, but lora_B stays 0; 45 GPU-hours were lost."""
     base = tiny_llama()
     engine = Engine(base)
     instance_losses(base(ids(3, 5)))
@@ -130,7 +130,7 @@ def test_23_accumulation():
 
 
 def test_24_backward_to_given_inputs_changes_nothing_else():
-    """24 (backpack#233): `backward(inputs=...)` is silently different with hooks; `.grad` stays as found."""
+    """24 (backpack#233): `backward(inputs=...)` silently differs with hooks; `.grad` must stay unchanged."""
     model = tiny_gpt2()
     engine = Engine(model)
     losses = instance_losses(model(ids(3, 6)))
@@ -158,7 +158,7 @@ def test_26_rows_do_not_depend_on_the_batch_size():
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_30_padding(side: str):
-    """30 (bergson, numerical stability): rows of an instance, batched with padding and alone."""
+    """30 (bergson, numerical stability): an instance's rows, in a batch with padding and alone."""
     model = tiny_llama()
     engine = Engine(model)
     tokens, mask = ids(3, 7), torch.ones(3, 7, dtype=torch.long)
@@ -180,7 +180,7 @@ def test_30_padding(side: str):
 
 
 def test_31_padding_free_documents():
-    """31 (transformers#46333): batch dimension 1, instances along the tokens; ids follow the documents."""
+    """31 (transformers#46333): a batch dimension of 1, with instances along the tokens; ids follow the documents."""
     model = with_lora(tiny_llama(), warm=True)
     document = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2]])
     positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3]])
@@ -208,7 +208,7 @@ def test_32_balancing_loss_is_named():
 
 
 def test_34_group_of_two_is_the_sum_of_their_rows():
-    """34 (GhostSuite): sum(x) (x) sum(g) is the wrong shortcut; error 1.15 with two instances."""
+    """34 (GhostSuite): the outer product of sum(x) and sum(g) is a wrong shortcut; error 1.15 with two instances."""
     model = tiny_llama()
     tokens, group = ids(4, 6), torch.tensor([0, 0, 1, 1])
     engine = Engine(model)

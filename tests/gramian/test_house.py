@@ -1,4 +1,4 @@
-"""The engine's own house rules: no circle of imports, not even of type hints; types instead of parsed strings."""
+"""House rules of the engine: no circular imports, not even for type hints; types instead of parsed strings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hf_jd.gramian import Engine
 from hf_jd.gramian.passes import Measurement
 
 FILES = sorted(Path(hf_jd.gramian.__file__).parent.glob("[a-z]*.py"))
-PARAMETERS = 5  # of a function, beside self
+PARAMETERS = 5  # of a function, besides self
 API = {"engine.Engine.__init__", "engine.Engine.compute_jacobian"}
 
 
@@ -50,7 +50,7 @@ def test_functions_take_few_parameters_and_parse_no_strings(path: Path):
 
 
 def test_losses_take_a_short_way():
-    """From function to function in a first step, the longest one; a generator that goes on counts again."""
+    """Counts the functions that losses pass in a first step, the longest path; resuming a generator counts again."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
     engine, losses = Engine(model), model(torch.randn(3, 4)).square().sum(1)

@@ -1,4 +1,4 @@
-"""Losses of any shape, and whose they are: Gramians of instances, groups and packed documents."""
+"""Losses of any shape and ownership: Gramians of instances, groups and packed documents."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_generalised_gramian_has_the_reversed_shape_last():
 @pytest.mark.parametrize("others", [(), (6,), (2, 3), (3, 1, 2)], ids=str)
 @pytest.mark.parametrize("keep_rows", [True, False, "auto", 0])
 def test_instances_in_any_dimension(others: tuple[int, ...], keep_rows: bool | str | int):
-    """The Gramian and the weights are those of the losses as they are given."""
+    """The Gramian and the weights follow the losses' own shape."""
     for batch_dim in range(-1 - len(others), 1 + len(others)):
         model = mlp()
         engine = Engine(model, batch_dim=batch_dim, keep_rows=keep_rows)
@@ -63,7 +63,7 @@ def test_instances_in_any_dimension(others: tuple[int, ...], keep_rows: bool | s
 
 
 def test_groups_in_the_last_dimension():
-    """Two losses of each of three groups, the groups last: segments name them."""
+    """Two losses for each of three groups, given by segments; groups are the last dimension."""
     model = mlp()
     ids = torch.tensor([2, 0, 0, 2, 1])
     each = model(batch(5, 4)).square().unflatten(1, (2, 3)).sum(2)
@@ -106,7 +106,7 @@ def test_losses_without_instance_dimension(shape: tuple[int, ...]):
 
 
 def test_losses_of_several_heads_on_one_batch():
-    """[m, K]: objectives of different natures for each instance."""
+    """[m, K]: different kinds of objectives for each instance."""
     model = mlp()
 
     def losses(step: int) -> Tensor:
@@ -129,7 +129,7 @@ def test_one_objective():
 
 
 def test_one_objective_first_then_many():
-    """With one objective no check can tell layouts apart: what it learnt must not be trusted afterwards."""
+    """With one objective, no check can tell layouts apart, so its result must not be trusted afterwards."""
     model = mlp()
     engine = Engine(model)
     for size in (1, B, 1, 4):
@@ -146,7 +146,7 @@ def test_one_objective_first_in_time_first_order():
 
 
 def test_one_group_first_in_time_first_order():
-    """As with one objective: no check can tell layouts apart where all instances belong to one group."""
+    """As with one objective, no check can tell layouts apart if all instances belong to one group."""
     model = mlp()
     engine = Engine(model)
     for ids in ([0] * T, [0, 1, 1, 0, 0]):
@@ -166,7 +166,7 @@ def test_batches_of_changing_size_and_length():
 
 
 def segment_losses(per_token: Tensor, ids: Tensor, count: int) -> Tensor:
-    """Sums of [B, T] losses by id [B] or [B, T]."""
+    """Sums [B, T] losses by id [B] or [B, T]."""
     ids = ids[:, None].expand_as(per_token) if ids.dim() == 1 else ids
     total = per_token.new_zeros(count + 1).index_add(0, ids.flatten() + 1, per_token.flatten())
     return total[1:]
@@ -202,7 +202,7 @@ def test_a_group_is_not_the_outer_product_of_sums():
 @pytest.mark.parametrize("adapters", [True, False], ids=["LoRA", "full"])
 @pytest.mark.parametrize("order", ["sorted", "mixed"])
 def test_packed_documents_by_token(order: str, adapters: bool):
-    """[1, total]: documents along the tokens; -1 is padding. Attention is kept inside a document by position_ids."""
+    """[1, total]: documents along the tokens; -1 is padding. position_ids keep attention within documents."""
     model = tiny_llama(attn_implementation="eager")
     model = with_lora(model, warm=True) if adapters else model
     lengths = [4, 3, 5, 2]
@@ -222,7 +222,7 @@ def test_packed_documents_by_token(order: str, adapters: bool):
 
 
 def test_packed_documents_in_several_rows():
-    """[B, T] where one document ends and another begins inside a row."""
+    """[B, T] in which one document ends and another begins inside a row."""
     model = mlp()
     ids = torch.tensor([[0, 0, 1, 1, 1], [2, 2, 2, 3, -1], [1, 1, 4, 4, 4]])
 

@@ -42,7 +42,7 @@ def test_two_forwards_then_two_backwards_in_reverse():
 
 
 def test_losses_of_two_forwards_in_one_vector():
-    """A module called twice by the user: rows of both calls add."""
+    """The user calls a module twice: the rows of both calls are added."""
     model = mlp()
     assert_engine_right(
         model, lambda step: (model(batch(B, 4, seed=step)) - model(batch(B, 4, seed=step + 9))).square().sum(1)
@@ -130,13 +130,13 @@ def test_no_grad_forward_between_forward_and_backward():
     losses = model(batch(B, 4)).square().sum(1)
     with torch.no_grad():
         model(batch(7, 4))
-    model(batch(2, 4))  # Never differentiated.
+    model(batch(2, 4))  # This forward is never differentiated.
     assert_gramian(engine, losses, model)
 
 
 @pytest.mark.parametrize("keep_rows", [True, False])
 def test_dropout(keep_rows: bool):
-    """One forward serves engine and oracle: rows follow the masks that were drawn."""
+    """Engine and oracle share one forward: rows follow the masks that were drawn."""
     model = with_lora(tiny_gpt2(dropout=0.3), dropout=0.3, warm=True).train()
     engine = Engine(model, keep_rows=keep_rows)
     for step in range(3):

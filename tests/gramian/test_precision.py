@@ -1,4 +1,4 @@
-"""The self-check where a model computes in half precision: what it must not accuse, and what it must still catch."""
+"""The self-check of models in half precision: no false alarms, and what it must still catch."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ METHODS: dict[str, Callable[[str], Any]] = {
 
 
 def tuned(model: nn.Module, family: str, method: str, precision: str) -> nn.Module:
-    """The model in a precision with a method's parameters in float32, none of them zero, as PEFT makes them."""
+    """Builds a model in a precision, with a PEFT method's parameters in float32, none of them zero."""
     dtype, kind = precision.split()
     model = model.to(HALF[dtype] if kind == "base" else torch.float32)
     torch.manual_seed(0)
     if method != "full":
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Of tied layers, of Conv1D.
+            warnings.simplefilter("ignore")  # Warnings about tied layers and Conv1D.
             model = get_peft_model(model, METHODS[method](family))
         perturb([p for name, p in model.named_parameters() if "lora_B" in name or "ia3" in name])
     return model.train()
@@ -65,7 +65,7 @@ def context(precision: str) -> contextlib.AbstractContextManager:
 
 
 def losses_of(model: nn.Module, precision: str, batch: int, length: int, seed: int = 0, vocabulary: int = VOCABULARY):
-    """The mean cross-entropy of each sequence, in float32 as Trainer has it."""
+    """Computes the mean cross-entropy of each sequence, in float32 as in Trainer."""
     ids = torch.randint(3, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
     with context(precision):
         logits = model(input_ids=ids).logits
@@ -88,7 +88,7 @@ def tiers_without_warning(model: nn.Module, precision: str, shapes: list[tuple[i
 def test_no_false_alarm(family: str, method: str, precision: str):
     model = tuned(Head("decoder", family).build(), family, method, precision)
     tiers = tiers_without_warning(model, precision, [(3, 9), (3, 7)])
-    # A scale that multiplies what a wrapped layer returns has no layer of its own; OPT derives positions from a mask.
+    # A scale of a wrapped layer's output belongs to no layer; OPT derives positions from a mask.
     beyond = {"dora": "lora_magnitude_vector", "ia3": "ia3_l", "full": "embed_positions"}.get(method, "no parameter")
     assert {tier for name, tier in tiers.items() if beyond not in name} <= {0, 1}
     assert {tier for name, tier in tiers.items() if beyond in name} <= {0, 2}
@@ -96,7 +96,7 @@ def test_no_false_alarm(family: str, method: str, precision: str):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_prompt_tuning_costs_what_it_does_in_float32(precision: str):
-    """PEFT looks one prompt up and repeats it over the batch: its gradient arrives added up, in any precision."""
+    """PEFT looks up one prompt and repeats it over the batch: its gradient arrives summed, in any precision."""
     model = tuned(Head("decoder", "llama").build(), "llama", "prompt tuning", precision)
     engine = Engine(model)
     with pytest.warns(UserWarning, match=TIER_3):
@@ -116,7 +116,7 @@ def test_no_false_alarm_at_any_size(layers: int, width: int, batch: int, length:
 
 
 class Dequantized(torch.autograd.Function):
-    """x W^T of a weight that exists in 4 bits only, as in bitsandbytes: computed in half precision, back in x's own."""
+    """x W^T with a weight stored in 4 bits, as in bitsandbytes: computed in half precision, returned in x's dtype."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -135,7 +135,7 @@ def dequantized(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Linear4bit(nn.Linear):
-    """A frozen linear layer whose weight is codes of 4 bits."""
+    """A frozen linear layer whose weight is stored as 4-bit codes."""
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype):
         super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
@@ -152,7 +152,7 @@ class Linear4bit(nn.Linear):
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("method", ["lora", "ia3"])
 def test_no_false_alarm_on_4_bits(method: str, base: torch.dtype, compute: str):
-    """No parameter, output or autocast tells that a float32 model computes in half precision."""
+    """No parameter, output or autocast shows that a float32 model computes in half precision."""
     model = Head("decoder", "llama", {"num_hidden_layers": 8}).build().to(base)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and "lm_head" not in name:
@@ -185,7 +185,7 @@ def test_wrong_rule_is_caught(spoilt: str, method: str, precision: str):
     losses = losses_of(model, precision, 3, 9)
     jacobian = engine.compute_jacobian(losses)
     tiers = engine.tiers()
-    # The softmax of a model that starts leaves queries and keys so small a gradient that it proves nothing yet.
+    # In a new model, softmax leaves such small gradients to queries and keys that they prove nothing yet.
     small = ("embed", "norm", *(("q_proj", "k_proj") if method == "full" else ()))
     proved = {p: name for p, name in names.items() if not any(part in name for part in small)}
     assert {tiers[name] for name in proved.values()} == {2}
@@ -194,7 +194,7 @@ def test_wrong_rule_is_caught(spoilt: str, method: str, precision: str):
 
 
 class Positions(nn.Module):
-    """Relative positions [T, T] between frozen layers, and a head; the frozen ones have a dtype of their own."""
+    """Relative positions [T, T] between frozen layers, and a head; the frozen layers have a different dtype."""
 
     def __init__(self, length: int, dtype: torch.dtype):
         super().__init__()
@@ -254,7 +254,7 @@ def test_one_instance_that_reads_another_is_noticed(reader: int, read: int):
 
 
 class Shifted(nn.Module):
-    """A LayerNorm whose gradient autograd adds up in bfloat16, token by token: it is rounding to a fifth."""
+    """A LayerNorm whose gradient autograd adds up in bfloat16, token by token: a fifth of it is rounding error."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Modules that draw random numbers: what is called again draws none, and rows are those of the forward's numbers."""
+"""Modules that draw random numbers: calling them again draws no new ones, and rows use the forward's numbers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings(f"ignore:{TIER_3}")
 
 
 class Attention(nn.MultiheadAttention):
-    """Draws inside a function of torch's, from torch."""
+    """Draws inside one of torch's functions, from torch."""
 
     def __init__(self):
         super().__init__(WIDTH, 2, dropout=0.3, batch_first=True)
@@ -44,7 +44,7 @@ class Recurrent(nn.LSTM):
 
 
 class NoisyRouter(nn.Module):
-    """Reads its weight as F.linear(x, W), which is called again for all instances at once; draws from torch."""
+    """Reads its weight in F.linear(x, W), which is called again for all instances at once; draws from torch."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ class NoisyRouter(nn.Module):
 
 
 class NoisyLinear(nn.Module):
-    """Looks like a linear layer to a probe, but for its noise on the weight; draws from torch."""
+    """Looks like a linear layer to a probe, except for noise on its weight; draws from torch."""
 
     def __init__(self):
         super().__init__()
@@ -67,7 +67,7 @@ class NoisyLinear(nn.Module):
 
 
 class NoisyScale(nn.Module):
-    """The same of a layer's scale; draws from torch."""
+    """The same for a layer that scales; draws from torch."""
 
     def __init__(self):
         super().__init__()
@@ -90,7 +90,7 @@ class MaskedSpectrum(nn.Module):
 
 
 class DroppedLayer(nn.Module):
-    """Is left out at random; draws from Python."""
+    """Is skipped at random; draws from Python."""
 
     def __init__(self):
         super().__init__()
@@ -116,7 +116,7 @@ class Model(nn.Module):
 
 
 def draws() -> list[float]:
-    """The next number of each stream."""
+    """Returns the next number of each stream."""
     return [float(torch.rand(())), float(np.random.rand()), random.random()]
 
 
@@ -129,7 +129,7 @@ def seed(value: int) -> None:
 @pytest.mark.parametrize("check", [True, False], ids=["proved", "unchecked"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_module_that_draws(kind, check: bool):
-    """Right without a proof, too: what would be called again with other numbers is not."""
+    """Rows are right even without a check: a module that would draw other numbers is not called again."""
     model = Model(kind)
     engine = Engine(model, check=check)
     for step in range(4):
@@ -150,7 +150,7 @@ def test_a_module_that_draws(kind, check: bool):
     ids=["each instance has numbers of its own", "in two layers", "called again as a whole"],
 )
 def test_a_module_that_draws_in_training_only(kind, training: int):
-    """It is called again in evaluation mode and, where that gives the forward's numbers, in training mode."""
+    """It is called again in evaluation mode, and in training mode if that draws the forward's numbers."""
     model = Model(kind)
     engine = Engine(model)
     tiers = []
@@ -174,7 +174,7 @@ def test_a_module_that_draws_in_training_only(kind, training: int):
     ids=["LoHa", "LoHa, left out at random", "LoKr, ranks left out", "LoKr"],
 )
 def test_adapters_that_draw_for_the_whole_batch_are_called_again(config):
-    """They toss a coin in each forward, also where they need none: with the forward's numbers, tier 2 is right."""
+    """They toss a coin in each forward, even if they need none: with the forward's numbers, tier 2 is right."""
     model = get_peft_model(tiny_llama(), config).double().train()
     torch.manual_seed(0)
     perturb(trainable(model))
@@ -207,7 +207,7 @@ def test_streams_are_put_back_after_an_error():
 )
 def test_each_stream_tells_of_a_draw(draw):
     np.random.seed(0)
-    np.random.randn()  # Leaves a second number to be returned, without another draw.
+    np.random.randn()  # Stores a second number, to be returned without another draw.
     with unchanged_streams(CPU) as has_drawn:
         assert not has_drawn()
         draw()

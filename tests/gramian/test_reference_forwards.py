@@ -21,7 +21,7 @@ B, T = 3, 6
 CHECKPOINTING = {"kept": None, "reentrant": True, "non-reentrant": False}
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{TIER_3}"),
-    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),  # Reentrant, without gradient.
+    pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad"),  # Reentrant, without a gradient.
 ]
 
 
@@ -30,7 +30,7 @@ def token_ids(step: int = 0, rows: int = B) -> Tensor:
 
 
 def policy(checkpointing: str, dropout: float = 0.0) -> nn.Module:
-    """A GPT-2 with two adapters, "default" in use."""
+    """Builds a GPT-2 with two adapters, of which "default" is active."""
     model = with_lora(tiny_gpt2(dropout=dropout), dropout=dropout, warm=True)
     torch.manual_seed(1)
     config = LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, init_lora_weights=False)
@@ -133,7 +133,7 @@ BETWEEN: list[Callable[[nn.Module], None]] = [
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("between", BETWEEN, ids=lambda f: f.__name__)
 def test_a_forward_between_a_forward_and_its_backward(between, checkpointing: str):
-    """Rows are those of a model that no engine has hooks on and no other forward was made of."""
+    """Rows equal those of a model without an engine's hooks and without other forwards."""
     untouched, model = (policy(checkpointing, dropout=0.2) for _ in range(2))
     engine = Engine(model)
     for step in range(2):
@@ -153,7 +153,7 @@ def test_a_forward_between_a_forward_and_its_backward(between, checkpointing: st
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("order", ["before", "between", "after", "around"])
 def test_preferences_against_a_reference(order: str, checkpointing: str):
-    """DPO's loss of each pair: chosen and rejected in one batch [2B] or in two forwards, and a reference's forward."""
+    """DPO's loss of each pair: chosen and rejected in one batch [2B] or two forwards, and a reference's forward."""
     model = policy(checkpointing)
     engine = Engine(model)
 
@@ -197,7 +197,7 @@ def test_two_adapters_trained_in_turn(late: bool, checkpointing: str):
 
 
 def test_losses_of_two_adapters():
-    """Both are trainable in the backward, and neither is active in it alone."""
+    """Both are trainable in the backward, though each forward used only one."""
     model = policy("kept")
     engine = Engine(model)
     losses = log_likelihoods(model, token_ids())
@@ -230,7 +230,7 @@ class Half(nn.Module):
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 def test_a_tap_that_comes_later_leaves_a_recomputation_as_its_forward_was(checkpointing: str):
-    """A layer that has never been trained is unfrozen for a forward in between, and frozen again."""
+    """A layer that was never trained is unfrozen for a forward in between, then frozen again."""
     model = Half(checkpointing)
     model.block[0].requires_grad_(False)
     engine = Engine(model)
@@ -259,7 +259,7 @@ def test_parameters_that_are_frozen_or_unfrozen_before_the_backward(first: bool)
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d(5), nn.MultiheadAttention(5, 1, dropout=0.3, batch_first=True)])
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
 def test_a_forward_and_its_backward_in_two_modes(layer: nn.Module, mode: bool):
-    """Each in the mode of its forward: a norm with stored statistics, and a module that is called again."""
+    """Each module is in the mode of its forward: a norm with stored statistics, and a module that is called again."""
 
     class Model(nn.Module):
         def __init__(self):
@@ -276,7 +276,7 @@ def test_a_forward_and_its_backward_in_two_modes(layer: nn.Module, mode: bool):
     engine = Engine(model)
     x = torch.randn(B, *[5] if norm else [4, 5]).double()
     model.eval()
-    for _ in range(3):  # The holder of a parameter that is read by others is found, and proved in this mode.
+    for _ in range(3):  # Finds the holder of a parameter that other modules read, and verifies it in this mode.
         engine.compute_gramian(model(x).square().flatten(1).sum(1))
     model.train(mode)
     losses = model(x).square().flatten(1).sum(1)
@@ -290,7 +290,7 @@ def test_a_forward_and_its_backward_in_two_modes(layer: nn.Module, mode: bool):
 
 
 def test_a_gramian_under_no_adapter_is_one_of_what_is_trainable():
-    """A forward of which nothing is trained is refused, and taps are there for the next one."""
+    """A forward without trained parameters is refused, and taps are set for the next one."""
     model = policy("kept")
     engine = Engine(model)
     with model.disable_adapter():

@@ -1,4 +1,4 @@
-"""The representations of rows, each against the dense matrix that it stands for."""
+"""The representations of rows, each compared with the dense matrix that it represents."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_sums_and_stacks(one, two):
 @pytest.mark.parametrize("materialise", [True, False])
 @pytest.mark.parametrize("shape", [(70, 3), (3, 70), (70, 65), (5, 4)], ids=str)
 def test_factors_settle(shape: tuple[int, int], materialise: bool):
-    """Narrow products are formed transposed; with many tokens rows are smaller than factors."""
+    """Narrow products are formed transposed; with many tokens, rows are smaller than factors."""
     factors = OuterRows(normal(2, 90, shape[0]), normal(2, 90, shape[1], seed=1), torch.Size(shape))
     compact = factors.compact(torch.float64, materialise)
     if materialise:
@@ -94,7 +94,7 @@ def test_symmetric_blocks(count: int, columns: int):
 
 
 def routed(tokens: int, seed: int = 0, experts: int = 3, p: int = 4, d: int = 5) -> tuple[RoutedRows, Tensor]:
-    """Rows of experts, one of which sees no token, and the dense matrix."""
+    """Returns rows of experts, one of which sees no token, and the dense matrix."""
     generator = torch.Generator().manual_seed(seed)
     expert = torch.randint(experts - 1, (tokens,), generator=generator).sort().values
     owners = torch.randint(OBJECTIVES - 1, (tokens,), generator=generator)
@@ -108,7 +108,7 @@ def routed(tokens: int, seed: int = 0, experts: int = 3, p: int = 4, d: int = 5)
 
 @pytest.mark.parametrize("tokens", [5, 60])
 def test_routed_rows(tokens: int):
-    """Few tokens: ghost form; many: rows, an expert at a time; owners in any order."""
+    """Few tokens: ghost form; many tokens: rows, one expert at a time; owners in any order."""
     rows, matrix = routed(tokens)
     assert is_matrix(rows, matrix)
     compact = rows.compact(torch.float64, materialise=True)
@@ -125,7 +125,7 @@ def test_routed_rows(tokens: int):
 
 @pytest.mark.parametrize("kind", [*KINDS, lambda: routed(60)[0]], ids=lambda kind: kind.__name__)
 def test_columns(kind):
-    """Also where they begin and end within an element of the first dimension."""
+    """Columns may begin and end within an entry of the first dimension."""
     rows = kind()
     for start, stop in itertools.combinations(range(rows.shape.numel() + 1), 2):
         found = rows.columns(start, stop)
@@ -136,7 +136,7 @@ def test_columns(kind):
 @pytest.mark.parametrize("ids", ["sorted", "mixed", "uneven", "none", "one", "by token"])
 @pytest.mark.parametrize("p, d, tokens", [(2, 3, 50), (40, 30, 1), (40, 30, 6), (3, 40, 6)])
 def test_outer_products_of_segments(ids: str, p: int, d: int, tokens: int):
-    """By rows of instances, by runs of neighbours, sorted: the same rows."""
+    """Summing rows of instances, runs of neighbours, or sorted entries gives the same rows."""
     n = 8
     segments = {
         "sorted": torch.arange(n) // 2,
@@ -150,13 +150,13 @@ def test_outer_products_of_segments(ids: str, p: int, d: int, tokens: int):
     found = Segments(OBJECTIVES, segments)
     g, x, other = normal(n, tokens, p), normal(n, tokens, d, seed=1), normal(n, tokens, d, seed=2)
     member = torch.nn.functional.one_hot(by_token + 1, OBJECTIVES + 1)[..., 1:].double()
-    for value in (x, x, other, x):  # An input that several layers share is sorted once, and no other is taken for it.
+    for value in (x, x, other, x):  # Sorts an input that layers share only once.
         expected = torch.einsum("ntk,ntp,ntd->kpd", member, g, value)
         assert relative(found.outer(g, value), expected) < EXACT
 
 
 def test_blocks_of_instances_repeated():
-    """[k * B] leading rows, whose objectives are blocks of instances."""
+    """[k * B] leading entries, whose objectives are blocks of instances."""
     blocks = Segments(2, block=3)
     expected = torch.tensor([0, 0, 0, 1, 1, 1])
     assert torch.equal(blocks.repeated(MINOR, 2, torch.device("cpu")).token_ids((12, 1))[:, 0], expected.repeat(2))

@@ -1,4 +1,4 @@
-"""With rows kept or not, Gramian and update are the same; and nothing else is touched."""
+"""Gramian and update are the same whether rows are stored or not, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_all_modes_give_the_same_gramian_and_update(adapters: bool):
 
 
 class ReadOutside(nn.Module):
-    """A layer, and a large matrix that the loss reads: tier 3."""
+    """A layer, and a large matrix that the loss reads directly (tier 3)."""
 
     def __init__(self):
         super().__init__()
@@ -58,11 +58,11 @@ class ReadOutside(nn.Module):
 @pytest.mark.parametrize("budget", [0, 1_000, 3_000, 10_000, 20_000, 40_000, 100_000, 1_000_000])
 @pytest.mark.parametrize("kind", ["read outside", "llama"])
 def test_what_is_kept_is_within_the_budget(kind: str, budget: int):
-    """Rows, factors or nothing; never more bytes than were allowed, whichever tier they came by."""
+    """Stores rows, factors or nothing, never more bytes than allowed, whichever tier formed them."""
     torch.manual_seed(0)
     model = ReadOutside().double() if kind == "read outside" else tiny_llama()
     engine = Engine(model, keep_rows=budget)
-    for step in range(2):  # The first step learns by which tier the rows come.
+    for step in range(2):  # The first step finds out which tier forms the rows.
         losses = model.losses(step) if kind == "read outside" else lm_losses(model, token_ids(3, 5, seed=step))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
@@ -93,13 +93,13 @@ def test_a_parameter_met_with_and_without_a_batch_counts_once():
     losses = (layer(x) @ layer(table).T).square().sum((1, 2))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", TIER_3)
-        for _ in range(2):  # The second time, no forward says how often the layer is used.
+        for _ in range(2):  # The second time, no forward shows how often the layer is used.
             assert_gramian(engine, losses, layer)
 
 
 @pytest.mark.parametrize("keep_rows", [True, False])
 def test_losses_backward_afterwards(keep_rows: bool):
-    """TorchJD's way: the graph is kept, and hooks of the engine look away."""
+    """As in TorchJD: the graph is retained, and the engine's hooks ignore this backward."""
     model = mlp()
     engine = Engine(model, keep_rows=keep_rows)
     losses = model(batch(B, 4)).square().sum(1)
@@ -123,7 +123,7 @@ def test_gradients_and_their_hooks_are_left_alone_by_the_gramian():
     engine.compute_gramian(model(batch(B, 4)).square().sum(1))
     assert first.grad is kept
     assert all(p.grad is None for p in rest)
-    del met[:]  # The self-check of the first step is a plain gradient.
+    del met[:]  # The first step's self-check computes a plain gradient.
     engine.compute_gramian(model(batch(B, 4)).square().sum(1))
     assert met == []
     assert bool((first.grad == 1).all())

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_jd.gramian import Engine, foresight, stacks
+from hf_jd.gramian import Engine, foresight, recording, stacks
 from tests.gramian.oracle import EXACT, SINGLE, brute_gramian, brute_rows, perturb, relative, trainable
 from tests.gramian.small import batch, lm_losses, token_ids
 from tests.models import tiny_llama, with_lora
@@ -21,7 +21,7 @@ SEGMENTS = {
 
 
 class Tower(nn.Module):
-    """Narrow layers of one shape, some of which are used twice, and some with a bias."""
+    """Narrow layers of the same shape; some are used twice, and some have a bias."""
 
     def __init__(self, depth: int = 6):
         super().__init__()
@@ -35,7 +35,7 @@ class Tower(nn.Module):
 
 
 def group_losses(tokens: Tensor, ids: Tensor | None) -> Tensor:
-    """[R] of values [B, T]."""
+    """Sums values [B, T] by group: [R]."""
     if ids is None:
         return tokens.sum(1)
     ids = ids if ids.dim() == 2 else ids[:, None].expand_as(tokens)
@@ -43,7 +43,7 @@ def group_losses(tokens: Tensor, ids: Tensor | None) -> Tensor:
 
 
 def assert_right(engine: Engine, model: nn.Module, losses: Tensor, ids: Tensor | None = None) -> bool:
-    """Rows and Gramian are brute force's; whether some rows stand in stacks."""
+    """Asserts that rows and Gramian equal brute force; returns whether some rows are in stacks."""
     names = list(trainable(model))
     rows = brute_rows(losses, names)
     jacobian = engine.compute_jacobian(losses, ids)
@@ -55,7 +55,7 @@ def assert_right(engine: Engine, model: nn.Module, losses: Tensor, ids: Tensor |
 
 @pytest.mark.parametrize("waiting", [stacks.WAITING, 40, 0])
 def test_rows_in_stacks(waiting: int, monkeypatch):
-    """Whatever the objectives are, one after the other; and however few tensors may wait."""
+    """For several kinds of objectives in turn, and however few tensors may wait."""
     monkeypatch.setattr(stacks, "WAITING", waiting)
     model = Tower()
     engine = Engine(model)
@@ -89,7 +89,7 @@ def walks(monkeypatch) -> list[Tensor]:
 
 @pytest.mark.parametrize("retain_graph", [False, True])
 def test_a_graph_is_walked_once(retain_graph: bool, walks: list[Tensor]):
-    """Not again where only the batch and its length change, or the program takes a way that it took before."""
+    """It is not walked again if only batch size and length change, or the program takes an earlier path again."""
     model = with_lora(tiny_llama()).double()
     perturb(trainable(model))
     engine = Engine(model)
@@ -99,7 +99,7 @@ def test_a_graph_is_walked_once(retain_graph: bool, walks: list[Tensor]):
         losses = lm_losses(model, token_ids(B + step % 2, T + step, seed=step))
         expected = brute_gramian(brute_rows(losses, list(trainable(model))), losses.shape)
         assert relative(engine.compute_gramian(losses, retain_graph=retain_graph), expected) < SINGLE
-        if step in (2, 6, 7):  # A proof, in step 3, may have changed what was settled.
+        if step in (2, 6, 7):  # The proof in step 3 may have changed what was settled.
             assert not walks
 
 
@@ -113,3 +113,35 @@ def test_a_frozen_parameter_is_a_reason_to_look_again(walks: list[Tensor]):
         expected = brute_gramian(brute_rows(losses, list(trainable(model))), losses.shape)
         assert relative(engine.compute_gramian(losses, retain_graph=False), expected) < EXACT
         assert bool(walks) is (step in (0, 1, 3))
+
+
+@pytest.mark.parametrize("ids", SEGMENTS.values(), ids=SEGMENTS)
+def test_layers_wait_again_without_a_decision(ids: Tensor | None, monkeypatch):
+    """Until a parameter is used twice, frozen or of another shape, or the objectives change."""
+    decided = []
+
+    def counted(*arguments):
+        decided.append(1)
+        return kind_of(*arguments)
+
+    kind_of = stacks.kind_of
+    monkeypatch.setattr(recording, "kind_of", counted)
+    model = Tower()
+    engine, x = Engine(model), torch.randn(B, T, 4, dtype=torch.float64)
+
+    def decisions(ids: Tensor | None, twice: bool = False) -> int:
+        decided.clear()
+        perturb(model.parameters())
+        assert assert_right(engine, model, group_losses(model(x, twice).square().sum(-1), ids), ids)
+        return len(decided)
+
+    assert decisions(ids) > 0
+    while decisions(ids):
+        pass
+    assert decisions(ids) == 0
+    model.layers[0].weight.requires_grad_(False)
+    assert decisions(ids) == 1
+    assert decisions(None if ids is not None else SEGMENTS["sorted"]) > 0
+    assert decisions(ids, twice=True) > 0
+    model.layers[0].weight.requires_grad_(True)
+    assert decisions(ids) > 0

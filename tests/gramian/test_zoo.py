@@ -1,4 +1,4 @@
-"""Models of transformers and methods of PEFT, against brute force."""
+"""Models of transformers and methods of PEFT, compared with brute force."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ OVERRIDES = {
     "pegasus_x": {"block_size": 4, "num_global_tokens": 2},
     "longt5": {"local_radius": 3, "global_block_size": 2},
 }
-# Their hyper-connections' float32 cancels: brute force itself repeats to 1e-5.
+# Their hyper-connections cancel in float32: brute force repeats itself only to 1e-5.
 ROUGH = {"hy_v4": 1e-4}
 HEADS = [
     *[Head("decoder", family) for family in DECODERS],
@@ -126,10 +126,10 @@ def with_lora(head: Head) -> nn.Module:
 @pytest.mark.parametrize("batch, length", [(3, 7), (4, 4)])
 @pytest.mark.parametrize("method", MIXING)
 def test_method_of_peft_that_mixes_instances(method: str, batch: int, length: int):
-    """A loss that reads other instances has no row of its own: it is said, or rows are those of the given losses."""
+    """A loss that reads other instances has no row of its own: it is refused, or rows are those of the given losses."""
     model = tuned(method, tied=False)
     torch.manual_seed(0)
-    for p in model.parameters():  # At first, one factor is zero: nothing mixes.
+    for p in model.parameters():  # At first, one factor is zero, so nothing mixes.
         p.data += 0.1 * torch.randn_like(p)
     engine, names = Engine(model), trainable(model)
     for _ in range(3):

@@ -1,6 +1,6 @@
 """The methods of PEFT, on a small Llama.
 
-Left out: AdaMSS (needs scikit-learn), Shadow (its carrier of two streams is no tensor, and Llama's rotary embedding
+Left out: AdaMSS (needs scikit-learn), Shadow (its two-stream carrier isn't a tensor, so Llama's rotary embedding
 refuses it), X-LoRA (mixes adapters that were trained before).
 """
 
@@ -21,7 +21,7 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 def _method(kind: str, **settings: Any) -> Callable[[], peft.PeftConfig]:
-    """A config of a PEFT type; `target_modules` are `TARGETS` unless None."""
+    """Returns a function that builds a PEFT type's config; `target_modules` are `TARGETS` unless None."""
     config = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]
     if "target_modules" in config.__dataclass_fields__ and "target_parameters" not in settings:
         settings = {"target_modules": TARGETS, **settings}
@@ -92,16 +92,16 @@ METHODS: dict[str, Callable[[], peft.PeftConfig]] = {
 
 
 def tuned(method: str, tied: bool, seed: int = 0) -> PeftModel:
-    """A small Llama with this method's adapters, in float64 and evaluation mode."""
-    base = tiny_llama(seed, tie_word_embeddings=tied).float()  # Some start from decompositions in float32.
+    """Builds a small Llama with this method's adapters, in float64 and evaluation mode."""
+    base = tiny_llama(seed, tie_word_embeddings=tied).float()  # Some methods start from decompositions in float32.
     torch.manual_seed(seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Of adapters that cannot be merged, of CUDA extensions.
+        warnings.simplefilter("ignore")  # Warnings about adapters that cannot be merged, and about CUDA extensions.
         return get_peft_model(base, (METHODS | MIXING)[method]()).double().eval()
 
 
 def extra_inputs(method: str, batch: int) -> dict[str, torch.Tensor]:
-    """What some methods want to be told of each instance."""
+    """Returns further inputs that some methods need for each instance."""
     if method in ("multitask-prompt", "poly"):
         return {"task_ids": torch.arange(batch) % 2}
     return {}

@@ -1,4 +1,4 @@
-"""The families of transformers that a tiny config builds, as float64 models with inputs and losses."""
+"""The model families of transformers that a tiny config can build, as float64 models with inputs and losses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers.models.auto import modeling_auto
 
 VOCABULARY, WIDTH = 37, 16
 
-# Whatever a config calls its sizes. Only names that its defaults have are passed.
+# Sizes under all names that configs use for them. Only names that a config has are passed.
 SIZES: dict[str, Any] = {
     **dict.fromkeys(["vocab_size"], VOCABULARY),
     **dict.fromkeys(["hidden_size", "d_model", "n_embd", "dim", "embedding_size", "emb_dim", "n_embed"], WIDTH),
@@ -79,7 +79,7 @@ class Head:
     Attributes:
         kind: A key of `HEADS`.
         family: The config's model_type.
-        overrides: Of the config, beyond `SIZES`.
+        overrides: Further arguments of the config, besides `SIZES`.
     """
 
     kind: str
@@ -94,18 +94,18 @@ class Head:
         known = AutoConfig.for_model(self.family)
         sizes = {k: v for k, v in (SIZES | OF_KIND.get(self.kind, {})).items() if hasattr(known, k)}
         config = AutoConfig.for_model(self.family, **{**sizes, **self.overrides})
-        config._experts_implementation = "eager"  # Grouped products of experts know no float64.
+        config._experts_implementation = "eager"  # Grouped products of experts don't support float64.
         return config
 
     def build(self, seed: int = 0) -> nn.Module:
-        """The model in float64, in evaluation mode: without dropout, since the oracle repeats forwards."""
+        """Builds the model in float64, in evaluation mode: without dropout, since the oracle repeats forwards."""
         name = HEADS[self.kind][self.family]
         torch.manual_seed(seed)
         model = getattr(transformers, name if isinstance(name, str) else name[0])(self.config())
         return model.double().eval()
 
     def inputs(self, batch: int, length: int, seed: int = 0) -> dict[str, Tensor]:
-        """Keyword inputs of a batch."""
+        """Returns a batch's keyword inputs."""
         generator = torch.Generator().manual_seed(seed)
         if self.kind == "image":
             return {"pixel_values": torch.randn(batch, 3, 32, 32, generator=generator, dtype=torch.float64)}
@@ -119,9 +119,9 @@ class Head:
 
 
 def instance_losses(output: Any, columns: int | None = None) -> Tensor:
-    """One loss an instance [B], of all numbers that the model says about it; or [B, columns] of them.
+    """Computes one loss per instance [B] from all numbers that the model outputs for it; or [B, columns] losses.
 
-    A squared distance to fixed targets, which no final norm makes constant.
+    It is a squared distance to fixed targets, which no final norm makes constant.
     """
     parts = [output[k] for k in ("logits", "start_logits", "end_logits") if getattr(output, k, None) is not None]
     values = torch.cat([part.double().flatten(1) for part in parts], dim=1)
@@ -138,7 +138,7 @@ def _state(head: Head) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def model_of(head: Head) -> nn.Module:
-    """The head's model with its first weights; built once for tests that follow each other."""
+    """Returns the head's model with its initial weights; built once for consecutive tests."""
     model, state = _state(head)
     model.load_state_dict(state)
     model.zero_grad()
@@ -146,7 +146,7 @@ def model_of(head: Head) -> nn.Module:
 
 
 def losses_of(model: nn.Module, head: Head, shapes: list[tuple[int, int]]) -> Callable[[int], Tensor]:
-    """The losses of a step: a batch of its own, of the step's shape."""
+    """Computes the losses of a step, on a new batch of the step's shape."""
 
     def losses(step: int) -> Tensor:
         batch, length = shapes[step]

@@ -1,4 +1,4 @@
-"""`JDGRPOTrainer` and `JDRLOOTrainer` by reward and by group: where `mean` is TRL's own trainer, and where not."""
+"""`JDGRPOTrainer` and `JDRLOOTrainer` by reward and by group: when `mean` equals TRL's trainer, and when not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.invariant.test_trl_trainers import (
     lora,
     measured,
 )
-from tests.trainer.runs import flat, relative
+from tests.trainer.runs import DESCENT, arguments, flat, relative
 
 pytest.importorskip("trl", reason="TRL 1.16 asks for datasets 4.7")
 from transformers import set_seed
@@ -24,29 +24,16 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from hf_jd.trainer.trl import JDGRPOConfig, JDGRPOTrainer, JDRLOOConfig, JDRLOOTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing.* is deprecated:FutureWarning")
-# A controller of the entropy, which moves with each loss that TRL computes.
+# An entropy controller, which changes with each loss that TRL computes.
 ADAPTIVE = {**OFF_POLICY, "use_adaptive_entropy": True, "entropy_coef": 0.01, "entropy_target": 100.0}
 GROUP = {"jd_objectives": "group", "jd_group_column": "task"}
 REWARD = {"jd_objectives": "reward"}
 
 
 def trained(cls, config, directory, rewards, **flags):
-    """A run of 2 updates or more, with plain descent."""
-    common = {
-        "use_cpu": True,
-        "bf16": False,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 2,
-        "optim": "sgd",
-        "learning_rate": 0.1,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
+    """Trains for 2 updates or more, with plain gradient descent."""
     set_seed(0)
-    args = config(output_dir=str(directory), **{**common, **GENERATED, **flags})
+    args = arguments(directory, config, **{**DESCENT, **GENERATED, **flags})
     trainer = cls(model=lora(), args=args, train_dataset=PROMPTS, processing_class=TOKENIZER, reward_funcs=rewards)
     trainer.train()
     return trainer
@@ -86,7 +73,7 @@ def test_the_mean_of_groups_of_prompts_is_trls_own_trainer(name, tmp_path):
 
 
 class Summed(GRPOTrainer):
-    """Normalises each reward within its group, and sums: TRL's `normalize_then_sum` without its last normalisation."""
+    """Normalises each reward within its group, and sums: TRL's `normalize_then_sum` without the last normalisation."""
 
     def _calculate_rewards(self, *args):
         self.scored = super()._calculate_rewards(*args)
@@ -97,7 +84,7 @@ class Summed(GRPOTrainer):
         groups = self.scored.view(-1, self.num_generations, 2)
         normalised = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
         whole = normalised.view(-1, 2) @ self.reward_weights
-        # TRL's own is that, normalised over the batch.
+        # TRL also normalises this over the batch.
         expected = (whole - whole.mean()) / (whole.std() + 1e-4)
         assert torch.allclose(output["advantages"], expected, atol=1e-5)
         output["advantages"] = whole
@@ -109,7 +96,7 @@ def test_the_mean_of_rewards_is_their_normalised_sum(every, tmp_path):
     flags = {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": [1.0, 0.5], "beta": 0.1}
     rewards = [by_length, by_position]
     theirs = trained(Summed, GRPOConfig, tmp_path, rewards, **flags)
-    watching = {} if every == 1 else {"jd_monitor_every": 2}  # Between, a plain step.
+    watching = {} if every == 1 else {"jd_monitor_every": 2}  # In between, a plain step.
     ours = trained(JDGRPOTrainer, JDGRPOConfig, tmp_path, rewards, **flags, **REWARD, jd_weighting="mean", **watching)
     assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
     assert relative(flat(theirs.model), flat(lora())) > 1e-4

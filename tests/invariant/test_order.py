@@ -1,4 +1,4 @@
-"""One big batch is its accumulation, whatever the split and the order of its instances, for each weighting."""
+"""For each weighting, one big batch equals its accumulation, however its instances are split and ordered."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from tests.invariant.test_trainer_invariants import KINDS
 from tests.marks import in_turn
 from tests.trainer.runs import arguments, examples, flat, lora, relative, run
 
-# These draw random numbers, remember objectives by their positions, or need arguments or more than three objectives.
+# Left out: weightings that draw random numbers, remember objectives by position, or need arguments or more than three
+# objectives.
 LEFT_OUT = {"random", "rlw", "gradvac", "pcgrad", "cr_mogm", "pcd", "dwa", "preference", "constant", "krum"}
-# Those that read the losses get them from a sum of float32 numbers.
+# Weightings that read losses get them from a sum of float32 numbers.
 TOLERANCES = dict.fromkeys(("stch", "famo", "geometric_mean", "cosmos", "pbi"), 1e-6)
 
 
 class InOrder(JDTrainer):
-    """Takes the examples in their order."""
+    """Visits the examples in order."""
 
     def _get_train_sampler(self, train_dataset=None):
         return torch.utils.data.SequentialSampler(self.train_dataset)

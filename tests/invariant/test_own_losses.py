@@ -6,14 +6,14 @@ import pytest
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from hf_jd import JDTrainer, JDTrainerMixin
+from hf_jd import JDTrainer, JDTrainerMixin, JDTrainingArguments
 from tests.marks import in_turn, slow
 from tests.releases import needs
-from tests.trainer.own_losses import CASES, trainer_of
+from tests.trainer.own_losses import CASES, ours_of, prepared, trainer_of
 from tests.trainer.runs import arguments, flat, relative
 
 GROUP = {"jd_objectives": "group", "jd_group_column": "task"}
-# Seven micro-batches of 4, ..., 4 and 2 examples are four updates; the last has one micro-batch.
+# Seven micro-batches of 4, ..., 4 and 2 examples make four updates; the last has one micro-batch.
 EXAMPLES, STEPS = 26, 4
 KINDS = {
     "instance": ({}, [8, 8, 8, 2]),
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*further passes now")
 
 
 class Watch(TrainerCallback):
-    """Keeps how many objectives each update weighed."""
+    """Records how many objectives each update weighed."""
 
     def __init__(self):
         self.objectives = []
@@ -35,12 +35,11 @@ class Watch(TrainerCallback):
         self.objectives.append(len(self.trainer.jd_state.weights))
 
 
-def trained(cls: type, build, case, directory, **flags) -> tuple[Trainer, list[int]]:
-    config = TrainingArguments if not issubclass(cls, JDTrainerMixin) else arguments.__defaults__[0]
-    # Adam would blow up what rounding leaves of a gradient that is zero.
+def watched(case, directory, cls: type | None = None, **flags) -> tuple[Trainer, list[int]]:
+    # Adam would amplify the rounding errors of a zero gradient.
     common = {"optim": "sgd", "learning_rate": 0.1, "gradient_accumulation_steps": 2, "max_steps": STEPS}
-    args = arguments(directory, config, **{**common, "per_device_train_batch_size": 4, **flags})
-    trainer = cls(build(), args, train_dataset=case.examples(EXAMPLES), data_collator=case.collate)
+    flags = {**common, "per_device_train_batch_size": 4, **flags}
+    trainer = prepared(case, directory, EXAMPLES, cls, **flags)
     watch = Watch()
     watch.trainer = trainer
     if isinstance(trainer, JDTrainerMixin):
@@ -51,7 +50,7 @@ def trained(cls: type, build, case, directory, **flags) -> tuple[Trainer, list[i
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
-    """What the stock Trainer makes of a case; each configuration once."""
+    """Trains a case with the stock Trainer; each configuration once."""
     trained_already: dict[str, Trainer] = {}
 
     def train(name: str, **flags) -> Trainer:
@@ -59,20 +58,18 @@ def stock(tmp_path_factory):
         if key not in trained_already:
             case = CASES[name]
             cls = trainer_of(case.loss)
-            trained_already[key] = trained(cls, case.build, case, tmp_path_factory.mktemp("stock"), **flags)[0]
+            trained_already[key] = watched(case, tmp_path_factory.mktemp("stock"), cls, **flags)[0]
         return trained_already[key]
 
     return train
 
 
 def ours(name: str, directory, cls: type | None = None, **flags) -> tuple[Trainer, list[int]]:
-    case = CASES[name]
-    cls = cls or type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {})
-    return trained(cls, case.build, case, directory, **{"jd_weighting": "mean", **flags})
+    return watched(CASES[name], directory, cls, **{"jd_weighting": "mean", **flags})
 
 
 def measured(trainer: Trainer) -> list[dict[str, float]]:
-    """What is logged, but for the clock."""
+    """Returns the logs, without times."""
     clock = ("runtime", "per_second")
     return [{k: v for k, v in entry.items() if not k.endswith(clock)} for entry in trainer.state.log_history]
 
@@ -141,18 +138,17 @@ def test_mean_is_the_stock_trainer_however_rows_are_kept(name, flags, kind, stoc
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_mean_is_the_stock_trainer_in_bfloat16(kind, stock, tmp_path):
-    case = CASES["next-tokens"]
-    build = lambda: case.build().float()  # noqa: E731
-    theirs, _ = trained(trainer_of(case.loss), build, case, tmp_path, bf16=True)
-    cls = type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {})
-    trainer, objectives = trained(cls, build, case, tmp_path, bf16=True, jd_weighting="mean", **KINDS[kind][0])
-    assert moved(theirs, build) > 1e-3
+    exact = CASES["next-tokens"]
+    case = exact._replace(build=lambda: exact.build().float())
+    theirs, _ = watched(case, tmp_path, trainer_of(case.loss), bf16=True)
+    trainer, objectives = watched(case, tmp_path, bf16=True, jd_weighting="mean", **KINDS[kind][0])
+    assert moved(theirs, case.build) > 1e-3
     assert relative(flat(trainer.model), flat(theirs.model)) < 1e-4
     assert objectives == KINDS[kind][1]
 
 
 class Mine(JDTrainer):
-    """The mixin to the right of `compute_loss`."""
+    """Has the mixin to the right of its `compute_loss`."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         computed, outputs = CASES["focal"].loss(self, model, inputs, num_items_in_batch)
@@ -160,7 +156,7 @@ class Mine(JDTrainer):
 
 
 class OnTop(JDTrainer):
-    """Adds to what JDTrainer computes."""
+    """Adds to JDTrainer's loss."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
@@ -209,15 +205,14 @@ def test_evaluation_is_the_stock_trainers(kind, tmp_path):
     case, flags = CASES["focal"], {"eval_strategy": "steps", "eval_steps": 2, "optim": "sgd", "max_steps": 4}
 
     def run(cls, **own):
-        config = TrainingArguments if not own else arguments.__defaults__[0]
-        args = arguments(tmp_path, config, **flags, **own)
+        args = arguments(tmp_path, JDTrainingArguments if own else TrainingArguments, **flags, **own)
         data = {"train_dataset": case.examples(EXAMPLES), "eval_dataset": case.examples(10)}
         trainer = cls(case.build(), args, data_collator=case.collate, **data)
         trainer.train()
         return [entry for entry in measured(trainer) if "eval_loss" in entry]
 
     theirs = run(trainer_of(case.loss))
-    evaluated = run(type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {}), jd_weighting="mean", **KINDS[kind][0])
+    evaluated = run(ours_of(case.loss), jd_weighting="mean", **KINDS[kind][0])
     assert len(theirs) == 2
     for our, their in zip(evaluated, theirs, strict=True):
         assert {key: our[key] for key in their} == pytest.approx(their, rel=1e-6)

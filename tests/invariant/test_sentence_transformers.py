@@ -1,4 +1,4 @@
-"""`mean` is sentence-transformers' own trainer, for its losses; and the rows of two datasets are brute force's."""
+"""`mean` equals sentence-transformers' own trainer, for its losses; and rows of two datasets equal brute force."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, BertConfig, BertModel, set_seed
 
 from tests.invariant.test_trl_trainers import measured, words
-from tests.trainer.runs import flat, relative
+from tests.trainer.runs import DESCENT, arguments, flat, joined, relative
 
 pytest.importorskip("sentence_transformers", reason="an extra")
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -23,7 +23,7 @@ TOKENIZER = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "examples"
 
 @pytest.fixture(scope="session")
 def path(tmp_path_factory):
-    """A tiny BERT in float64, without dropout."""
+    """Saves a tiny float64 BERT, without dropout."""
     directory = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -68,27 +68,16 @@ CHOICES = [(name, kind) for name in CASES for kind in ("instance", "group") if k
 
 def trainer_of(name, path, directory, ours, weighting=None, **flags):
     loss, data = CASES[name]
-    common = {
-        "use_cpu": True,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 3,
-        "max_steps": 3,
-        "optim": "sgd",
-        "learning_rate": 0.1,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
     set_seed(0)
     model = encoder(path)
     made = {k: make(model) for k, make in loss.items()} if isinstance(loss, dict) else loss(model)
     cls, config = SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     if ours:
         cls, config = JDSentenceTransformerTrainer, JDSentenceTransformerTrainingArguments
-    data = dict(data) if isinstance(data, dict) else data  # The trainer adds the names in place.
+    data = dict(data) if isinstance(data, dict) else data  # The trainer adds the datasets' names in place.
     extra = {} if weighting is None else {"weighting": weighting}
-    return cls(model, config(str(directory), **{**common, **flags}), train_dataset=data, loss=made, **extra)
+    args = arguments(directory, config, **{**DESCENT, "gradient_accumulation_steps": 3, "max_steps": 3, **flags})
+    return cls(model, args, train_dataset=data, loss=made, **extra)
 
 
 @pytest.mark.parametrize(("name", "kind"), CHOICES)
@@ -136,8 +125,7 @@ def test_rows_of_two_datasets_are_those_of_brute_force(name, path, tmp_path):
                 made = loss[group](model) if isinstance(loss, dict) else loss(model)
                 total = total + made(features, labels) / len(batches)
         gradients = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
-        pairs = zip(gradients, model.parameters(), strict=True)
-        rows.append(torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in pairs]))
+        rows.append(joined(gradients, model.parameters()))
     rows = torch.stack(rows)
     assert relative(found[0], 4 * rows @ rows.T) < 1e-8
 

@@ -1,14 +1,14 @@
-"""Mean is Trainer, for every task: all go through rows and Gramian.
+"""`mean` equals Trainer for every task, and always goes through rows and Gramian.
 
-Trainer's settings that meet here are six, of two values each: 64 products, too many to run them all for every task. Six
-runs of a task meet every pair of values of every two settings: a setting that is wrong by itself, or together with
-another one, fails for each task. (What a third one changes is met too, though not by each task: over all tasks, every
-three values of three settings meet.) Two steps are an epoch, the second of which has an uneven micro-batch, and what
-is wrong in a step is so in all that follow; one run of each task takes 20, over several epochs. `make test` has
-one of a task's six runs.
+Six of Trainer's settings are combined here, with two values each: 64 combinations, too many to run for every task. Six
+runs per task cover every pair of values of every two settings, so a setting that is wrong by itself, or together with
+another one, fails for each task. (Combinations of three are covered, too, though not by each task: all tasks together
+cover every three values of three settings.) An epoch has two steps, the second of which has an uneven micro-batch, and
+an error in one step persists in all later ones; one run of each task takes 20 steps, over several epochs. `make test`
+runs one of a task's six runs.
 
-Most heads ignore the number of items that Trainer counts, and it does not divide by the number of micro-batches either:
-there the reference is Trainer's step on one big batch.
+Most heads ignore the number of items that Trainer counts, and Trainer does not divide by the number of micro-batches
+either: for these, the reference is Trainer's step on one big batch.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ CASES = 6
 
 
 def settings_of(name: str, case: int) -> dict:
-    """The settings of a task's run.
+    """Returns the settings of a task's run.
 
-    Each setting has its second value in three of the first five runs, in another three than any other setting: any two
-    share a run, each has one of its own, and the last run has neither. Which of its values is the second one depends on
-    the task, so that the last runs, which are long, are not alike.
+    Each setting has its second value in three of the first five runs, a different three for each setting: any two
+    settings share a run with both second values, each has a run without the other's, and the last run has none. Which
+    value is the second one depends on the task, so that the last runs, which are long, differ.
     """
     triples = list(combinations(range(CASES - 1), 3))
-    first = list(TABLE).index(name)  # Other triples for each task.
+    first = list(TABLE).index(name)  # Each task has different triples.
     return {
         setting: values[(case in triples[(first + i) % len(triples)]) != bool(first >> i % 4 & 1)]
         for i, (setting, values) in enumerate(SETTINGS.items())
@@ -53,7 +53,7 @@ def settings_of(name: str, case: int) -> dict:
 
 
 def met(names, strength: int) -> set:
-    """The values of so many settings that some run of these tasks has together."""
+    """Returns the values of `strength` settings together that some run of these tasks has."""
     runs = [settings_of(name, case) for name in names for case in range(CASES)]
     return {values for run in runs for values in combinations(run.items(), strength)}
 
@@ -73,16 +73,16 @@ def test_the_runs_of_a_task_meet_every_two_values_and_those_of_all_every_three()
 def test_mean_is_trainer(name, case, tmp_path):
     task, flags = TABLE[name], settings_of(name, case)
     kind, adapted, accumulation = (flags.pop(key) for key in ("kind", "adapted", "accumulation"))
-    # Before transformers 5.15, the label smoother doesn't know the number of items.
+    # Before transformers 5.15, the label smoother ignores the number of items.
     flags["label_smoothing_factor"] *= task.smoothed and has("transformers", "5.15")
     flags["max_steps"] = 20 if case == CASES - 1 else 2
-    # 22 examples are micro-batches of 4, 4, 4 and 4, 4, 2; or batches of 12 and 10.
+    # 22 examples make micro-batches of 4, 4, 4 and 4, 4, 2; or batches of 12 and 10.
     data = examples_of(task, 22)
     theirs = stock_run(task, adapted, data, tmp_path, **flags, **batches_of(accumulation))
     args = arguments(tmp_path, jd_weighting="mean", **flags, **batches_of(accumulation), **KINDS[kind])
     model = model_of(task, adapted)
     ours = run(model, args, data, data_collator=shifting(model))
-    # Trainer's label smoother divides in float32 in another order.
+    # Trainer's label smoother divides in float32, in a different order.
     tolerance = 1e-6 if flags["label_smoothing_factor"] else task.tolerance
     assert relative(flat(ours.model), flat(theirs.model)) < tolerance
     assert relative(flat(theirs.model), flat(model_of(task, adapted))) > 1e-6
@@ -98,7 +98,7 @@ def batches_of(accumulation):
 
 
 def shifting(model):
-    """A collator; with label smoothing Trainer takes the labels away, and leaves it to the collator to shift them."""
+    """Returns a collator; with label smoothing, Trainer removes the labels, and the collator has to shift them."""
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
 
     def with_decoder_inputs(batch):

@@ -1,7 +1,7 @@
-"""Configurations that must give one trajectory: mean is Trainer, accumulation is one big batch, two passes are one.
+"""Configurations that must give one trajectory: mean as Trainer, accumulation as one big batch, two passes as one.
 
-The models compute in float64 up to their logits. GPT-2's tolerance is 1e-10; Llama's norms compute in float32, where
-1e-6 is what a repeated computation itself agrees to.
+The models compute in float64 up to their logits. GPT-2's tolerance is 1e-10; Llama's norms compute in float32, in which
+a repeated computation agrees with itself only to 1e-6.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KINDS = {"instance": {"jd_objectives": "instance"}, "group": {"jd_objectives": "
 
 @pytest.fixture
 def jacobians(monkeypatch):
-    """Counts the Jacobians that were computed: a mean that takes a short cut proves nothing."""
+    """Counts the computed Jacobians: a mean that takes a short cut would prove nothing."""
     seen = []
     compute = Engine.compute_jacobian
     monkeypatch.setattr(Engine, "compute_jacobian", lambda *a, **k: seen.append(compute(*a, **k)) or seen[-1])
@@ -34,9 +34,9 @@ def jacobians(monkeypatch):
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_mean_is_trainer(name, accumulation, kind, tmp_path, jacobians):
-    # Seven batches an epoch: with accumulation 3, every third update has one micro-batch only.
+    # Seven batches per epoch: with accumulation 3, every third update has only one micro-batch.
     flags = {"gradient_accumulation_steps": accumulation, "max_steps": 20, "max_grad_norm": 1e9, "weight_decay": 0.1}
-    # What a model starts from differs between releases.
+    # Initial weights differ between releases.
     flags["max_grad_norm"] = logged(stock(lora(name), tmp_path, **flags), "grad_norm").median().item()
     theirs = stock(lora(name), tmp_path, **flags)
     ours = run(lora(name), arguments(tmp_path, jd_weighting="mean", **flags, **KINDS[kind]))
@@ -45,7 +45,7 @@ def test_mean_is_trainer(name, accumulation, kind, tmp_path, jacobians):
     norms = logged(theirs, "grad_norm")
     assert 0 < (norms > flags["max_grad_norm"]).sum() < len(norms), "some steps are to be clipped, and some not"
     assert relative(logged(ours, "grad_norm"), norms) < 10 * TOLERANCES[name]
-    # The losses themselves are float32, summed in another order.
+    # The losses themselves are float32, summed in a different order.
     assert relative(logged(ours, "loss"), logged(theirs, "loss")) < 1e-6
     assert ours.state.total_flos == theirs.state.total_flos
     assert len(jacobians) >= 20
@@ -76,7 +76,7 @@ def test_mean_is_trainer_with_flags(flags, kind, tmp_path):
     own = {key: flags.pop(key) for key in list(flags) if key.startswith("jd_")}
     theirs = stock(lora("gpt2"), tmp_path, **flags)
     ours = run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", **flags, **own, **KINDS[kind]))
-    # Trainer's label smoother divides in float32 in another order.
+    # Trainer's label smoother divides in float32, in a different order.
     tolerance = 1e-6 if "label_smoothing_factor" in flags else 1e-10
     assert relative(flat(ours.model), flat(theirs.model)) < tolerance
     assert relative(logged(ours, "loss"), logged(theirs, "loss")) < 1e-6
@@ -105,7 +105,7 @@ def test_mean_is_trainer_where_the_model_takes_no_token_count(kind, scope, tmp_p
 
 
 def means(model, inputs, divide_by=None):
-    """Of a batch's instances: the squares of their logits, by their length. Their mean, or their sum by a number."""
+    """Averages each instance's squared logits over its length; returns these, or their sum over a number."""
     logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
     losses = (logits.square().mean(-1) * inputs["attention_mask"]).sum(1) / inputs["attention_mask"].sum(1)
     return losses if divide_by is None else losses.sum() / divide_by
@@ -146,7 +146,7 @@ class OurShares(OurMeans):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("theirs", "ours"), [(TheirMeans, OurMeans), (TheirShares, OurShares)])
 def test_mean_is_a_trainer_that_says_how_its_loss_is_scaled(theirs, ours, kind, accepts, tmp_path, monkeypatch):
-    # 13 examples: the last update of an epoch has micro-batches of 2 and 2 and 2 and 1, or of one only.
+    # 13 examples: the last update of an epoch has micro-batches of 2, 2, 2 and 1, or only of 1.
     monkeypatch.setattr("transformers.GPT2LMHeadModel.accepts_loss_kwargs", accepts, raising=False)
     flags = {"gradient_accumulation_steps": 4, "max_steps": 6}
     theirs = run(lora("gpt2"), arguments(tmp_path, TrainingArguments, **flags), examples(13), theirs)
@@ -164,7 +164,7 @@ def test_mean_is_trainer_in_bfloat16(kind, tmp_path):
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """Five examples, then it ends: in the middle of an accumulation."""
+    """Ends after five examples, in the middle of an accumulation."""
 
     def __iter__(self):
         return iter(examples(5))
@@ -179,7 +179,7 @@ def test_mean_is_trainer_when_a_stream_ends_in_mid_accumulation(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_upgrad_without_conflict_is_trainer(kind, tmp_path):
-    # All examples are the same few tokens again and again: no two of them disagree.
+    # All examples repeat the same few tokens, so no two of them conflict.
     data = [
         {"input_ids": [5, 6] * n, "attention_mask": [1] * 2 * n, "labels": [5, 6] * n, "task": "abc"[n % 3]}
         for n in (2, 3, 4, 5, 3, 4)

@@ -1,4 +1,4 @@
-"""`mean` is TRL's own trainer, for each of its trainers by the mixin: parameters, and everything that is logged."""
+"""With the mixin, `mean` equals each of TRL's own trainers: parameters, and everything that is logged."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hf_jd import JDTrainerMixin
 from hf_jd.arguments import JDArguments
 from tests.marks import slow
 from tests.models import tiny_llama
-from tests.trainer.runs import flat, relative
+from tests.trainer.runs import DESCENT, arguments, flat, relative
 
 pytest.importorskip("trl", reason="TRL 1.16 asks for datasets 4.7")
 from trl import (
@@ -45,9 +45,9 @@ TOKENIZER = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "examples"
 WORDS = "the cat was big and happy with her red ball in a park one day when mom said hello to tom"
 SIZES = {"vocab_size": len(TOKENIZER), "max_position_embeddings": 64, "pad_token_id": TOKENIZER.pad_token_id}
 GROUP = {"jd_objectives": "group", "jd_group_column": "task"}
-# TRL switches activation checkpointing on and off by names that transformers has replaced.
+# TRL switches activation checkpointing on and off with names that transformers has replaced.
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing.* is deprecated:FutureWarning")
-# Micro-batches of 4, 4 and 3: the second update has one.
+# Micro-batches of 4, 4 and 3: the second update has only one.
 EXAMPLES, STEPS = 11, 2
 
 
@@ -92,21 +92,21 @@ def by_length(completions: list[str], **columns: Any) -> list[float]:
 
 
 def by_position(completions: list[str], **columns: Any) -> list[float]:
-    """No two of a prompt's completions are worth the same: an advantage of 0 would be no objective."""
+    """Gives a prompt's completions different rewards, since a completion with an advantage of 0 is no objective."""
     return [100.0 * (i % 5) for i in range(len(completions))]
 
 
 class Case(NamedTuple):
-    """A trainer of TRL's.
+    """One of TRL's trainers.
 
     Attributes:
         trainer: Its class.
-        config: That of its arguments.
-        data: What it trains on.
-        flags: Of its arguments.
-        objectives: How many instances each update weighs.
-        build: Makes the model.
-        settings: More for the trainer.
+        config: The class of its arguments.
+        data: Its training set.
+        flags: Its arguments.
+        objectives: The number of instances that each update weighs.
+        build: Builds the model.
+        settings: Further arguments of the trainer.
         groups: Whether batches hold the examples' groups.
     """
 
@@ -150,7 +150,7 @@ CHOICES = [
 
 @dataclass
 class Watch(TrainerCallback):
-    """Keeps how many objectives each update weighed."""
+    """Records how many objectives each update weighed."""
 
     trainer: Any
 
@@ -167,21 +167,8 @@ def trained(case: Case, directory: Path, ours: bool, **flags: Any) -> tuple[Any,
         cls = type(f"JD{cls.__name__}", (JDTrainerMixin, cls), {})
         config = make_dataclass(f"JD{config.__name__}", [], bases=(JDArguments, config))
         flags = {"jd_weighting": "mean", **flags}
-    common = {
-        "use_cpu": True,
-        "bf16": False,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "max_steps": STEPS,
-        "optim": "sgd",
-        "learning_rate": 0.1,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
     set_seed(0)
-    args = config(output_dir=str(directory), **{**common, **case.flags, **flags})
+    args = arguments(directory, config, **{**DESCENT, "max_steps": STEPS, **case.flags, **flags})
     trainer = cls(model=case.build(), args=args, train_dataset=case.data, processing_class=TOKENIZER, **case.settings)
     watch = Watch(trainer)
     if ours:
@@ -192,7 +179,7 @@ def trained(case: Case, directory: Path, ours: bool, **flags: Any) -> tuple[Any,
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
-    """What TRL's own trainer makes of a case, once."""
+    """Trains a case with TRL's own trainer, once."""
     runs: dict[str, Any] = {}
 
     def train(name: str) -> Any:
@@ -204,7 +191,7 @@ def stock(tmp_path_factory):
 
 
 def measured(trainer: Any) -> list[dict[str, Any]]:
-    """What is logged, but for the clock."""
+    """Returns the logs, without times."""
     return [
         {key: value for key, value in entry.items() if "time" not in key and not key.endswith("per_second")}
         for entry in trainer.state.log_history

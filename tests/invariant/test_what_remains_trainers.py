@@ -1,4 +1,4 @@
-"""What JDTrainer doesn't touch is as in Trainer: under `mean`, parameters and logs are the same with each of it."""
+"""All features that JDTrainer leaves to Trainer: with `mean`, each gives the same parameters and logs as in Trainer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCHEDULES = {
 
 
 def both(directory, kind="instance", settings=dict, **flags):
-    """Trainer and JDTrainer after the same run; `settings` makes what isn't a flag."""
+    """Returns Trainer and JDTrainer after the same run; `settings` builds the arguments that aren't flags."""
     flags = {"max_steps": 6, "gradient_accumulation_steps": 2, **flags}
     found = []
     for cls, own in ((TrainingArguments, {}), (None, {"jd_weighting": "mean", **KINDS[kind]})):
@@ -50,7 +50,7 @@ def test_schedules(schedule, tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "sgd", "adagrad", "rmsprop", "adafactor"])
 @pytest.mark.parametrize("kind", ["instance", slow("group")])
 def test_optimizers(kind, optimizer, tmp_path):
-    # Optimizers that divide by the size of a gradient enlarge what is rounding.
+    # Optimizers that divide by the size of a gradient amplify rounding errors.
     are_alike(*both(tmp_path, kind, optim=optimizer), tolerance=1e-8)
 
 
@@ -63,7 +63,7 @@ def test_lora_plus(tmp_path):
 
 
 class TwoModes(torch.optim.SGD):
-    """As schedule-free optimizers: it has to be put into training mode before it steps."""
+    """Like schedule-free optimizers, it has to be put into training mode before it steps."""
 
     training = False
 
@@ -191,7 +191,7 @@ def test_the_devices_cache_is_cleared_as_often(every, tmp_path, monkeypatch):
 
 
 def size(prediction, compute_result=True):
-    """A metric that depends on each logit, and on what comes with them."""
+    """A metric that depends on each logit, and on the other outputs."""
     logits = torch.as_tensor(prediction.predictions)
     extra = [value for value in (prediction.inputs, prediction.losses) if value is not None]
     total = sum(torch.as_tensor(value).double().sum().item() for value in extra)
@@ -199,7 +199,7 @@ def size(prediction, compute_result=True):
 
 
 class Interrupts(TrainerCallback):
-    """Evaluates, ends an epoch and ends the run, whatever the flags say."""
+    """Evaluates, ends an epoch, and ends the run, whatever the flags are."""
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_evaluate = state.global_step == 1

@@ -1,4 +1,4 @@
-"""The page in a browser, where there is one: it loads without a word on the console, and what is on it is seen."""
+"""The page in a browser, if one is installed: it loads without console messages, and its contents are visible."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installe
 
 
 def open_in_browser(page: Path, folder: Path, *flags: str) -> tuple[list[str], bytes]:
-    """What was said on the console, and a screenshot of the page's first 1100 x 2600 pixels."""
+    """Returns the console's messages, and a screenshot of the page's first 1100 x 2600 pixels."""
     assert BROWSER is not None
     picture, profile = folder / "page.png", folder / "profile"
     command = [BROWSER, *FLAGS, *flags, f"--user-data-dir={profile}", "--window-size=1100,2600"]
@@ -57,7 +57,7 @@ def test_the_page_by_day_and_by_night(groups, tmp_path):
     assert brightness(day) > 0.8 > 0.3 > brightness(night)
     for picture, theme in ((day, LIGHT), (night, DARK)):
         pixels = imread(io.BytesIO(picture))[:, :, :3]
-        # A section's picture: if it hadn't loaded, there would be nothing but the surface's colour.
+        # A section's picture: if it hadn't loaded, only the background's colour would be there.
         surface = [int(theme.surface[i : i + 2], 16) / 255 for i in (1, 3, 5)]
         drawn = (abs(pixels[400:700, 150:700] - surface).max(axis=2) > 0.2).mean()
         assert drawn > 0.01

@@ -89,7 +89,7 @@ FACTS |= {"jd_objectives": "instance"}
     "weighting, against, conflicts, parts",
     [
         ("mean", 0.25, 0.3, ["25% of the steps went against b", "UPGrad would have prevented"]),
-        ("krum", 0.25, 0.3, ["25% of the steps went against b", "makes no promise about whole groups"]),
+        ("krum", 0.25, 0.3, ["25% of the steps went against b", "guarantees nothing for whole groups"]),
         ("mean", 0.0, 0.3, ["No steps went against a group", "the mean does well enough"]),
         (
             "upgrad",
@@ -128,6 +128,18 @@ def test_a_stock_run_has_losses_only(tmp_path):
     html = (tmp_path / "report" / "index.html").read_text("utf-8")
     assert "Not logged in this run: weights, conflicts between groups, conflicts over time, norms of rows." in html
     assert html.count("<picture>") == 1
+    assert "The training loss of all objectives together." in html
+
+
+def test_the_loss_of_a_run_by_reward_is_a_policy_loss(tmp_path):
+    by_reward = {"jd/weight/short": 0.5, "jd/weight/happy": 0.5}
+    write_log(tmp_path, [{"step": step, "loss": 0.0, **by_reward} for step in range(1, 9)])
+    (tmp_path / "jd_run.json").write_text(json.dumps({"jd_objectives": "reward"}))
+    assert main(["report", str(tmp_path)]) == 0
+    html = (tmp_path / "report" / "index.html").read_text("utf-8")
+    assert "The policy loss of all objectives together." in html
+    assert "rewards/NAME/mean" in html
+    assert "per token" not in html
 
 
 def test_a_folder_without_logs_is_left_as_it_was(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""`scripts/evidence.py`: its plans, its data, what it tells of runs, and each study in miniature."""
+"""`scripts/evidence.py`: its plans, its data, how it summarises runs, and each study in miniature."""
 
 from __future__ import annotations
 
@@ -207,5 +207,5 @@ def test_a_study_in_miniature(path, studies, tmp_path, request):
     of_a_run = {name for name in parts["shown"] if " where " not in name and " than " not in name}
     assert of_a_run <= set(results[0]["measures"])
     assert (tmp_path / "out" / "picture.png").exists()
-    assert main(words) == 0  # Nothing is run again.
+    assert main(words) == 0  # Finished runs are not repeated.
     assert len((tmp_path / "out" / "results.jsonl").read_text("utf-8").splitlines()) == len(first)

@@ -1,4 +1,4 @@
-"""`benchmark.py gpu` in miniature: every case ends in a line, whatever the machine has."""
+"""`benchmark.py gpu` in miniature: every case prints a line, whatever the machine has."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def lines(output: Path) -> list[dict[str, Any]]:
 def test_costs_and_parity_in_miniature(gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "lines.jsonl"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what libraries say of each other doesn't stop a run
+        warnings.simplefilter("ignore")  # warnings of libraries about each other don't stop a run
         cases = ["LoRA, 1.5B, 8 x 1024", "parity", "upgrad", "fp16"]
         assert gpu.main(["--tiny", "--output", str(output), "--cases", *cases]) == 0
     cost, parity, upgrad, scaler = lines(output)

@@ -1,4 +1,4 @@
-"""TRL's trainers that generate, on a tiny model in float64: one batch of completions, and brute force by reward."""
+"""TRL's generating trainers, on a tiny float64 model: one batch of completions, and brute force by reward."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from hf_jd.trainer.trl import JDGRPOConfig, JDGRPOTrainer, JDRLOOTrainer
 from tests.models import tiny_gpt2, with_lora
+from tests.trainer.runs import arguments, joined
+from tests.trainer.split_runs import OneBatch
 
 TOKENIZER = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "examples" / "stories15m")
 PROMPTS = ["the cat was", "one day when", "mom said hello", "a big red"]
@@ -21,13 +23,13 @@ GENERATIONS = 4
 
 
 def model(full: bool = False) -> nn.Module:
-    """A GPT-2 in float64, with adapters or as a whole."""
+    """Builds a float64 GPT-2, with adapters or fully trainable."""
     base = tiny_gpt2(vocab_size=len(TOKENIZER), n_positions=64, pad_token_id=TOKENIZER.pad_token_id)
     return base if full else with_lora(base, warm=True)
 
 
 def rewards(count: int, missing: Sequence[tuple[int, int]] = ()) -> list[Callable[..., list[float | None]]]:
-    """Reward functions of unlike scale, the same for the same completion; None for those of `missing` (k, i)."""
+    """Builds reward functions of different scales, deterministic per completion; None for the `missing` (k, i)."""
 
     def make(k: int) -> Callable[..., list[float | None]]:
         def reward(completions: list[str], **columns: Any) -> list[float | None]:
@@ -41,7 +43,7 @@ def rewards(count: int, missing: Sequence[tuple[int, int]] = ()) -> list[Callabl
 
 
 class Exact:
-    """Has TRL read log-probabilities of logits in float64: its fused head computes in float32."""
+    """Makes TRL read log-probabilities from float64 logits: its fused head computes in float32."""
 
     def _get_per_token_logps_and_entropies(
         self: Any, model: Any, ids: Tensor, mask: Tensor, keep: int, *args: Any, **kwargs: Any
@@ -57,7 +59,7 @@ class ExactGRPO(JDGRPOTrainer, Exact, GRPOTrainer):
 
 
 class HalfExact:
-    """The same with entropies in float32, which RLOO stacks with numbers in that."""
+    """Like `Exact`, but with float32 entropies, which RLOO stacks with float32 numbers."""
 
     def _get_per_token_logps_and_entropies(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, None]:
         logps, entropies, none = Exact._get_per_token_logps_and_entropies(self, *args, **kwargs)
@@ -68,17 +70,17 @@ class ExactRLOO(JDRLOOTrainer, HalfExact, RLOOTrainer):
     """`JDRLOOTrainer` in float64."""
 
 
-class Policy:
+class Policy(OneBatch):
     """A trainer that has generated one batch.
 
     Args:
-        directory: Of the run.
+        directory: The run's directory.
         functions: The rewards.
         cls: The trainer.
         config: The class of its arguments.
         full: Whether all parameters are trained.
-        moved: By how much the log-probabilities have moved since, at random.
-        flags: Of the arguments.
+        moved: How far the log-probabilities have moved since then, at random.
+        flags: Further training arguments.
     """
 
     def __init__(
@@ -93,21 +95,18 @@ class Policy:
     ):
         set_seed(0)
         common = {
-            "use_cpu": True,
             "bf16": False,
             "per_device_train_batch_size": 8,
             "num_generations": GENERATIONS,
             "num_iterations": 100,
             "max_completion_length": 5,
-            "report_to": "none",
             "gradient_checkpointing": False,
             "jd_objectives": "reward",
         }
         data = Dataset.from_list([{"prompt": prompt, "task": "ab"[i % 2]} for i, prompt in enumerate(PROMPTS)])
-        self.weights: Tensor | None = None
         self.trainer = cls(
             model=model(full),
-            args=config(output_dir=str(directory), **{**common, **flags}),
+            args=arguments(directory, config, **{**common, **flags}),
             train_dataset=data,
             processing_class=TOKENIZER,
             reward_funcs=functions,
@@ -115,7 +114,7 @@ class Policy:
         )
         self.trainer.current_gradient_accumulation_steps = 1
         self.trainer.engine()
-        with torch.no_grad():  # The reference is TRL's copy of the adapters as they were.
+        with torch.no_grad():  # The reference is TRL's copy of the original adapters.
             for p in self.trainer.trainable():
                 p += 0.02 * torch.randn_like(p)
         self.trainer.model.train()
@@ -123,11 +122,11 @@ class Policy:
         scored = self.trainer._generate_and_score_completions
         self.trainer._generate_and_score_completions = lambda rows: {**scored(rows), "order": torch.arange(len(rows))}
         self.inputs = self.trainer._prepare_inputs(self.batch)
-        self.trainer._step = 1  # The next ones are not generated.
+        self.trainer._step = 1  # Later batches are not generated.
         self.move(moved)
 
     def move(self, by: float) -> None:
-        """Has the policy be another one than that which generated, which clipping and the KL divergence tell."""
+        """Moves the policy away from the one that generated, so that clipping and the KL divergence matter."""
         if not by:
             return
         mask = self.inputs["completion_mask"]
@@ -145,39 +144,21 @@ class Policy:
         keep = self.inputs["completion_ids"].shape[1]
         return self.trainer._get_per_token_logps_and_entropies(self.trainer.model, ids, mask, keep)[0]
 
-    def weigh(self, gramian: Tensor) -> Tensor:
-        return torch.zeros(len(gramian)).double() if self.weights is None else self.weights
-
-    @property
-    def gramian(self) -> Tensor:
-        return self.trainer.jd_state.gramian
-
-    def step(self, weights: Tensor | None) -> Tensor:
-        """The gradient, if the objectives have these weights; a single one always has 1."""
-        self.weights = weights
-        self.trainer.model.zero_grad()
-        self.trainer.training_step(self.trainer.model, self.batch, None)
-        return self.flat([p.grad for p in self.trainer.trainable()])
-
-    def flat(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        pairs = zip(gradients, self.trainer.trainable(), strict=True)
-        return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in pairs])
-
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Each objective's share of the gradient [M, P], and what no weighting sees [P]."""
-        rest = self.step(None)
-        unit = torch.eye(len(self.gramian)).double()
-        if len(unit) == 1:
-            rest = self.gradient(torch.zeros(len(self.batch)))
-        return torch.stack([self.step(weights) - rest for weights in unit]) / len(unit), rest
+        """Returns each objective's share of the gradient [M, P], and the part that no weighting sees [P]."""
+        rows, rest = super().rows()
+        if len(rows) > 1:
+            return rows, rest
+        rest = self.gradient(torch.zeros(len(self.batch)))
+        return self.step(None)[None] - rest, rest
 
     def gradient(self, advantages: Tensor) -> Tensor:
-        """The gradient of TRL's own loss with these advantages [B], by plain autograd."""
+        """Computes the gradient of TRL's own loss with these advantages [B], by plain autograd."""
         loss = self.trainer._compute_loss(self.trainer.model, {**self.inputs, "advantages": advantages})
         gradients = torch.autograd.grad(loss, self.trainer.trainable(), allow_unused=True)
-        return self.flat(gradients)
+        return joined(gradients, self.trainer.trainable())
 
     def brute(self, advantages: Tensor) -> tuple[Tensor, Tensor]:
-        """Each reward's share of the gradient [K, P] for advantages [B, K], and what depends on none [P]."""
+        """Computes each reward's share of the gradient [K, P] for advantages [B, K], and the remaining part [P]."""
         rest = self.gradient(torch.zeros_like(advantages[:, 0]))
         return torch.stack([self.gradient(column) for column in advantages.T]) - rest, rest

@@ -1,4 +1,4 @@
-"""Losses that people write into `compute_loss`, with tiny models in float64 and data for them."""
+"""Losses as users write them in `compute_loss`, with tiny float64 models and data for them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertForSequenceClassification, Trainer
+from transformers import BertForSequenceClassification, Trainer, TrainingArguments
 
+from hf_jd import JDTrainerMixin, JDTrainingArguments
 from tests.models import VOCABULARY, tiny_gpt2
 from tests.trainer import runs, tasks
-from tests.trainer.runs import lora
+from tests.trainer.runs import arguments, lora
 
 Computed = tuple[Tensor, Any]
 """A loss [], and the model's outputs."""
@@ -23,7 +24,7 @@ OwnLoss = Callable[[Trainer, nn.Module, dict[str, Tensor], Any], Computed]
 
 
 def classifier(**config: Any) -> nn.Module:
-    """A BERT of one layer; without dropout, unless asked for."""
+    """Builds a BERT with one layer; without dropout by default."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "attn_implementation": "eager"}
@@ -33,7 +34,7 @@ def classifier(**config: Any) -> nn.Module:
 
 
 class Trunk(nn.Module):
-    """Embeds, averages and has two heads; what it returns is up to a function."""
+    """Embeds, averages, and has two heads; a function decides what it returns."""
 
     def __init__(self, returned: Callable[[Tensor, Tensor], Any]):
         super().__init__()
@@ -52,14 +53,14 @@ class Trunk(nn.Module):
 
 @dataclass
 class Heads:
-    """What a model returns that knows nothing of transformers."""
+    """The output of a model that doesn't use transformers."""
 
     kinds: Tensor
     size: Tensor
 
 
 class Towers(nn.Module):
-    """One tower for queries and one for passages, and a temperature beside them, as retrievers and CLIP have it."""
+    """One tower for queries and one for passages, and a temperature parameter, as in retrievers and CLIP."""
 
     def __init__(self):
         super().__init__()
@@ -73,13 +74,26 @@ class Towers(nn.Module):
 
 
 def towers() -> nn.Module:
-    """`Towers` in float64."""
+    """Builds `Towers` in float64."""
     torch.manual_seed(0)
     return Towers().double()
 
 
+class Tempered(nn.Module):
+    """Computes its own loss, and divides its logits by a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.classifier = classifier()
+        self.temperature = nn.Parameter(torch.tensor(2.0).double())
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.classifier(input_ids, attention_mask).logits / self.temperature
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
 def trunk(returned: Callable[[Tensor, Tensor], Any]) -> Callable[[], nn.Module]:
-    """Makes a `Trunk` in float64."""
+    """Returns a function that builds a `Trunk` in float64."""
 
     def build() -> nn.Module:
         torch.manual_seed(0)
@@ -102,7 +116,7 @@ def focal(trainer, model, inputs, number):
 
 
 def weighted(trainer, model, inputs, number):
-    """The example of Trainer's documentation."""
+    """The example in Trainer's documentation."""
     labels = inputs.pop("labels")
     outputs = model(**inputs)
     classes = torch.tensor([1.0, 2.0, 3.0], dtype=outputs.logits.dtype)
@@ -183,7 +197,7 @@ def adversarial(trainer, model, inputs, number):
 
 
 def second_head(trainer, model, inputs, number):
-    """Calls a part of the model past its forward, too."""
+    """Also calls a part of the model outside its forward."""
     outputs = model(**inputs, output_hidden_states=True)
     again = model.classifier(outputs.hidden_states[-1].mean(1))
     return outputs.loss + F.cross_entropy(again, inputs["labels"]), outputs
@@ -195,7 +209,7 @@ def theirs_doubled(trainer, model, inputs, number):
 
 
 def sign(trainer, model, inputs, number):
-    """Some instances have no part in it at all."""
+    """Some instances contribute nothing."""
     labels = inputs.pop("labels")
     outputs = model(**inputs)
     return (F.cross_entropy(outputs.logits, labels, reduction="none") * (labels != labels[0])).mean(), outputs
@@ -209,7 +223,7 @@ def two_heads(trainer, model, inputs, number):
 
 
 def retrieved(trainer, model, inputs, number):
-    """Two passages per query in one call; the temperature is nobody's."""
+    """Two passages per query in one call; the temperature belongs to no instance."""
     ids = inputs["input_ids"]
     outputs = model(input_ids=ids, passages=torch.cat([ids.flip(1), ids.roll(1, 0)]))
     scores = outputs["queries"] @ outputs["passages"].T * outputs["temperature"]
@@ -234,8 +248,13 @@ def scaled(trainer, model, inputs, number):
     return 3 * outputs.loss, outputs
 
 
+def of_model(trainer, model, inputs, number):
+    outputs = model(**inputs)
+    return outputs["loss"], outputs
+
+
 def tied_head(trainer, model, inputs, number):
-    """Multiplies by the head's weight past its module, as fused losses do."""
+    """Multiplies by the head's weight without calling its module, as fused losses do."""
     labels = inputs.pop("labels")
     outputs = model(**inputs, output_hidden_states=True)
     logits = outputs.hidden_states[-1][:, :-1] @ model.get_output_embeddings().weight.T
@@ -243,13 +262,13 @@ def tied_head(trainer, model, inputs, number):
 
 
 class Case(NamedTuple):
-    """A loss of one's own.
+    """A user's own loss.
 
     Attributes:
         loss: The function.
-        build: Makes its model.
-        rest: Whether a part of it doesn't come through the model's outputs.
-        text: Whether the data are sequences to continue, instead of ones to classify.
+        build: Builds its model.
+        rest: Whether a part of it bypasses the model's outputs.
+        text: Whether the data are sequences to continue, instead of to classify.
     """
 
     loss: OwnLoss
@@ -258,12 +277,12 @@ class Case(NamedTuple):
     text: bool = False
 
     def examples(self, n: int) -> list[dict[str, Any]]:
-        """n examples, with a group in turn."""
+        """Returns n examples, with the groups in turn."""
         return runs.examples(n) if self.text else tasks.examples_of(tasks.TABLE["single-label"], n)
 
     @property
     def collate(self) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
-        """Makes a batch of some."""
+        """Collates some of them into a batch."""
         return runs.collate if self.text else tasks.collate
 
 
@@ -288,6 +307,7 @@ CASES = {
         heads_by_name, trunk(lambda kinds, size: {"kinds": kinds, "size": size, "others": [kinds, (size,)]})
     ),
     "towers": Case(retrieved, towers, rest=True),
+    "tempered": Case(of_model, Tempered),
     "dataclass": Case(heads_by_name, trunk(Heads)),
     "next-tokens": Case(next_tokens, lambda: lora("gpt2", warm=True), text=True),
     "next-tokens-full": Case(next_tokens, tiny_gpt2, text=True),
@@ -297,7 +317,7 @@ CASES = {
 
 
 def trainer_of(loss: OwnLoss, base: type = Trainer) -> type:
-    """A subclass of a Trainer whose `compute_loss` is a function."""
+    """Returns a subclass of a Trainer whose `compute_loss` is the given function."""
 
     class Own(base):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -305,3 +325,23 @@ def trainer_of(loss: OwnLoss, base: type = Trainer) -> type:
             return (computed, outputs) if return_outputs else computed
 
     return Own
+
+
+def ours_of(loss: OwnLoss, base: type = Trainer, **attributes: Any) -> type:
+    """Returns a class with the mixin to the left of such a trainer."""
+    return type("Ours", (JDTrainerMixin, trainer_of(loss, base)), attributes)
+
+
+def prepared(case: Case, directory: Any, n: int, cls: type | None = None, data: Any = None, **flags: Any) -> Trainer:
+    """Returns a trainer of the case: by default, the mixin left of one with its loss, on n of its examples."""
+    cls = cls or ours_of(case.loss)
+    args = arguments(directory, JDTrainingArguments if issubclass(cls, JDTrainerMixin) else TrainingArguments, **flags)
+    data = case.examples(n) if data is None else data
+    return cls(case.build(), args, train_dataset=data, data_collator=case.collate)
+
+
+def trained(case: Case, directory: Any, n: int, cls: type | None = None, data: Any = None, **flags: Any) -> Any:
+    """Returns the same trainer after its run."""
+    trainer = prepared(case, directory, n, cls, data, **flags)
+    trainer.train()
+    return trainer

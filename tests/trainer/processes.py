@@ -1,4 +1,4 @@
-"""Trains several configurations and saves what came out: started by the tests under one and under two processes.
+"""Trains several configurations and saves the results; the tests start it with one and with two processes.
 
 accelerate launch --multi_gpu --num_processes 2 tests/trainer/processes.py OUTPUT_DIR PER_DEVICE_BATCH_SIZE
 """
@@ -16,7 +16,7 @@ from hf_jd import JDTrainer
 from hf_jd.losses import causal_lm
 from tests.trainer.runs import arguments, collate, examples, flat, lora
 
-# 23 examples are batches of 4, 4, 4, 4, 4, 3: over two processes, the last one is of 2 and 1.
+# 23 examples make batches of 4, 4, 4, 4, 4 and 3; two processes split the last one into 2 and 1.
 DATA = examples(23, unlabelled=(5,))
 GROUP = {"jd_objectives": "group", "jd_group_column": "task"}
 CONFIGURATIONS = {
@@ -38,7 +38,7 @@ KEYS = {tuple(example["input_ids"][:4]): i for i, example in enumerate(RARE)}
 
 
 class Recorded(JDTrainer):
-    """Keeps the examples of each update, which their first four tokens tell apart."""
+    """Stores the examples of each update, identified by their first four tokens."""
 
     def get_batch_samples(self, *args):
         found = super().get_batch_samples(*args)
@@ -57,14 +57,14 @@ def stratified(directory: Path, resume: str | bool = False, **flags) -> Recorded
 
 
 class Sequential(JDTrainer):
-    """Takes the examples in their order, so that the global batches don't depend on the number of processes."""
+    """Visits the examples in order, so that the global batches don't depend on the number of processes."""
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(self.train_dataset)
 
 
 class Several(Sequential):
-    """Has a second loss, of instances."""
+    """Has a second loss, one per instance."""
 
     def compute_losses(self, model, inputs):
         outputs = model(**inputs)
@@ -74,7 +74,7 @@ class Several(Sequential):
 
 
 def train(directory: Path, batch_size: int, **flags) -> dict:
-    """Trains one configuration for ten steps: its parameters, losses, norms and metrics."""
+    """Trains one configuration for ten steps; returns its parameters, losses, norms and metrics."""
     args = arguments(
         directory,
         per_device_train_batch_size=batch_size,
@@ -86,7 +86,7 @@ def train(directory: Path, batch_size: int, **flags) -> dict:
     cls = Several if "loss" in args.jd_objectives else Sequential
     trainer = cls(lora("gpt2"), args, train_dataset=DATA, eval_dataset=DATA[:20], data_collator=collate)
     trainer.train()
-    # Of a process, or a machine; Trainer's own evaluation takes the mean of the batches of all processes.
+    # These depend on the process or the machine; Trainer's own evaluation averages the batches of all processes.
     own = ("runtime", "per_second", "jd/seconds", "jd/megabytes", "eval_loss")
     logs = trainer.state.log_history[:-1]
     history = [{k: v for k, v in entry.items() if not any(word in k for word in own)} for entry in logs]

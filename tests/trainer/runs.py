@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +15,20 @@ from tests.models import VOCABULARY, tiny_gpt2, tiny_llama, with_lora
 from tests.releases import has
 
 TASKS = ("code", "docs", "chat")
+DESCENT = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 2,
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "bf16": False,
+}
+"""Flags for a few updates by plain gradient descent, for the trainers of other libraries."""
 MODELS = {"gpt2": tiny_gpt2, "llama": tiny_llama}
 
 
 def examples(n: int = 14, seed: int = 0, unlabelled: tuple[int, ...] = ()) -> list[dict[str, Any]]:
-    """Sequences of 4 to 9 tokens with labels of uneven length, and a task in turn; some have no labels."""
+    """Returns sequences of 4 to 9 tokens with labels of different lengths, the tasks in turn; some have no labels."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for i in range(n):
@@ -31,7 +41,7 @@ def examples(n: int = 14, seed: int = 0, unlabelled: tuple[int, ...] = ()) -> li
 
 
 def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Pads to the longest."""
+    """Pads a batch to its longest sequence."""
     length = max(len(example["input_ids"]) for example in batch)
     padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
     return {
@@ -42,7 +52,7 @@ def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def arguments(directory: Any, cls: type = JDTrainingArguments, **flags: Any) -> Any:
-    """Arguments of a short, quiet run on the CPU."""
+    """Returns arguments for a short, quiet run on the CPU."""
     settings = {
         "use_cpu": True,
         "per_device_train_batch_size": 2,
@@ -77,23 +87,29 @@ def stock(model: nn.Module, directory: Any, data: Any = None, **flags: Any) -> T
     return run(model, arguments(directory, TrainingArguments, **flags), data)
 
 
+def joined(gradients: Sequence[Tensor | None], parameters: Iterable[Tensor]) -> Tensor:
+    """Returns gradients as one vector, with zeros for missing ones."""
+    pairs = zip(gradients, parameters, strict=True)
+    return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in pairs])
+
+
 def flat(model: nn.Module) -> Tensor:
-    """The trainable parameters as one vector."""
+    """Returns the trainable parameters as one vector."""
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |b|."""
+    """Computes |a - b| / |b|."""
     return ((a - b).norm() / b.norm()).item()
 
 
 def logged(trainer: Trainer, key: str) -> Tensor:
-    """What was logged under a key, step by step."""
+    """Returns the values logged under a key, one per log."""
     return torch.tensor([entry[key] for entry in trainer.state.log_history if key in entry], dtype=torch.float64)
 
 
 def lora(name: str, **settings: Any) -> nn.Module:
-    """A tiny model with adapters, by the name of its architecture."""
+    """Builds a tiny model with adapters, by the name of its architecture."""
     dropout = settings.pop("dropout", 0.0)
     model = tiny_gpt2(dropout=dropout) if name == "gpt2" else MODELS[name]()
     return with_lora(model, dropout=dropout, **settings)

@@ -1,8 +1,9 @@
-"""Brute force of a loss that is split at the model's outputs: one detached instance at a time."""
+"""Brute force for a loss that is split at the model's outputs: one instance at a time, the others detached."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,17 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from hf_jd import JDTrainerMixin
 from tests.trainer import own_losses
-from tests.trainer.own_losses import CASES, Case, trainer_of
-from tests.trainer.runs import arguments, relative
+from tests.trainer.own_losses import CASES, Case, prepared
+from tests.trainer.runs import joined, relative
 
 GROUP = {"jd_objectives": "group", "jd_group_column": "task"}
 # A gradient penalty comes past the outputs as a whole, as does what a head reads that is called again; and `Only` knows
 # no other loss of a model's own than a classifier's.
 UNSPLIT = ("gradient-penalty", "second-head", "scaled", "super")
 SPLIT = [name for name in CASES if name not in UNSPLIT]
-# How many tokens a batch has is nothing to losses that are means.
+# Losses that are means ignore the number of tokens in the batch.
 AVERAGED = {"loss_is_scaled_for_ga": False}
 
 Owner = Callable[[Tensor], Tensor]
@@ -29,12 +29,12 @@ Owner = Callable[[Tensor], Tensor]
 
 
 class Only:
-    """A model whose outputs have a graph at one instance only.
+    """A model whose outputs have a graph only for one instance.
 
     Args:
         model: The model.
-        instance: Which one; -1 for none.
-        owner: Whose each row of an output is.
+        instance: Its index; -1 for none.
+        owner: Returns the instance of each row of an output.
     """
 
     def __init__(self, model: nn.Module, instance: int, owner: Owner):
@@ -60,14 +60,14 @@ class Only:
 
 
 def by_row(instances: int) -> Owner:
-    """Row n is of instance n % B."""
+    """Row n belongs to instance n % B."""
     return lambda tensor: torch.arange(len(tensor)) % instances
 
 
 def brute(
     case: Case, model: nn.Module, batch: dict[str, Tensor], instances: int, owner: Owner | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Each instance's part of the gradient [B, P], and what comes past the outputs [P]; one backward each."""
+    """Computes each instance's part of the gradient [B, P], and the part that bypasses the outputs [P], one by one."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     found = []
     for instance in range(-1, instances):
@@ -77,38 +77,16 @@ def brute(
         gradients = [None] * len(parameters)
         if loss.requires_grad:
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        pairs = zip(gradients, parameters, strict=True)
-        found.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs]))
+        found.append(joined(gradients, parameters))
     return torch.stack(found[1:]) - found[0], found[0]
 
 
-class Recorded:
-    """A trainer that has met one batch.
+class OneBatch:
+    """A trainer that has run one batch, and weighs its objectives as a test says."""
 
-    Args:
-        case: Its loss and model.
-        directory: Of the run.
-        n: How many examples.
-        data: These, if not the case's.
-        cls: The trainer, if not the mixin left of one with the loss.
-        flags: Of the arguments.
-    """
-
-    def __init__(self, case: Case, directory: Any, n: int = 5, data: Any = None, cls: Any = None, **flags: Any):
-        self.weights: Tensor | None = None
-        cls = cls or type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {})
-        common = {"per_device_train_batch_size": n, "train_sampling_strategy": "sequential"}
-        self.trainer = cls(
-            case.build(),
-            arguments(directory, **{**common, **flags}),
-            train_dataset=case.examples(n) if data is None else data,
-            data_collator=case.collate,
-            weighting=self.weigh,
-        )
-        self.trainer.current_gradient_accumulation_steps = 1
-        self.trainer.engine()
-        self.batch = next(iter(self.trainer.get_train_dataloader()))
-        self.inputs = {key: value for key, value in self.batch.items() if not key.startswith("jd_")}
+    trainer: Any
+    batch: Any
+    weights: Tensor | None = None
 
     def weigh(self, gramian: Tensor) -> Tensor:
         return torch.zeros(len(gramian)).double() if self.weights is None else self.weights
@@ -118,19 +96,41 @@ class Recorded:
         return self.trainer.jd_state.gramian
 
     def step(self, weights: Tensor | None) -> Tensor:
-        """The gradient, if the objectives have these weights."""
+        """Returns the gradient if the objectives have these weights; a single objective always has weight 1."""
         self.weights = weights
         self.trainer.model.zero_grad()
         torch.manual_seed(0)
-        self.trainer.training_step(self.trainer.model, dict(self.batch))
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.trainer.trainable()]
-        return torch.cat([g.flatten() for g in gradients])
+        self.trainer.training_step(self.trainer.model, copy(self.batch))
+        return joined([p.grad for p in self.trainer.trainable()], self.trainer.trainable())
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Each objective's share of the gradient [M, P], and what no weighting sees [P]."""
+        """Returns each objective's share of the gradient [M, P], and the part that no weighting sees [P]."""
         rest = self.step(None)
         unit = torch.eye(len(self.gramian)).double()
         return torch.stack([self.step(weights) - rest for weights in unit]) / len(unit), rest
+
+
+class Recorded(OneBatch):
+    """One batch of a loss of one's own.
+
+    Args:
+        case: Its loss and model.
+        directory: The run's directory.
+        n: The number of examples.
+        data: Examples to use instead of the case's.
+        cls: The trainer class; by default, the mixin to the left of one with the loss.
+        flags: Further training arguments.
+    """
+
+    def __init__(self, case: Case, directory: Any, n: int = 5, data: Any = None, cls: Any = None, **flags: Any):
+        common = {"per_device_train_batch_size": n, "train_sampling_strategy": "sequential"}
+        self.trainer: Any = prepared(case, directory, n, cls, data, **{**common, **flags})
+        self.trainer.weighting = self.weigh
+        self.trainer.follow_flags()
+        self.trainer.current_gradient_accumulation_steps = 1
+        self.trainer.engine()
+        self.batch = next(iter(self.trainer.get_train_dataloader()))
+        self.inputs = {key: value for key, value in self.batch.items() if not key.startswith("jd_")}
 
 
 def assert_rows(recorded: Recorded, rows: Tensor, rest: Tensor | None = None, tolerance: float = 1e-10) -> None:
@@ -138,11 +138,11 @@ def assert_rows(recorded: Recorded, rows: Tensor, rest: Tensor | None = None, to
     assert mine.shape == rows.shape
     assert relative(mine, rows) < tolerance
     assert (others - (0 if rest is None else rest)).norm() < tolerance * rows.norm()
-    # Those of the objectives: M times their shares.
+    # The objectives' own gradients are M times their shares.
     assert relative(recorded.gramian, len(rows) ** 2 * rows @ rows.T) < tolerance
 
 
 def grouped(rows: Tensor, recorded: Recorded) -> Tensor:
-    """The groups' sums of the instances' rows."""
+    """Sums the instances' rows by group."""
     groups = recorded.batch["jd_group"]
     return torch.stack([rows[groups == k].sum(0) for k in groups.unique()])

@@ -1,4 +1,4 @@
-"""Trains in forked processes that are killed, resumes them, and prints whether their parameters are bit for bit alike.
+"""Trains in forked processes that are killed, resumes them, and prints whether their parameters are bitwise equal.
 
 python tests/trainer/survivor.py DIRECTORY
 """
@@ -25,7 +25,7 @@ STEPS = 20
 
 
 def train(directory: Path, kill_in_write: int | None = None) -> None:
-    """Trains with everything that has a state; may be killed halfway through a checkpoint's k-th file."""
+    """Trains with everything that has a state; may be killed while writing a checkpoint's k-th file."""
     warnings.filterwarnings("ignore")
     if kill_in_write is not None:
         die_writing(kill_in_write)
@@ -37,7 +37,7 @@ def train(directory: Path, kill_in_write: int | None = None) -> None:
 
 
 def die_writing(k: int) -> None:
-    """Lets the k-th file of the third checkpoint be cut off in its middle, and the process with it."""
+    """Truncates the k-th file of the third checkpoint in the middle, and kills the process."""
     written = [0]
     save, save_json = torch.save, transformers.TrainerState.save_to_json
 
@@ -61,7 +61,7 @@ def die_writing(k: int) -> None:
 
 
 def run(directory: Path, files: int | None = None, kill_in_write: int | None = None) -> bool:
-    """Trains in a process of its own, killed soon after it has written some files; whether it came to its end."""
+    """Trains in a separate process, which is killed soon after writing some files; returns whether it finished."""
     directory.mkdir(exist_ok=True)
     child = os.fork()
     if child == 0:
@@ -79,12 +79,12 @@ def run(directory: Path, files: int | None = None, kill_in_write: int | None = N
 
 
 def wait(child: int) -> int:
-    """The status of a process that has ended."""
+    """Waits for a process; returns its exit status."""
     return os.waitpid(child, 0)[1]
 
 
 def kill_soon(child: int, directory: Path, files: int) -> int:
-    """Kills a process a random moment after it has written some more files; its status."""
+    """Kills a process at a random moment after it has written some more files; returns its exit status."""
     before = count = len(list(directory.rglob("*")))
     while count < before + files:
         ended, status = os.waitpid(child, os.WNOHANG)
@@ -108,7 +108,7 @@ if __name__ == "__main__":
     files = [random.randint(1, 15) for _ in range(5)]
     found["killed"] = [not run(root / "random", n) for n in files]
     found["random"] = run(root / "random") and alike(root / "random", root / "whole")
-    # The third checkpoint's files in their order: arguments, optimizer, scheduler, weighting, random numbers, state.
+    # The order of the third checkpoint's files: arguments, optimizer, scheduler, weighting, random numbers, state.
     for k in range(1, 7):
         name = f"write-{k}"
         killed = not run(root / name, kill_in_write=k)

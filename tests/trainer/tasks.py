@@ -1,4 +1,4 @@
-"""One tiny model and its batches for each task of Trainer, in float64."""
+"""One tiny float64 model and its batches for each task of Trainer."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _ids(g: torch.Generator, n: int, high: int = VOCABULARY) -> list[int]:
 
 
 def _some(g: torch.Generator, labels: list[int]) -> list[int]:
-    """Some of the labels, the first among them; -100 for the others."""
+    """Keeps some of the labels, including the first; sets the others to -100."""
     kept = torch.rand(len(labels), generator=g) < 0.5
     return [label if i == 0 or kept[i] else -100 for i, label in enumerate(labels)]
 
@@ -108,7 +108,7 @@ def _tagged(g: torch.Generator) -> dict[str, Any]:
 
 
 def _answered(g: torch.Generator) -> dict[str, Any]:
-    # 20 lies behind every input: such a start or end is ignored.
+    # 20 is beyond every input's end: such a start or end is ignored.
     start, end = torch.randint(4, (2,), generator=g).tolist()
     return {**_text(g), "start_positions": start, "end_positions": end if torch.rand(1, generator=g) < 0.8 else 20}
 
@@ -139,14 +139,15 @@ def _class(g: torch.Generator) -> int:
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its model, an example of it, and what LoRA adapts.
+    """A task: its model, its examples, and what LoRA adapts.
 
     Attributes:
         build: Makes the model.
         example: Draws an example.
         targets: The modules that LoRA adapts.
-        normalises: What the stock Trainer divides by over accumulation: the update's number of items ("items"), that of
-            each micro-batch, and the micro-batches ("batches"), or, a known error, the former only ("nothing").
+        normalises: What the stock Trainer divides by over accumulation: the update's number of items ("items"); each
+            micro-batch's number of items, and the number of micro-batches ("batches"); or, in a known error, only each
+            micro-batch's number of items ("nothing").
         tolerance: 1e-10, or 1e-6 where the model's own loss computes in float32.
         smoothed: Whether label smoothing makes sense.
     """
@@ -194,7 +195,7 @@ TABLE = {
 
 
 def model_of(task: Task, adapted: bool) -> nn.Module:
-    """The task's model in float64, with or without LoRA; always the same."""
+    """Builds the task's float64 model, with or without LoRA; always the same."""
     torch.manual_seed(0)
     model = task.build().double()
     if not adapted:
@@ -209,7 +210,7 @@ def model_of(task: Task, adapted: bool) -> nn.Module:
 
 
 def examples_of(task: Task, n: int) -> list[dict[str, Any]]:
-    """n examples of a task, each with a group in turn."""
+    """Returns n examples of a task, with the groups in turn."""
     generator = torch.Generator().manual_seed(3)
     return [{**task.example(generator), "task": TASKS[i % len(TASKS)]} for i in range(n)]
 
@@ -218,7 +219,7 @@ PADDING = {"input_ids": 0, "attention_mask": 0, "labels": -100}
 
 
 def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Pads lists of numbers to the longest."""
+    """Pads lists of numbers to the longest one."""
     collated = {}
     for key in batch[0]:
         values = [example[key] for example in batch]

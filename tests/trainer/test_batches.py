@@ -1,4 +1,4 @@
-"""Batches as collators make them: each is trained as the stock Trainer trains it, or refused in a sentence."""
+"""Batches in all forms that collators make: each is trained like in the stock Trainer, or refused in one sentence."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DATA = [{"x": [float(i % 5), 1.0, float(i % 3)], "labels": float(i % 2)} for i i
 
 
 class Scorer(nn.Module):
-    """Takes what comes, and brings a loss for each instance."""
+    """Accepts any inputs, and returns one loss per instance."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +60,7 @@ def collate(rows):
 
 
 def both(tmp_path, collator, data=DATA, ours=Ours, theirs=Theirs, model=Scorer):
-    """The same data through both trainers, with `mean`."""
+    """Trains on the same data with both trainers, with `mean`."""
     flags = {"remove_unused_columns": False, "per_device_train_batch_size": 4, "optim": "sgd", "max_steps": 3}
     stock = run(model(), arguments(tmp_path, TrainingArguments, **flags), data, theirs, data_collator=collator)
     args = arguments(tmp_path, jd_weighting="mean", **flags)
@@ -286,7 +286,7 @@ def test_rows_of_unknown_instances_are_refused(batch):
 
 
 class Pictured(Scorer):
-    """Each example has as many pictures as it says; they lie one after another."""
+    """`pictures` says how many pictures each example has; all pictures are concatenated."""
 
     def forward(self, pixel_values=None, pictures=None, labels=None):
         owner = torch.arange(len(pictures)).repeat_interleave(pictures)

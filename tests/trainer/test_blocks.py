@@ -1,4 +1,4 @@
-"""`--jd_blocks`: each block of parameters is weighed by itself, against each block's own brute-force Jacobian."""
+"""`--jd_blocks`: each block of parameters is weighed separately; checked against each block's brute-force Jacobian."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ STEPS, BATCH = 3, 4
 
 
 def token_losses(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> tuple[Tensor, Tensor]:
-    """In float64, as the model computes."""
+    """Computes the losses in float64, like the model."""
     shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
     losses = F.cross_entropy(outputs.logits.transpose(1, 2), shifted, reduction="none", ignore_index=-100)
     return losses, shifted != -100
@@ -47,10 +47,10 @@ def trained(directory: Any, model: nn.Module, **flags: Any) -> Any:
 
 
 def objectives_of(model: nn.Module, data: list[dict[str, Any]], kind: str) -> tuple[Tensor, list[str] | None]:
-    """The objectives [m] of an update, whose mean is Trainer's loss, and their names if these stay the same."""
+    """Returns the objectives [m] of an update, whose mean is Trainer's loss, and their names if they are fixed."""
     batch = collate(data)
     losses, counted = token_losses(model(batch["input_ids"], attention_mask=batch["attention_mask"]), batch["labels"])
-    # Trainer's number of tokens: for GPT-2 the first one counts too, which predicts nothing.
+    # Trainer's number of tokens: for GPT-2, it includes the first token, which is never predicted.
     shares = losses.masked_fill(~counted, 0).sum(1) / (batch["labels"] != -100).sum()
     if kind == "instance":
         return len(shares) * shares, None
@@ -60,7 +60,7 @@ def objectives_of(model: nn.Module, data: list[dict[str, Any]], kind: str) -> tu
 
 
 def by_hand(model: nn.Module, kind: str, form: Callable[[str], str], build: Callable[[], Any]) -> nn.Module:
-    """The model after some updates, in each block by a weighting of its own."""
+    """Returns the model after some updates, with a separate weighting in each block."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     blocks: dict[str, list[nn.Parameter]] = {}
     for name, p in named.items():
@@ -84,9 +84,9 @@ def by_hand(model: nn.Module, kind: str, form: Callable[[str], str], build: Call
 
 @pytest.mark.parametrize(("name", "kind"), in_turn(WEIGHTINGS, KINDS))
 def test_each_weighting_is_its_own_in_each_block(name, kind, tmp_path):
-    """Also one that remembers, or draws: each block has a past of its own."""
+    """This includes weightings that remember or draw: each block has a separate state."""
     if name == "krum":
-        kind = INSTANCE  # It takes 4 objectives, and an update has at most 3 groups.
+        kind = INSTANCE  # This weighting needs 4 objectives, but an update has at most 3 groups.
     kind = kind["jd_objectives"]
     weights = {"weights": [0.4, 0.3, 0.2, 0.1][: 4 if kind == "instance" else 3]} if name == "constant" else {}
     given = [f"{key}={value}" for key, value in weights.items()]
@@ -167,7 +167,7 @@ def test_accumulation_is_one_big_batch(kind, tmp_path):
 
 
 class Two(JDTrainer):
-    """Two losses, the second one of the batch as a whole with `loss`, and a part that no instance owns."""
+    """Two losses (with `loss`, the second one is of the whole batch), and a part that belongs to no instance."""
 
     def compute_losses(self, model, inputs):
         outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
@@ -176,7 +176,7 @@ class Two(JDTrainer):
 
 @pytest.mark.parametrize("kind", ["loss", "instance_loss", "batch"])
 def test_objectives_of_other_kinds(kind, tmp_path):
-    """By the mean they are what they are without blocks; by UPGrad no block goes against an objective."""
+    """With the mean, the update is the same as without blocks; with UPGrad, no block goes against an objective."""
     flags = {"jd_objectives": kind, "gradient_accumulation_steps": 2, "max_steps": 3}
     cls = JDTrainer if kind == "batch" else Two
     runs = [
@@ -206,7 +206,7 @@ def test_a_warmup_is_the_mean(tmp_path):
 
 
 def test_raised_normalised_and_wanted_groups(tmp_path):
-    """Flags of control act in each block as they do in the whole."""
+    """The control flags act in each block as they do without blocks."""
     flags = {"jd_blocks": "module", "jd_ascend": ["code"], "jd_normalize": "rows", "jd_preferences": ["docs=3"]}
     state = trained(tmp_path, lora("gpt2", warm=True), **flags, **GROUP).jd_state
     wanted = torch.tensor([3.0 if name == "docs" else 1.0 for name in state.names]).double()

@@ -1,4 +1,4 @@
-"""What a person sets between G and w: preferences, normalisation, and when the weighting is asked."""
+"""What users can set between G and w: preferences, normalisation, and at which updates to weigh."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_rows_of_zeros_are_not_divided(tmp_path):
 
 @pytest.mark.parametrize("how", ["rows", "loss"])
 def test_the_trainers_update_is_that_of_the_divided_rows(how, tmp_path):
-    """One step of SGD by the mean of normalised rows, against autograd."""
+    """One SGD step along the mean of normalised rows, compared with autograd."""
     data = examples(6)
     flags = {"per_device_train_batch_size": 6, "max_steps": 1, "optim": "sgd", "max_grad_norm": 0.0}
     args = arguments(tmp_path, jd_weighting="mean", jd_normalize=how, lr_scheduler_type="constant", **flags, **GROUP)
@@ -97,7 +97,7 @@ def test_the_mean_comes_first(tmp_path):
 
 @pytest.fixture
 def jacobians(monkeypatch):
-    """The Jacobians that were computed."""
+    """Records the Jacobians that are computed."""
     seen = []
     compute = Engine.compute_jacobian
     monkeypatch.setattr(Engine, "compute_jacobian", lambda *a, **k: seen.append(compute(*a, **k)) or seen[-1])
@@ -115,7 +115,7 @@ def test_watching_is_trainer(accumulation, kind, tmp_path, jacobians):
     for key in ("loss", "grad_norm"):
         assert relative(logged(ours, key), logged(theirs, key)) < 1e-6
     assert 3 <= len(jacobians) <= 3 * accumulation
-    assert len(logged(ours, "jd/min_gw")) == 3  # Of updates 1, 4 and 7.
+    assert len(logged(ours, "jd/min_gw")) == 3  # At updates 1, 4 and 7.
     if "jd_group_column" in kind:
         assert all(any(key.startswith("jd/loss/") for key in entry) for entry in ours.state.log_history[:-1])
 
@@ -135,7 +135,7 @@ def test_watching_is_trainer_for_other_tasks(name, tmp_path):
 
 
 class Held(UPGradWeighting):
-    """UPGrad at every third update, and its last weights between: what `--jd_every 3` has to come to, through rows."""
+    """UPGrad at every third update, its last weights in between: what `--jd_every 3` must give, computed from rows."""
 
     def __call__(self, gramian, /, *, names=None):
         calls, last = self.__dict__.setdefault("calls", []), self.__dict__.setdefault("last", {})
@@ -163,7 +163,7 @@ def test_between_the_last_weights_are_taken(accumulation, reduction, tmp_path, j
 
 
 def test_between_also_where_losses_are_of_instances(tmp_path):
-    """Heads that take no number of items: the coefficients are known when all micro-batches have been counted."""
+    """Heads that don't take the number of items: coefficients are only known once all micro-batches are counted."""
     task = TABLE["single-label"]
     flags = {"gradient_accumulation_steps": 2, "max_steps": 6, "per_device_train_batch_size": 4, **GROUP}
     runs = []
@@ -194,7 +194,7 @@ def test_a_resumed_run_has_the_last_weights(step, tmp_path):
 
 
 class Broken(JDTrainer):
-    """The loss of one example isn't finite, or its gradient isn't."""
+    """One example's loss, or only its gradient, isn't finite."""
 
     how = "loss"
 
@@ -203,7 +203,7 @@ class Broken(JDTrainer):
         bad = inputs["input_ids"][:, :4].eq(torch.tensor(examples()[5]["input_ids"][:4])).all(1)
         if self.how == "loss":
             return losses.masked_fill(bad[:, None], torch.nan), counted
-        # The square root's slope at 0 is infinite, and 0 times that is NaN: only the bad one may meet it.
+        # The square root's slope at 0 is infinite, and 0 times infinity is NaN: only the bad example may reach it.
         steep = (losses - losses.detach()).abs()[bad].sqrt()
         return losses.index_add(0, bad.nonzero()[:, 0], steep), counted
 

@@ -1,4 +1,4 @@
-"""A loss that is split at the model's outputs: its rows are those of brute force."""
+"""A loss that is split at the model's outputs has the same rows as brute force."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hf_jd import JDTrainerMixin
 from hf_jd.trainer import splitting
 from tests.models import tiny_llama
 from tests.trainer import own_losses
-from tests.trainer.own_losses import CASES, Case, trainer_of
-from tests.trainer.runs import arguments, lora, relative
+from tests.trainer.own_losses import CASES, Case, trained, trainer_of
+from tests.trainer.runs import lora, relative
 from tests.trainer.split_runs import (
     GROUP,
     SPLIT,
@@ -60,7 +60,7 @@ def test_what_comes_past_the_outputs_is_told(name, tmp_path, monkeypatch):
 
     def noted(*args):
         found = split(*args)
-        rests.append(found.rest is not None)
+        rests.append(found[1] is not None)
         return found
 
     split = splitting.split
@@ -101,6 +101,27 @@ def test_whose_row_it_is_may_be_said(kind, tmp_path):
     assert_rows(recorded, grouped(rows, recorded) if kind else rows, rest)
 
 
+def repeated(trainer, model, inputs, number):
+    """Rows 3 i to 3 i + 2 belong to example i, as several generations per prompt do."""
+    labels = inputs.pop("labels")
+    outputs = model(**{key: value.repeat_interleave(3, dim=0) for key, value in inputs.items()})
+    return F.cross_entropy(outputs.logits, labels.repeat_interleave(3)), outputs
+
+
+@pytest.mark.parametrize("kind", [{}, GROUP], ids=["instance", "group"])
+def test_rows_that_start_like_another_example_are_refused(kind, tmp_path):
+    recorded = Recorded(Case(repeated), tmp_path, **kind)
+    with pytest.raises(ValueError, match=r"5 examples, .* shape \[15, 3\], .* to example n // 3, .*`jd_instances`"):
+        recorded.step(None)
+
+
+def test_rows_of_a_batch_that_was_not_counted(tmp_path):
+    case = CASES["two-views"]
+    recorded = Recorded(case, tmp_path)
+    del recorded.batch["jd_examples"]
+    assert_rows(recorded, *brute(case, case.build().train(), recorded.inputs, 5))
+
+
 @pytest.mark.parametrize("kind", [{}, GROUP], ids=["instance", "group"])
 def test_rows_of_packed_documents(kind, tmp_path):
     def per_token(trainer, model, inputs, number):
@@ -135,18 +156,21 @@ def states_and_tokens(trainer, model, inputs, number):
     return outputs.loss + outputs.hidden_states[-1].square().mean(), outputs
 
 
+def twice_read(trainer, model, inputs, number):
+    """Reads the logits before and after the cast, as distillation does."""
+    outputs = model(**inputs)
+    return outputs.loss + outputs.logits.square().mean(), outputs
+
+
 @pytest.mark.parametrize("kind", [{}, GROUP], ids=["instance", "group"])
-@pytest.mark.parametrize("loss", [own_losses.next_tokens, own_losses.scaled, states_and_tokens])
+@pytest.mark.parametrize("loss", [own_losses.next_tokens, own_losses.scaled, states_and_tokens, twice_read])
 @pytest.mark.parametrize("build", [lambda: lora("gpt2", warm=True), tiny_llama], ids=["lora", "full"])
 def test_rows_of_outputs_that_mixed_precision_has_cast(build, loss, kind, tmp_path):
     case = Case(loss, lambda: build().float(), text=True)
     flags = {"max_steps": 1, "per_device_train_batch_size": 5, "train_sampling_strategy": "sequential"}
     gramians = []
     for bf16 in (False, True):
-        cls = type("Ours", (JDTrainerMixin, trainer_of(loss)), {})
-        args = arguments(tmp_path, jd_weighting="mean", bf16=bf16, **flags, **kind)
-        trainer = cls(case.build(), args, train_dataset=case.examples(5), data_collator=case.collate)
-        trainer.train()
+        trainer = trained(case, tmp_path, 5, jd_weighting="mean", bf16=bf16, **flags, **kind)
         gramians.append(trainer.jd_state.gramian)
     assert len(gramians[0]) == (3 if kind else 5)
     assert 1e-6 < relative(gramians[1], gramians[0]) < 2e-2

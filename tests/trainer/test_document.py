@@ -1,4 +1,4 @@
-"""The documents of the trainer name what there is."""
+"""The trainer's documents list exactly the flags and tests that exist."""
 
 from __future__ import annotations
 

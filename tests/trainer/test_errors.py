@@ -1,4 +1,4 @@
-"""What can't be trained is said in one sentence, before any step."""
+"""What can't be trained is refused in one sentence, before any step."""
 
 from __future__ import annotations
 

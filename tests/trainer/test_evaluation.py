@@ -1,4 +1,4 @@
-"""`eval_<group>_loss`: each group's mean loss, beside Trainer's own evaluation."""
+"""`eval_<group>_loss`: each group's mean loss, in addition to Trainer's own evaluation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def evaluated(directory, data=HELD_OUT, cls=JDTrainer, **flags) -> dict[str, flo
 
 
 def expected(task: str, smoothing: float = 0.0) -> float:
-    """The mean over a group's tokens, one example at a time."""
+    """Computes the mean over a group's tokens, one example at a time."""
     model, total, tokens = lora("gpt2").eval(), 0.0, 0
     for example in HELD_OUT:
         if example["task"] == task:
@@ -64,7 +64,7 @@ def test_several_sets_have_their_own_prefix_and_are_logged(tmp_path):
 
 
 class Own(JDTrainer):
-    """Losses that only another forward pass brings."""
+    """Losses that need another forward pass."""
 
     def compute_losses(self, model, inputs):
         logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits

@@ -1,4 +1,4 @@
-"""What no token owns is never dropped: a mixture of experts, whose router has a loss of its own."""
+"""The part of a loss that belongs to no token is never dropped, such as the router's loss in a mixture of experts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def mixtral(coefficient: float = 0.5) -> MixtralForCausalLM:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     experts = {"num_key_value_heads": 2, "num_local_experts": 4, "output_router_logits": coefficient > 0}
     config = MixtralConfig(vocab_size=VOCABULARY, **sizes, **experts, router_aux_loss_coef=coefficient)
-    config._experts_implementation = "eager"  # The grouped one has no float64.
+    config._experts_implementation = "eager"  # The grouped implementation doesn't support float64.
     return MixtralForCausalLM(config).double()
 
 
@@ -43,7 +43,7 @@ def test_a_small_part_is_not_taken_for_rounding(tmp_path):
 
 
 def test_micro_batches_are_added_as_trainer_does(tmp_path):
-    """Trainer adds the balancing losses of the micro-batches up, where their other losses are divided by all tokens."""
+    """Trainer adds up the balancing losses of micro-batches, but divides other losses by the number of all tokens."""
     flags = {"max_steps": 2, "optim": "sgd", "gradient_accumulation_steps": 3}
     theirs = stock(mixtral(), tmp_path, **flags)
     ours = run(mixtral(), arguments(tmp_path, jd_weighting="mean", **flags))

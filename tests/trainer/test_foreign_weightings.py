@@ -1,4 +1,4 @@
-"""Weightings that aren't hf_jd's own: any callable, and TorchJD's objects, of which some take a Jacobian."""
+"""Weightings from outside hf_jd: any callable, and TorchJD's objects, some of which take a Jacobian."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_an_aggregator_of_torchjd_weighs_as_it_aggregates(aggregator, wrapped):
 
 
 def test_an_aggregator_of_the_first_versions_weighs_as_it_aggregates():
-    # They have no attribute for the weighting of the Gramian alone.
+    # They have no attribute for a weighting of the Gramian.
     aggregator = torchjd.UPGrad()
     weighting = aggregator.gramian_weighting
     del aggregator.gramian_weighting
@@ -165,7 +165,7 @@ def test_preferences_are_refused_where_they_cannot_be_set(tmp_path):
 
 
 class Averaging(nn.Module):
-    """Remembers weights in a buffer that isn't there before the first step, and a number that is."""
+    """Remembers weights in a buffer that doesn't exist before the first step, and a number that does."""
 
     def __init__(self):
         super().__init__()
@@ -180,7 +180,7 @@ class Averaging(nn.Module):
 
 
 class Counting:
-    """Remembers a number, and says so by itself."""
+    """Remembers a number, and saves it with methods of its own."""
 
     def __init__(self):
         self.steps = 0
@@ -210,7 +210,7 @@ def test_what_a_weighting_says_that_it_remembers_is_resumed(weighting, tmp_path)
 
 
 class Forgetful:
-    """Remembers the steps, which no checkpoint is told of."""
+    """Remembers the steps, but doesn't save them to checkpoints."""
 
     def reset(self):
         self.steps = 0

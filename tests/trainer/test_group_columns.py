@@ -1,4 +1,4 @@
-"""Group columns: of any type, in examples of any kind, read without a side effect; and packed rows, told for sure."""
+"""Group columns: any type, any kind of example, read without side effects; and packed rows, recognised reliably."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_the_collators_tokenizer_is_still_found():
 
 
 class Images(torch.utils.data.Dataset):
-    """Whose examples are random, and must not be made for the names of their groups."""
+    """A dataset of random examples, which must not be built just to read their groups' names."""
 
     def __init__(self, strict=True):
         self.strict = strict

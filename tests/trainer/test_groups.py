@@ -104,7 +104,7 @@ def test_evaluation_with_and_without_the_column(tmp_path):
     losses = [trainer.evaluate(data)["eval_loss"] for data in (with_groups, plain, Dataset.from_list(with_groups))]
     assert losses[0] == losses[1] == losses[2]
     assert torch.isfinite(torch.as_tensor(trainer.predict(with_groups).predictions)).all()
-    # Examples without labels take Trainer's other path, where the model meets every key that is left.
+    # Examples without labels take Trainer's other path, where the model gets every remaining key.
     trainer.model.forward = strict(trainer.model.forward)
     trainer.predict([{k: e[k] for k in ("input_ids", "attention_mask", "task")} for e in with_groups[:1]])
 

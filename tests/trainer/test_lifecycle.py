@@ -1,4 +1,4 @@
-"""Before, after and around training: the model is left as it was found, and a run follows the flags as they are."""
+"""Before, after and around training: the model is left unchanged, and a run follows the current flags."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hf_jd import JDTrainer
 from hf_jd.collator import GroupCollator
 from hf_jd.weighting import GradVacWeighting, MGDAWeighting
 from tests.models import tiny_llama
-from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, relative, run
+from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, relative, run, stock
 from tests.trainer.tasks import TABLE, examples_of, model_of
 from tests.trainer.tasks import collate as collate_task
 
@@ -28,7 +28,7 @@ HOOKS = [name for name in vars(nn.Linear(1, 1)) if name.endswith("_hooks") or "_
 
 
 def hooks(model: nn.Module) -> dict[str, int]:
-    """How many hooks of each kind the modules and parameters have."""
+    """Counts the hooks of each kind on modules and parameters."""
     counts = {name: sum(len(getattr(module, name)) for module in model.modules()) for name in HOOKS}
     return counts | {"parameters": sum(len(p._backward_hooks or ()) for p in model.parameters())}
 
@@ -52,10 +52,10 @@ def hooks(model: nn.Module) -> dict[str, int]:
 @pytest.mark.filterwarnings("ignore")
 def test_a_trained_model_has_the_hooks_of_a_stock_one(flags, tmp_path):
     settings = {name: value for name, value in flags.items() if not name.startswith("jd_")}
-    stock = run(tiny_llama(), arguments(tmp_path, TrainingArguments, max_steps=2, **settings))
+    theirs = stock(tiny_llama(), tmp_path, max_steps=2, **settings)
     trainer = run(tiny_llama(), arguments(tmp_path, max_steps=2, **flags))
-    assert hooks(trainer.model) == hooks(stock.model)
-    modules = zip(trainer.model.modules(), stock.model.modules(), strict=True)
+    assert hooks(trainer.model) == hooks(theirs.model)
+    modules = zip(trainer.model.modules(), theirs.model.modules(), strict=True)
     assert all(vars(ours).keys() == vars(theirs).keys() for ours, theirs in modules)
 
 
@@ -174,7 +174,7 @@ def test_a_stock_trainer_goes_on_with_a_trained_model(tmp_path):
     twin = lora("gpt2")
     twin.load_state_dict(trained.state_dict())
     for model in (trained, twin):
-        run(model, arguments(tmp_path, TrainingArguments, max_steps=3))
+        stock(model, tmp_path, max_steps=3)
     assert torch.equal(flat(trained), flat(twin))
 
 
@@ -203,7 +203,7 @@ def test_a_compiled_model_is_trained_again(tmp_path):
             trainer.train()
             assert not any(hooks(trainer.model).values())
             losses.append(trainer.evaluate(examples(4))["eval_loss"])
-        run(trainer.model, arguments(tmp_path, TrainingArguments, max_steps=1, **compiled))
+        stock(trainer.model, tmp_path, max_steps=1, **compiled)
         trainer.train()
         finals.append((flat(trainer.model), losses))
     assert relative(finals[1][0], finals[0][0]) < 1e-9
@@ -229,7 +229,7 @@ def test_evaluation_before_and_after_training_is_trainers(tmp_path):
 
 
 class Searcher(JDTrainer):
-    """Sets a trial's flags where Trainer does, without the package of a search."""
+    """Sets a trial's flags like Trainer does, without a search package."""
 
     trial: dict[str, Any] = {}
 
@@ -252,7 +252,7 @@ def searcher(tmp_path, data=None, flags=None, **settings) -> Searcher:
 
 
 def tried(trainer: Searcher, **flags: Any) -> Searcher:
-    """Runs one trial, as a search's runner does: the model of the one before is gone."""
+    """Runs one trial like a search does: the model of the previous trial is gone."""
     trainer.model = trainer.model_wrapped = None
     trainer.trial = flags
     trainer.train()
@@ -378,7 +378,7 @@ def test_each_trial_of_a_search_writes_its_own_log(tmp_path):
 
 
 def test_what_a_trainer_holds_of_ours_is_pickled(tmp_path):
-    # Ray's workers get the trainer so, without its model; accelerate's part of it shares a state with other trainers.
+    # Ray sends the trainer to workers like this, without its model; its accelerator shares state with other trainers.
     trainer = searcher(tmp_path, flags={"jd_weighting": "gradvac", **GROUP})
     trainer.train()
     ours = {

@@ -1,4 +1,4 @@
-"""What autograd keeps for an unreduced loss is what it keeps for the loss of transformers, within a tenth."""
+"""Autograd stores as many bytes for an unreduced loss as for transformers' loss, to within 10 %."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Saved:
 
 
 def kept(loss) -> int:
-    """The bytes of all storages that autograd still holds for the backward of `loss()` when that begins."""
+    """Returns the bytes of all storages that autograd holds when the backward of `loss()` begins."""
     saved = WeakSet()
 
     def pack(tensor):
-        holder = Saved(tensor.detach())  # An output that is saved would hold its own graph.
+        holder = Saved(tensor.detach())  # A saved output would hold its own graph.
         saved.add(holder)
         return holder
 
@@ -69,7 +69,7 @@ def experts():
 
 @pytest.mark.parametrize("build", [lambda: tiny_gpt2(vocab_size=VOCABULARY), experts], ids=["gpt2", "experts"])
 def test_bytes_kept_by_a_trainers_steps(build, tmp_path):
-    """Of the model and its loss, from which unreduced losses are made: the model's own loss is let go of."""
+    """The bytes of the model and its unreduced losses: the model's own loss is freed."""
     batch = collate(examples(4))
     model = build()
     trainer = JDTrainer(model, arguments(tmp_path), data_collator=collate)

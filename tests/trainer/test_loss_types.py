@@ -1,4 +1,4 @@
-"""DPO's list of losses as objectives: rows against one backward pass per loss, and `mean` against TRL."""
+"""DPO's list of losses as objectives: rows compared with one backward pass per loss, and `mean` with TRL."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.invariant.test_trl_trainers import GROUP, PAIRS, TOKENIZER, lora, measured
-from tests.trainer.runs import flat, relative
+from tests.trainer.runs import DESCENT, arguments, flat, relative
 
 pytest.importorskip("trl", reason="TRL 1.16 asks for datasets 4.7")
 from transformers import set_seed
@@ -20,21 +20,8 @@ LOSS = {"jd_objectives": "loss"}
 
 
 def trained(cls, config, directory, run=True, **flags):
-    common = {
-        "use_cpu": True,
-        "bf16": False,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 2,
-        "optim": "sgd",
-        "learning_rate": 0.1,
-        "logging_steps": 1,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
     set_seed(0)
-    args = config(output_dir=str(directory), **{**common, **MPO, **flags})
+    args = arguments(directory, config, **{**DESCENT, **MPO, **flags})
     trainer = cls(model=lora(), args=args, train_dataset=PAIRS, processing_class=TOKENIZER)
     if run:
         trainer.train()
@@ -61,7 +48,7 @@ def test_rows_are_those_of_each_loss_alone(tmp_path):
         flags = {"loss_type": [name], "loss_weights": [weight], "max_steps": 1, "max_grad_norm": 0.0}
         rows.append((flat(lora()) - flat(trained(DPOTrainer, DPOConfig, tmp_path, **flags).model)).double() / 0.1)
     rows = torch.stack(rows)
-    assert relative(found, 9 * rows @ rows.T) < 1e-4  # Of parameters in float32, the difference.
+    assert relative(found, 9 * rows @ rows.T) < 1e-4  # The difference of float32 parameters.
 
 
 def test_last_weights_are_taken_by_loss(tmp_path):

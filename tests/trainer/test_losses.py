@@ -1,4 +1,4 @@
-"""Unreduced losses against the reduced ones of transformers."""
+"""Unreduced losses compared with transformers' reduced ones."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_labels_that_are_shifted_already(batch):
 
 def test_virtual_tokens_come_before_the_labels(batch):
     logits, labels = batch
-    # As PEFT does: the prompt's labels are ignored, and its last token predicts the first real one.
+    # Like PEFT: the prompt's labels are ignored, and its last token predicts the first real token.
     longer = torch.cat([torch.full((3, 2), -100), labels], dim=1)
     prompted = torch.cat([torch.randn(3, 2, 11), logits], dim=1)
     for ours, theirs in zip(causal_lm(prompted, labels), causal_lm(prompted, longer), strict=True):
@@ -70,7 +70,7 @@ def test_log_probabilities_are_read_from_the_models_loss(make, dtype, monkeypatc
     batch = {"input_ids": torch.randint(3, 37, (2, 6)), "labels": torch.randint(3, 37, (2, 6))}
     outputs = model(**batch)
     expected = unreduced({"logits": outputs.logits.detach()}, batch, model, 0.0)
-    monkeypatch.setattr(torch.nn.functional, "log_softmax", None)  # which would be called for what isn't read
+    monkeypatch.setattr(torch.nn.functional, "log_softmax", None)  # called for whatever isn't read
     for read, computed in zip(unreduced(outputs, batch, model, 0.0), expected, strict=True):
         torch.testing.assert_close(read, computed)
 

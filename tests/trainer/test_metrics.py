@@ -1,4 +1,4 @@
-"""(G, w) -> metrics, against the definitions."""
+"""(G, w) -> metrics, compared with their definitions."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_definitions():
 
 
 def test_against_is_seen_and_rounding_is_not():
-    # The second row's product with the mean is negative; with weights (1, 2) both are 0 but for rounding.
+    # The second row's product with the mean is negative; with weights (1, 2), both products are 0 up to rounding.
     gramian = torch.tensor([[4.0, -2.0], [-2.0, 1.0]])
     against = []
     for weights in ([0.5, 0.5], [1.0, 2.0 - 1e-9]):
@@ -64,7 +64,7 @@ def test_against_is_seen_and_rounding_is_not():
 
 
 def test_the_worst_block_is_that_in_which_most_objectives_are_gone_against():
-    # The mean of the first block goes against none of two rows, that of the second one against one.
+    # The mean of the first block goes against neither of two rows; the mean of the second block goes against one.
     rows = torch.tensor([[[4.0, 0.0], [0.0, 1.0]], [[4.0, 0.0], [-1.0, 1.0]]]).double()
     gramians, weights = rows @ rows.mT, torch.full((2, 2), 0.5).double()
     assert values(block_metrics(gramians, weights)) == {"jd/against_in_worst_block": 0.5}
@@ -75,7 +75,7 @@ def test_the_worst_block_is_that_in_which_most_objectives_are_gone_against():
 
 
 def test_an_update_of_nothing_but_rounding_goes_against_no_objective():
-    rows = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))  # In all directions: no update helps all.
+    rows = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))  # No update helps all these rows.
     gramian = rows @ rows.T
     weights = UPGradWeighting()(gramian.double())
     assert (gramian.double() @ weights).min() < 0
@@ -123,7 +123,7 @@ def test_cosines_of_few_groups_are_logged():
 
 
 class Reporter(TrainerCallback):
-    """What a reporting callback gets, as those of transformers name it."""
+    """Records what reporting callbacks get, under the names that transformers' callbacks use."""
 
     def __init__(self):
         self.got: dict[str, float] = {}
@@ -137,5 +137,5 @@ def test_reporters_get_numbers_by_name(tmp_path):
     run(lora("gpt2"), arguments(tmp_path, jd_objectives="group", jd_group_column="task"), callbacks=[reporter])
     assert {"train/jd/weight/code", "train/jd/cosine/chat/code", "train/jd/min_gw"} <= set(reporter.got)
     assert {"train/jd/seconds/rows", "train/jd/seconds/weighing", "train/jd/megabytes/rows"} <= set(reporter.got)
-    # TensorBoard's drops all else.
+    # TensorBoard's callback drops everything else.
     assert all(isinstance(value, int | float) for value in reporter.got.values())

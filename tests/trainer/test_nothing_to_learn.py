@@ -1,12 +1,11 @@
-"""Batches that have little to learn from, or nothing: what is there is learned, and nothing is no step."""
+"""Batches with few labels or none: all labels are learned, and an update without any is no step."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from transformers import TrainingArguments
 
-from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, relative, run
+from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, relative, run, stock
 from tests.trainer.tasks import TABLE, examples_of, model_of
 from tests.trainer.tasks import collate as collate_any
 
@@ -23,7 +22,7 @@ SPARSE = {"one instance": (3,), "a micro-batch": (2, 3), "all but one instance":
 
 
 def without_some(*left_out):
-    """A collator that leaves examples out, and may end with none: tensors [0, T], as a filter in it makes them."""
+    """Returns a collator that leaves examples out, like a filter; if none remain, it returns tensors [0, T]."""
 
     def filtering(batch):
         keep = [example["input_ids"] not in left_out for example in batch]
@@ -37,7 +36,7 @@ def without_some(*left_out):
 def test_mean_is_trainer_where_labels_are_missing(kind, sparse, tmp_path):
     data = examples(6, unlabelled=SPARSE[sparse])
     flags = {"gradient_accumulation_steps": 3, "max_steps": 2, **IN_ORDER}
-    theirs = run(lora("gpt2"), arguments(tmp_path, TrainingArguments, **flags), data)
+    theirs = stock(lora("gpt2"), tmp_path, data, **flags)
     ours = run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", **flags, **KINDS[kind]), data)
     assert relative(flat(ours.model), flat(theirs.model)) < (1e-6 if kind == "two-pass" else 1e-10)
     assert relative(logged(ours, "loss"), logged(theirs, "loss")) < 1e-6
@@ -47,7 +46,7 @@ def test_mean_is_trainer_where_labels_are_missing(kind, sparse, tmp_path):
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_update_without_any_label_is_no_step(kind, accumulation, tmp_path):
-    # Trainer divides by its number of tokens, which is 0, and its parameters become NaN.
+    # Trainer divides by the number of tokens, which is 0, so its parameters become NaN.
     data = examples(4, unlabelled=(0, 1, 2, 3))
     args = arguments(tmp_path, gradient_accumulation_steps=accumulation, weight_decay=0.1, max_steps=2, **KINDS[kind])
     ours = run(lora("gpt2"), args, data)
@@ -57,7 +56,7 @@ def test_an_update_without_any_label_is_no_step(kind, accumulation, tmp_path):
 
 @pytest.mark.parametrize("name", ["masked", "token", "single-label"])
 def test_a_micro_batch_without_labels_in_other_tasks(name, tmp_path):
-    # These heads' mean over no label is NaN: the reference has no such batch. Trainer adds up what they divide.
+    # These heads' mean over no labels is NaN, so the reference leaves the batch out. Trainer adds up the heads' means.
     task = TABLE[name]
     data, models = examples_of(task, 6), []
     for example in data[2:4]:

@@ -1,4 +1,4 @@
-"""The model's own loss, looked at in each step; and a user's `compute_loss`, trained as it stands."""
+"""The model's own loss, checked in each step; and a user's `compute_loss`, trained unchanged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.trainer.test_extra_losses import mixtral
 
 
 class At(TrainerCallback):
-    """Changes the model before the update after a step."""
+    """Changes the model after a given step."""
 
     def __init__(self, step, change):
         self.step, self.change = step, change
@@ -36,7 +36,7 @@ class At(TrainerCallback):
 
 
 def with_loss(model, loss):
-    """The model, whose own loss is `loss(its loss, its outputs, its inputs)`."""
+    """Returns the model with its own loss replaced by `loss(its loss, its outputs, its inputs)`."""
     forward = model.forward
 
     @functools.wraps(forward)
@@ -51,7 +51,7 @@ def with_loss(model, loss):
 
 
 def penalised(model):
-    """With a penalty on the parameters, times a coefficient that starts at 0."""
+    """Adds a penalty on the parameters, times a coefficient that starts at 0."""
     model.coefficient = 0.0
     return with_loss(
         model, lambda loss, *_: loss + model.coefficient * sum(p.square().sum() for p in model.parameters())
@@ -63,7 +63,7 @@ def raised(model):
 
 
 def is_stock(build, directory, tolerance=1e-6, data=None, callbacks=(), **flags):
-    """Trains the mean and the stock trainer on the same; returns the former."""
+    """Checks that the mean and the stock trainer give the same parameters; returns the former trainer."""
     theirs_flags = {key: value for key, value in flags.items() if not key.startswith("jd_")}
     theirs = run(build(), arguments(directory, TrainingArguments, **theirs_flags), data, callbacks=list(callbacks))
     ours = run(build(), arguments(directory, jd_weighting="mean", **flags), data, callbacks=list(callbacks))
@@ -117,7 +117,7 @@ def unshifted(loss, outputs, inputs):
 
 
 def of_a_prompt(loss, outputs, inputs):
-    """As an image captioning head has it: the first tokens are the picture's."""
+    """Like an image captioning head: the first tokens belong to the picture."""
     return F.cross_entropy(outputs.logits[:, 2:-1].flatten(0, 1).float(), inputs["labels"][:, 3:].flatten())
 
 
@@ -204,7 +204,7 @@ class Further(Below):
 
 
 class Behind(JDTrainer):
-    """Whose unreduced losses are another class's, further away than its loss."""
+    """Has `compute_losses` in a class further up than `compute_loss`."""
 
     def compute_losses(self, model, inputs):
         return super().compute_losses(model, inputs)
@@ -259,7 +259,7 @@ def test_a_wrapper_of_trainers_loss_is_trained(tmp_path, monkeypatch):
 
 
 class Stepping(Trainer):
-    """Computes its loss in its own step."""
+    """Computes its loss in its own `training_step`."""
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         model.train()
@@ -286,7 +286,7 @@ def test_a_classs_own_step_is_run(theirs, tmp_path):
 
 
 class Backward(Trainer):
-    """Runs the backward pass past accelerate."""
+    """Runs a backward pass that bypasses accelerate."""
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         model.train()
@@ -302,13 +302,37 @@ def test_a_step_that_hides_the_mixins_is_refused(theirs, tmp_path):
         run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean"), cls=cls)
 
 
+class Scaled(Trainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad *= 2
+        return loss
+
+
+class Penalised(Trainer):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.norm = torch.autograd.grad(
+            model(**self._prepare_inputs(inputs)).loss, [p for p in model.parameters() if p.requires_grad]
+        )[0].norm()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+
+@pytest.mark.parametrize("theirs, warns", [(Scaled, True), (Penalised, False), (Timed, False)])
+def test_a_step_that_uses_grad_is_warned(theirs, warns, tmp_path, caplog):
+    ours = type("Ours", (JDTrainerMixin, theirs), {})
+    run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", max_steps=1), cls=ours)
+    assert ("training_step uses `.grad`" in caplog.text) == warns
+
+
 def test_a_mixin_to_the_right_is_refused():
     with pytest.raises(TypeError, match=r"Wrong names Stepping before JDTrainerMixin.*\(JDTrainerMixin, Stepping\)"):
         type("Wrong", (Stepping, JDTrainerMixin), {})
 
 
 class WithHead(Trainer):
-    """Its loss has parameters beside the model's, which its optimizer trains, too."""
+    """Its loss has parameters of its own, which its optimizer also trains."""
 
     def create_optimizer(self, *args):
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Packed rows: each document is the instance that it would be in a padded batch."""
+"""Packed rows: each document is an instance, as in a padded batch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KINDS = {"instance": {}, "grouped": {"jd_group_column": "task"}, "group": GROUP}
 
 
 def flattened(n=8):
-    """Examples whose first token has no label, as the flattening collator has it, and without a mask."""
+    """Returns examples whose first token has no label, as in the flattening collator, without a mask."""
     data = examples(n)
     for example in data:
         example["labels"] = [-100, *example["labels"][1:]]
@@ -25,7 +25,7 @@ def flattened(n=8):
 
 
 def packing(**settings):
-    """DataCollatorWithFlattening on examples without their attention mask, of any flash attention's arguments."""
+    """Returns DataCollatorWithFlattening for examples without attention masks, with any flash attention arguments."""
     inner = DataCollatorWithFlattening(**settings)
     return lambda batch: inner([{k: v for k, v in e.items() if k in ("input_ids", "labels")} for e in batch])
 
@@ -52,7 +52,7 @@ def test_documents_of_padded_rows():
     mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
     batch = {"input_ids": torch.ones_like(mask), "position_ids": positions, "attention_mask": mask}
     assert packed_documents(batch, "always").tolist() == [[0, 0, 1, 1, -1], [2, 2, 2, 3, 3]]
-    # transformers lets them attend one another: rows are instances, unless someone knows better.
+    # In transformers, these documents attend to each other, so rows are the instances, unless the user says otherwise.
     assert packed_documents(batch) is None
     assert packed_documents({**batch, "attention_mask": None}).tolist() == [[0, 0, 1, 1, 2], [3, 3, 3, 4, 4]]
 
@@ -155,7 +155,7 @@ def test_the_groups_losses_of_a_packed_evaluation_set(tmp_path):
     for task in ("code", "docs", "chat"):
         assert packed[f"eval_{task}_loss"] == pytest.approx(padded[f"eval_{task}_loss"], rel=1e-5)
     assert len({packed[f"eval_{task}_loss"] for task in ("code", "docs", "chat")}) == 3
-    # Losses of rows are no group's, and are no reason to stop a run at its first evaluation.
+    # Losses of whole rows belong to no group, but must not stop a run at its first evaluation.
     assert not any("code" in key for key in evaluated(packing(), Rows))
 
 

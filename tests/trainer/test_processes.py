@@ -1,4 +1,4 @@
-"""Two processes that accelerate launches give what one gives; `tests/distributed` has what needs no launcher."""
+"""Two processes under accelerate's launcher give the result of one; `tests/distributed` tests without a launcher."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """The folder of what two processes saved, each its own files."""
+    """Returns the folder in which two processes saved their results, each in its own files."""
     folder = tmp_path_factory.mktemp("two")
     # `--cpu --num_processes 2` starts one process only (accelerate 1.15); `--multi_gpu` starts two, here on the CPU.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -40,14 +40,14 @@ def test_two_processes_are_one(name, two_processes, tmp_path):
     assert len(first["history"]) == len(one["history"]) >= 10
     for ours, theirs in zip(first["history"], one["history"], strict=True):
         assert ours.keys() == theirs.keys()
-        # Processes that weigh alone log their own metrics.
+        # Processes that weigh separately log separate metrics.
         for key in ("loss", "grad_norm") if "micro-batch" in name else ours:
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6), key
 
 
 def test_the_updates_of_two_processes_have_each_groups_share(two_processes):
     first, second = (torch.load(two_processes / f"stratified-{rank}.pt") for rank in (0, 1))
-    # Two updates of 12 an epoch, for which one of the 23 examples comes twice.
+    # An epoch has two updates of 12, so one of the 23 examples comes twice.
     for epoch in range(0, 10, 2):
         updates = [a + b for a, b in zip(first["updates"], second["updates"], strict=True)][epoch : epoch + 2]
         assert {i for update in updates for i in update} == set(range(23))

@@ -1,4 +1,4 @@
-"""Random numbers: drawn as the stock Trainer draws them, by models that take them from torch, numpy or Python."""
+"""Random numbers are drawn as in the stock Trainer, by models that use torch's, numpy's or Python's generator."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [
 
 
 class Encoder(nn.Module):
-    """A layer of torch's: its attention holds the weights of its parts, and is called again; draws from torch."""
+    """One of torch's layers: its attention holds its parts' weights, and is called again; draws from torch."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ class Recurrent(nn.Module):
 
 
 class DroppedLayers(nn.Module):
-    """Leaves layers out at random, whose weights it reads itself; draws from Python."""
+    """Drops layers at random, and reads their weights itself; draws from Python."""
 
     def __init__(self):
         super().__init__()
@@ -103,7 +103,7 @@ class Jacobian(JDTrainer):
 
 
 def trained(kind: type[nn.Module], args: Any, resume: str | None = None) -> tuple[nn.Module, list[float]]:
-    """The model after training, and the next number of each stream."""
+    """Returns the trained model, and the next number of each random stream."""
     set_seed(1)
     model = kind().double()
     cls = Jacobian if isinstance(args, JDTrainingArguments) else Stock
@@ -126,7 +126,7 @@ def test_mean_is_trainer_draw_for_draw(kind, backward: str, tmp_path):
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_resumed_run_is_an_uninterrupted_one(kind, tmp_path):
-    """To the last bit: a resumed run proves its rows anew, which the other one has done before."""
+    """They are bitwise equal, although the resumed run verifies its rows once more."""
     args = arguments(tmp_path, **FLAGS, jd_weighting="upgrad", save_strategy="steps", save_steps=2)
     whole, after_whole = trained(kind, args)
     resumed, after_resumed = trained(kind, args, str(tmp_path / "checkpoint-2"))

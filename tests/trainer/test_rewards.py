@@ -1,4 +1,4 @@
-"""Rewards as objectives: rows, weights and passes against one backward pass per reward."""
+"""Rewards as objectives: rows, weights and passes, compared with one backward pass per reward."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.trainer.generating import GENERATIONS, Exact, ExactRLOO, Policy, rewa
 
 EXACT = 1e-8
 LOSSES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "vespo", "luspo")
-# Of these a completion's cotangents are multiples of one another wherever the policy is.
+# For these, a completion's cotangents are multiples of each other for every policy.
 ONE_DIRECTION = ("cispo",)
 
 
 def alone(policy: Policy, functions: list, scale: str = "group", weights: tuple[float, ...] | None = None) -> Tensor:
-    """[B, K] each reward's advantages, by loops."""
+    """Computes each reward's advantages [B, K], by loops."""
     n = len(policy.batch)
     permutation = policy.inputs["order"].tolist()
     columns = []
@@ -135,7 +135,7 @@ def test_rloo(kl, tmp_path):
     policy = Policy(tmp_path, functions, ExactRLOO, JDRLOOConfig, moved=0.5, beta=0.1, jd_kl=kl)
     advantages = policy.inputs["jd_advantages"]
     rows, rest = policy.brute(advantages)
-    # TRL's own are the sum of all, where each reward is there; that of one alone is told by the others'.
+    # Where no reward is missing, TRL's advantages are the sum over the rewards.
     whole = advantages.sum(1)[policy.inputs["order"] >= GENERATIONS + 2]
     total = policy.inputs["advantages"][policy.inputs["order"] >= GENERATIONS + 2]
     assert torch.allclose(alone_of_rloo(policy, functions).double(), advantages[:, :3], rtol=1e-4, atol=1e-4)
@@ -149,7 +149,7 @@ def test_rloo(kl, tmp_path):
 
 
 def alone_of_rloo(policy: Policy, functions: list) -> Tensor:
-    """[B, K] each reward less the mean of the prompt's others, by loops."""
+    """Computes each reward minus the mean over the prompt's other completions [B, K], by loops."""
     columns = []
     for function in functions:
         found = function(completions=[""] * len(policy.batch))
@@ -163,7 +163,7 @@ def alone_of_rloo(policy: Policy, functions: list) -> Tensor:
 
 
 class Cubed:
-    """Has a loss that is no multiple of the advantage."""
+    """Has a loss that isn't proportional to the advantage."""
 
     def _compute_loss(self, model, inputs):
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
@@ -185,7 +185,7 @@ def test_a_loss_that_is_no_multiple_of_the_advantage_takes_a_pass_per_reward(tmp
 
 
 class PastGRPO(JDGRPOTrainer, Exact, GRPOTrainer):
-    """Adds a penalty on the parameters, or random numbers."""
+    """Adds a penalty on the parameters."""
 
     def _compute_loss(self, model, inputs):
         penalty = sum(p.square().sum() for p in model.parameters() if p.requires_grad)
@@ -224,7 +224,7 @@ def test_completions_that_are_not_finite_are_left_out(tmp_path):
     for key in ("old_per_token_logps", "ref_per_token_logps"):
         policy.inputs[key][2] = torch.nan
     mine, rest = policy.rows()
-    # What is left is that of the others, with the mean still over all.
+    # The other completions remain, and the mean is still over all.
     policy.inputs["completion_mask"][2] = 0
     for key in ("old_per_token_logps", "ref_per_token_logps"):
         policy.inputs[key][2] = 0
@@ -253,7 +253,7 @@ def test_several_sums_that_hide_the_divergence_are_refused(tmp_path):
 
 
 def flat_reward(completions, **columns):
-    """Worth the same whatever is said: no advantage."""
+    """Rewards all completions equally, so there is no advantage."""
     return [1.0] * len(completions)
 
 

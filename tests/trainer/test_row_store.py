@@ -1,4 +1,4 @@
-"""What is kept of an update's rows, in bytes; and what happens where they are too many."""
+"""The bytes of an update's stored rows, and what happens if there are too many."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DATA = examples(12)
 
 @pytest.fixture
 def kept(monkeypatch):
-    """The bytes that are kept after each micro-batch, and how many Jacobians are then alive."""
+    """Records the bytes stored after each micro-batch, and how many Jacobians are alive then."""
     seen, alive = [], weakref.WeakSet()
     add, compute = RowStore.add, Engine.compute_jacobian
 
@@ -48,7 +48,7 @@ def test_bytes(kind, accumulation, tmp_path, kept):
     row = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     for micro_batches, (size, jacobians) in enumerate(kept, start=1):
         assert size == 3 * row * (micro_batches if kind == "instance" else 1)
-        # Those of the micro-batch itself are in the hands of the one who recorded it.
+        # The caller that recorded the micro-batch still holds its rows.
         assert jacobians <= (micro_batches if kind == "instance" else 2)
     assert len(kept) == accumulation
 

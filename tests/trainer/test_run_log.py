@@ -1,4 +1,4 @@
-"""jd_log.jsonl: what a run writes of itself while it runs."""
+"""jd_log.jsonl: what a run logs while it runs."""
 
 from __future__ import annotations
 

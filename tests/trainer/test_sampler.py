@@ -1,4 +1,4 @@
-"""`--jd_sampler stratified`: every update has its share of every group, over micro-batches, processes and resuming."""
+"""`--jd_sampler stratified`: every update has its share of every group, across micro-batches, processes and resumes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def sampler(groups: list[str], update: int, batch: int, length: int | None = Non
 
 
 def is_stratified(parts: list[list[int]], groups: list[str]) -> bool:
-    """Whether each part has each group's share of all examples, within one."""
+    """Whether each part has each group's share of all examples, to within one example."""
     for part in parts:
         for name in set(groups):
             share = len(part) * groups.count(name) / len(groups)
@@ -124,7 +124,7 @@ def test_a_trainers_updates_have_the_shares(tmp_path):
     trainer = stratified(tmp_path)
     updates = trainer.updates
     assert is_stratified(updates, [example["task"] for example in RARE])
-    # Four updates an epoch: 6, 6, 6 and 5 examples.
+    # Four updates per epoch, of 6, 6, 6 and 5 examples.
     assert sorted(sum(updates[:4], [])) == sorted(sum(updates[4:8], [])) == list(range(23))
     assert updates[:4] != updates[4:8]
 

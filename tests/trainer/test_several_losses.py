@@ -1,4 +1,4 @@
-"""Several losses by name as objectives, of batches or of instances, and what no token owns as one of them."""
+"""Several named losses as objectives, of batches or instances, and the part that belongs to no token as one more."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 from hf_jd import JDTrainer
 from hf_jd.losses import causal_lm
 from tests.models import tiny_gpt2
-from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, relative, run
+from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, relative, run, stock
 from tests.trainer.tasks import TABLE, examples_of, model_of
 from tests.trainer.tasks import collate as collate_any
 from tests.trainer.test_extra_losses import mixtral
@@ -21,7 +21,7 @@ KINDS = ["loss", "instance_loss"]
 
 
 def two_losses(model, inputs):
-    """The tokens' cross-entropy, and how large each instance's logits are."""
+    """Returns the cross-entropy of the tokens, and the size of each instance's logits."""
     outputs = model(**inputs)
     mask = inputs["attention_mask"].to(outputs.logits.dtype)
     size = (outputs.logits.square().mean(2) * mask).sum(1) / mask.sum(1)
@@ -34,7 +34,7 @@ class Two(JDTrainer):
 
 
 class Whole(JDTrainer):
-    """Gives the means of its batches instead."""
+    """Returns batch means instead."""
 
     def compute_losses(self, model, inputs):
         (nll, counted), size = two_losses(model, inputs).values()
@@ -50,7 +50,7 @@ class StockTwo(Trainer):
 
 
 def in_order(cls):
-    """Takes the examples in their order."""
+    """Visits the examples in order."""
     return type(
         "InOrder", (cls,), {"_get_train_sampler": lambda self, data=None: torch.utils.data.SequentialSampler(data)}
     )
@@ -73,7 +73,7 @@ def test_mean_is_the_sum_of_the_losses(kind, cls, flags, tmp_path):
 
 
 def brute_force(data, kind):
-    """Objectives, and their rows, of one batch of all."""
+    """Computes the objectives and their rows, in one batch of all examples."""
     model, batch = started(), collate(data)
     (nll, counted), size = two_losses(model, batch).values()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -110,11 +110,11 @@ def test_one_step_is_that_of_brute_force_rows_whatever_the_accumulation(kind, si
 
 
 def _as_one_batch(names, kind):
-    """The order of the objectives of accumulated micro-batches in one batch: the losses, and in them the instances."""
+    """Reorders the objectives of accumulated micro-batches as in one batch: by loss, then by instance."""
     if kind == "loss":
         return [0, 1]
     pairs = [name.split("/") for name in names]
-    # Instance 4 has no tokens that count, and so only one of the two.
+    # Instance 4 has no tokens that count, so it has only one of the two losses.
     return sorted(range(len(names)), key=lambda i: (pairs[i][1], int(pairs[i][0])))
 
 
@@ -253,7 +253,7 @@ def test_a_balancing_loss_is_an_objective(kind, tmp_path):
     assert ours.jd_state.gramian[-1, -1] > 0
     assert logged(ours, "jd/weight/aux_loss").isfinite().all()
     if kind != "group-means":
-        theirs = run(mixtral(), arguments(tmp_path, TrainingArguments, **flags))
+        theirs = stock(mixtral(), tmp_path, **flags)
         assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
         assert relative(logged(ours, "loss"), logged(theirs, "loss")) < 1e-6
 
@@ -262,7 +262,7 @@ def test_a_balancing_loss_is_an_objective(kind, tmp_path):
 @pytest.mark.filterwarnings("ignore:.*further passes now")
 @pytest.mark.parametrize("kind", EXTRA)
 def test_a_balancing_loss_is_one_objective_over_accumulation(kind, tmp_path):
-    """The micro-batches' balancing losses make one objective, whose part of the loss Trainer adds up."""
+    """The micro-batches' balancing losses form one objective, since Trainer adds them up."""
     data, flags = examples(2) * 3, {"gradient_accumulation_steps": 3, "max_steps": 1, **SGD}
     args = arguments(tmp_path, jd_weighting="mean", jd_extra_losses="objective", **flags, **EXTRA[kind])
     ours = run(mixtral(), args, data, in_order(JDTrainer))

@@ -1,4 +1,4 @@
-"""JDSFTTrainer is TRL's SFTTrainer under `mean`: parameters and everything that is logged."""
+"""With `mean`, JDSFTTrainer equals TRL's SFTTrainer: parameters and everything that is logged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import hf_jd
 from hf_jd import JDTrainingArguments
 from tests.marks import slow
 from tests.models import tiny_llama
-from tests.trainer.runs import flat, logged, relative
+from tests.trainer.runs import arguments, flat, logged, relative
 
 trl = pytest.importorskip("trl", reason="TRL 1.16 asks for datasets 4.7")
 SFTConfig, SFTTrainer = trl.SFTConfig, trl.SFTTrainer
@@ -52,24 +52,9 @@ def mixtral() -> nn.Module:
 
 def trained(cls: type, model: nn.Module, directory: Path, data: Dataset = DATA, **settings) -> SFTTrainer:
     config = JDSFTConfig if cls is JDSFTTrainer else SFTConfig
-    args = config(
-        output_dir=str(directory),
-        **{
-            "use_cpu": True,
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "max_steps": 10,
-            "learning_rate": 1e-3,
-            "logging_steps": 1,
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "gradient_checkpointing": False,
-            "bf16": False,
-            "max_length": 64,
-            **settings,
-        },
-    )
+    common = {"gradient_accumulation_steps": 2, "max_steps": 10, "learning_rate": 1e-3, "max_length": 64}
+    plain = {"gradient_checkpointing": False, "bf16": False}
+    args = arguments(directory, config, **{**common, **plain, **settings})
     torch.manual_seed(0)
     trainer = cls(model, args, train_dataset=data, processing_class=TOKENIZER)
     trainer.train()

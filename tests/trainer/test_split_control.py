@@ -1,4 +1,4 @@
-"""A loss that is split, under the flags of control."""
+"""A split loss with the control flags."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import TrainingArguments
 
-from hf_jd import JDTrainerMixin, JDTrainingArguments
 from hf_jd.weighting import UPGradWeighting
-from tests.trainer.own_losses import CASES, Case, trainer_of
-from tests.trainer.runs import arguments, flat, logged, relative
+from tests.trainer import own_losses
+from tests.trainer.own_losses import CASES, Case, ours_of, trainer_of
+from tests.trainer.runs import flat, logged, relative
 from tests.trainer.split_runs import (
     AVERAGED,
     GROUP,
@@ -30,24 +29,18 @@ PLAIN = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", 
 
 
 def trained(case: Case, directory: Any, cls: Any = None, data: Any = None, **flags: Any) -> Any:
-    """Four updates of 4 examples in order, by plain SGD."""
-    cls = cls or type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {})
-    config = JDTrainingArguments if issubclass(cls, JDTrainerMixin) else TrainingArguments
+    """Trains for four updates of 4 examples in order, with plain SGD."""
     common = {"per_device_train_batch_size": 4, "train_sampling_strategy": "sequential", **PLAIN}
-    args = arguments(directory, config, **{**common, **flags})
-    data = case.examples(16) if data is None else data
-    trainer = cls(case.build(), args, train_dataset=data, data_collator=case.collate)
-    trainer.train()
-    return trainer
+    return own_losses.trained(case, directory, 16, cls, data, **{**common, **flags})
 
 
 def by_hand(case: Case, weights_of: Callable[[int, Tensor], Tensor], factors: Any = None) -> Tensor:
-    """The parameters after four updates by groups, from brute force.
+    """Computes the parameters after four updates by group, by brute force.
 
     Args:
         case: The loss and the model.
-        weights_of: The number of an update and its Gramian -> weights.
-        factors: What multiplies the groups' shares of the loss, by their sizes; 1 if None.
+        weights_of: Maps an update's number and Gramian to weights.
+        factors: Maps the groups' sizes to factors of their shares of the loss; None for 1.
     """
     model = case.build()
     parameters = list(model.parameters())
@@ -120,7 +113,7 @@ def test_watching_changes_nothing(case, kind, tmp_path):
 
 
 def test_groups_that_are_their_own_means(tmp_path):
-    # Of losses that are a mean of instances: a group's share, times B over its number of instances, is its mean.
+    # If the loss is a mean over instances, a group's share, times B over its number of instances, is the group's mean.
     case = CASES["focal"]
     ours = trained(case, tmp_path, jd_group_reduction="mean", **GROUP)
     expected = by_hand(case, lambda step, gramian: UPGRAD(gramian), lambda size: 4 / size)
@@ -132,7 +125,7 @@ def test_groups_that_are_their_own_means_of_tokens(tmp_path):
     recorded = Recorded(case, tmp_path, jd_group_reduction="mean", **GROUP)
     rows, _ = brute(case, case.build(), recorded.inputs, 5)
     counts, groups = (recorded.inputs["labels"][:, 1:] != -100).sum(1).double(), recorded.batch["jd_group"]
-    # Nothing divides the sum here: it is as if it were by the number of tokens of the batch.
+    # The sum is not divided here, which acts like dividing by the batch's number of tokens.
     scale = torch.stack([counts.sum() / counts[groups == k].sum() for k in groups.unique()])
     objectives = scale[:, None] * grouped(rows, recorded)
     recorded.step(None)
@@ -150,13 +143,12 @@ def test_groups_that_are_raised(tmp_path):
 
 @pytest.mark.parametrize("kind", [{}, GROUP], ids=["instance", "group"])
 def test_micro_batches_may_be_weighed_alone(kind, tmp_path):
-    # Each of two equal micro-batches is the update of one.
+    # With two equal micro-batches, the update is the same as with one of them.
     case = CASES["contrastive"]
     data = case.examples(4)
     one = trained(case, tmp_path, data=data * 4, **kind)
     flags = {"jd_scope": "micro_batch", "gradient_accumulation_steps": 2}
-    cls = type("Ours", (JDTrainerMixin, trainer_of(case.loss)), AVERAGED)
-    two = trained(case, tmp_path, cls, data=data * 8, **flags, **kind)
+    two = trained(case, tmp_path, ours_of(case.loss, **AVERAGED), data=data * 8, **flags, **kind)
     assert relative(flat(two.model), flat(one.model)) < 1e-10
 
 

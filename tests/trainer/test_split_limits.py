@@ -9,11 +9,11 @@ import torch
 from datasets import Dataset, DatasetDict
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
-from hf_jd import JDTrainer, JDTrainerMixin, JDTrainingArguments
+from hf_jd import JDTrainer, JDTrainerMixin
 from tests.trainer import own_losses, tasks
-from tests.trainer.own_losses import CASES, Case, trainer_of
+from tests.trainer.own_losses import CASES, Case, ours_of, prepared, trained, trainer_of
 from tests.trainer.runs import arguments, flat, logged, relative
 from tests.trainer.split_runs import (
     AVERAGED,
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*further passes now")
 
 
 class Normalised(nn.Module):
-    """Its instances depend on one another."""
+    """Its instances depend on each other."""
 
     def __init__(self):
         super().__init__()
@@ -77,16 +77,8 @@ BATCHES = {"BatchNorm": Case(lambda t, m, i, n: ((o := m(**i))["loss"], o), norm
 def test_batches_need_nothing_of_the_model(name, tmp_path):
     case = BATCHES[name]
     flags = {"optim": "sgd", "gradient_accumulation_steps": 2, "max_steps": 3, "per_device_train_batch_size": 4}
-
-    def run(cls, config, **own):
-        args = arguments(tmp_path, config, **flags, **own)
-        trainer = cls(case.build(), args, train_dataset=case.examples(26), data_collator=case.collate)
-        trainer.train()
-        return trainer
-
-    theirs = run(trainer_of(case.loss), TrainingArguments)
-    cls = type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {})
-    ours = run(cls, JDTrainingArguments, jd_objectives="batch", jd_weighting="mean")
+    theirs = trained(case, tmp_path, 26, trainer_of(case.loss), **flags)
+    ours = trained(case, tmp_path, 26, jd_objectives="batch", jd_weighting="mean", **flags)
     assert relative(flat(ours.model), flat(theirs.model)) < 1e-10
     assert relative(logged(ours, "grad_norm"), logged(theirs, "grad_norm")) < 1e-6
     assert relative(flat(theirs.model), flat(case.build())) > 1e-4
@@ -101,17 +93,15 @@ def test_the_gramian_of_batches_is_that_of_their_gradients(tmp_path):
         batch = case.collate([{k: v for k, v in e.items() if k != "task"} for e in case.examples(8)[part]])
         case.loss(None, model, batch, None)[0].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
-    rows = torch.stack(gradients)  # Each is half of the update's mean, and one of two objectives.
+    rows = torch.stack(gradients)  # Each batch is one of two objectives, and half of the update's mean.
     flags = {"gradient_accumulation_steps": 2, "max_steps": 1, "per_device_train_batch_size": 4}
-    args = arguments(tmp_path, train_sampling_strategy="sequential", jd_objectives="batch", **flags)
-    cls = type("Ours", (JDTrainerMixin, trainer_of(case.loss)), AVERAGED)
-    trainer = cls(case.build(), args, train_dataset=case.examples(8), data_collator=case.collate)
-    trainer.train()
+    flags |= {"train_sampling_strategy": "sequential", "jd_objectives": "batch"}
+    trainer = trained(case, tmp_path, 8, ours_of(case.loss, **AVERAGED), **flags)
     assert relative(trainer.jd_state.gramian, rows @ rows.T) < 1e-10
 
 
 def own_backward(trainer, model, inputs, number):
-    """Half of it is descended past accelerator.backward."""
+    """Half of its gradient bypasses accelerator.backward."""
     loss = model(**inputs).loss
     loss.backward()
     return model(**inputs).logits.square().mean(), None
@@ -159,14 +149,12 @@ def test_several_training_sets_by_name_are_taken(tmp_path):
                 self.train_dataset = sets
 
     sets = DatasetDict({name: Dataset.from_list(case.examples(4)) for name in ("first", "second")})
-    cls = type("Ours", (JDTrainerMixin, Joining), {})
-    trainer = cls(case.build(), arguments(tmp_path, max_steps=1), train_dataset=sets, data_collator=case.collate)
-    trainer.train()
+    trainer = trained(case, tmp_path, 8, type("Ours", (JDTrainerMixin, Joining), {}), sets, max_steps=1)
     assert trainer.state.global_step == 1
 
 
 def after_a_step(second_order: bool) -> Any:
-    """The loss after a step of gradient descent on the batch, through `functional_call`."""
+    """Computes the loss after a gradient descent step on the batch, through `functional_call`."""
 
     def loss(trainer, model, inputs, number):
         parameters = dict(model.named_parameters())
@@ -180,15 +168,9 @@ def after_a_step(second_order: bool) -> Any:
 
 def test_parameters_that_a_call_replaces_are_trained(tmp_path):
     case = Case(after_a_step(second_order=False))
-
-    def run(cls, config, **own):
-        args = arguments(tmp_path, config, optim="sgd", **own)
-        trainer = cls(case.build(), args, train_dataset=case.examples(12), data_collator=case.collate)
-        trainer.train()
-        return flat(trainer.model)
-
-    ours = run(type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {}), JDTrainingArguments, jd_weighting="mean")
-    assert relative(ours, run(trainer_of(case.loss), TrainingArguments)) < 1e-10
+    ours = trained(case, tmp_path, 12, optim="sgd", jd_weighting="mean")
+    theirs = trained(case, tmp_path, 12, trainer_of(case.loss), optim="sgd")
+    assert relative(flat(ours.model), flat(theirs.model)) < 1e-10
 
 
 # ---- Errors ----
@@ -196,9 +178,7 @@ def test_parameters_that_a_call_replaces_are_trained(tmp_path):
 
 def refused(directory: Any, match: str, loss: Any = None, cls: Any = None, case: Any = None, **flags: Any) -> None:
     case = case or Case(loss or CASES["focal"].loss)
-    cls = cls or type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {})
-    args = arguments(directory, per_device_train_batch_size=8, **flags)
-    trainer = cls(case.build(), args, train_dataset=case.examples(8), data_collator=case.collate)
+    trainer = prepared(case, directory, 8, cls, per_device_train_batch_size=8, **flags)
     with pytest.raises(ValueError, match=match):
         trainer.train()
 
@@ -231,9 +211,7 @@ def test_outputs_on_both_sides_of_a_reentrant_checkpoint_are_refused(tmp_path):
     flags = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}, "max_steps": 1}
     case = CASES["hidden-states"]
     refused(tmp_path, "reentrant .* allows no gradient there: set .*False}, or choose --jd_obj", case.loss, **flags)
-    args = arguments(tmp_path, jd_objectives="batch", **flags)
-    cls = type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {})
-    cls(case.build(), args, train_dataset=case.examples(4), data_collator=case.collate).train()
+    trained(case, tmp_path, 4, jd_objectives="batch", **flags)
 
 
 class Flat(own_losses.Trunk):
@@ -263,7 +241,7 @@ def of_candidates(trainer, model, inputs, number):
 class Stacked(Case):
     @property
     def collate(self):
-        """Three candidates per example."""
+        """Collates three candidates per example."""
         return lambda batch: {"input_ids": torch.arange(len(batch) * 12).view(len(batch), 3, 4) % own_losses.VOCABULARY}
 
 
@@ -315,9 +293,8 @@ def test_a_step_that_calls_backward_another_time_is_refused(kind, times, tmp_pat
                 self.accelerator.backward(loss)
             return torch.zeros(())
 
-    own = trainer_of(CASES["focal"].loss, Steps)
     match = rf"training step of Ours called accelerator.backward {times} times .*: call it, or super\(\).training_step"
-    refused(tmp_path, match, cls=type("Ours", (JDTrainerMixin, own), {}), **kind)
+    refused(tmp_path, match, cls=ours_of(CASES["focal"].loss, Steps), **kind)
 
 
 @pytest.mark.parametrize(
@@ -338,11 +315,7 @@ def test_two_passes_make_the_update_of_one(kind, accumulation, tmp_path):
     case, updates = CASES["R-Drop"], []
     for backward in ("one_pass", "two_pass"):
         flags = {"jd_backward": backward, "gradient_accumulation_steps": accumulation, "max_steps": 3, **kind}
-        cls = type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {})
-        args = arguments(tmp_path, **flags)
-        trainer = cls(case.build(), args, train_dataset=case.examples(9), data_collator=case.collate)
-        trainer.train()
-        updates.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+        updates.append(flat(trained(case, tmp_path, 9, **flags).model))
     assert relative(updates[1], updates[0]) < 1e-9
 
 
@@ -350,22 +323,15 @@ def test_two_passes_make_the_update_of_one(kind, accumulation, tmp_path):
 def test_a_penalty_is_an_objective_if_that_is_asked(kind, tmp_path):
     case, models = CASES["penalised"], []
     for asked in ("mean", "objective"):
-        cls = type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {})
-        args = arguments(tmp_path, jd_weighting="mean", jd_extra_losses=asked, max_steps=3, **kind)
-        trainer = cls(case.build(), args, train_dataset=case.examples(8), data_collator=case.collate)
-        trainer.train()
-        models.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+        trainer = trained(case, tmp_path, 8, jd_weighting="mean", jd_extra_losses=asked, max_steps=3, **kind)
+        models.append(flat(trainer.model))
     assert trainer.jd_state.names[-1] == "extra"
     assert relative(models[1], models[0]) < 1e-9
 
 
 def test_a_penalty_is_refused_if_that_is_asked(tmp_path):
-    match = "part that belongs to no token.*--jd_extra_losses mean"
-    case = CASES["penalised"]
-    cls = type("Ours", (JDTrainerMixin, trainer_of(case.loss)), {})
-    args = arguments(tmp_path, jd_extra_losses="error")
-    with pytest.raises(ValueError, match=match):
-        cls(case.build(), args, train_dataset=case.examples(8), data_collator=case.collate).train()
+    with pytest.raises(ValueError, match="part that belongs to no token.*--jd_extra_losses mean"):
+        trained(CASES["penalised"], tmp_path, 8, jd_extra_losses="error")
 
 
 def test_batches_have_no_values_either(tmp_path):
@@ -388,9 +354,8 @@ def test_unreduced_losses_beside_an_own_loss_are_taken(tmp_path):
             return F.cross_entropy(model(**inputs).logits, inputs["labels"], reduction="none")
 
     case = CASES["focal"]
-    args = arguments(tmp_path, jd_normalize="loss", max_steps=1)
+    flags = {"jd_normalize": "loss", "max_steps": 1}
     with pytest.raises(AssertionError, match="unreduced losses count"):
-        Both(case.build(), args, train_dataset=case.examples(4), data_collator=case.collate).evaluate(case.examples(4))
-    trainer = Both(case.build(), args, train_dataset=case.examples(4), data_collator=case.collate)
-    trainer.train()
+        prepared(case, tmp_path, 4, Both, **flags).evaluate(case.examples(4))
+    trainer = trained(case, tmp_path, 4, Both, **flags)
     assert trainer.jd_state.losses.isfinite().all()

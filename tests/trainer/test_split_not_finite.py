@@ -1,4 +1,4 @@
-"""A loss that is split, and isn't finite somewhere: the others' rows are right."""
+"""A split loss that isn't finite for some instance: the other instances' rows are right."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*further passes now")
 
 
 def spoiled(trainer, model, inputs, number):
-    """The loss of the third example is no number; the others' are what they were."""
+    """Makes the third example's loss NaN; the others are unchanged."""
     labels = inputs.pop("labels")
     outputs = model(**inputs)
     losses = F.cross_entropy(outputs.logits, labels, reduction="none")
@@ -30,7 +30,7 @@ def spoiled(trainer, model, inputs, number):
 
 
 def spoiled_inside(trainer, model, inputs, number):
-    """The model itself computes infinities for the third example."""
+    """Makes the model itself compute infinities for the third example."""
     factors = torch.tensor([1.0, 1.0, torch.inf, 1.0, 1.0]).double()[:, None, None]
     embedded = model.get_input_embeddings()(inputs.pop("input_ids")) * factors
     labels = inputs.pop("labels")

@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from hf_jd import JDSeq2SeqTrainer, JDSeq2SeqTrainingArguments, JDTrainer
 from hf_jd.gramian import Engine
 from tests.models import tiny_gpt2, tiny_llama
-from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, relative, run
+from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, relative, run, stock
 
 TASK = {"jd_objectives": "group", "jd_group_column": "task"}
 
@@ -35,7 +35,7 @@ def test_the_update_is_the_weighted_sum_of_brute_force_rows(tmp_path):
         logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none", ignore_index=-100
     )
     parameters = [p for p in model.parameters() if p.requires_grad]
-    # Trainer's number of tokens: for GPT-2 the first one counts too, which predicts nothing.
+    # Trainer's number of tokens: for GPT-2, it includes the first token, which is never predicted.
     objectives = 4 * nll.sum(1)[counted.any(1)] / (batch["labels"] != -100).sum()
     rows = [torch.cat([g.flatten() for g in torch.autograd.grad(x, parameters, retain_graph=True)]) for x in objectives]
     gramian = torch.stack(rows) @ torch.stack(rows).T
@@ -81,7 +81,7 @@ def test_a_weighting_that_returns_something_else(wrong, tmp_path):
 def test_one_objective_is_the_stock_step(flags, tmp_path):
     data = [{**example, "task": "same"} for example in examples()]
     settings = {"per_device_train_batch_size": 2 if flags else 1, "max_steps": 3}
-    theirs = run(lora("gpt2"), arguments(tmp_path, TrainingArguments, **settings), data)
+    theirs = stock(lora("gpt2"), tmp_path, data, **settings)
     ours = run(lora("gpt2"), arguments(tmp_path, **settings, **flags), data)
     assert relative(flat(ours.model), flat(theirs.model)) < 1e-10
 
@@ -107,7 +107,7 @@ def test_own_losses(kind, tmp_path):
 
 
 def test_means_of_micro_batches_that_are_weighed_alone_are_averaged(tmp_path):
-    # Every micro-batch is the same: three of them are one. The head computes in float32, which rounds thirds.
+    # All micro-batches are the same, so three equal one. The head computes in float32, which rounds thirds.
     data = examples(2) * 6
     flags = {"jd_group_reduction": "mean", "train_sampling_strategy": "sequential", "max_steps": 2, **TASK}
     one = run(lora("gpt2"), arguments(tmp_path, **flags), data)
@@ -115,7 +115,7 @@ def test_means_of_micro_batches_that_are_weighed_alone_are_averaged(tmp_path):
     three = run(lora("gpt2"), arguments(tmp_path, **flags), data)
     assert (
         relative(flat(three.model), flat(one.model)) < 1e-7
-    )  # The head computes in float32, and a third of a gradient is rounded otherwise.
+    )  # The head computes in float32, which rounds a third of a gradient differently.
     assert relative(logged(three, "loss"), logged(one, "loss")) < 1e-6
 
 
@@ -237,7 +237,7 @@ def test_nothing_to_learn_in_an_update_is_no_step(tmp_path):
 
 
 def test_a_model_init_is_met_by_the_engine(tmp_path):
-    # Trainer makes the model anew when it trains.
+    # Trainer builds a new model when it trains.
     trainer = JDTrainer(
         model_init=lambda: lora("gpt2"),
         args=arguments(tmp_path),
@@ -303,7 +303,7 @@ def test_the_state_of_the_last_step_is_there_for_callbacks(tmp_path):
 
 @pytest.mark.parametrize("weighting", ["upgrad", "gradvac", "dwa"])
 def test_resuming_gives_the_same_parameters(weighting, tmp_path):
-    # The last two remember past steps and draw random numbers, or read losses.
+    # The last two weightings remember past steps and draw random numbers, or read losses.
     flags = {"max_steps": 6, "per_device_train_batch_size": 4, "jd_weighting": weighting, **TASK}
     saving = {"save_strategy": "steps", "save_steps": 3, **flags}
     whole = run(lora("gpt2", dropout=0.1), arguments(tmp_path / "a", **flags))

@@ -1,4 +1,4 @@
-"""Families of Jacobians with entries that are exact floats, whose Gramians in float64 are exact as well."""
+"""Families of Jacobians whose entries are exact floats, so that their float64 Gramians are exact, too."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def orthogonal(generator: torch.Generator, m: int) -> Tensor:
 
 
 def opposite(generator: torch.Generator, m: int) -> Tensor:
-    """Pareto stationary: the rows' hull has 0 inside."""
+    """Pareto stationary: 0 is inside the rows' hull."""
     jacobian = random(generator, m)
     jacobian[-1] = -jacobian[:-1].sum(dim=0)
     return jacobian

@@ -1,4 +1,4 @@
-"""What every weighting of the list keeps, whatever the Gramian."""
+"""Properties of every weighting in `WEIGHTINGS`, for any Gramian."""
 
 import math
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ GRAMIAN = [name for name, cls in WEIGHTINGS.items() if not issubclass(cls, LossW
 CHANCE = {"random", "rlw", "pcgrad", "gradvac"}
 NOT_SYMMETRIC = {*CHANCE, "pcd"}  # the first row is PCD's primary one
 DEGREE = {"nash_mtl": -1, "fairgrad": -1, "gapo": -1}  # w(c^2 G) = c^degree w(G); 0 for the others
-IN_UNITS = {"modo"}  # the paper's step has the unit of a squared length
+IN_UNITS = {"modo"}  # the paper's step size has the unit of a squared length
 NON_CONFLICTING = ["upgrad", "dualproj", "mgda", "gapo"]
 MEAN_WITHOUT_CONFLICT = ["upgrad", "dualproj"]
 
@@ -28,7 +28,7 @@ def build(name: str, m: int, **arguments: Any) -> Weighting:
 
 
 def smallest_size(name: str) -> int:
-    # Among four rows two are each other's nearest, and Krum's scores tie.
+    # Among four rows, two are each other's nearest, so Krum's scores tie.
     return 5 if name == "krum" else 1
 
 
@@ -43,7 +43,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn, largest: int = 16, spread: float = 6.0, decades: float = 3.0) -> Case:
-    """Rows of any rank, whose singular values and lengths spread over many decades."""
+    """Draws rows of any rank, whose singular values and lengths span many decades."""
     m = draw(st.integers(1, largest))
     rank = draw(st.integers(1, m + 3))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -73,7 +73,7 @@ def test_finite_and_like_the_input(name: str, case: Case, dtype: torch.dtype) ->
     assert weights.dtype == dtype
     assert weights.device == given_statistic.device
     assert not weights.requires_grad
-    # Weights of very short rows may be too large for float32, but not for bfloat16's range plus that of float64.
+    # Weights of very short rows may be too large for float32 and bfloat16.
     assert weights.double().isfinite().all() or dtype != torch.float64
     assert torch.equal(given_statistic, before)
 
@@ -176,7 +176,7 @@ def test_degenerate_rows(name: str, rows: list[list[float]]) -> None:
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
 def test_a_resumed_run_equals_an_uninterrupted_one(name: str, tmp_path: Any) -> None:
-    """Groups come and go between the steps; the state goes through a file."""
+    """Groups come and go between steps; the state is saved to a file and loaded."""
     generator = torch.Generator().manual_seed(0)
     steps = [["a", "b", "c", "d"], ["d", "a", "c", "b"], ["e", "b", "a", "c", "d"], ["a", "c", "e", "b", "d"]] * 2
     rows = [Case(torch.randn(len(names), 6, generator=generator, dtype=torch.float64)) for names in steps]
@@ -197,7 +197,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name: str, tmp_path: Any) -> 
         torch.save(first.state_dict(), tmp_path / "state.pt")
         assert isinstance(resumed, Stateful)
         resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-        run(first, slice(3, 5))  # what goes on elsewhere does not reach the state that was saved
+        run(first, slice(3, 5))  # later steps of the original must not change the saved state
     for found, wanted in zip(run(resumed, slice(3, 8)), expected[3:], strict=True):
         assert torch.equal(found, wanted)
     if isinstance(uninterrupted, Stateful):
@@ -234,7 +234,7 @@ def test_memory_follows_names_not_positions(name: str) -> None:
 
 
 def update_difference(jacobian: Tensor, first: Tensor, second: Tensor) -> float:
-    """|J^T (a - b)|, relative to the largest of the terms that J^T a and J^T b sum."""
+    """Computes |J^T (a - b)|, relative to the largest term in the sums J^T a and J^T b."""
     sizes = torch.maximum(first.abs(), second.abs()) * jacobian.norm(dim=1)
     largest = sizes.max().item()
     if not math.isfinite(largest) or not largest:

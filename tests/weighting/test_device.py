@@ -1,4 +1,4 @@
-"""What leaves the device of a large Gramian in a step: scalars, as far as a CPU can tell; never the Gramian."""
+"""With a large Gramian, a step copies only scalars to the host, as far as a CPU can tell; never the Gramian."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from hf_jd.weighting import WEIGHTINGS, LossWeighting, build_weighting
 from hf_jd.weighting._solvers.projection import together
 
 LOSSES = {name for name, cls in WEIGHTINGS.items() if issubclass(cls, LossWeighting)}
-ON_THE_CPU = {"mgda", "gapo", "cagrad", "raco", "pcd"}  # one active set each, which changes row by row
+ON_THE_CPU = {"mgda", "gapo", "cagrad", "raco", "pcd"}  # one active set per problem, which changes row by row
 SOLVED = {"upgrad": 80, "cr_mogm": 80, "nash_mtl": 60, "fairgrad": 60}  # tests for the end of an iteration
 
 
 class Synchronisations(TorchDispatchMode):
-    """Counts what makes the host wait for a device: scalars that are read, and sizes that depend on values."""
+    """Counts what makes the host wait for a device: reading scalars, and sizes that depend on values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def gramian(m: int) -> Tensor:
 
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The sizes of the tensors that were copied to the host."""
+    """Records the sizes of tensors copied to the host."""
     found: list[int] = []
 
     def recorded(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -61,7 +61,7 @@ def test_a_step_reads_a_few_scalars(name: str, copies: list[int]) -> None:
     weighting = build_weighting(name, **({"weights": [1.0] * 64} if name == "constant" else {}))
     with Synchronisations() as synchronisations:
         weighting(gramian(64))
-    memory = 64 * 64 if name == "gradvac" else 64  # what Stateful ones keep is on the CPU
+    memory = 64 * 64 if name == "gradvac" else 64  # stateful weightings store their memory on the CPU
     assert all(size <= memory for size in copies)
     assert synchronisations.found.total() <= SOLVED.get(name, 6), synchronisations.found
 
@@ -77,5 +77,5 @@ def test_the_projection_of_a_large_gramian_stays_on_its_device(problems: int, co
 @pytest.mark.parametrize("name", sorted(ON_THE_CPU))
 def test_what_is_solved_on_the_cpu_is_copied_once(name: str, copies: list[int]) -> None:
     build_weighting(name)(gramian(64))
-    assert sum(size == 64 * 64 for size in copies) <= 2  # .cpu().numpy() is one copy, seen twice
+    assert sum(size == 64 * 64 for size in copies) <= 2  # .cpu().numpy() is one copy, recorded twice
     assert len(copies) <= 8

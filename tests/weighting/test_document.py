@@ -1,4 +1,4 @@
-"""docs/weightings.md is what its generator writes."""
+"""docs/weightings.md is up to date with its generator."""
 
 import importlib.util
 from pathlib import Path

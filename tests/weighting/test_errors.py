@@ -1,4 +1,4 @@
-"""Bad input: the error names the thing."""
+"""Bad input: the error names what is wrong."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""UPGrad, DualProj and MGDA against the enumeration of active sets in rational arithmetic."""
+"""UPGrad, DualProj and MGDA compared with an enumeration of active sets in rational arithmetic."""
 
 from fractions import Fraction
 
@@ -47,7 +47,7 @@ def test_mgda(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_projection_weights_have_minimum_norm(family: str) -> None:
-    """v is shortest, in lengths of its rows, among all weights of its projection: no vertex of them lies behind it."""
+    """v is its projection's shortest weights, in lengths of rows: along v, no vertex of their set is nearer to 0."""
     for jacobian in jacobians(family):
         gramian, m = rational_gramian(jacobian), len(jacobian)
         squares = [gramian[i][i] for i in range(m)]

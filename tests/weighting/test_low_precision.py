@@ -1,6 +1,6 @@
-"""Gramians of float32 and bfloat16 have errors of their own: no step fails of them, and no update is made of them.
+"""Float32 and bfloat16 Gramians have rounding errors: these make no step fail, and don't dominate any update.
 
-All errors are drawn from seeds and added, so that they are the same on every processor.
+Errors are drawn from seeds and added, so that they are the same on every processor.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from hf_jd.weighting._solvers.projection import cone_projection
 from tests.weighting.test_contract import GRAMIAN, build, smallest_size, update_difference
 from tests.weighting.test_solvers import nearly_opposite
 
-FLOAT32, BFLOAT16 = 6e-8, 4e-3  # the largest rounding error of a number, by its size
+FLOAT32, BFLOAT16 = 6e-8, 4e-3  # the largest relative rounding error of a number
 SIZES = [2, 3, 8, 17, 33, 64]
 UNIQUE = ["upgrad", "dualproj", "mgda", "pcd"]
 SEMIDEFINITE = [*UNIQUE, "cagrad", "config", "nash_mtl", "fairgrad", "cr_mogm"]
@@ -84,7 +84,7 @@ FAMILIES: list[Rows] = [
 
 
 def with_errors(rows: Tensor, error: float, generator: torch.Generator) -> Tensor:
-    """The rows' Gramian, each entry off by as much as `error` times the two rows' lengths; float32 numbers, float64."""
+    """Computes the rows' Gramian with errors of up to `error` times both rows' lengths; float32 values, in float64."""
     signs = torch.randint(-1, 2, (len(rows), len(rows)), generator=generator).double().triu(1)
     lengths = rows.norm(dim=1)
     return (rows @ rows.T + error * (signs + signs.T) * lengths.outer(lengths)).float().double()
@@ -125,7 +125,7 @@ def test_the_scale_of_all_losses_and_their_order_change_no_weight(family: Rows, 
         m = len(rows)
         weights = build(name, m)(gramian)
         assert update_difference(rows, build(name, m)(gramian * 1e-16), weights) < 1e-6
-        order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.arange(m - 1).flip(0)])  # PCD's first stays
+        order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.arange(m - 1).flip(0)])  # keeps PCD's first
         assert update_difference(rows[order], build(name, m)(gramian[order][:, order]), weights[order]) < 1e-6
 
 

@@ -1,4 +1,4 @@
-"""Each method against a second formula, taken from the Jacobian, or against an independent solver."""
+"""Each method compared with a second formula, based on the Jacobian, or with an independent solver."""
 
 import math
 from collections.abc import Callable
@@ -110,13 +110,13 @@ def test_cagrad_against_its_primal_problem(m: int, n: int, c: float) -> None:
 
 @pytest.mark.parametrize("m, n", [(3, 5), (8, 5), (20, 4), (33, 60)])
 def test_cagrad_where_rows_cancel(m: int, n: int) -> None:
-    """With opposite rows no update has progress for all: from c = 1 on the best is none at all, not rounding errors."""
+    """With opposite rows, no update makes progress on all: for c >= 1, the best update is 0, not rounding errors."""
     rows = jacobian(m, n)
     rows[1::2] = -2 * rows[::2][: m // 2]
     for radius in (1, 2):
         weights = CAGradWeighting(c=radius)(rows @ rows.T)
         assert (rows.T @ weights).norm() <= 1e-7 * weights.sum() * rows.norm(dim=1).max()
-    # Within a smaller radius it is as near to none as the ball allows.
+    # Within a smaller radius, it is as short as the ball allows.
     update = rows.T @ CAGradWeighting(c=0.5)(rows @ rows.T)
     mean = rows.mean(dim=0)
     assert (update - mean).norm() <= 0.5 * mean.norm() * (1 + 1e-9)
@@ -141,7 +141,7 @@ def test_fairgrad_solves_its_equation(m: int, n: int, alpha: float) -> None:
     close(gramian @ weights * weights ** (1 / alpha), torch.ones(m, dtype=torch.float64), 1e-7)
     rows = rows * torch.logspace(-3, 3, m, dtype=torch.float64)[:, None]
     weights = FairGradWeighting(alpha=alpha)(rows @ rows.T)
-    # Progress may be smaller than the terms that cancel in it: measured by those.
+    # Progress may be smaller than the terms that cancel in it, so errors are relative to these terms.
     gap = rows @ rows.T @ weights - weights ** (-1 / alpha)
     lengths = rows.norm(dim=1)
     assert (gap.abs() <= 1e-12 * lengths * (weights @ lengths)).all()
@@ -377,7 +377,7 @@ def test_cr_mogm_resets_what_it_wraps() -> None:
 
 
 def test_pcd_normalises_by_moving_averages() -> None:
-    """A row that was long before counts as short now: its constraint asks for less of the progress it could make."""
+    """A row that was longer before now counts as short: its constraint asks for less of its possible progress."""
     rows = torch.tensor([[1.0, 0], [-0.5, 1]], dtype=torch.float64)
     fresh = PCDWeighting(tau=0.5, beta=0.9)(rows @ rows.T)
     weighting = PCDWeighting(tau=0.5, beta=0.9)

@@ -1,4 +1,4 @@
-"""Weights of minimum norm of dependent rows, by Newton's method, against enumeration and against quadprog."""
+"""Minimum-norm weights of dependent rows by Newton's method, compared with enumeration and with quadprog."""
 
 from fractions import Fraction
 

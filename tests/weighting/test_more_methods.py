@@ -1,4 +1,4 @@
-"""The methods that TorchJD calls scalarizers, and those of recent papers, each against its formula."""
+"""Methods that TorchJD calls scalarizers, and methods from recent papers, each compared with its formula."""
 
 import cvxpy
 import numpy as np

@@ -1,4 +1,4 @@
-"""The one list of weightings, and how its entries are built by name."""
+"""The list of weightings, and building its entries by name."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The two solvers of the projection agree, fall through, and own up; larger problems against an independent solver."""
+"""The projection's two solvers agree, replace each other, and report failure; an independent solver agrees, too."""
 
 import cvxpy
 import numpy as np
@@ -41,7 +41,7 @@ def test_the_solvers_agree(m: int, n: int, common: float, decay: float) -> None:
 
 
 def repeated(m: int, n: int) -> Tensor:
-    """Rows of which some come two or three times, in other lengths too, as in a batch that holds an example twice."""
+    """Repeats some rows two or three times, also with other lengths, as in a batch that holds an example twice."""
     rows = jacobian(m, n, common=-0.1)
     rows[1], rows[7], rows[m - 1], rows[9] = rows[0], 3 * rows[0], rows[4], 0
     return rows
@@ -66,7 +66,7 @@ def test_repeated_rows_are_solved_together_too_and_share_their_weight(m: int, n:
 
 
 def test_mixed_targets_are_shared_from_the_least_up() -> None:
-    """Equal rows with targets of their own: the correction raises the smallest first."""
+    """Equal rows with different targets: the correction raises the smallest target first."""
     rows = jacobian(12, 30)
     rows[0] *= 0.01
     rows[1] = rows[2] = rows[0]
@@ -92,10 +92,10 @@ def test_a_few_dependent_rows_are_solved_together(n: int) -> None:
 @pytest.mark.parametrize("distance", [1e-6, 1e-8, 1e-9, 0.0])
 @pytest.mark.parametrize("m", [3, 8, 33, 64])
 def test_nearly_opposite_rows(m: int, distance: float, dtype: torch.dtype) -> None:
-    """A Gramian can't tell how rows differ that are opposite but for 1e-8; what it can tell has to be kept."""
+    """A Gramian can't resolve how rows opposite up to 1e-8 differ; the conditions that it can resolve must hold."""
     rows = nearly_opposite(m, distance).to(dtype)
     product = rows @ rows.T
-    gramian = (product + product.T).double() / 2  # as engines do: processors differ in how its halves are rounded
+    gramian = (product + product.T).double() / 2  # like engines do: processors round its two halves differently
     lengths = gramian.diagonal().sqrt()
     for weighting in (UPGradWeighting(), DualProjWeighting(), MGDAWeighting()):
         weights = weighting(gramian)
@@ -106,7 +106,7 @@ def test_nearly_opposite_rows(m: int, distance: float, dtype: torch.dtype) -> No
 
 @pytest.mark.slow
 def test_the_solvers_agree_on_many_problems() -> None:
-    """Enough unknowns a problem for conjugate gradients, and an ill-conditioned matrix for their failure."""
+    """Enough unknowns per problem for conjugate gradients, and an ill-conditioned matrix on which they fail."""
     for decay in (0.0, 0.7):
         cosines = unit_gramian(jacobian(160, 640, decay=decay))
         targets = torch.eye(160, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Low rank, solved by splitting: against quadprog, one problem at a time, and against the optimality conditions."""
+"""Low rank, solved by splitting: compared with quadprog, one problem at a time, and with the optimality conditions."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def is_zero_cone(rows: Tensor) -> bool:
     [(32, 0.0, True), (32, 0.0, False), (48, 0.0, False), (8, 0.0, True), (8, 1.0, False)],
 )
 def test_the_solution_is_quadprogs(rank: int, common: float, zero_cone: bool) -> None:
-    """A dual cone of {0} has many solutions, of which the smallest is wanted; another cone has a narrow choice."""
+    """With a dual cone of {0} there are many solutions, and the smallest is wanted; with another cone there are few."""
     draws = (low_rank(rank, seed, common=common) for seed in range(20))
     rows = next(rows for rows in draws if is_zero_cone(rows) == zero_cone)
     targets = torch.eye(M, dtype=torch.float64)
@@ -85,7 +85,7 @@ def test_larger_ones_meet_the_optimality_conditions(rank: int) -> None:
 
 
 def test_what_splitting_leaves_goes_to_quadprog(monkeypatch: pytest.MonkeyPatch) -> None:
-    m = 80  # Fewer go to quadprog at once.
+    m = 80  # Smaller problems go to quadprog directly.
     rows = low_rank(40, 0, m=m)
     expected = UPGradWeighting()(rows @ rows.T)
     solve, left = splitting.solve_low_rank, []

@@ -1,4 +1,4 @@
-"""TorchJD's results, for every method that both have; where they depart, the paper's definition decides."""
+"""Comparison with TorchJD for every method that both have; where they differ, the paper's definition decides."""
 
 from collections.abc import Callable
 
@@ -55,7 +55,7 @@ SAME = [
     (FairGradWeighting(alpha=2), torchjd.FairGradWeighting(alpha=2), 1e-4),
     (FairGradWeighting(alpha=0), torchjd.FairGradWeighting(alpha=0), 1e-12),
     (PCDWeighting(tau=0.3), torchjd.PCDWeighting(tau=0.3, eps=0), 1e-8),
-    # These remember, and TorchJD's are meant for J_1 J_2^T of two batches; the formula is the same.
+    # These are stateful, and TorchJD's are meant for J_1 J_2^T of two batches; the formula is the same.
     (MoDoWeighting(gamma=0.02, rho=0.3), torchjd.MoDoWeighting(gamma=0.02, rho=0.3), 1e-10),
     (SDMGradWeighting(), torchjd.SDMGradWeighting(), 1e-6),
     (SDMGradWeighting(0.1, 0.2, 3, 0.7, PREFERENCE), torchjd.SDMGradWeighting(0.1, 0.2, 3, 0.7, PREFERENCE), 1e-6),
@@ -110,11 +110,11 @@ def test_a_torchjd_weighting_is_a_weighting_here() -> None:
 
 
 class TestDepartures:
-    """Each of these is listed in docs/weightings.md."""
+    """Known differences, each listed in docs/weightings.md."""
 
     @pytest.mark.parametrize("name", ["UPGradWeighting", "DualProjWeighting"])
     def test_small_gradients_are_projected_too(self, name: str) -> None:
-        """TorchJD takes a Gramian of trace below `norm_eps` for zero, and steps against objectives."""
+        """TorchJD treats a Gramian of trace below `norm_eps` as zero, and goes against objectives."""
         rows = torch.tensor([[-4.0, 1, 1], [6, 1, 1]], dtype=torch.float64) * 1e-4
         theirs = getattr(torchjd, name)()(rows @ rows.T)
         assert theirs.tolist() == pytest.approx([0.5, 0.5])
@@ -131,7 +131,7 @@ class TestDepartures:
         assert cosines(UPGradWeighting()(gramian)) > -1e-10
 
     def test_mgda_is_the_shortest_vector(self) -> None:
-        """TorchJD stops after 100 steps of Frank and Wolfe's method."""
+        """TorchJD stops after 100 steps of the Frank-Wolfe method."""
         rows = rows_of(20, 40) + 0.2
         gramian = rows @ rows.T
         ours, theirs = ((rows.T @ w(gramian)) for w in (MGDAWeighting(), torchjd.MGDAWeighting()))
@@ -150,13 +150,13 @@ class TestDepartures:
         assert theirs.argmax() == distances.sum(dim=1).argmin()
 
     def test_imtl_g_of_long_rows(self) -> None:
-        """TorchJD compares a sum of dimension 1 / length with 1e-12, and gives 0 to large gradients."""
+        """TorchJD compares a sum of dimension 1 / length with 1e-12, and gives large gradients the weight 0."""
         rows = rows_of() * 1e13
         assert not torchjd.IMTLGWeighting()(rows @ rows.T).any()
         torch.testing.assert_close(IMTLGWeighting()(rows @ rows.T), IMTLGWeighting()(rows_of() @ rows_of().T))
 
     def test_cagrad_of_small_gradients(self) -> None:
-        """TorchJD takes a Gramian of trace below `norm_eps` for zero, and a short g_w for a Pareto stationary step."""
+        """TorchJD treats a Gramian of trace below `norm_eps` as zero, and a short g_w as Pareto stationary."""
         rows = rows_of() * 1e-6
         assert not torchjd.CAGradWeighting(c=0.5)(rows @ rows.T).any()
         torch.testing.assert_close(
@@ -164,7 +164,7 @@ class TestDepartures:
         )
 
     def test_pcd_has_no_epsilon(self) -> None:
-        """TorchJD's epsilon outweighs the squared norms of small gradients, so that tau means less and less."""
+        """TorchJD's epsilon outweighs the squared norms of small gradients, so that tau loses its effect."""
         rows = rows_of() * 1e-6
         gramian = rows @ rows.T
         ours, theirs = PCDWeighting(tau=0.5)(gramian), torchjd.PCDWeighting(tau=0.5)(gramian)
@@ -173,7 +173,7 @@ class TestDepartures:
         assert not torch.allclose(theirs, torchjd.PCDWeighting(tau=0.5)(gramian * 1e12), rtol=1e-2)
 
     def test_two_equal_rows_share_their_weight(self) -> None:
-        """TorchJD's Krum, and any basic solution of a quadratic program, prefers the first; minimum norm doesn't."""
+        """TorchJD's Krum and basic solutions of quadratic programs prefer the first row; minimum norm doesn't."""
         rows = torch.tensor([[-4.0, 1], [6, 1], [6, 1]], dtype=torch.float64)
         for weighting in (UPGradWeighting(), DualProjWeighting(), MGDAWeighting()):
             weights = weighting(rows @ rows.T)

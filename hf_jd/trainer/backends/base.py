@@ -1,4 +1,4 @@
-"""One process, or DDP, whose reducer never acts: the interface of all backends."""
+"""The interface of all backends, and the backend for one process or DDP, whose reducer never acts."""
 
 from __future__ import annotations
 

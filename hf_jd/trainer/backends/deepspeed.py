@@ -25,12 +25,13 @@ class DeepSpeed(Backend):
 
     def check(self) -> None:
         """Raises a ValueError for set-ups that this backend can't train."""
-        if self.trainer.jd_args.jd_blocks != "none":
+        jd, name = self.trainer.jd_args, type(self.trainer).__name__
+        if jd.jd_blocks != "none":
             raise ValueError(
                 "DeepSpeed owns the backward pass, which descends weighted losses, and with --jd_blocks each block of "
                 "parameters has separate weights: leave --jd_blocks at none, or use DDP or FSDP2."
             )
-        if self.trainer.jd_args.jd_backward != "two_pass":
+        if jd.jd_backward != "two_pass":
             raise ValueError(
                 "DeepSpeed owns the backward pass, so that an update takes two: add --jd_backward two_pass."
             )
@@ -39,13 +40,17 @@ class DeepSpeed(Backend):
                 "DeepSpeed scales losses in fp16, but only in its own pass, so small gradients vanish from the rows: "
                 "use --bf16, or DDP. (--fp16_full_eval switches DeepSpeed's fp16 on, too.)"
             )
-        jd = self.trainer.jd_args
         if jd.jd_every > 1 or jd.jd_warmup_steps or jd.jd_monitor_every:
             raise ValueError(
                 "--jd_every, --jd_warmup_steps and --jd_monitor_every use plain steps in between, which do not work "
                 "with DeepSpeed yet: measure at every update, or use DDP or FSDP2."
             )
         super().check()
+        if self.trainer.takes_whole_gradients:
+            raise ValueError(
+                f"--jd_objectives {jd.jd_objectives} of {name} takes gradients as they come, which DeepSpeed keeps for "
+                "itself: use DDP or FSDP2."
+            )
 
     def measured(self, model: nn.Module) -> nn.Module:
         """Returns the model inside DeepSpeed's engine.

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
 
+from hf_jd.distributed.processes import process_count
 from hf_jd.trainer.backends.base import Backend
 
 
@@ -25,6 +27,13 @@ class FSDP2(Backend):
                 "--fsdp_config."
             )
         super().check()
+        processes = process_count()
+        for p in self.trainer.trainable():
+            if isinstance(p, DTensor) and (p.device_mesh.size() != processes or p.placements != (Shard(0),)):
+                raise ValueError(
+                    f"A parameter is placed as {p.placements} on {p.device_mesh.size()} of {processes} processes; use "
+                    "FSDP2 over all processes, along the first dimension (no replicas, as in HSDP)."
+                )
 
     def shards_model(self, model: nn.Module) -> bool:
         """Whether this backend has sharded the model's parameters."""

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 _DIRECT_SIZE = 24  # unknowns per problem up to which batched Cholesky factors are faster than conjugate gradients
-_STEPS = 30  # of conjugate gradients: a well-conditioned matrix needs ten, and the direct solver takes over afterwards
+_STEPS = 30  # of conjugate gradients: a well-conditioned matrix needs ten; after these, the direct solver takes over
 _PRECISION = 1e-13
-_FIRST_REDUCTION, _REDUCTION = 5e-2, 1e-3  # of the residual, per exchange; the first guess changes anyway
-_PLAIN = 0.3  # smallest squared pivot that needs no preconditioner: as few steps, at half the cost each
+_FIRST_REDUCTION, _REDUCTION = 5e-2, 1e-3  # of the residual; the first guess changes anyway
+_PLAIN = 0.3  # smallest squared pivot that needs no preconditioner: without one, steps are as few, at half the cost
 _SINGLE = 1e-3  # smallest squared pivot at which corrections can be computed in single precision
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 SINGULAR = 1e-10  # smallest squared pivot at which a matrix of cosines certainly has full rank
 EPSILON = float(np.finfo(np.float64).eps)
-_BEYOND_ONE = 1e-12  # more than float64's rounding adds to a cosine
-_COARSEST = 2 * torch.finfo(torch.bfloat16).eps  # the error of a cosine; it moves an eigenvalue by m times as much
+_BEYOND_ONE = 1e-12  # above float64's rounding error in a cosine
+_COARSEST = 2 * torch.finfo(torch.bfloat16).eps  # largest error of a cosine; up to m times as much in an eigenvalue
 
 Array = Any
 """A tensor or a numpy array; functions return the kind that they are given."""
@@ -94,7 +94,7 @@ def _semidefinite(cosines: Array) -> Array:
         return shrunk(cosines, 2 * noise)
     raise ValueError(
         f"A Gramian is positive semi-definite: scaled to a unit diagonal, its eigenvalues are 0 or more, and rounding "
-        f"to bfloat16 makes none of {len(values)} lower than {-largest:g}; this one's are {values.tolist()}. Hand over "
+        f"to bfloat16 makes none of {len(values)} lower than {-largest:g}; this one's are {values.tolist()}. Pass "
         f"J J^T, or let the engine compute it."
     )
 

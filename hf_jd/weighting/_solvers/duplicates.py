@@ -46,7 +46,7 @@ class Directions(NamedTuple):
         for direction in (self.of_row.bincount() > 1).nonzero()[:, 0].tolist():
             rows = (self.of_row == direction).nonzero()[:, 0]
             ordered = targets[:, rows].sort(dim=1, descending=True).values
-            # If the j largest u stay as they are, the rest rise to one level: the right j is that of the lowest level.
+            # If the j largest u stay as they are, the rest rise to one level: the right j gives the lowest level.
             unchanged = torch.cat([ordered.new_zeros(len(ordered), 1), ordered.cumsum(dim=1)[:, :-1]], dim=1)
             total = corrections[:, direction, None] + ordered.sum(dim=1, keepdim=True)
             raised = torch.arange(len(rows), 0, -1, device=ordered.device)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from hf_jd.weighting._solvers.cosines import cosine_factor
+from hf_jd.weighting._solvers.cosines import cosine_factor, independent
 from hf_jd.weighting._solvers.quadprog import nearest_point
 
-_TOLERANCE = 1e-12  # of a cosine
-_PRECISION = 1e-14  # of the largest weight
+_TOLERANCE = 1e-12  # error allowed in a cosine
+_PRECISION = 1e-14  # error allowed in a weight, relative to the largest one
 _FEW = 64  # rows up to which quadprog is faster than Newton's method
 _DAMPING = 1e-6  # keeps steps finite where fewer than r values are above their offsets
 _NEWTON_STEPS = 100  # usually ten are enough
@@ -107,7 +107,13 @@ def minimum_norm_weights(cosines: np.ndarray, offsets: np.ndarray) -> np.ndarray
     """
     weights = _pivot(cosines, offsets)
     if weights is None:
-        weights = _wolfe(cosines, offsets)
+        weights = hull_point(cosines, offsets, np.eye(1, len(offsets), int(offsets.argmax()))[0])  # the shortest vertex
+    return smallest_weights(cosines, offsets, weights)
+
+
+def smallest_weights(cosines: np.ndarray, offsets: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Returns the smallest of the weights that give the same shortest vector, all [m]; see `minimum_norm_weights`."""
+    weights = weights.copy()
     slopes, square = cosines @ weights, weights @ cosines @ weights
     # Other weights give the same point only if the rows on its supporting hyperplane are dependent.
     tight = slopes - square * offsets <= 1e-9 * max(max(square, 0.0) ** 0.5, 1e-6)
@@ -141,20 +147,27 @@ def _pivot(cosines: np.ndarray, offsets: np.ndarray) -> np.ndarray | None:
     return None
 
 
-def _wolfe(cosines: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+def hull_point(cosines: np.ndarray, offsets: np.ndarray, start: np.ndarray) -> np.ndarray:
     """Applies Wolfe's method ("Finding the nearest point in a polytope", 1976): exact after finitely many exchanges.
 
     A corral is a set of independent vertices. The point is always the shortest of a corral's hull, and gets shorter.
+
+    Args:
+        cosines: C, [m, m], as for `minimum_norm_weights`.
+        offsets: b, [m].
+        start: Weights of some vertices, [m]: the solution of a similar problem, or a single vertex.
+
+    Returns:
+        mu, [m], positive for the vertices of a corral only.
     """
-    m = len(offsets)
-    weights = np.zeros(m)
-    weights[offsets.argmax()] = 1 / offsets.max()  # the shortest vertex
+    weights = start.copy()
+    _shorten(cosines, offsets, weights, int(start.argmax()))
     best = np.inf
-    for _ in range(20 * m):
+    for _ in range(20 * len(offsets)):
         slopes = cosines @ weights
         square = weights @ slopes
         gaps = slopes - square * offsets
-        # The vertex furthest below the point's supporting hyperplane shortens the point; if none is below, it is found.
+        # The vertex furthest below the point's supporting hyperplane shortens the point; if none is below, stop.
         entering = int(gaps.argmin())
         noise = _TOLERANCE * max(np.abs(weights).sum() * 1e-3, max(square, 0.0) ** 0.5)
         if gaps[entering] >= -noise or weights[entering] > 0 or not square < best:
@@ -162,6 +175,16 @@ def _wolfe(cosines: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         best = square
         _shorten(cosines, offsets, weights, entering)
     return weights
+
+
+def _solve(system: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Solves A x = b [n] for a positive semi-definite A [n, n]; least squares, ten times slower, if singular."""
+    try:
+        if independent(np.linalg.cholesky(system)):
+            return np.linalg.solve(system, right)
+    except np.linalg.LinAlgError:
+        pass
+    return np.linalg.lstsq(system, right, rcond=None)[0]
 
 
 def _shorten(cosines: np.ndarray, offsets: np.ndarray, weights: np.ndarray, entering: int) -> None:
@@ -172,7 +195,7 @@ def _shorten(cosines: np.ndarray, offsets: np.ndarray, weights: np.ndarray, ente
         b = offsets[support]
         system = cosines[np.ix_(support, support)] + np.outer(b, b)
         # The shortest point of the support's affine hull; adding b b^T keeps the system regular if that point is 0.
-        target = np.linalg.lstsq(system, b, rcond=None)[0]
+        target = _solve(system, b)
         target /= b @ target
         current = weights[support]
         if (target > 0).all():

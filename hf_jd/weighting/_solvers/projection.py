@@ -35,16 +35,16 @@ from hf_jd.weighting._solvers.splitting import solve_low_rank
 Solver = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 _TOLERANCE = 1e-10  # largest violation of the optimality conditions, as a cosine with the projection
-_LARGEST = 1e-6  # accepted: where rows are opposite up to 1e-8 or less, G has too few digits for the tolerance
-_DIAGONAL = 2e-10  # added, it makes G certainly definite, and its solution violates the conditions by less than 1e-6
-_ROUNDING = 1e-3  # times the tolerance and the sum of the terms: rounding error of a projection of length 0
+_LARGEST = 1e-6  # largest violation ever accepted: for rows opposite up to 1e-8, G has too few digits for more
+_DIAGONAL = 2e-10  # makes G certainly definite when added; its solution violates the conditions by less than 1e-6
+_ROUNDING = 1e-3  # rounding of a projection of length 0, relative to the tolerance times the sum of the terms
 SMALL = 32**3  # problems times m^2 up to which one at a time is faster: `benchmark.py weightings --solvers` measures it
 SMALL_DEPENDENT = 72**3  # the same for dependent rows (`--kinds "low rank"`)
 _REGULARISATION = 1e-8  # the root of float64's precision: where rounding and the diagonal disturb least together
 _PROXIMAL_STEPS = 2
 _DEPENDENT = 1e-5  # squared pivot up to which a row may depend on others, given float32's errors
 _LAST_REGULARISATION = 1e-10
-_ZERO = 1e-14  # times the sum of the weights: rounding error in the length of a zero projection
+_ZERO = 1e-14  # rounding error in the length of a zero projection, relative to the sum of the weights
 
 
 def cone_projection(gramian: Tensor, targets: Tensor) -> Tensor:

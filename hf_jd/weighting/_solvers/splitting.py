@@ -14,13 +14,13 @@ from torch import Tensor
 
 from hf_jd.weighting._solvers.cosines import EPSILON
 
-_RELAXATION = 1.95  # of the steps: they converge below 2, and longer steps need fewer
+_RELAXATION = 1.95  # of the steps: they converge below 2, and longer steps mean fewer of them
 _PENALTIES = (0.03, 0.1, 0.01, 3e-3, 1e-3, 1e-4, 1e-5, 1e-6)  # the likeliest first; a dual cone of {0} needs the least
-_SAMPLE, _SAMPLE_STEPS = 8, (200, 800)  # problems on which the penalty is chosen, and steps (the second if needed)
+_SAMPLE, _SAMPLE_STEPS = 8, (200, 800)  # problems to choose the penalty on; steps, and more if needed
 _LOST = 4  # wrong rows per sampled problem above which the null space is tried
 _BETTER = 0.8  # another penalty is better if it leaves less than this share of the wrong rows
 _STEPS = (50, 25, 25, 50, 50, 100, 100, 200, 200, 400, 400, 800, 800)  # between checks of the supports
-_SETTLED = 1  # rows by which a support may have changed since the last check to be tried
+_SETTLED = 1  # a support is tried if it has changed by at most this many rows since the last check
 _EXCHANGES = 4
 _FEW = 1 / 64  # share of wrong rows up to which exchanges are tried
 _REFINEMENTS = 20
