@@ -67,10 +67,11 @@ def table(plan: Plan, results: Sequence[dict[str, Any]]) -> str:
         best = best_of_sweep(plan, of_variant)
         if variant:
             rows.append([f"**{variant}**", *[""] * (len(header) - 1)])
-        if before := [run["before"] for run in of_variant[plan.control] if "before" in run]:
+        before = [run["before"] for run in of_variant[plan.control] if plan.shown.keys() & run.get("before", {}).keys()]
+        if before:
             rows.append(["before training", *_before(plan, before), *[""] * (len(header) - 1 - len(plan.shown))])
         for name, seeds in of_variant.items():
-            cells = [_cell([run["measures"].get(shown) for run in seeds], form) for shown, form in plan.shown.items()]
+            cells = [_shown([run["measures"] for run in seeds], measure, form) for measure, form in plan.shown.items()]
             others = [plan.control, *([best] if plan.sweep else [])]
             cells += [_difference(plan, seeds, of_variant[other]) if other != name else "" for other in others]
             rows.append([f"{name} (best of the sweep)" if name == best else name, *cells])
@@ -101,6 +102,11 @@ def _before(plan: Plan, runs: Sequence[dict[str, float]]) -> list[str]:
 
 def _values(plan: Plan, seeds: Sequence[dict[str, Any]]) -> list[float | None]:
     return [run["measures"][plan.measure] for run in seeds]
+
+
+def _shown(seeds: Sequence[Mapping[str, float | None]], measure: str, form: str) -> str:
+    """Format a measure, if the configuration has it: none is better than itself."""
+    return _cell([run.get(measure) for run in seeds], form) if any(measure in run for run in seeds) else ""
 
 
 def _cell(values: Sequence[float | None], form: str) -> str:
