@@ -6,7 +6,6 @@ import re
 import shlex
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -34,16 +33,14 @@ def test_a_comparison_has_flags_of_finetune(tmp_path):
 
 def test_grpo_has_flags_of_its_command(tmp_path):
     pytest.importorskip("trl", reason="TRL 1.16 asks for datasets 4.7")
-    from trl import DatasetMixtureConfig, ModelConfig, TrlParser
     from trl.scripts.grpo import GRPOScriptArguments
 
-    from hf_jd.commands.common import _parse
+    from hf_jd.commands.common import parse as parse_command
     from hf_jd.commands.grpo import reward_function
     from hf_jd.trainer.trl import JDGRPOConfig
 
-    kinds: Any = [GRPOScriptArguments, JDGRPOConfig, ModelConfig, DatasetMixtureConfig]
     words = ["--config", str(GPU / "grpo.yaml"), "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
-    script, args, model, _ = _parse(TrlParser(kinds), words)
+    script, args, model, _ = parse_command("grpo", words, GRPOScriptArguments, JDGRPOConfig)
     assert args.jd_objectives == "reward"
     assert model.use_peft
     rewards = {name.rpartition(".")[2]: reward_function(name) for name in script.reward_funcs}
