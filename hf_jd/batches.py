@@ -45,11 +45,14 @@ def holds_examples(batch: Any) -> bool:
     return not sized or any(math.prod(leaf.shape) for leaf in sized)
 
 
-def row_count(batch: Any) -> int:
-    """Estimates the number of instances before their losses are known: the most common first dimension."""
+def row_count(batch: Any) -> int | None:
+    """Estimates the number of instances before their losses are known: the most common first dimension.
+
+    None if the batch has no tensor.
+    """
     groups = group_ids(batch)
     sizes = Counter(len(leaf) for leaf in _sized(batch))
-    return len(groups) if groups is not None else sizes.most_common(1)[0][0] if sizes else 1
+    return len(groups) if groups is not None else sizes.most_common(1)[0][0] if sizes else None
 
 
 def stand_in(batch: Any) -> Any:

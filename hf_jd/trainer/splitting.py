@@ -30,14 +30,14 @@ class Whose(NamedTuple):
         examples: B, if known.
         documents: [N, T] the document of each token, if rows are packed; see `documents_of`.
         empty: Whether there is no example, so that a stand-in batch is used, which doesn't count.
-        rows: The number of examples that the batch's shapes suggest, if it isn't known.
+        rows: The number of examples that the batch's shapes suggest, if it isn't known; None without tensors.
     """
 
     groups: Tensor | None
     examples: int | None
     documents: Tensor | None
     empty: bool = False
-    rows: int = 1
+    rows: int | None = None
 
     @staticmethod
     def of(batch: Any, packed: str, device: torch.device) -> Whose:
@@ -142,7 +142,8 @@ def _owners(trainer: JDTrainerMixin, cotangents: Sequence[Cotangent], whose: Who
         owners = [owners_of_tokens(whose.documents, c.output) for c in cotangents]
     else:
         sizes = {len(c.output) for c in cotangents}
-        instances = whose.examples or (min(sizes) if any(n % whose.rows for n in sizes) else whose.rows)
+        fits = whose.rows is not None and not any(n % whose.rows for n in sizes)
+        instances = whose.examples or (whose.rows if fits else min(sizes))
         if any(n % instances for n in sizes):
             raise ValueError(
                 f"The batch has {instances} examples, but the loss reads outputs of {sorted(sizes)} rows, so no row's "

@@ -322,6 +322,6 @@ class Update:
         """Whether rows fit; otherwise they are stored as the layers' inputs and gradients, if those are smaller."""
         if self.budget is None:
             return self.jd.keep_rows() is True
-        instances = sum(map(row_count, self.batches))
+        instances = sum(row_count(batch) or 1 for batch in self.batches)
         m = len(self.present) if self.kind.shared and self.present is not None else instances
         return m * sum(whole_bytes(p) for p in self.trainable) <= self.budget
