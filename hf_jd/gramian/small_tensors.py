@@ -8,7 +8,7 @@ SMALL = BLOCK // 4  # elements up to which a tensor is copied: the end of a bloc
 
 
 class SmallTensors:
-    """Copies small tensors side by side into blocks, one list of blocks per dtype.
+    """Copies small tensors of a dtype side by side into one block after another.
 
     A backward that retains its graph can't reuse activations: its temporaries take turns in the same few holes. A small
     tensor that stays in such a hole makes it too small for the next temporary, so the process grows by whole

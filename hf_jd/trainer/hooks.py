@@ -11,7 +11,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin
 
-SCALES = (2.0**10, 2.0**-10)  # A clamp is the identity on small gradients, an added constant is nothing to large ones.
+SCALES = (2.0**10, 2.0**-10)  # A clamp leaves small gradients unchanged; beside large ones, an added constant vanishes.
 
 
 def check_hooks(trainer: JDTrainerMixin, parameters: Sequence[nn.Parameter]) -> None:

@@ -1,4 +1,4 @@
-"""Find out whether `compute_loss`, `compute_losses` or `training_step` is the user's own."""
+"""Find out what of `compute_loss`, `compute_losses` and `training_step` is the user's own, and whether it can work."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def warn_of_gradients(trainer: Any) -> None:
 
 
 def _names(code: CodeType | None) -> set[str]:
-    """Returns the names of attributes that a function and those inside it use."""
+    """Returns the names of the attributes and globals that a function, or one defined inside it, uses."""
     if code is None:
         return set()
     inner = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
