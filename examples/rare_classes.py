@@ -39,7 +39,7 @@ DEFAULTS = {
 
 
 def main(argv: Sequence[str]) -> dict[str, float]:
-    """Trains and evaluates; any flag of `JDTrainingArguments` overrides `DEFAULTS`.
+    """Train and evaluate; any flag of `JDTrainingArguments` overrides `DEFAULTS`.
 
     Returns:
         The metrics on the messages that were held out.

@@ -39,7 +39,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def main(argv: Sequence[str]) -> JDSFTTrainer:
-    """Trains, and returns the trainer."""
+    """Train, and return the trainer."""
     parser = HfArgumentParser(JDSFTConfig, allow_abbrev=False)
     parser.set_defaults(**DEFAULTS)
     (arguments,) = parser.parse_args_into_dataclasses(list(argv))

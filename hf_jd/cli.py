@@ -83,7 +83,7 @@ def _is_worth_reading(record: logging.LogRecord) -> bool:
 
 
 def _is_for_users(traceback: TracebackType | None) -> bool:
-    """Whether this package raised the error: another library's may be a bug, which needs its traceback."""
+    """Return whether this package raised the error: another library's may be a bug, which needs its traceback."""
     module = ""
     while traceback is not None:
         module = traceback.tb_frame.f_globals.get("__name__", "")

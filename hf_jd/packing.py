@@ -93,7 +93,7 @@ def _tokens(batch: Any) -> Tensor | None:
 
 
 def _begin_again(positions: Tensor, real: Tensor | None, masked: bool) -> bool:
-    """Whether positions [B, T] belong to packed documents.
+    """Return whether positions [B, T] belong to packed documents.
 
     Other positions may also fail to grow: constants, positions of padding, or those of a model with its own convention.
     In packed documents, positions grow by 1, and every document starts with the same, lowest position.

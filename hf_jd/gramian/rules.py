@@ -26,7 +26,7 @@ Rule = Callable[[Any, Any, Tensor, Segments], dict[str, Rows]]
 
 
 def outer(grad_output: Tensor, input: Tensor, segments: Segments, shape: torch.Size) -> Rows:
-    """Forms rows sum_t g_t x_t^T of a weight of `shape`; as factors if objectives are equal blocks of leading rows."""
+    """Form rows sum_t g_t x_t^T of a weight of `shape`; as factors if objectives are equal blocks of leading rows."""
     if input.dtype != grad_output.dtype:
         input = input.to(grad_output.dtype)
     if segments.ids is not None and narrow(shape):
@@ -110,7 +110,7 @@ def _times_normalised(g: Tensor, x: Tensor, eps: float) -> Tensor:
 
 
 def _channels(module: Any, x_hat: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
-    """Forms the rows of a scale and a shift per channel; tensors [N, C, *]."""
+    """Form the rows of a scale and a shift per channel; tensors [N, C, *]."""
     rows = {}
     if module.weight is not None and module.weight.requires_grad:
         rows["weight"] = _sum(shared_features((grad_output * x_hat).movedim(1, -1)), segments, module.weight)
@@ -197,7 +197,7 @@ RULES: Mapping[type[nn.Module], Rule] = {
 
 
 def recognise(module: nn.Module, input: Tensor) -> Rule | None:
-    """Finds the rule of a layer that is not in `RULES`, by probing the layer on its own input.
+    """Find the rule of a layer that is not in `RULES`, by probing the layer on its own input.
 
     Recognises layers without children that compute x W^T + b, x W + b, c W[ids], or a scale per feature, y = a(x) +
     w * f(x) (the RMSNorms of transformers, including those with 1 + w; layer scales).
@@ -285,7 +285,7 @@ def _scale_of(module: nn.Module, name: str, input: Tensor) -> Rule | None:
 
 
 def _rms_eps(f: Callable[[Tensor], Tensor], input: Tensor) -> float | None:
-    """Reads the eps of f(x) = x / sqrt(mean x^2 + eps) from a small x; None if f is another function.
+    """Read the eps of f(x) = x / sqrt(mean x^2 + eps) from a small x; None if f is another function.
 
     Also None if f computes in float32 within a float64 model: its rounding is then part of the function.
 

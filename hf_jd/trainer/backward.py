@@ -84,7 +84,7 @@ class Recorded(NamedTuple):
 
 
 class Recorder:
-    """Runs the micro-batches of one update.
+    """A runner of one update's micro-batches, which turns their losses into rows.
 
     Args:
         trainer: The trainer whose step to run.
@@ -110,7 +110,7 @@ class Recorder:
         self.has_rest = False
 
     def record(self, batch: Any, step: Step) -> tuple[Tensor, Recorded]:
-        """Runs Trainer's own step on a micro-batch, and turns its loss into rows.
+        """Run Trainer's own step on a micro-batch, and turn its loss into rows.
 
         Args:
             batch: As collated.
@@ -133,7 +133,7 @@ class Recorder:
         return value, recorded
 
     def run(self, batch: Any, step: Step, backward: Callable[[Passed], T]) -> tuple[Tensor, T]:
-        """Runs the step with another backward in place of accelerate's; returns the values of both."""
+        """Run the step with another backward in place of accelerate's; return the values of both."""
         trainer = self.trainer
         whose = Whose.of(batch, trainer.jd_args.jd_packed, trainer.args.device)
         batch = stand_in(batch) if whose.empty else batch
@@ -141,7 +141,7 @@ class Recorder:
         return torch.zeros_like(value) if whose.empty else value, result
 
     def whole(self, batch: Any, step: Step) -> tuple[Tensor, Recorded]:
-        """Runs the step on a micro-batch that is one objective: its row is its gradient, over all of its passes."""
+        """Run the step on a micro-batch that is one objective: its row is its gradient, over all of its passes."""
 
         def backward(loss: Tensor) -> Tensor:
             loss.backward()
@@ -155,7 +155,7 @@ class Recorder:
         return value, Recorded(table, jacobian, (~finite).sum(), True, {}, None)
 
     def again(self, first: Passed, model: nn.Module, keep: Tensor | None = None) -> Passed:
-        """Runs a micro-batch forward once more, with the random numbers of its first pass.
+        """Run a micro-batch forward once more, with the random numbers of its first pass.
 
         Args:
             first: The result of the first pass.
@@ -182,7 +182,7 @@ class Recorder:
         return passed
 
     def rows(self, passed: Passed) -> Recorded:
-        """Computes the rows of a micro-batch's objectives; frees its graph, unless it has to be retained."""
+        """Compute the rows of a micro-batch's objectives; free its graph, unless it has to be retained."""
         engine, shares = self.trainer.engine(), passed.shares
         rest = shares.rest
         self.has_rest |= rest is not None
@@ -221,7 +221,7 @@ class Recorder:
         return self.jacobian_of({}, objectives) if objectives else None
 
     def jacobian_of(self, gradients: Mapping[nn.Parameter, Tensor], objectives: int = 1) -> Jacobian:
-        """Returns the row of one objective from its gradient; without a gradient, rows of zeros, of any number."""
+        """Return the row of one objective from its gradient; without a gradient, rows of zeros, of any number."""
         rows = {p: DenseRows(g.reshape(1, -1), p.shape) for p, g in gradients.items()}
         trainer = self.trainer
         return Jacobian({p: rows.get(p) for p in trainer.trainable()}, objectives, trainer.engine().block_names())
@@ -248,7 +248,7 @@ class Recorder:
         return value, results[0]
 
     def _passed(self, batch: Any, whose: Whose, loss: Tensor, streams: RandomState | None = None) -> Passed:
-        """Splits the loss of a micro-batch, and assigns the shares to objectives."""
+        """Split the loss of a micro-batch, and assign the shares to objectives."""
         trainer, last = self.trainer, self.trainer.jd_outputs.last
         if trainer.jd_groups_of_batch is not None:
             whose = Whose(trainer.jd_groups_of_batch, len(trainer.jd_groups_of_batch), None)
@@ -274,7 +274,7 @@ class Recorder:
         return passed
 
     def _without_broken(self, passed: Passed) -> Passed:
-        """Runs a batch again without instances of nonfinite unreduced loss, whose backward may multiply 0 by NaN."""
+        """Run a batch again without instances of nonfinite unreduced loss, whose backward may multiply 0 by NaN."""
         finite = passed.shares.finite.all(1)
         some = bool(finite.any() and not finite.all()) and not passed.whose.empty
         # If forwards gather parameters, all processes have to run the same number.
@@ -283,7 +283,7 @@ class Recorder:
         return replace(self.again(passed, self.model, finite if some else None), broken=passed.broken)
 
     def _row_of_rest(self, loss: Tensor, shares: Shares, last: Any) -> ObjectiveTable:
-        """Returns the table [1] of the part of the loss that belongs to no instance."""
+        """Return the table [1] of the part of the loss that belongs to no instance."""
         router = part_of_router(self.trainer, last)
         value = loss.detach().double()[None] * (torch.nan if router is None else router)
         raw = value if router is None else last["loss"].detach().double()[None] * router
@@ -292,7 +292,7 @@ class Recorder:
         return ObjectiveTable(value / self.backend.divisor(), raw, count, torch.full_like(name, -1), name)
 
     def _take_out_broken(self, shares: Shares, whose: Whose) -> Tensor:
-        """Removes nonfinite instances and losses from all objectives, and logs them; returns their number."""
+        """Remove nonfinite instances and losses from all objectives, and log them; return their number."""
         losses = shares.drop_broken_losses()
         broken = ~shares.finite.all(1) & (not whose.empty)
         if broken.any():
@@ -305,7 +305,7 @@ class Recorder:
 
 
 def _table(shares: Shares, members: Membership) -> ObjectiveTable:
-    """Builds the table of a micro-batch's objectives; losses are NaN if values are unknown."""
+    """Build the table of a micro-batch's objectives; losses are NaN if values are unknown."""
     counts = members.added(shares.counts)
     if shares.values is None:
         sums = parts = torch.full_like(counts, torch.nan, dtype=torch.float64)

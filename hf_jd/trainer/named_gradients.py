@@ -33,24 +33,24 @@ class NamedLosses(ABC):
 
     @abstractmethod
     def rows(self, recorder: NamedRecorder) -> tuple[Jacobian, dict[nn.Parameter, Tensor]]:
-        """Forms the rows [K, n], and the gradient of the part of the loss that no weighting sees, if any."""
+        """Form the rows [K, n], and the gradient of the part of the loss that no weighting sees, if any."""
 
     @abstractmethod
     def weighted(self, weights: Tensor, members: Membership, rest: bool) -> Tensor:
-        """Returns a scalar with the gradient of the loss, with each objective times its weight [K]; see `Shares`."""
+        """Return a scalar with the gradient of the loss, with each objective times its weight [K]; see `Shares`."""
 
     @abstractmethod
     def release(self) -> None:
-        """Frees the graph."""
+        """Free the graph."""
 
 
 class NamedRecorder(Recorder):
-    """Records micro-batches by name, of a trainer that has `named_losses`; see `Recorder`."""
+    """A `Recorder` of losses by name, for a trainer that has `named_losses`."""
 
     trainer: Any
 
     def rows(self, passed: Passed) -> Recorded:
-        """Forms the rows of a micro-batch's objectives."""
+        """Form the rows of a micro-batch's objectives."""
         losses: Any = passed.shares
         jacobian, extra = losses.rows(self)
         losses.release()
@@ -58,11 +58,11 @@ class NamedRecorder(Recorder):
         return Recorded(passed.table, jacobian, passed.broken, True, extra, None)
 
     def gradient_row(self, loss: Tensor) -> Jacobian:
-        """Computes the row of one objective with a plain backward pass."""
+        """Compute the row of one objective with a plain backward pass."""
         return self.jacobian_of(self.trainer.engine().gradients(loss) if loss.requires_grad else {})
 
     def again(self, first: Passed, model: nn.Module, keep: Tensor | None = None) -> Passed:
-        """Refuses to measure a micro-batch whose plain gradient was not finite."""
+        """Refuse to measure a micro-batch whose plain gradient was not finite."""
         raise ValueError(
             f"Update {self.trainer.state.global_step + 1}: the gradient isn't finite, but was not measured, so it is "
             "unknown what to leave out: lower the learning rate, or measure at every update."

@@ -16,7 +16,7 @@ _OURS = ("transformers.trainer", "hf_jd.trainer.unreduced")
 
 
 def overridden(trainer: Any) -> str | None:
-    """Returns "compute_losses" or "compute_loss", whichever the user overrides nearer to the instance; None if neither.
+    """Return "compute_losses" or "compute_loss", whichever the user overrides nearer to the instance; None if neither.
 
     It may belong to a class or an instance, or replace Trainer's own. The user's own `training_step`, to the right of
     the mixin, counts as a `compute_loss`.
@@ -37,7 +37,7 @@ def overridden(trainer: Any) -> str | None:
 
 
 def warn_of_gradients(trainer: Any) -> None:
-    """Warns if a user's `training_step` names `.grad`, which is only written after it, once per update."""
+    """Warn if a user's `training_step` names `.grad`, which is only written after it, once per update."""
     for cls in type(trainer).__mro__:
         step = vars(cls).get("training_step")
         if step is not None and cls.__module__.partition(".")[0] not in ("hf_jd", "transformers"):
@@ -50,7 +50,7 @@ def warn_of_gradients(trainer: Any) -> None:
 
 
 def _names(code: CodeType | None) -> set[str]:
-    """Returns the names of the attributes and globals that a function, or one defined inside it, uses."""
+    """Return the names of the attributes and globals that a function, or one defined inside it, uses."""
     if code is None:
         return set()
     inner = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
@@ -59,7 +59,7 @@ def _names(code: CodeType | None) -> set[str]:
 
 @contextmanager
 def steps_through(trainer: Any, ours: Callable[..., Any], count: Callable[[], int]) -> Generator[None]:
-    """Refuses a user's `training_step` that hides the mixin's, instead of training without Jacobian descent.
+    """Refuse a user's `training_step` that hides the mixin's, instead of training without Jacobian descent.
 
     Args:
         trainer: The trainer.

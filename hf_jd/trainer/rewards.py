@@ -49,7 +49,7 @@ class PolicyLoss:
         self.loss: Tensor | None = None
 
     def keep(self, outputs: Sequence[Any], loss: Tensor) -> None:
-        """Stores the inputs of the loss, and the loss as TRL computed it.
+        """Store the inputs of the loss, and the loss as TRL computed it.
 
         Args:
             outputs: Log-probabilities [B, T], entropies [B, T], and a router's loss []; all but the first may be None.
@@ -62,7 +62,7 @@ class PolicyLoss:
         self.outputs, self._leaves = [t for t, _ in pairs], [leaf for _, leaf in pairs]
 
     def gradients(self, advantages: Tensor, **settings: Any) -> list[Tensor]:
-        """Computes the gradient at each output with other advantages [B], and `settings` as the trainer's attributes.
+        """Compute the gradient at each output with other advantages [B], and `settings` as the trainer's attributes.
 
         Raises:
             ValueError: The loss doesn't depend on the log-probabilities that TRL's own method returns.
@@ -77,7 +77,7 @@ class PolicyLoss:
         return [torch.zeros_like(t) if g is None else g for t, g in zip(self._leaves, gradients, strict=True)]
 
     def prove(self) -> None:
-        """Compares the repeated evaluation with the loss that TRL computed, and frees the latter.
+        """Compare the repeated evaluation with the loss that TRL computed, and free the latter.
 
         Raises:
             ValueError: The gradients differ, or the loss depends on the model in other ways.
@@ -145,7 +145,7 @@ class RewardLosses(NamedLosses):
         self.counts = torch.cat([(self._advantages != 0).sum(0), *[finite.sum()[None] for _ in apart]])
 
     def rows(self, recorder: NamedRecorder) -> tuple[Jacobian, dict[nn.Parameter, Tensor]]:
-        """Forms the rows [K, n] of the rewards, and of the divergence if that is an objective; see `directions`."""
+        """Form the rows [K, n] of the rewards, and of the divergence if that is an objective; see `directions`."""
         extra = {}
         if any(bool(c.any()) for c in self._rest):
             extra = self._trainer.engine().gradients(scalar(self._outputs, self._rest))
@@ -160,11 +160,11 @@ class RewardLosses(NamedLosses):
         return scalar(self._outputs, total)
 
     def release(self) -> None:
-        """Frees the graph."""
+        """Free the graph."""
         del self._outputs, self._rewards, self._apart, self._rest, self._noise
 
     def _rows_by_reward(self, recorder: NamedRecorder) -> Jacobian:
-        """Forms the rows [K, n] of the rewards with the fewest backward passes, and logs their number."""
+        """Form the rows [K, n] of the rewards with the fewest backward passes, and log their number."""
         count = len(self._rewards)
         common = directions(self._rewards, self._advantages, self._noise)
         passes = len(common) if 0 < len(common) < count else count
@@ -175,7 +175,7 @@ class RewardLosses(NamedLosses):
         return rows[0] if passes == 1 else rows[0] + rows[1]
 
     def _rows_along(self, recorder: NamedRecorder, direction: Direction, last: bool) -> Jacobian:
-        """Forms the objectives' rows as weighted sums of completions' rows, with one backward pass."""
+        """Form the objectives' rows as weighted sums of completions' rows, with one backward pass."""
         membership = direction.membership
         some = (membership != 0).any(0)
         if not some.any():
@@ -191,7 +191,7 @@ class RewardLosses(NamedLosses):
 def _by_reward(
     policy: PolicyLoss, kl_is_objective: bool
 ) -> tuple[list[list[Tensor]], list[list[Tensor]], list[Tensor], list[Tensor]]:
-    """Evaluates TRL's loss with each reward's advantages, and without any.
+    """Evaluate TRL's loss with each reward's advantages, and without any.
 
     Returns:
         The cotangents at each output [B, ...]: of each reward; of the divergence, if that is an objective; of the part
@@ -216,12 +216,12 @@ def _less(gradients: list[Tensor], base: list[Tensor]) -> list[Tensor]:
 
 
 def _where(finite: Tensor, gradient: Tensor) -> Tensor:
-    """A cotangent [B, ...] with zeros where its completion's isn't finite."""
+    """Return a cotangent [B, ...] with zeros for completions whose own isn't finite."""
     return torch.where(wide(finite, gradient), gradient, 0) if gradient.dim() else gradient
 
 
 def scalar(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """Returns a scalar whose gradient is the pullback of the cotangents; its value is 0."""
+    """Return a scalar whose gradient is the pullback of the cotangents; its value is 0."""
     parts = []
     for output, gradient in zip(outputs, gradients, strict=True):
         ids = torch.zeros(output.shape[:1], dtype=torch.int64, device=output.device)

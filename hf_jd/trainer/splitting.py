@@ -41,7 +41,7 @@ class Whose(NamedTuple):
 
     @staticmethod
     def of(batch: Any, packed: str, device: torch.device) -> Whose:
-        """Reads a batch as collated; for `packed`, see `--jd_packed`."""
+        """Read a batch as collated; for `packed`, see `--jd_packed`."""
         if not holds_examples(batch):
             return Whose(None, None, None, empty=True)
         if not isinstance(batch, Mapping):
@@ -56,7 +56,7 @@ class Whose(NamedTuple):
 
 
 def shares_of(trainer: JDTrainerMixin, loss: Tensor, whose: Whose, scale: float) -> tuple[Shares, list[str]]:
-    """Cuts the loss of a micro-batch that the trainer has just computed.
+    """Cut the loss of a micro-batch that the trainer has just computed.
 
     Args:
         trainer: Has the outputs and unreduced losses from which it was computed.
@@ -133,7 +133,7 @@ def _of_unreduced(trainer: JDTrainerMixin, loss: Tensor, whose: Whose, unreduced
 
 
 def _owners(trainer: JDTrainerMixin, cotangents: Sequence[Cotangent], whose: Whose) -> tuple[list[Tensor], int]:
-    """Finds the instance of each leading row [N] of the outputs, or of each token [N, T], -1 for none; and B.
+    """Find the instance of each leading row [N] of the outputs, or of each token [N, T], -1 for none; and B.
 
     Raises:
         ValueError: They are unknown.
@@ -161,7 +161,7 @@ def _owners(trainer: JDTrainerMixin, cotangents: Sequence[Cotangent], whose: Who
 
 
 def _owners_of_losses(trainer: JDTrainerMixin, losses: Mapping[str, Tensor], whose: Whose) -> tuple[list[Tensor], int]:
-    """Finds the instance of each leading row, or token, of unreduced losses; and B, 1 if all are batch losses.
+    """Find the instance of each leading row, or token, of unreduced losses; and B, 1 if all are batch losses.
 
     Raises:
         ValueError: They can't be assigned to the objectives.
@@ -210,7 +210,7 @@ def _owners_of_losses(trainer: JDTrainerMixin, losses: Mapping[str, Tensor], who
 
 
 def owners_of_tokens(documents: Tensor, output: Tensor) -> Tensor:
-    """Returns the document of each token of an output [B, T, ...], or [B, T - 1, ...] for next tokens.
+    """Return the document of each token of an output [B, T, ...], or [B, T - 1, ...] for next tokens.
 
     Raises:
         ValueError: The output is neither.
@@ -226,7 +226,7 @@ def owners_of_tokens(documents: Tensor, output: Tensor) -> Tensor:
 
 
 def _descend_others(trainer: JDTrainerMixin, loss: Tensor) -> None:
-    """Adds to the `.grad` of parameters that the optimizer trains besides the model's, such as the loss's own."""
+    """Add to the `.grad` of parameters that the optimizer trains besides the model's, such as the loss's own."""
     optimizer, trainable = trainer.optimizer, set(trainer.trainable())
     if optimizer is None or not loss.requires_grad or not loss.detach().isfinite():
         return

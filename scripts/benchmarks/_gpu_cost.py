@@ -49,7 +49,7 @@ class Cost:
     groups: int = 4
 
     def __call__(self, setting: Setting) -> dict[str, Any]:
-        """Times the case; reports an error in place of a result."""
+        """Time the case; report an error in place of a result."""
         case = replace(self, shape="tiny", batch=4, tokens=8) if setting.tiny else self
         return Contest(case, setting.device).run(setting)
 
@@ -69,7 +69,7 @@ class Contest:
         self._weigh = UPGradWeighting()
 
     def run(self, setting: Setting) -> dict[str, Any]:
-        """Times the plain step and the case's ways."""
+        """Time the plain step and the case's ways."""
         plain = self._build()
         trainable = sum(p.numel() for p in plain.parameters() if p.requires_grad)
         steps: dict[str, Step] = {"plain": self._plain(plain)}
@@ -98,7 +98,7 @@ class Contest:
         return model.train()
 
     def _losses(self, model: nn.Module) -> Tensor:
-        """Returns the mean token loss of each instance, [B]."""
+        """Return the mean token loss of each instance, [B]."""
         cast = torch.autocast(self._device.type, torch.bfloat16) if self._case.autocast else contextlib.nullcontext()
         with cast:
             logits = model(input_ids=self._ids).logits[:, :-1]

@@ -81,7 +81,7 @@ def _difference(family: str, dtype: torch.dtype, setting: Setting) -> dict[str, 
 
 
 def trained(setting: Setting, ours: bool, **flags: Any) -> nn.Module:
-    """Trains a small Llama for five steps, with Trainer or JDTrainer."""
+    """Train a small Llama for five steps, with Trainer or JDTrainer."""
     model = _start()
     ids = torch.randint(1, VOCABULARY, (40, TOKENS), generator=torch.Generator().manual_seed(0)).tolist()
     with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +96,7 @@ def trained(setting: Setting, ours: bool, **flags: Any) -> nn.Module:
 
 
 def _apart(first: nn.Module, second: nn.Module) -> float:
-    """Returns the distance between two trained models, relative to how far the second has moved."""
+    """Return the distance between two trained models, relative to how far the second has moved."""
     start, ends = _flat(_start()), [_flat(model) for model in (first, second)]
     return ((ends[0] - ends[1]).norm() / (ends[1] - start).norm()).item()
 

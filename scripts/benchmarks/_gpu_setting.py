@@ -41,23 +41,23 @@ class Setting:
         return self.device.type == "cuda"
 
     def late(self) -> bool:
-        """Whether the time is up."""
+        """Return whether the time is up."""
         return time.monotonic() > self.deadline
 
     def require_cuda(self) -> None:
-        """Raises `NotHereError` on another device."""
+        """Raise `NotHereError` on another device."""
         if not self.is_cuda:
             raise NotHereError("needs CUDA")
 
 
 def require(package: str) -> None:
-    """Raises `NotHereError` if a package is not installed."""
+    """Raise `NotHereError` if a package is not installed."""
     if importlib.util.find_spec(package) is None:
         raise NotHereError(f"needs {package}")
 
 
 def milliseconds(step: Step, device: torch.device) -> float:
-    """Times one step; on a GPU between two events."""
+    """Time one step; on a GPU between two events."""
     if device.type != "cuda":
         start = time.perf_counter()
         step()
@@ -71,7 +71,7 @@ def milliseconds(step: Step, device: torch.device) -> float:
 
 
 def peak_megabytes(step: Step, device: torch.device) -> float | None:
-    """Returns what a step holds at most beyond what was held before; None where the allocator doesn't tell."""
+    """Return what a step holds at most beyond what was held before; None where the allocator doesn't tell."""
     if device.type != "cuda":
         step()
         return None
@@ -84,7 +84,7 @@ def peak_megabytes(step: Step, device: torch.device) -> float | None:
 
 
 def compare(steps: Mapping[str, Step], setting: Setting) -> dict[str, dict[str, Any]]:
-    """Times contestants by turns; the first is what the others' ratios are to.
+    """Time contestants by turns; the first is what the others' ratios are to.
 
     Returns:
         For each its median in ms, its ratio (the median over rounds of its time by the first's in the same round), and

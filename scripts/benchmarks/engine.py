@@ -133,7 +133,7 @@ class Way:
             self.model.compile()
 
     def __call__(self) -> float:
-        """Takes a step; returns its seconds."""
+        """Take a step; return its seconds."""
         for p in self._parameters:
             p.grad = None
         start = time.perf_counter()
@@ -207,7 +207,7 @@ class Way:
         return step
 
     def passes(self) -> Callable[[Tensor], None]:
-        """Runs one backward per objective, and stacks the rows."""
+        """Run one backward per objective, and stack the rows."""
 
         def step(values: Tensor) -> None:
             rows = [torch.autograd.grad(v, self._parameters, retain_graph=True) for v in values]
@@ -256,7 +256,7 @@ def memory(ways: list[Way], name: str) -> str:
 
 
 def line(case: Case, names: list[str], rounds: int, compiled: bool = False) -> None:
-    """Prints one markdown line: the plain step, the other ways' ratios, one-pass's gain over the last and memory."""
+    """Print one markdown line: the plain step, the other ways' ratios, one-pass's gain over the last and memory."""
     ways = [Way(case, name, compiled) for name in names]
     seconds = measure(ways, rounds)
     cells = [
@@ -270,7 +270,7 @@ def line(case: Case, names: list[str], rounds: int, compiled: bool = False) -> N
 
 
 def head(*columns: str) -> None:
-    """Prints the head of a markdown table."""
+    """Print the head of a markdown table."""
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|", flush=True)
 
 
@@ -298,7 +298,7 @@ def compiled(rounds: int) -> None:
 
 
 def sweep(rounds: int) -> None:
-    """Prints and draws the cost an instance against m, for LoRA at h = 256, T = 64."""
+    """Print and draw the cost an instance against m, for LoRA at h = 256, T = 64."""
     from matplotlib.figure import Figure
 
     head("m", "plain, ms an instance", "one-pass, ms an instance", "ratio")
@@ -324,7 +324,7 @@ def sweep(rounds: int) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Runs the benchmark that the arguments ask for."""
+    """Run the benchmark that the arguments ask for."""
     parser = argparse.ArgumentParser(prog="benchmark.py engine", description=__doc__.split("\n")[0])
     parser.add_argument("--cases", default="", help="only the lines of the table whose label contains this")
     parser.add_argument("--factors", action="store_true", help="full fine-tuning by instance: rows, factors, two-pass")

@@ -48,7 +48,7 @@ CASES: dict[str, Callable[[Setting], dict[str, Any]]] = {
 
 
 def run(name: str, setting: Setting) -> dict[str, Any]:
-    """Runs one case; returns its line: what it found, or why there is nothing."""
+    """Run one case; return its line: what it found, or why there is nothing."""
     begin = time.monotonic()
     if setting.late():
         return {"case": name, "not_here": "the time was up"}
@@ -84,7 +84,7 @@ def printed(line: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the cases.
+    """Run the cases.
 
     Returns:
         The exit code: 0, whatever the cases found.

@@ -25,7 +25,7 @@ from hf_jd.finetune.run import build_trainer, parse
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the fine-tunings and writes the file.
+    """Run the fine-tunings and write the file.
 
     Returns:
         The exit code.
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def gramians(batch: int, arguments: argparse.Namespace) -> list[Tensor]:
-    """Fine-tunes for some steps of `batch` examples; returns each step's Gramian, [batch, batch]."""
+    """Fine-tune for some steps of `batch` examples; return each step's Gramian, [batch, batch]."""
     settings = read_settings(example_path("multitask.yaml")) | {
         "per_device_train_batch_size": batch,
         "max_steps": arguments.steps,
@@ -84,6 +84,6 @@ class Recorder:
         self.gramians: list[Tensor] = []
 
     def __call__(self, gramian: Tensor) -> Tensor:
-        """Computes the weights [m] from the Gramian [m, m], and keeps that."""
+        """Compute the weights [m] from the Gramian [m, m], and keep that."""
         self.gramians.append(gramian.detach().cpu().clone())
         return self.weighting(gramian)

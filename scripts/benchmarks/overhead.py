@@ -42,7 +42,7 @@ def interleaved(ways: list[Way], rounds: int) -> dict[str, list[tuple[float, flo
 
 
 def main(argv: list[str]) -> None:
-    """Runs the benchmark."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(prog="benchmark.py overhead", description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=40, help="steps of each way")
     parser.add_argument("--profile", action="store_true", help="print the functions that take the engine's time")

@@ -48,11 +48,11 @@ class Stopwatch:
     last: float = 0.0
 
     def start(self) -> None:
-        """Begins a step."""
+        """Begin a step."""
         self.last = time.perf_counter()
 
     def __call__(self, part: str) -> None:
-        """Ends a part of the step."""
+        """End a part of the step."""
         now = time.perf_counter()
         self.seconds[part].append(now - self.last)
         self.last = now
@@ -74,7 +74,7 @@ class Update:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
 
     def __call__(self, ids: Tensor) -> None:
-        """Takes the step, without the optimizer's."""
+        """Take the step, without the optimizer's."""
         self.watch.start()
         with self.model.no_sync():
             values, segments = losses(self.model, ids), None
@@ -109,7 +109,7 @@ def run(rank: int, port: int, rounds: int) -> None:
 
 
 def measure(case: Case, rank: int, rounds: int) -> None:
-    """Times one case; the first process prints."""
+    """Time one case; the first process prints."""
     torch.manual_seed(rank)
     ids = torch.randint(0, VOCABULARY, (case.batch, case.tokens))
     plain = DistributedDataParallel(build(case))
@@ -141,7 +141,7 @@ def measure(case: Case, rank: int, rounds: int) -> None:
 
 
 def overlap(case: Case, rank: int, rounds: int) -> None:
-    """Times the backward pass that brings rows: alone, before an exchange of as many bytes, and during one."""
+    """Time the backward pass that brings rows: alone, before an exchange of as many bytes, and during one."""
     torch.manual_seed(rank)
     ids = torch.randint(0, VOCABULARY, (case.batch, case.tokens))
     model = build(case)
@@ -172,7 +172,7 @@ def overlap(case: Case, rank: int, rounds: int) -> None:
 
 
 def send(parts: list[Tensor], rank: int) -> list[distributed.Work]:
-    """Begins to send each of some tensors to the other process."""
+    """Begin to send each of some tensors to the other process."""
     work = []
     for part in parts:
         sizes = [0 if q == rank else len(part) for q in range(PROCESSES)]
@@ -182,7 +182,7 @@ def send(parts: list[Tensor], rank: int) -> list[distributed.Work]:
 
 
 def seconds_of_check(parameters: dict[str, nn.Parameter]) -> float:
-    """Compares parameters with those of the other process."""
+    """Compare parameters with those of the other process."""
     distributed.barrier()
     start = time.perf_counter()
     check_weights(parameters, step=0)
@@ -190,7 +190,7 @@ def seconds_of_check(parameters: dict[str, nn.Parameter]) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Starts the processes."""
+    """Start the processes."""
     parser = argparse.ArgumentParser(prog="benchmark.py processes", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args(argv)

@@ -48,7 +48,7 @@ BLOCK = 10  # steps that are averaged before their median is taken: some configu
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the table.
+    """Print the table.
 
     Returns:
         The exit code.
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(flags: dict[str, Any] | None, args: argparse.Namespace) -> dict[str, float]:
-    """Trains one configuration in this process: the median step in seconds, and the memory it added in bytes."""
+    """Train one configuration in this process: the median step in seconds, and the memory it added in bytes."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     clock = _Clock()
@@ -139,11 +139,11 @@ class _Clock(TrainerCallback):
         self.begin = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Starts the clock."""
+        """Start the clock."""
         self.begin = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Reads it."""
+        """Read it."""
         self.steps.append(time.perf_counter() - self.begin)
 
 

@@ -1,4 +1,4 @@
-"""Times weightings against torchjd's and against quadprog called directly: `python scripts/benchmark.py weightings`.
+"""Time weightings against torchjd's and against quadprog called directly: `python scripts/benchmark.py weightings`.
 
 Every entry is the median of interleaved runs, in milliseconds: each round runs all contestants once, so that a busy
 machine slows them alike. The last table, which the documents show, has a column per kind of Gramians. `--json FILE`
@@ -30,7 +30,7 @@ Contestant = Callable[[Tensor], object]
 
 
 def gramian(kind: str, m: int, generator: torch.Generator) -> Tensor:
-    """Makes a Gramian [m, m] of rows of 4 m numbers: `random`, with a common direction, or with decaying spectrum.
+    """Make a Gramian [m, m] of rows of 4 m numbers: `random`, with a common direction, or with decaying spectrum.
 
     The rows of `low rank` have m / 2 numbers. The result is symmetric to the last bit, as the engine's are.
     """
@@ -50,7 +50,7 @@ KINDS = ("random", "correlated", "weakly correlated", "decaying", "low rank")
 
 
 def direct_quadprog(gramian: Tensor) -> np.ndarray:
-    """Solves UPGrad's problems as they are written, one call of quadprog each."""
+    """Solve UPGrad's problems as they are written, one call of quadprog each."""
     matrix = gramian.numpy()
     identity = np.eye(len(matrix))
     zero = np.zeros(len(matrix))
@@ -58,7 +58,7 @@ def direct_quadprog(gramian: Tensor) -> np.ndarray:
 
 
 def contestants(name: str, m: int, alone: bool = False) -> dict[str, Contestant]:
-    """Returns ours, and unless `alone`, torchjd's (if it has the method) and direct quadprog (for UPGrad)."""
+    """Return ours, and unless `alone`, torchjd's (if it has the method) and direct quadprog (for UPGrad)."""
     arguments = {"weights": [1.0] * m} if name == "constant" else {}
     found: dict[str, Contestant] = {"hf_jd": build_weighting(name, **arguments)}
     if alone:
@@ -72,7 +72,7 @@ def contestants(name: str, m: int, alone: bool = False) -> dict[str, Contestant]
 
 
 def torchjd_weighting(name: str, m: int) -> Contestant | None:
-    """Builds torchjd's weighting of the same method and parameters; None if it has none that reads a Gramian."""
+    """Build torchjd's weighting of the same method and parameters; None if it has none that reads a Gramian."""
     from torchjd import aggregation
 
     if importlib.util.find_spec("qpsolvers") is None:
@@ -100,7 +100,7 @@ def torchjd_weighting(name: str, m: int) -> Contestant | None:
 
 
 def medians(runs: dict[str, Contestant], matrices: list[Tensor], seconds: float, rounds: int) -> dict[str, float]:
-    """Runs all contestants by turns, up to `rounds` times or for `seconds`; returns their medians in milliseconds.
+    """Run all contestants by turns, up to `rounds` times or for `seconds`; return their medians in milliseconds.
 
     A contestant that takes more than a fifth of the time by itself is left out after its first two runs.
     """
@@ -120,7 +120,7 @@ def medians(runs: dict[str, Contestant], matrices: list[Tensor], seconds: float,
 
 
 def measure_solvers(matrices: list[Tensor], kind: str, seconds: float, rounds: int) -> list[dict[str, object]]:
-    """Times the two solvers of the projection for UPGrad's m problems and for DualProj's one."""
+    """Time the two solvers of the projection for UPGrad's m problems and for DualProj's one."""
     m, rows = len(matrices[0]), []
     for problems, targets in ((m, torch.eye(m).double() / m), (1, torch.full((1, m), 1 / m).double())):
         runs: dict[str, Contestant] = {
@@ -136,7 +136,7 @@ def measure_solvers(matrices: list[Tensor], kind: str, seconds: float, rounds: i
 
 
 def measure_warm_starts(matrices: list[Tensor], kind: str, seconds: float, rounds: int) -> list[dict[str, object]]:
-    """Times the batched solver on UPGrad's problems, from nothing and from the last step's solution."""
+    """Time the batched solver on UPGrad's problems, from nothing and from the last step's solution."""
     m, times, kept = len(matrices[0]), [], []
     last = None
     for gramian in matrices:
@@ -155,14 +155,14 @@ def measure_warm_starts(matrices: list[Tensor], kind: str, seconds: float, round
 
 
 def table(rows: list[dict[str, object]]) -> str:
-    """Formats the rows as a markdown table."""
+    """Format the rows as a markdown table."""
     columns = list(rows[0])
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     return "\n".join([*lines, *("| " + " | ".join(_cell(row[c]) for c in columns) + " |" for row in rows)])
 
 
 def by_kind(rows: list[dict[str, object]]) -> str:
-    """Formats what was measured as a markdown table per number of threads, with a column per kind of Gramians.
+    """Format what was measured as a markdown table per number of threads, with a column per kind of Gramians.
 
     A line is of a size m or, of several weightings, of one weighting, with torchjd / hf_jd in brackets.
     """
@@ -192,7 +192,7 @@ def inputs_of(arguments: argparse.Namespace) -> list[tuple[str, list[Tensor]]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the benchmark and prints a table; returns the exit code."""
+    """Run the benchmark and print a table; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--weightings", nargs="+", default=["upgrad", "dualproj", "mgda"], help="names, or all")
     parser.add_argument("--sizes", nargs="+", type=int, default=[8, 32, 64, 128, 256])

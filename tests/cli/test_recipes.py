@@ -32,7 +32,7 @@ ERRORS = [(f"... is not valid: {i} =", f" {kind}") for i, kind in enumerate(["va
 
 
 def few(name: str) -> DatasetDict:
-    """Replaces an embedded example, since reading the whole standard library is slow."""
+    """Replace an embedded example, since reading the whole standard library is slow."""
     rows = {"tasks": [row | {"task": task} for row in ROWS for task in example.SHARES], "lily": STORIES * 3}[name]
     rows = Dataset.from_list(rows)
     return DatasetDict(train=rows, validation=rows.select(range(8)))

@@ -69,7 +69,7 @@ def happy(completions, **columns):
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Returns tiny models by command, each with a tokenizer that has a chat template."""
+    """Return tiny models by command, each with a tokenizer that has a chat template."""
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
     tokenizer.chat_template = TEMPLATE
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -84,7 +84,7 @@ def models(tmp_path_factory):
 
 
 def written(name, directory):
-    """Writes a file of the command's examples, with two groups."""
+    """Write a file of the command's examples, with two groups."""
     rows = []
     for i in range(4):
         row = {**EXAMPLES[name]}

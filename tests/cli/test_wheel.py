@@ -28,7 +28,7 @@ def run(*command: object, folder: Path, path: Path | None = None) -> subprocess.
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """Returns a folder with only the wheel's contents."""
+    """Return a folder with only the wheel's contents."""
     folder = tmp_path_factory.mktemp("wheel")
     built = run("-m", "hatchling", "build", "-t", "wheel", "-d", folder, folder=ROOT)
     assert built.returncode == 0, built.stderr

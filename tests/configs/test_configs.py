@@ -26,7 +26,7 @@ KINDS = {
 
 
 def launched(path: Path, *more: str):
-    """Returns the settings that `accelerate launch --config_file path` reads from the file and further arguments."""
+    """Return the settings that `accelerate launch --config_file path` reads from the file and further arguments."""
     arguments = launch_command_parser().parse_args(["--config_file", str(path), *more, "scripts/finetune.py"])
     return _validate_launch_command(arguments)[0]
 

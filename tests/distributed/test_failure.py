@@ -33,7 +33,7 @@ def test_weights_that_differ_are_found(pools):
 
 @pytest.fixture(scope="module")
 def unharmed(tmp_path_factory, pools):
-    """Returns the parameters of uninterrupted runs."""
+    """Return the parameters of uninterrupted runs."""
     return {
         sharded: pools(2).run("survive", directory=str(tmp_path_factory.mktemp("whole")), sharded=sharded)[0]
         for sharded in (False, True)

@@ -87,7 +87,7 @@ def trl() -> dict[str, Any]:
 
 @cache
 def adapter_folder() -> str:
-    """Returns the folder of an adapter like those that `hf-jd finetune` saves."""
+    """Return the folder of an adapter like those that `hf-jd finetune` saves."""
     folder = mkdtemp()
     model = AutoModelForCausalLM.from_pretrained(STORIES)
     get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(folder)

@@ -72,14 +72,14 @@ class ParsedError(Exception):
 
 
 def check_by_trl(command: str, flags: Sequence[str]) -> None:
-    """Checks the flags of a command that TRL's parser reads."""
+    """Check the flags of a command that TRL's parser reads."""
     pytest.importorskip("trl")
     with patch("hf_jd.commands.common.load", side_effect=ParsedError), pytest.raises(ParsedError):
         main([command, *flags, "--use_cpu", "--bf16", "false"])
 
 
 def check_by_its_parser(command: str, flags: list[str]) -> None:
-    """Checks that the flags of a command with its own parser are among those that its help lists."""
+    """Check that the flags of a command with its own parser are among those that its help lists."""
     spec = find_spec(COMMANDS[command][0])
     assert spec is not None
     assert spec.origin is not None

@@ -33,7 +33,7 @@ TUNED = [(name, rank) for name in CONFIGS for rank in (3, None) if (name, rank) 
 
 
 def unneeded(name: str, rank: int | None, case: Case) -> float:
-    """Counts the first layer's input gradients, which the cost model includes, but autograd skips under LoRA."""
+    """Count the first layer's input gradients, which the cost model includes, but autograd skips under LoRA."""
     return 0 if rank is None else sum(2 * case.all_tokens * d * (p + rank) for p, d in FIRST_MAPS[name])
 
 

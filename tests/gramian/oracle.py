@@ -20,7 +20,7 @@ Rows = dict[nn.Parameter, Tensor | None]
 
 
 def brute_rows(losses: Tensor, parameters: Sequence[nn.Parameter]) -> Rows:
-    """Computes d loss / d parameter, with one plain backward per objective; restores `.grad`.
+    """Compute d loss / d parameter, with one plain backward per objective; restore `.grad`.
 
     Args:
         losses: Of any shape; rows follow `losses.flatten()`.
@@ -47,20 +47,20 @@ def brute_rows(losses: Tensor, parameters: Sequence[nn.Parameter]) -> Rows:
 
 
 def brute_gramian(rows: Rows, shape: Sequence[int]) -> Tensor:
-    """Computes the generalised Gramian, shape + reversed(shape), of rows in the order of `losses.flatten()`."""
+    """Compute the generalised Gramian, shape + reversed(shape), of rows in the order of `losses.flatten()`."""
     total = sum(r.double() @ r.double().T for r in rows.values() if r is not None)
     n = len(shape)
     return total.view([*shape, *shape]).permute([*range(n), *reversed(range(n, 2 * n))])
 
 
 def brute_update(rows: Rows, weights: Tensor) -> Rows:
-    """Computes J^T w by parameter, shaped like it."""
+    """Compute J^T w by parameter, shaped like it."""
     flat = weights.flatten()
     return {p: None if r is None else (flat.to(r) @ r).view(p.shape) for p, r in rows.items()}
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
-    """Computes the norm of the difference, relative to the larger norm."""
+    """Compute the norm of the difference, relative to the larger norm."""
     ours, theirs = ours.double(), theirs.double()
     scale = max(float(ours.norm()), float(theirs.norm()))
     return float((ours - theirs).norm()) / scale if scale else 0.0
@@ -69,7 +69,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 def wrong_parameters(
     names: dict[nn.Parameter, str], ours: Rows, theirs: Rows, tolerance: float, scale: Rows | None = None
 ) -> list[str]:
-    """Returns one line per wrong parameter: its name, shape and error.
+    """Return one line per wrong parameter: its name, shape and error.
 
     Errors are relative to the parameter's own rows (`scale`: also if they cancel in an update), or, if those are
     rounding noise (the bias of a key, which softmax cancels), to 1e-5 of the largest parameter's rows.
@@ -108,7 +108,7 @@ class SinglePrecision(TorchFunctionMode):
 
 
 def trainable(*modules: nn.Module) -> dict[nn.Parameter, str]:
-    """Returns the trainable parameters and their names."""
+    """Return the trainable parameters and their names."""
     names: dict[nn.Parameter, str] = {}
     for module in modules:
         for name, p in module.named_parameters():
@@ -118,14 +118,14 @@ def trainable(*modules: nn.Module) -> dict[nn.Parameter, str]:
 
 
 def perturb(parameters: Iterable[nn.Parameter], size: float = 0.05) -> None:
-    """Changes every parameter, including zeros, like an optimizer's step."""
+    """Change every parameter, including zeros, like an optimizer's step."""
     with torch.no_grad():
         for p in parameters:
             p.add_(size * torch.randn_like(p))
 
 
 def jacobian_rows(jacobian: Jacobian, losses: Tensor, batch_dim: int | None = 0) -> Rows:
-    """Returns the engine's rows, in the order of `losses.flatten()`."""
+    """Return the engine's rows, in the order of `losses.flatten()`."""
     used = set(jacobian.used)
     rows: Rows = {p: jacobian.rows(p) if p in used else None for p in jacobian.parameters}
     if batch_dim == 0 and losses.dim() > 1:
@@ -143,7 +143,7 @@ def check_step(
     keep_rows: Sequence[bool | str | int] = (True, False),
     expected: Rows | None = None,
 ) -> list[str]:
-    """Returns what is wrong in one step of an engine, one line each: rows, Gramian and update, in each mode.
+    """Return what is wrong in one step of an engine, one line each: rows, Gramian and update, in each mode.
 
     Args:
         engine: The engine.
@@ -201,7 +201,7 @@ def assert_engine_right(
     vacuous: bool = False,
     **options: Any,
 ) -> dict[str, int]:
-    """Runs an engine for some steps and compares all its results with brute force.
+    """Run an engine for some steps and compare all its results with brute force.
 
     Args:
         modules: The engine's modules.
@@ -254,14 +254,14 @@ def assert_engine_right(
 
 
 def tiers_line(tiers: dict[str, int]) -> str:
-    """Says how many parameters each tier covers, and names those beyond the first tier."""
+    """Say how many parameters each tier covers, and name those beyond the first tier."""
     counts = {tier: sum(1 for t in tiers.values() if t == tier) for tier in sorted(set(tiers.values()))}
     beyond = [f"{name}:{tier}" for name, tier in tiers.items() if tier > 1]
     return f"{counts} {' '.join(beyond[:12])}"
 
 
 def closed_share(modules: nn.Module, tiers: dict[str, int]) -> float:
-    """Computes the share of trainable elements, among those that losses depend on, whose rows have closed forms."""
+    """Compute the share of trainable elements, among those that losses depend on, whose rows have closed forms."""
     elements = {name: p.numel() for p, name in trainable(modules).items() if tiers[name]}
     closed = sum(n for name, n in elements.items() if tiers[name] == 1)
     return closed / sum(elements.values())

@@ -33,7 +33,7 @@ def by_block(names: dict[nn.Parameter, str], form) -> dict[str, list[nn.Paramete
 
 
 def assert_blocks(engine: Engine, model: nn.Module, losses: Tensor, form) -> None:
-    """Asserts that the Gramians and updates of all blocks are those of each block's own Jacobian."""
+    """Assert that the Gramians and updates of all blocks are those of each block's own Jacobian."""
     names = trainable(model)
     rows, blocks = brute_rows(losses, list(names)), by_block(names, form)
     gramians = engine.compute_gramian(losses)

@@ -27,7 +27,7 @@ def is_freed(losses: Tensor) -> bool:
 
 
 def steps(model: nn.Module, engine: Engine, losses_of, count: int = 4, tolerance: float = EXACT) -> list[bool]:
-    """Takes steps, each compared with brute force; returns whether each one took a single pass that freed the graph."""
+    """Take steps, each compared with brute force; return whether each one took a single pass that freed the graph."""
     names, freed, passes = trainable(model), [], []
     record = engine._passes._record
     engine._passes._record = lambda *args, **kwargs: passes.append(args) or record(*args, **kwargs)

@@ -50,7 +50,7 @@ def test_functions_take_few_parameters_and_parse_no_strings(path: Path):
 
 
 def test_losses_take_a_short_way():
-    """Counts the functions that losses pass in a first step, the longest path; resuming a generator counts again."""
+    """Count the functions that losses pass in a first step, the longest path; resuming a generator counts again."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
     engine, losses = Engine(model), model(torch.randn(3, 4)).square().sum(1)

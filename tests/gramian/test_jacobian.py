@@ -21,7 +21,7 @@ from tests.models import tiny_gpt2
 
 @pytest.fixture
 def jacobians() -> tuple[list[Jacobian], list[Tensor], list[nn.Parameter]]:
-    """Returns Jacobians of a tied GPT-2 over three batches, and dense matrices; rows are dense, sparse and outer."""
+    """Return Jacobians of a tied GPT-2 over three batches, and dense matrices; rows are dense, sparse and outer."""
     model = tiny_gpt2()
     names = list(trainable(model))
     engine = Engine(model)

@@ -166,7 +166,7 @@ def test_batches_of_changing_size_and_length():
 
 
 def segment_losses(per_token: Tensor, ids: Tensor, count: int) -> Tensor:
-    """Sums [B, T] losses by id [B] or [B, T]."""
+    """Sum [B, T] losses by id [B] or [B, T]."""
     ids = ids[:, None].expand_as(per_token) if ids.dim() == 1 else ids
     total = per_token.new_zeros(count + 1).index_add(0, ids.flatten() + 1, per_token.flatten())
     return total[1:]

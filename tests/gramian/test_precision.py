@@ -47,7 +47,7 @@ METHODS: dict[str, Callable[[str], Any]] = {
 
 
 def tuned(model: nn.Module, family: str, method: str, precision: str) -> nn.Module:
-    """Builds a model in a precision, with a PEFT method's parameters in float32, none of them zero."""
+    """Build a model in a precision, with a PEFT method's parameters in float32, none of them zero."""
     dtype, kind = precision.split()
     model = model.to(HALF[dtype] if kind == "base" else torch.float32)
     torch.manual_seed(0)
@@ -65,7 +65,7 @@ def context(precision: str) -> contextlib.AbstractContextManager:
 
 
 def losses_of(model: nn.Module, precision: str, batch: int, length: int, seed: int = 0, vocabulary: int = VOCABULARY):
-    """Computes the mean cross-entropy of each sequence, in float32 as in Trainer."""
+    """Compute the mean cross-entropy of each sequence, in float32 as in Trainer."""
     ids = torch.randint(3, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
     with context(precision):
         logits = model(input_ids=ids).logits

@@ -116,7 +116,7 @@ class Model(nn.Module):
 
 
 def draws() -> list[float]:
-    """Returns the next number of each stream."""
+    """Return the next number of each stream."""
     return [float(torch.rand(())), float(np.random.rand()), random.random()]
 
 

@@ -30,7 +30,7 @@ def token_ids(step: int = 0, rows: int = B) -> Tensor:
 
 
 def policy(checkpointing: str, dropout: float = 0.0) -> nn.Module:
-    """Builds a GPT-2 with two adapters, of which "default" is active."""
+    """Build a GPT-2 with two adapters, of which "default" is active."""
     model = with_lora(tiny_gpt2(dropout=dropout), dropout=dropout, warm=True)
     torch.manual_seed(1)
     config = LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, init_lora_weights=False)

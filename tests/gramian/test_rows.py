@@ -94,7 +94,7 @@ def test_symmetric_blocks(count: int, columns: int):
 
 
 def routed(tokens: int, seed: int = 0, experts: int = 3, p: int = 4, d: int = 5) -> tuple[RoutedRows, Tensor]:
-    """Returns rows of experts, one of which sees no token, and the dense matrix."""
+    """Return rows of experts, one of which sees no token, and the dense matrix."""
     generator = torch.Generator().manual_seed(seed)
     expert = torch.randint(experts - 1, (tokens,), generator=generator).sort().values
     owners = torch.randint(OBJECTIVES - 1, (tokens,), generator=generator)

@@ -58,7 +58,7 @@ class ReadOutside(nn.Module):
 @pytest.mark.parametrize("budget", [0, 1_000, 3_000, 10_000, 20_000, 40_000, 100_000, 1_000_000])
 @pytest.mark.parametrize("kind", ["read outside", "llama"])
 def test_what_is_kept_is_within_the_budget(kind: str, budget: int):
-    """Stores rows, factors or nothing, never more bytes than allowed, whichever tier formed them."""
+    """Store rows, factors or nothing, never more bytes than allowed, whichever tier formed them."""
     torch.manual_seed(0)
     model = ReadOutside().double() if kind == "read outside" else tiny_llama()
     engine = Engine(model, keep_rows=budget)

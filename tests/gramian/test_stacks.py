@@ -35,7 +35,7 @@ class Tower(nn.Module):
 
 
 def group_losses(tokens: Tensor, ids: Tensor | None) -> Tensor:
-    """Sums values [B, T] by group: [R]."""
+    """Sum values [B, T] by group: [R]."""
     if ids is None:
         return tokens.sum(1)
     ids = ids if ids.dim() == 2 else ids[:, None].expand_as(tokens)
@@ -43,7 +43,7 @@ def group_losses(tokens: Tensor, ids: Tensor | None) -> Tensor:
 
 
 def assert_right(engine: Engine, model: nn.Module, losses: Tensor, ids: Tensor | None = None) -> bool:
-    """Asserts that rows and Gramian equal brute force; returns whether some rows are in stacks."""
+    """Assert that rows and Gramian equal brute force; return whether some rows are in stacks."""
     names = list(trainable(model))
     rows = brute_rows(losses, names)
     jacobian = engine.compute_jacobian(losses, ids)

@@ -31,7 +31,7 @@ REWARD = {"jd_objectives": "reward"}
 
 
 def trained(cls, config, directory, rewards, **flags):
-    """Trains for 2 updates or more, with plain gradient descent."""
+    """Train for 2 updates or more, with plain gradient descent."""
     set_seed(0)
     args = arguments(directory, config, **{**DESCENT, **GENERATED, **flags})
     trainer = cls(model=lora(), args=args, train_dataset=PROMPTS, processing_class=TOKENIZER, reward_funcs=rewards)

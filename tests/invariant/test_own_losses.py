@@ -50,7 +50,7 @@ def watched(case, directory, cls: type | None = None, **flags) -> tuple[Trainer,
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
-    """Trains a case with the stock Trainer; each configuration once."""
+    """Train a case with the stock Trainer; each configuration once."""
     trained_already: dict[str, Trainer] = {}
 
     def train(name: str, **flags) -> Trainer:
@@ -69,7 +69,7 @@ def ours(name: str, directory, cls: type | None = None, **flags) -> tuple[Traine
 
 
 def measured(trainer: Trainer) -> list[dict[str, float]]:
-    """Returns the logs, without times."""
+    """Return the logs, without times."""
     clock = ("runtime", "per_second")
     return [{k: v for k, v in entry.items() if not k.endswith(clock)} for entry in trainer.state.log_history]
 

@@ -23,7 +23,7 @@ TOKENIZER = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "examples"
 
 @pytest.fixture(scope="session")
 def path(tmp_path_factory):
-    """Saves a tiny float64 BERT, without dropout."""
+    """Save a tiny float64 BERT, without dropout."""
     directory = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}

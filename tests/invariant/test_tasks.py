@@ -38,7 +38,7 @@ CASES = 6
 
 
 def settings_of(name: str, case: int) -> dict:
-    """Returns the settings of a task's run.
+    """Return the settings of a task's run.
 
     Each setting has its second value in three of the first five runs, a different three for each setting: any two
     settings share a run with both second values, each has a run without the other's, and the last run has none. Which
@@ -53,7 +53,7 @@ def settings_of(name: str, case: int) -> dict:
 
 
 def met(names, strength: int) -> set:
-    """Returns the values of `strength` settings together that some run of these tasks has."""
+    """Return the values of `strength` settings together that some run of these tasks has."""
     runs = [settings_of(name, case) for name in names for case in range(CASES)]
     return {values for run in runs for values in combinations(run.items(), strength)}
 
@@ -98,7 +98,7 @@ def batches_of(accumulation):
 
 
 def shifting(model):
-    """Returns a collator; with label smoothing, Trainer removes the labels, and the collator has to shift them."""
+    """Return a collator; with label smoothing, Trainer removes the labels, and the collator has to shift them."""
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
 
     def with_decoder_inputs(batch):

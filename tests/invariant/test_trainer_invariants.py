@@ -23,7 +23,7 @@ KINDS = {"instance": {"jd_objectives": "instance"}, "group": {"jd_objectives": "
 
 @pytest.fixture
 def jacobians(monkeypatch):
-    """Counts the computed Jacobians: a mean that takes a short cut would prove nothing."""
+    """Count the computed Jacobians: a mean that takes a short cut would prove nothing."""
     seen = []
     compute = Engine.compute_jacobian
     monkeypatch.setattr(Engine, "compute_jacobian", lambda *a, **k: seen.append(compute(*a, **k)) or seen[-1])
@@ -105,7 +105,7 @@ def test_mean_is_trainer_where_the_model_takes_no_token_count(kind, scope, tmp_p
 
 
 def means(model, inputs, divide_by=None):
-    """Averages each instance's squared logits over its length; returns these, or their sum over a number."""
+    """Average each instance's squared logits over its length; return these, or their sum over a number."""
     logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
     losses = (logits.square().mean(-1) * inputs["attention_mask"]).sum(1) / inputs["attention_mask"].sum(1)
     return losses if divide_by is None else losses.sum() / divide_by

@@ -92,7 +92,7 @@ def by_length(completions: list[str], **columns: Any) -> list[float]:
 
 
 def by_position(completions: list[str], **columns: Any) -> list[float]:
-    """Gives a prompt's completions different rewards, since a completion with an advantage of 0 is no objective."""
+    """Give a prompt's completions different rewards, since a completion with an advantage of 0 is no objective."""
     return [100.0 * (i % 5) for i in range(len(completions))]
 
 
@@ -179,7 +179,7 @@ def trained(case: Case, directory: Path, ours: bool, **flags: Any) -> tuple[Any,
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
-    """Trains a case with TRL's own trainer, once."""
+    """Train a case with TRL's own trainer, once."""
     runs: dict[str, Any] = {}
 
     def train(name: str) -> Any:
@@ -191,7 +191,7 @@ def stock(tmp_path_factory):
 
 
 def measured(trainer: Any) -> list[dict[str, Any]]:
-    """Returns the logs, without times."""
+    """Return the logs, without times."""
     return [
         {key: value for key, value in entry.items() if "time" not in key and not key.endswith("per_second")}
         for entry in trainer.state.log_history

@@ -24,7 +24,7 @@ SCHEDULES = {
 
 
 def both(directory, kind="instance", settings=dict, **flags):
-    """Returns Trainer and JDTrainer after the same run; `settings` builds the arguments that aren't flags."""
+    """Return Trainer and JDTrainer after the same run; `settings` builds the arguments that aren't flags."""
     flags = {"max_steps": 6, "gradient_accumulation_steps": 2, **flags}
     found = []
     for cls, own in ((TrainingArguments, {}), (None, {"jd_weighting": "mean", **KINDS[kind]})):

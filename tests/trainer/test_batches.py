@@ -60,7 +60,7 @@ def collate(rows):
 
 
 def both(tmp_path, collator, data=DATA, ours=Ours, theirs=Theirs, model=Scorer):
-    """Trains on the same data with both trainers, with `mean`."""
+    """Train on the same data with both trainers, with `mean`."""
     flags = {"remove_unused_columns": False, "per_device_train_batch_size": 4, "optim": "sgd", "max_steps": 3}
     stock = run(model(), arguments(tmp_path, TrainingArguments, **flags), data, theirs, data_collator=collator)
     args = arguments(tmp_path, jd_weighting="mean", **flags)

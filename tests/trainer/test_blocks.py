@@ -30,7 +30,7 @@ STEPS, BATCH = 3, 4
 
 
 def token_losses(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> tuple[Tensor, Tensor]:
-    """Computes the losses in float64, like the model."""
+    """Compute the losses in float64, like the model."""
     shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
     losses = F.cross_entropy(outputs.logits.transpose(1, 2), shifted, reduction="none", ignore_index=-100)
     return losses, shifted != -100
@@ -47,7 +47,7 @@ def trained(directory: Any, model: nn.Module, **flags: Any) -> Any:
 
 
 def objectives_of(model: nn.Module, data: list[dict[str, Any]], kind: str) -> tuple[Tensor, list[str] | None]:
-    """Returns the objectives [m] of an update, whose mean is Trainer's loss, and their names if they are fixed."""
+    """Return the objectives [m] of an update, whose mean is Trainer's loss, and their names if they are fixed."""
     batch = collate(data)
     losses, counted = token_losses(model(batch["input_ids"], attention_mask=batch["attention_mask"]), batch["labels"])
     # Trainer's number of tokens: for GPT-2, it includes the first token, which is never predicted.
@@ -60,7 +60,7 @@ def objectives_of(model: nn.Module, data: list[dict[str, Any]], kind: str) -> tu
 
 
 def by_hand(model: nn.Module, kind: str, form: Callable[[str], str], build: Callable[[], Any]) -> nn.Module:
-    """Returns the model after some updates, with a separate weighting in each block."""
+    """Return the model after some updates, with a separate weighting in each block."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     blocks: dict[str, list[nn.Parameter]] = {}
     for name, p in named.items():

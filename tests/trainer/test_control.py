@@ -97,7 +97,7 @@ def test_the_mean_comes_first(tmp_path):
 
 @pytest.fixture
 def jacobians(monkeypatch):
-    """Records the Jacobians that are computed."""
+    """Record the Jacobians that are computed."""
     seen = []
     compute = Engine.compute_jacobian
     monkeypatch.setattr(Engine, "compute_jacobian", lambda *a, **k: seen.append(compute(*a, **k)) or seen[-1])

@@ -151,13 +151,13 @@ def test_rows_of_packed_documents(kind, tmp_path):
 
 
 def states_and_tokens(trainer, model, inputs, number):
-    """Reads two outputs, of which one depends on the other."""
+    """Read two outputs, of which one depends on the other."""
     outputs = model(**inputs, output_hidden_states=True)
     return outputs.loss + outputs.hidden_states[-1].square().mean(), outputs
 
 
 def twice_read(trainer, model, inputs, number):
-    """Reads the logits before and after the cast, as distillation does."""
+    """Read the logits before and after the cast, as distillation does."""
     outputs = model(**inputs)
     return outputs.loss + outputs.logits.square().mean(), outputs
 

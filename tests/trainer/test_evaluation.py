@@ -18,7 +18,7 @@ def evaluated(directory, data=HELD_OUT, cls=JDTrainer, **flags) -> dict[str, flo
 
 
 def expected(task: str, smoothing: float = 0.0) -> float:
-    """Computes the mean over a group's tokens, one example at a time."""
+    """Compute the mean over a group's tokens, one example at a time."""
     model, total, tokens = lora("gpt2").eval(), 0.0, 0
     for example in HELD_OUT:
         if example["task"] == task:

@@ -57,7 +57,7 @@ def of_model(trainer, model, inputs, number):
 
 
 def hooked(hook, name="register_hook"):
-    """Sets a hook on each parameter."""
+    """Set a hook on each parameter."""
 
     def prepare(trainer):
         for p in trainer.model.parameters():
@@ -67,7 +67,7 @@ def hooked(hook, name="register_hook"):
 
 
 def masked(gradient, p):
-    """Trains every other row, as for added tokens."""
+    """Train every other row, as for added tokens."""
     return gradient * (torch.arange(len(p)) % 2).view(-1, *[1] * (p.dim() - 1))
 
 

@@ -28,7 +28,7 @@ HOOKS = [name for name in vars(nn.Linear(1, 1)) if name.endswith("_hooks") or "_
 
 
 def hooks(model: nn.Module) -> dict[str, int]:
-    """Counts the hooks of each kind on modules and parameters."""
+    """Count the hooks of each kind on modules and parameters."""
     counts = {name: sum(len(getattr(module, name)) for module in model.modules()) for name in HOOKS}
     return counts | {"parameters": sum(len(p._backward_hooks or ()) for p in model.parameters())}
 
@@ -252,7 +252,7 @@ def searcher(tmp_path, data=None, flags=None, **settings) -> Searcher:
 
 
 def tried(trainer: Searcher, **flags: Any) -> Searcher:
-    """Runs one trial like a search does: the model of the previous trial is gone."""
+    """Run one trial like a search does: the model of the previous trial is gone."""
     trainer.model = trainer.model_wrapped = None
     trainer.trial = flags
     trainer.train()

@@ -24,7 +24,7 @@ class Saved:
 
 
 def kept(loss) -> int:
-    """Returns the bytes of all storages that autograd holds when the backward of `loss()` begins."""
+    """Return the bytes of all storages that autograd holds when the backward of `loss()` begins."""
     saved = WeakSet()
 
     def pack(tensor):

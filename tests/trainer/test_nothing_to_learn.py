@@ -22,7 +22,7 @@ SPARSE = {"one instance": (3,), "a micro-batch": (2, 3), "all but one instance":
 
 
 def without_some(*left_out):
-    """Returns a collator that leaves examples out, like a filter; if none remain, it returns tensors [0, T]."""
+    """Return a collator that leaves examples out, like a filter; if none remain, it returns tensors [0, T]."""
 
     def filtering(batch):
         keep = [example["input_ids"] not in left_out for example in batch]

@@ -36,7 +36,7 @@ class At(TrainerCallback):
 
 
 def with_loss(model, loss):
-    """Returns the model with its own loss replaced by `loss(its loss, its outputs, its inputs)`."""
+    """Return the model with its own loss replaced by `loss(its loss, its outputs, its inputs)`."""
     forward = model.forward
 
     @functools.wraps(forward)
@@ -51,7 +51,7 @@ def with_loss(model, loss):
 
 
 def penalised(model):
-    """Adds a penalty on the parameters, times a coefficient that starts at 0."""
+    """Add a penalty on the parameters, times a coefficient that starts at 0."""
     model.coefficient = 0.0
     return with_loss(
         model, lambda loss, *_: loss + model.coefficient * sum(p.square().sum() for p in model.parameters())
@@ -63,7 +63,7 @@ def raised(model):
 
 
 def is_stock(build, directory, tolerance=1e-6, data=None, callbacks=(), **flags):
-    """Checks that the mean and the stock trainer give the same parameters; returns the former trainer."""
+    """Check that the mean and the stock trainer give the same parameters; return the former trainer."""
     theirs_flags = {key: value for key, value in flags.items() if not key.startswith("jd_")}
     theirs = run(build(), arguments(directory, TrainingArguments, **theirs_flags), data, callbacks=list(callbacks))
     ours = run(build(), arguments(directory, jd_weighting="mean", **flags), data, callbacks=list(callbacks))

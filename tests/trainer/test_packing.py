@@ -17,7 +17,7 @@ KINDS = {"instance": {}, "grouped": {"jd_group_column": "task"}, "group": GROUP}
 
 
 def flattened(n=8):
-    """Returns examples whose first token has no label, as in the flattening collator, without a mask."""
+    """Return examples whose first token has no label, as in the flattening collator, without a mask."""
     data = examples(n)
     for example in data:
         example["labels"] = [-100, *example["labels"][1:]]
@@ -25,7 +25,7 @@ def flattened(n=8):
 
 
 def packing(**settings):
-    """Returns DataCollatorWithFlattening for examples without attention masks, with any flash attention arguments."""
+    """Return DataCollatorWithFlattening for examples without attention masks, with any flash attention arguments."""
     inner = DataCollatorWithFlattening(**settings)
     return lambda batch: inner([{k: v for k, v in e.items() if k in ("input_ids", "labels")} for e in batch])
 

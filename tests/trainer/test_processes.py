@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """Returns the folder in which two processes saved their results, each in its own files."""
+    """Return the folder in which two processes saved their results, each in its own files."""
     folder = tmp_path_factory.mktemp("two")
     # `--cpu --num_processes 2` starts one process only (accelerate 1.15); `--multi_gpu` starts two, here on the CPU.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

@@ -103,7 +103,7 @@ class Jacobian(JDTrainer):
 
 
 def trained(kind: type[nn.Module], args: Any, resume: str | None = None) -> tuple[nn.Module, list[float]]:
-    """Returns the trained model, and the next number of each random stream."""
+    """Return the trained model, and the next number of each random stream."""
     set_seed(1)
     model = kind().double()
     cls = Jacobian if isinstance(args, JDTrainingArguments) else Stock

@@ -25,7 +25,7 @@ ONE_DIRECTION = ("cispo",)
 
 
 def alone(policy: Policy, functions: list, scale: str = "group", weights: tuple[float, ...] | None = None) -> Tensor:
-    """Computes each reward's advantages [B, K], by loops."""
+    """Compute each reward's advantages [B, K], by loops."""
     n = len(policy.batch)
     permutation = policy.inputs["order"].tolist()
     columns = []
@@ -149,7 +149,7 @@ def test_rloo(kl, tmp_path):
 
 
 def alone_of_rloo(policy: Policy, functions: list) -> Tensor:
-    """Computes each reward minus the mean over the prompt's other completions [B, K], by loops."""
+    """Compute each reward minus the mean over the prompt's other completions [B, K], by loops."""
     columns = []
     for function in functions:
         found = function(completions=[""] * len(policy.batch))
@@ -253,7 +253,7 @@ def test_several_sums_that_hide_the_divergence_are_refused(tmp_path):
 
 
 def flat_reward(completions, **columns):
-    """Rewards all completions equally, so there is no advantage."""
+    """Reward all completions equally, so there is no advantage."""
     return [1.0] * len(completions)
 
 

@@ -19,7 +19,7 @@ DATA = examples(12)
 
 @pytest.fixture
 def kept(monkeypatch):
-    """Records the bytes stored after each micro-batch, and how many Jacobians are alive then."""
+    """Record the bytes stored after each micro-batch, and how many Jacobians are alive then."""
     seen, alive = [], weakref.WeakSet()
     add, compute = RowStore.add, Engine.compute_jacobian
 

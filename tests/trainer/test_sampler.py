@@ -30,7 +30,7 @@ def sampler(groups: list[str], update: int, batch: int, length: int | None = Non
 
 
 def is_stratified(parts: list[list[int]], groups: list[str]) -> bool:
-    """Whether each part has each group's share of all examples, to within one example."""
+    """Return whether each part has each group's share of all examples, to within one example."""
     for part in parts:
         for name in set(groups):
             share = len(part) * groups.count(name) / len(groups)

@@ -21,7 +21,7 @@ KINDS = ["loss", "instance_loss"]
 
 
 def two_losses(model, inputs):
-    """Returns the cross-entropy of the tokens, and the size of each instance's logits."""
+    """Return the cross-entropy of the tokens, and the size of each instance's logits."""
     outputs = model(**inputs)
     mask = inputs["attention_mask"].to(outputs.logits.dtype)
     size = (outputs.logits.square().mean(2) * mask).sum(1) / mask.sum(1)
@@ -50,7 +50,7 @@ class StockTwo(Trainer):
 
 
 def in_order(cls):
-    """Visits the examples in order."""
+    """Visit the examples in order."""
     return type(
         "InOrder", (cls,), {"_get_train_sampler": lambda self, data=None: torch.utils.data.SequentialSampler(data)}
     )
@@ -73,7 +73,7 @@ def test_mean_is_the_sum_of_the_losses(kind, cls, flags, tmp_path):
 
 
 def brute_force(data, kind):
-    """Computes the objectives and their rows, in one batch of all examples."""
+    """Compute the objectives and their rows, in one batch of all examples."""
     model, batch = started(), collate(data)
     (nll, counted), size = two_losses(model, batch).values()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -110,7 +110,7 @@ def test_one_step_is_that_of_brute_force_rows_whatever_the_accumulation(kind, si
 
 
 def _as_one_batch(names, kind):
-    """Reorders the objectives of accumulated micro-batches as in one batch: by loss, then by instance."""
+    """Reorder the objectives of accumulated micro-batches as in one batch: by loss, then by instance."""
     if kind == "loss":
         return [0, 1]
     pairs = [name.split("/") for name in names]

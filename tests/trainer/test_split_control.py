@@ -29,13 +29,13 @@ PLAIN = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", 
 
 
 def trained(case: Case, directory: Any, cls: Any = None, data: Any = None, **flags: Any) -> Any:
-    """Trains for four updates of 4 examples in order, with plain SGD."""
+    """Train for four updates of 4 examples in order, with plain SGD."""
     common = {"per_device_train_batch_size": 4, "train_sampling_strategy": "sequential", **PLAIN}
     return own_losses.trained(case, directory, 16, cls, data, **{**common, **flags})
 
 
 def by_hand(case: Case, weights_of: Callable[[int, Tensor], Tensor], factors: Any = None) -> Tensor:
-    """Computes the parameters after four updates by group, by brute force.
+    """Compute the parameters after four updates by group, by brute force.
 
     Args:
         case: The loss and the model.

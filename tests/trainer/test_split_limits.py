@@ -50,7 +50,7 @@ def normalised() -> nn.Module:
 
 
 def cached(trainer, model, inputs, number):
-    """Runs the model once without a graph, and again in the backward of its loss, row by row."""
+    """Run the model once without a graph, and again in the backward of its loss, row by row."""
     inputs = {key: value for key, value in inputs.items() if key != "labels"}
     with torch.no_grad():
         logits = model(**inputs).logits
@@ -154,7 +154,7 @@ def test_several_training_sets_by_name_are_taken(tmp_path):
 
 
 def after_a_step(second_order: bool) -> Any:
-    """Computes the loss after a gradient descent step on the batch, through `functional_call`."""
+    """Compute the loss after a gradient descent step on the batch, through `functional_call`."""
 
     def loss(trainer, model, inputs, number):
         parameters = dict(model.named_parameters())
@@ -241,7 +241,7 @@ def of_candidates(trainer, model, inputs, number):
 class Stacked(Case):
     @property
     def collate(self):
-        """Collates three candidates per example."""
+        """Collate three candidates per example."""
         return lambda batch: {"input_ids": torch.arange(len(batch) * 12).view(len(batch), 3, 4) % own_losses.VOCABULARY}
 
 

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*further passes now")
 
 
 def spoiled(trainer, model, inputs, number):
-    """Makes the third example's loss NaN; the others are unchanged."""
+    """Make the third example's loss NaN; the others are unchanged."""
     labels = inputs.pop("labels")
     outputs = model(**inputs)
     losses = F.cross_entropy(outputs.logits, labels, reduction="none")
@@ -30,7 +30,7 @@ def spoiled(trainer, model, inputs, number):
 
 
 def spoiled_inside(trainer, model, inputs, number):
-    """Makes the model itself compute infinities for the third example."""
+    """Make the model itself compute infinities for the third example."""
     factors = torch.tensor([1.0, 1.0, torch.inf, 1.0, 1.0]).double()[:, None, None]
     embedded = model.get_input_embeddings()(inputs.pop("input_ids")) * factors
     labels = inputs.pop("labels")

@@ -43,7 +43,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn, largest: int = 16, spread: float = 6.0, decades: float = 3.0) -> Case:
-    """Draws rows of any rank, whose singular values and lengths span many decades."""
+    """Draw rows of any rank, whose singular values and lengths span many decades."""
     m = draw(st.integers(1, largest))
     rank = draw(st.integers(1, m + 3))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -234,7 +234,7 @@ def test_memory_follows_names_not_positions(name: str) -> None:
 
 
 def update_difference(jacobian: Tensor, first: Tensor, second: Tensor) -> float:
-    """Computes |J^T (a - b)|, relative to the largest term in the sums J^T a and J^T b."""
+    """Compute |J^T (a - b)|, relative to the largest term in the sums J^T a and J^T b."""
     sizes = torch.maximum(first.abs(), second.abs()) * jacobian.norm(dim=1)
     largest = sizes.max().item()
     if not math.isfinite(largest) or not largest:

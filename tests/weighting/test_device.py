@@ -45,7 +45,7 @@ def gramian(m: int) -> Tensor:
 
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Records the sizes of tensors copied to the host."""
+    """Record the sizes of tensors copied to the host."""
     found: list[int] = []
 
     def recorded(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -84,7 +84,7 @@ FAMILIES: list[Rows] = [
 
 
 def with_errors(rows: Tensor, error: float, generator: torch.Generator) -> Tensor:
-    """Computes the rows' Gramian with errors of up to `error` times both rows' lengths; float32 values, in float64."""
+    """Compute the rows' Gramian with errors of up to `error` times both rows' lengths; float32 values, in float64."""
     signs = torch.randint(-1, 2, (len(rows), len(rows)), generator=generator).double().triu(1)
     lengths = rows.norm(dim=1)
     return (rows @ rows.T + error * (signs + signs.T) * lengths.outer(lengths)).float().double()
