@@ -78,13 +78,13 @@ def test_imports_go_one_way(path):
 
 
 @pytest.mark.parametrize("name", sorted(FORMULAS))
-def test_formulas_of_costs_know_no_tensors(name):
+def test_cost_formulas_import_no_tensors(name):
     packages = {module.partition(".")[0] for module in imports(ROOT / "hf_jd" / "estimate" / f"{name}.py")}
     assert not packages & (HUGGING_FACE | {"torch"})
 
 
 @pytest.mark.parametrize("path", files("scripts"), ids=named)
-def test_scripts_know_only_the_package(path):
+def test_scripts_import_only_the_package(path):
     assert not {"tests", "examples"} & {module.partition(".")[0] for module in imports(path)}
 
 

@@ -15,7 +15,7 @@ STEPS = 3
 
 @pytest.mark.parametrize("processes", [slow(1), 2, slow(4)])
 @pytest.mark.parametrize("kind", ["instance", "group", "stock"])
-def test_bytes_are_those_of_the_model(kind, processes, pools):
+def test_bytes_sent_match_the_cost_model(kind, processes, pools):
     flags = {"instance": {}, "group": GROUP, "stock": {"stock": True}}[kind]
     settings = {"model": "wide", "batch": 8, "n": 24, "steps": STEPS, "unlabelled": (), **flags}
     found = pools(processes).run("train", **settings)
@@ -36,7 +36,7 @@ def test_bytes_are_those_of_the_model(kind, processes, pools):
 
 @pytest.mark.parametrize("processes", [2, slow(4)])
 @pytest.mark.parametrize("kind", ["instance", "group"])
-def test_bytes_with_sharded_weights_are_those_of_the_cost_model(kind, processes, pools):
+def test_bytes_sent_with_sharded_weights_match_the_cost_model(kind, processes, pools):
     flags = {"instance": {}, "group": GROUP}[kind]
     settings = {"model": "wide", "batch": 8, "n": 24, "unlabelled": (), "sharded": True, **flags}
     k = 3 if kind == "group" else None

@@ -49,7 +49,7 @@ def own(request):
         slow(3, 4, "full", 1, "group"),
     ],
 )
-def test_many_processes_are_one(stage, processes, model, accumulated, own, own_pools, alone):
+def test_many_processes_equal_one(stage, processes, model, accumulated, own, own_pools, alone):
     configuration = {**OWN[own], **LABELS, "model": model, "clip": 0.0, "gradient_accumulation_steps": accumulated}
     found = own_pools(processes).run(TRAIN, stage=stage, **configuration)
     one = alone(**configuration)
@@ -60,7 +60,7 @@ def test_many_processes_are_one(stage, processes, model, accumulated, own, own_p
 
 
 @pytest.mark.parametrize(("stage", "kind", "loss"), [(2, "group", True), (3, "instance", "scaled")])
-def test_a_loss_of_ones_own(stage, kind, loss, own_pools, alone):
+def test_a_custom_loss_equals_one_process(stage, kind, loss, own_pools, alone):
     # Both are split at the outputs; one has a penalty on parameters.
     configuration = {
         **OWN[kind],
@@ -75,13 +75,13 @@ def test_a_loss_of_ones_own(stage, kind, loss, own_pools, alone):
 
 
 @pytest.mark.slow
-def test_without_zero(own_pools, alone):
+def test_deepspeed_without_zero_equals_one_process(own_pools, alone):
     configuration = {**INSTANCE, **LABELS, "model": "lora32", "clip": 0.0}
     assert relative(own_pools(2).run(TRAIN, stage=0, **configuration)[0], alone(**configuration)) < 1e-5
 
 
 @pytest.mark.slow
-def test_a_model_that_is_shared_out_as_it_is_loaded(tmp_path, own_pools, alone):
+def test_a_model_sharded_while_loading_equals_one_process(tmp_path, own_pools, alone):
     MODELS["full32"]().save_pretrained(tmp_path)
     configuration = {**GROUP, **LABELS, "clip": 0.0, "optim": "sgd", "learning_rate": 0.1}
     found = own_pools(2).run(TRAIN, stage=3, loaded=str(tmp_path), **configuration)[0]
@@ -89,7 +89,7 @@ def test_a_model_that_is_shared_out_as_it_is_loaded(tmp_path, own_pools, alone):
 
 
 @pytest.mark.slow
-def test_offloaded(own_pools, alone):
+def test_offloading_equals_one_process(own_pools, alone):
     configuration = {**GROUP, **LABELS, "model": "full", "clip": 0.0}
     found = own_pools(2).run(TRAIN, stage=3, offload=True, **configuration)[0]
     assert relative(found, alone(**configuration)) < ROUNDING
@@ -97,7 +97,7 @@ def test_offloaded(own_pools, alone):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "own"), [("lora32", INSTANCE), ("full32", GROUP)], ids=["lora", "full"])
-def test_what_the_processor_knows_changes_nothing(model, own, own_pools):
+def test_float16_instructions_change_nothing(model, own, own_pools):
     # ZeRO 3 chooses a dtype by whether the processor has float16 instructions.
     common = {"stage": 3, "model": model, **own, **LABELS, "steps": 3}
     without, with_them = (own_pools(2).run(TRAIN, float16_instructions=has, **common)[0] for has in (False, True))
@@ -106,7 +106,7 @@ def test_what_the_processor_knows_changes_nothing(model, own, own_pools):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "own"), [("lora", INSTANCE), ("full", GROUP)], ids=["lora", "full"])
-def test_with_deepspeeds_own_sizes_and_evaluation(model, own, own_pools, alone):
+def test_deepspeeds_default_sizes_and_evaluation_change_nothing(model, own, own_pools, alone):
     # Small parameters stay gathered, and the next ones are prefetched.
     configuration = {**own, **LABELS, "model": model, "clip": 0.0, "gradient_accumulation_steps": 3}
     found = own_pools(2).run(TRAIN, stage=3, usual=True, **configuration)[0]
@@ -115,7 +115,7 @@ def test_with_deepspeeds_own_sizes_and_evaluation(model, own, own_pools, alone):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_micro_batches_that_are_weighed_apart_are_one_step(stage, own_pools):
+def test_micro_batches_weighed_separately_make_one_step(stage, own_pools):
     # There are too many rows, so each micro-batch is weighed separately from the first update on.
     common = {"model": "full", **LABELS, **INSTANCE, "gradient_accumulation_steps": 3, "steps": 4}
     apart = own_pools(1).run(TRAIN, stage=stage, jd_keep_rows="1KB", jd_when_full="micro_batch", **common)[0]
@@ -125,7 +125,7 @@ def test_micro_batches_that_are_weighed_apart_are_one_step(stage, own_pools):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_clipping_is_by_the_global_norm(stage, own_pools, alone):
+def test_clipping_uses_the_global_norm(stage, own_pools, alone):
     configuration = {**GROUP, **LABELS, "model": "full", "clip": 0.5}
     found = own_pools(2).run(TRAIN, stage=stage, **configuration)[0]
     assert relative(found, alone(**configuration)) < ROUNDING
@@ -146,7 +146,7 @@ def test_clipping_is_by_the_global_norm(stage, own_pools, alone):
         ("checkpointed", GROUP),
     ],
 )
-def test_ways_of_fine_tuning_under_zero_3(model, own, own_pools, alone):
+def test_each_kind_of_fine_tuning_works_under_zero_3(model, own, own_pools, alone):
     # For some, other tiers and more passes are needed than without DeepSpeed.
     configuration = {**own, **LABELS, "model": model, "clip": 0.0}
     assert relative(own_pools(2).run(TRAIN, stage=3, **configuration)[1], alone(**configuration)) < ROUNDING
@@ -158,7 +158,7 @@ def test_ways_of_fine_tuning_under_zero_3(model, own, own_pools, alone):
     ids=["instance", "group", "bfloat16"],
 )
 @pytest.mark.parametrize("stage", [slow(2), 3])
-def test_mean_is_stock_deepspeed(stage, model, own, tolerance, own_pools):
+def test_mean_equals_stock_deepspeed(stage, model, own, tolerance, own_pools):
     common = {"stage": stage, **LABELS, "model": model, "gradient_accumulation_steps": 3, "steps": 4}
     common["bf16"] = model == "full32"
     stock = own_pools(2).run(TRAIN, stock=True, **common)[0]
@@ -167,7 +167,7 @@ def test_mean_is_stock_deepspeed(stage, model, own, tolerance, own_pools):
 
 
 @pytest.mark.parametrize(("stage", "spoiled"), [slow(2, "spoil_row"), slow(3, "spoil_loss"), (3, "spoil_row")])
-def test_what_is_not_finite_is_left_out(spoiled, stage, own, own_pools, alone):
+def test_nonfinite_instances_are_left_out(spoiled, stage, own, own_pools, alone):
     configuration = {**own, "spoiled": spoiled, "gradient_accumulation_steps": 2, "clip": 0.0}
     many = own_pools(2).run(TRAIN, stage=stage, **LABELS, **configuration)
     one = alone(**LABELS, **configuration)
@@ -178,7 +178,7 @@ def test_what_is_not_finite_is_left_out(spoiled, stage, own, own_pools, alone):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_run_goes_on_from_its_newest_whole_checkpoint(stage, tmp_path, own_pools):
+def test_a_run_resumes_from_its_newest_complete_checkpoint(stage, tmp_path, own_pools):
     common = {"stage": stage, **GROUP, **LABELS, "model": "full", "jd_weighting": "gradvac"}
     whole = own_pools(2).run(TRAIN, **common)[0]
     saving = {**common, "directory": str(tmp_path), "save_strategy": "steps", "save_steps": 2}
@@ -192,7 +192,7 @@ def test_a_run_goes_on_from_its_newest_whole_checkpoint(stage, tmp_path, own_poo
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(tmp_path, own_pools):
+def test_a_killed_process_ends_all_and_the_run_resumes_from_its_checkpoint(tmp_path, own_pools):
     common = {"stage": 3, **GROUP, **LABELS}
     unharmed = own_pools(2).run(TRAIN, **common)[0]
     saving = {**common, "directory": str(tmp_path), "save_strategy": "steps", "save_steps": 3}
@@ -211,7 +211,7 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["instance", "group", "stock"])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_bytes_are_those_of_the_cost_model(stage, kind, own_pools):
+def test_bytes_sent_match_the_cost_model(stage, kind, own_pools):
     flags = {**OWN, "stock": {"stock": True}}[kind]
     settings = {"stage": stage, "model": "wide32", "batch": 8, "n": 24, "unlabelled": (), **flags}
     shorter, longer = (own_pools(2).run(TRAIN, steps=steps, **settings) for steps in (2, 3))
@@ -230,7 +230,7 @@ def test_bytes_are_those_of_the_cost_model(stage, kind, own_pools):
         ({"fp16": True}, "DeepSpeed scales losses in fp16.*use --bf16, or DDP"),
     ],
 )
-def test_what_is_refused(flags, says, tmp_path, monkeypatch):
+def test_unsupported_flags_are_refused(flags, says, tmp_path, monkeypatch):
     trainer = JDTrainer(lora("gpt2"), arguments(tmp_path, jd_backward="two_pass"), train_dataset=examples())
     config = {"fp16": {"enabled": flags.get("fp16", False)}}
     state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2, deepspeed_config=config))
@@ -249,7 +249,7 @@ def test_what_is_refused(flags, says, tmp_path, monkeypatch):
         (2, {"jd_objectives": "batch"}, "--jd_objectives batch.*which DeepSpeed keeps for itself"),
     ],
 )
-def test_what_training_refuses(stage, flags, says, own_pools):
+def test_unsupported_flags_are_refused_in_training(stage, flags, says, own_pools):
     for failed, answer in own_pools(1).answers_of(TRAIN, stage=stage, **flags):
         assert failed
         assert re.search(says, answer)

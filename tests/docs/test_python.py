@@ -161,7 +161,7 @@ def context(block: Block) -> dict[str, Any]:
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 @pytest.mark.filterwarnings("ignore:.*pin_memory")  # Trainer's default, without a GPU
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")  # TRL's own default
-def test_it_runs(block, tmp_path, monkeypatch):
+def test_a_block_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = context(block)
     code = block.code

@@ -25,7 +25,7 @@ OTHERS = {"git", "cd", "pip", "hf", "tensorboard", "tail", "cat", "mkdir", "expo
 
 
 @pytest.mark.parametrize("page, words", COMMAND_LINES, ids=lambda value: value if isinstance(value, str) else None)
-def test_the_command_is_understood(page, words):
+def test_a_command_and_its_flags_exist(page, words):
     check(words)
 
 
@@ -113,7 +113,7 @@ def check_launched(parser, words: list[str]) -> None:
     check_python(words[place:])
 
 
-def test_a_wrong_flag_is_found():
+def test_a_wrong_flag_fails():
     with pytest.raises(ValueError, match="Unknown flag"):
         check(["hf-jd", "finetune", "--jd_wheighting", "upgrad", "--output_dir", "x"])
     with pytest.raises(AssertionError):
@@ -121,7 +121,7 @@ def test_a_wrong_flag_is_found():
 
 
 @pytest.mark.parametrize("block", list(blocks("yaml", "json")), ids=str)
-def test_data_is_well_formed(block, tmp_path):
+def test_data_blocks_are_well_formed(block, tmp_path):
     if block.language == "json":
         assert all(json.loads(line) for line in block.text.splitlines())
     else:

@@ -27,7 +27,7 @@ def imported(path: Path) -> set[str]:
     }
 
 
-def test_no_circle_of_imports():
+def test_imports_are_not_circular():
     remaining = {path.stem: imported(path) for path in FILES}
     while ready := [name for name, needs in remaining.items() if not needs & remaining.keys()]:
         for name in ready:
@@ -49,7 +49,7 @@ def test_functions_take_few_parameters_and_parse_no_strings(path: Path):
             assert not any(getattr(kind, "id", "") == "str" for kind in kinds), f"line {node.lineno}"
 
 
-def test_losses_take_a_short_way():
+def test_losses_pass_through_few_functions():
     """Count the functions that losses pass in a first step, the longest path; resuming a generator counts again."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))

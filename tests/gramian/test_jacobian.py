@@ -48,7 +48,7 @@ def close(jacobian: Jacobian, dense: Tensor) -> bool:
     )
 
 
-def test_jacobian_is_brute_force(jacobians):
+def test_jacobian_equals_brute_force(jacobians):
     for jacobian, dense in zip(*jacobians[:2], strict=True):
         assert close(jacobian, dense)
 
@@ -77,7 +77,7 @@ def test_jacobian_select_after_cat(jacobians):
     assert close(Jacobian.cat(found).select(index), torch.cat(dense)[index])
 
 
-def test_jacobian_select_drops_what_is_not_finite(jacobians):
+def test_jacobian_select_drops_nonfinite_rows(jacobians):
     found, dense, _ = jacobians
     spoilt = found[1].scaled(torch.tensor([1.0, float("nan"), 1.0], dtype=torch.float64))
     assert close(spoilt.select(torch.tensor([0, 2])), dense[1][[0, 2]])
@@ -110,7 +110,7 @@ def test_jacobian_bytes(jacobians):
 
 @pytest.mark.parametrize("materialise", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_sums_of_rows_are_those_of_the_dense_ones(dtype, materialise):
+def test_weighted_sums_equal_those_of_dense_rows(dtype, materialise):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(9, 64), nn.Linear(64, 48), nn.Linear(48, 9)).to(dtype)
     engine = Engine(model)

@@ -272,7 +272,7 @@ def norm_losses(model: nn.Module, seed: int = 0) -> Tensor:
     return (model(x.bfloat16()) * target).sum((1, 2))
 
 
-def test_what_noise_hides_is_proved_in_float32_and_said_once():
+def test_rows_hidden_by_noise_are_proved_in_float32_with_one_warning():
     model = Shifted()
     engine = Engine(model)
     with pytest.warns(UserWarning, match=r"can't prove the rows of 2.*norm\.weight, norm\.bias.*float32"):

@@ -76,7 +76,7 @@ def test_sums_and_stacks(one, two):
 
 @pytest.mark.parametrize("materialise", [True, False])
 @pytest.mark.parametrize("shape", [(70, 3), (3, 70), (70, 65), (5, 4)], ids=str)
-def test_factors_settle(shape: tuple[int, int], materialise: bool):
+def test_compact_chooses_the_representation(shape: tuple[int, int], materialise: bool):
     """Narrow products are formed transposed; with many tokens, rows are smaller than factors."""
     factors = OuterRows(normal(2, 90, shape[0]), normal(2, 90, shape[1], seed=1), torch.Size(shape))
     compact = factors.compact(torch.float64, materialise)
@@ -164,7 +164,7 @@ def test_blocks_of_instances_repeated():
     assert torch.equal(major, expected.repeat_interleave(2))
 
 
-def test_columns_decide_what_is_narrow():
+def test_only_the_number_of_columns_makes_a_product_narrow():
     assert representations.narrow(torch.Size((128, 8)))
     assert not representations.narrow(torch.Size((8, 128)))
     assert not representations.narrow(torch.Size((256, 128)))

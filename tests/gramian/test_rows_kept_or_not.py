@@ -57,7 +57,7 @@ class ReadOutside(nn.Module):
 
 @pytest.mark.parametrize("budget", [0, 1_000, 3_000, 10_000, 20_000, 40_000, 100_000, 1_000_000])
 @pytest.mark.parametrize("kind", ["read outside", "llama"])
-def test_what_is_kept_is_within_the_budget(kind: str, budget: int):
+def test_stored_rows_stay_within_the_budget(kind: str, budget: int):
     """Store rows, factors or nothing, never more bytes than allowed, whichever tier formed them."""
     torch.manual_seed(0)
     model = ReadOutside().double() if kind == "read outside" else tiny_llama()
@@ -85,7 +85,7 @@ def test_accumulate_several_times():
     assert all(relative(p.grad, expected[p]) < EXACT for p in names)
 
 
-def test_a_parameter_met_with_and_without_a_batch_counts_once():
+def test_a_parameter_used_with_and_without_a_batch_counts_once():
     """DeBERTa's projections see tokens and relative positions."""
     layer, table = nn.Linear(4, 4).double(), batch(2 * T + 1, 4)
     engine = Engine(layer, keep_rows=False)
@@ -98,7 +98,7 @@ def test_a_parameter_met_with_and_without_a_batch_counts_once():
 
 
 @pytest.mark.parametrize("keep_rows", [True, False])
-def test_losses_backward_afterwards(keep_rows: bool):
+def test_losses_can_be_differentiated_afterwards(keep_rows: bool):
     """As in TorchJD: the graph is retained, and the engine's hooks ignore this backward."""
     model = mlp()
     engine = Engine(model, keep_rows=keep_rows)
@@ -111,7 +111,7 @@ def test_losses_backward_afterwards(keep_rows: bool):
     assert all(relative(p.grad, expected[p]) < EXACT for p in names)
 
 
-def test_gradients_and_their_hooks_are_left_alone_by_the_gramian():
+def test_the_gramian_leaves_gradients_and_their_hooks_alone():
     model = mlp()
     engine = Engine(model)
     met = []

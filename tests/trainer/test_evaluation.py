@@ -38,7 +38,7 @@ def test_each_groups_loss_is_the_mean_of_its_tokens(smoothing, tmp_path):
         assert found[f"eval_{task}_loss"] == pytest.approx(expected(task, smoothing), rel=1e-6)
 
 
-def test_trainers_own_evaluation_stays_the_same(tmp_path):
+def test_trainers_evaluation_is_unchanged(tmp_path):
     plain = arguments(tmp_path, TrainingArguments, per_device_eval_batch_size=3)
     theirs = Trainer(lora("gpt2"), plain, eval_dataset=HELD_OUT, data_collator=collate).evaluate()
     found = evaluated(tmp_path)
@@ -71,7 +71,7 @@ class Own(JDTrainer):
         return logits[:, 0].square().mean(1)
 
 
-def test_losses_of_ones_own_are_computed(tmp_path):
+def test_custom_losses_are_computed(tmp_path):
     found = evaluated(tmp_path, cls=Own)
     model = lora("gpt2").eval()
     rows = [model(torch.tensor([e["input_ids"]])).logits[0, 0] for e in HELD_OUT if e["task"] == "chat"]

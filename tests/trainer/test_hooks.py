@@ -104,7 +104,7 @@ def test_the_row_of_a_batch_takes_any_hook(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["instance", "batch"])
-def test_hooks_that_wait_for_grad_are_refused(kind, tmp_path):
+def test_post_accumulate_hooks_are_refused(kind, tmp_path):
     def halve(p, _):
         p.grad.mul_(0.5)
 

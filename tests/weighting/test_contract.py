@@ -61,7 +61,7 @@ def statistic(weighting: Weighting, case: Case) -> Tensor:
 @pytest.mark.parametrize("name", WEIGHTINGS)
 @given(case=cases(largest=64, decades=12.0), dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
 @settings(max_examples=40, deadline=None)
-def test_finite_and_like_the_input(name: str, case: Case, dtype: torch.dtype) -> None:
+def test_weights_are_finite_and_like_the_input(name: str, case: Case, dtype: torch.dtype) -> None:
     m = len(case.jacobian)
     if m < smallest_size(name):
         return
@@ -99,7 +99,7 @@ def test_permutation_equivariance(name: str, case: Case, seed: int) -> None:
 @pytest.mark.parametrize("name", [name for name in GRAMIAN if name not in IN_UNITS])
 @given(case=cases(spread=2.0), exponent=st.integers(-40, 40))
 @settings(max_examples=30, deadline=None)
-def test_scale_of_all_losses(name: str, case: Case, exponent: int) -> None:
+def test_weights_follow_the_scale_of_all_losses(name: str, case: Case, exponent: int) -> None:
     m = len(case.jacobian)
     if m < smallest_size(name):
         return
@@ -112,7 +112,7 @@ def test_scale_of_all_losses(name: str, case: Case, exponent: int) -> None:
 @pytest.mark.parametrize("name", NON_CONFLICTING)
 @given(case=cases(largest=64, decades=12.0))
 @settings(max_examples=60, deadline=None)
-def test_no_row_is_in_conflict_with_the_update(name: str, case: Case) -> None:
+def test_no_row_conflicts_with_the_update(name: str, case: Case) -> None:
     weights = build(name, len(case.jacobian))(case.gramian)
     update = case.jacobian.T @ weights
     lengths = case.jacobian.norm(dim=1)
@@ -124,7 +124,7 @@ def test_no_row_is_in_conflict_with_the_update(name: str, case: Case) -> None:
 @pytest.mark.parametrize("name", MEAN_WITHOUT_CONFLICT)
 @given(case=cases())
 @settings(max_examples=30, deadline=None)
-def test_exactly_the_mean_without_conflict(name: str, case: Case) -> None:
+def test_the_mean_is_exact_without_conflict(name: str, case: Case) -> None:
     m = len(case.jacobian)
     weights = build(name, m)(Case(case.jacobian.abs()).gramian)
     assert torch.equal(weights, torch.full((m,), 1 / m, dtype=torch.float64))
@@ -145,7 +145,7 @@ def test_upgrad_is_linear_under_scaling(case: Case, seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
-def test_one_objective(name: str) -> None:
+def test_one_objective_gets_its_known_weight(name: str) -> None:
     if name == "krum":
         return
     weighting = build(name, 1)
@@ -167,7 +167,7 @@ def test_one_objective(name: str) -> None:
     ],
     ids=["zero", "equal", "opposite", "nearly_opposite"],
 )
-def test_degenerate_rows(name: str, rows: list[list[float]]) -> None:
+def test_degenerate_rows_give_finite_weights(name: str, rows: list[list[float]]) -> None:
     weighting = build(name, 5)
     case = Case(torch.tensor(rows, dtype=torch.float64))
     weights = weighting(statistic(weighting, case))
@@ -207,7 +207,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name: str, tmp_path: Any) -> 
 
 
 @pytest.mark.parametrize("name", sorted(CHANCE))
-def test_chance_leaves_the_global_generator_alone(name: str) -> None:
+def test_random_weightings_leave_the_global_generator_alone(name: str) -> None:
     weighting = build(name, 4)
     case = Case(torch.randn(4, 3, dtype=torch.float64))
     state = torch.get_rng_state()
