@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def main(argv: list[str]) -> int:
-    """Run the benchmark that the first argument names, with the others.
+    """Run the benchmark that the first argument names, and pass it the others.
 
     Returns:
         The exit code.

@@ -1,7 +1,7 @@
 """Write docs/weightings.md and its pictures from `WEIGHTINGS`: `python scripts/build_weightings_doc.py`.
 
-What is said of a method is taken from its class; the prose below holds only what compares methods. A test checks that
-the page is the one this script would write.
+What the page says about a method comes from its class; the text below only compares methods. A test checks that the
+page is up to date.
 """
 
 from __future__ import annotations
@@ -259,13 +259,13 @@ def _inherited_attributes(cls: type[Weighting]) -> str:
 
 
 def _items(attributes: str) -> list[tuple[str, str]]:
-    """Split an Attributes section; of the same name the first comes last, and so counts in a dict."""
+    """Split an Attributes section, in reverse: if a name comes twice, a dict of the result keeps the first."""
     found = re.findall(r"^ *(\w+): (.*(?:\n {8}.*)*)", attributes, flags=re.M)
     return [(name, " ".join(text.split())) for name, text in reversed(found)]
 
 
 def _escaped(text: str) -> str:
-    """Escape what markdown would take for itself; indented lines are formulas, which it leaves alone."""
+    """Escape markdown's special characters, except in indented lines, which are formulas."""
     lines = text.split("\n")
     return "\n".join(line if line.startswith("    ") else _escaped_line(line) for line in lines)
 
@@ -280,13 +280,13 @@ def _build(name: str, m: int) -> Weighting:
 
 
 def _drawn(m: int) -> list[str]:
-    """The methods worth drawing: those that read the Gramian and have a direction of their own."""
+    """Return the methods to draw: those that read the Gramian, without others that have the same direction."""
     skipped = {"cr_mogm", "random", "constant", "sum", "gradvac", "modo", "sdmgrad"} | ({"krum"} if m < 4 else set())
     return [name for name in WEIGHTINGS if name not in skipped and _build(name, m).reads == "gramian"]
 
 
 def draw_two(path: Path) -> None:
-    """Draw each method's update of two conflicting rows, a panel a method."""
+    """Draw each method's update of two conflicting rows, one panel per method."""
     from matplotlib import pyplot as plt
 
     rows = torch.tensor([[3.0, 0.6], [-0.62, 0.78]], dtype=torch.float64)
@@ -309,7 +309,7 @@ def draw_two(path: Path) -> None:
 
 
 def _orthogonal(row: Tensor, other: Tensor) -> Tensor:
-    """The unit vector orthogonal to the row, on the side of the other: a side of the dual cone in the plane."""
+    """Return the unit vector orthogonal to the row, towards the other one: a side of the dual cone in the plane."""
     side = torch.stack([-row[1], row[0]]) / row.norm()
     return side if side @ other > 0 else -side
 
@@ -346,7 +346,7 @@ def draw_three(path: Path) -> None:
     places = {name: place(rows.T @ _build(name, 3)(rows @ rows.T)) for name in _drawn(3)}
     height = float("inf")
     for name, (x, y) in sorted(places.items(), key=lambda item: -item[1][1]):
-        height = min(y, height - 0.06)  # names that would cover each other are moved down
+        height = min(y, height - 0.06)  # move down names that would overlap
         axis.plot(x, y, "o", color="#d62728", ms=6, mec="white", mew=0.5, zorder=3)
         axis.annotate(name, (x, y), (x + 0.3, height), va="center", arrowprops={"arrowstyle": "-", "lw": 0.5})
     axis.set_aspect("equal")

@@ -1,8 +1,9 @@
-"""What: puts a comparison's table into a page, between the comments that name it, and its picture into docs/images.
+"""Copy a comparison's table into a page, between the comments that name it, and its picture into docs/images.
 
-Why:  so that the numbers of the documents are those that a command printed.
-Run:  python scripts/update_page.py runs/demo docs/demo.md
-      python scripts/update_page.py runs/unlearn docs/unlearning.md
+So the numbers in the documents are those that a command printed:
+
+    python scripts/update_page.py runs/demo docs/demo.md
+    python scripts/update_page.py runs/unlearn docs/unlearning.md
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 
 def update(comparison: Path, page: Path) -> None:
-    """Write the table between `<!-- NAME ... -->` and `<!-- /NAME -->`, with NAME that of the comparison's folder.
+    """Write the table between `<!-- NAME ... -->` and `<!-- /NAME -->`, where NAME is the comparison's folder.
 
     Raises:
-        ValueError: The page has no such comments, or the folder no finished comparison.
+        ValueError: The page has no such comments, or the folder has no finished comparison.
     """
     name = comparison.resolve().name
     if not (comparison / TABLE).exists():

@@ -1,8 +1,8 @@
 """Time weightings against torchjd's and against quadprog called directly: `python scripts/benchmark.py weightings`.
 
 Every entry is the median of interleaved runs, in milliseconds: each round runs all contestants once, so that a busy
-machine slows them alike. The last table, which the documents show, has a column per kind of Gramians. `--json FILE`
-keeps the numbers; `--alone` leaves the others out, which take minutes from m = 512 on.
+machine slows all of them equally. The last table, which the documents show, has a column per kind of Gramian. `--json
+FILE` saves the numbers; `--alone` leaves out the other libraries, which take minutes from m = 512 on.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ Contestant = Callable[[Tensor], object]
 
 
 def gramian(kind: str, m: int, generator: torch.Generator) -> Tensor:
-    """Make a Gramian [m, m] of rows of 4 m numbers: `random`, with a common direction, or with decaying spectrum.
+    """Draw a Gramian [m, m] of rows of 4 m numbers: `random`, with a common direction, or with a decaying spectrum.
 
-    The rows of `low rank` have m / 2 numbers. The result is symmetric to the last bit, as the engine's are.
+    The rows of `low rank` have m / 2 numbers. The result is symmetric to the last bit, like the engine's.
     """
     width = m // 2 if kind == "low rank" else 4 * m
     rows = torch.randn(m, width, generator=generator, dtype=torch.float64)
@@ -50,7 +50,7 @@ KINDS = ("random", "correlated", "weakly correlated", "decaying", "low rank")
 
 
 def direct_quadprog(gramian: Tensor) -> np.ndarray:
-    """Solve UPGrad's problems as they are written, one call of quadprog each."""
+    """Solve UPGrad's problems as stated, with one call of quadprog per problem."""
     matrix = gramian.numpy()
     identity = np.eye(len(matrix))
     zero = np.zeros(len(matrix))
@@ -100,9 +100,9 @@ def torchjd_weighting(name: str, m: int) -> Contestant | None:
 
 
 def medians(runs: dict[str, Contestant], matrices: list[Tensor], seconds: float, rounds: int) -> dict[str, float]:
-    """Run all contestants by turns, up to `rounds` times or for `seconds`; return their medians in milliseconds.
+    """Run all contestants in turn, up to `rounds` times or for `seconds`; return their medians in milliseconds.
 
-    A contestant that takes more than a fifth of the time by itself is left out after its first two runs.
+    A contestant that alone takes more than a fifth of the time is left out after its first two runs.
     """
     times: dict[str, list[float]] = {label: [] for label in runs}
     begin = time.perf_counter()
@@ -120,7 +120,7 @@ def medians(runs: dict[str, Contestant], matrices: list[Tensor], seconds: float,
 
 
 def measure_solvers(matrices: list[Tensor], kind: str, seconds: float, rounds: int) -> list[dict[str, object]]:
-    """Time the two solvers of the projection for UPGrad's m problems and for DualProj's one."""
+    """Time both solvers of the projection, for UPGrad's m problems and for DualProj's one."""
     m, rows = len(matrices[0]), []
     for problems, targets in ((m, torch.eye(m).double() / m), (1, torch.full((1, m), 1 / m).double())):
         runs: dict[str, Contestant] = {
@@ -136,7 +136,7 @@ def measure_solvers(matrices: list[Tensor], kind: str, seconds: float, rounds: i
 
 
 def measure_warm_starts(matrices: list[Tensor], kind: str, seconds: float, rounds: int) -> list[dict[str, object]]:
-    """Time the batched solver on UPGrad's problems, from nothing and from the last step's solution."""
+    """Time the batched solver on UPGrad's problems, from a cold start and from the last step's solution."""
     m, times, kept = len(matrices[0]), [], []
     last = None
     for gramian in matrices:
@@ -162,9 +162,9 @@ def table(rows: list[dict[str, object]]) -> str:
 
 
 def by_kind(rows: list[dict[str, object]]) -> str:
-    """Format what was measured as a markdown table per number of threads, with a column per kind of Gramians.
+    """Format the measurements as one markdown table per number of threads, with a column per kind of Gramian.
 
-    A line is of a size m or, of several weightings, of one weighting, with torchjd / hf_jd in brackets.
+    A line is a size m or, if there are several weightings, a weighting. Brackets hold the ratio torchjd / hf_jd.
     """
     several = len({row["weighting"] for row in rows}) > 1
     tables: dict[object, dict[object, dict[str, object]]] = {}
@@ -181,7 +181,7 @@ def _cell(value: object) -> str:
 
 
 def inputs_of(arguments: argparse.Namespace) -> list[tuple[str, list[Tensor]]]:
-    """The Gramians to measure on, of one size per entry, with the name of their kind."""
+    """Return the Gramians to measure on: one size per entry, with the name of their kind."""
     if arguments.gramians is None:
         generator = torch.Generator().manual_seed(0)
         return [(k, [gramian(k, m, generator) for _ in range(5)]) for m in arguments.sizes for k in arguments.kinds]
@@ -197,14 +197,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--weightings", nargs="+", default=["upgrad", "dualproj", "mgda"], help="names, or all")
     parser.add_argument("--sizes", nargs="+", type=int, default=[8, 32, 64, 128, 256])
     parser.add_argument("--kinds", nargs="+", default=["random", "correlated", "low rank"], choices=KINDS)
-    parser.add_argument("--gramians", type=Path, help="of `benchmark.py gramians`, instead")
+    parser.add_argument("--gramians", type=Path, help="a file of `benchmark.py gramians` to use instead")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each line of the table")
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds per line of the table")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--alone", action="store_true", help="only hf_jd's")
-    parser.add_argument("--solvers", action="store_true", help="only the table that the choice of solver is made from")
-    parser.add_argument("--warm-starts", action="store_true", help="only what the last step's solution is worth")
+    parser.add_argument("--solvers", action="store_true", help="only the table that decides which solver to use")
+    parser.add_argument("--warm-starts", action="store_true", help="only the gain from the last step's solution")
     arguments = parser.parse_args(argv)
     names = list(WEIGHTINGS) if arguments.weightings == ["all"] else arguments.weightings
     inputs = inputs_of(arguments)
