@@ -173,21 +173,21 @@ def needed_pieces(pieces: Sequence[str], texts: Iterable[str]) -> list[int]:
     ids = tokenizer.get_vocab()
     counts = collections.Counter(i for text in texts for i in tokenizer.encode(text).ids)
     first = len(SPECIAL + BYTES)
-    kept = set(range(first)) | {i for i, count in counts.items() if count >= SEEN}
-    kept |= {i for i, piece in enumerate(pieces) if piece == "▁" or len(piece) == 1 and piece.isascii()}
-    for i in sorted(kept):
+    piece_ids = set(range(first)) | {i for i, count in counts.items() if count >= SEEN}
+    piece_ids |= {i for i, piece in enumerate(pieces) if piece == "▁" or len(piece) == 1 and piece.isascii()}
+    for i in sorted(piece_ids):
         parts = list(pieces[i]) if i >= first else []
         while len(parts) > 1:
             at = min(range(len(parts) - 1), key=lambda at: ids.get(parts[at] + parts[at + 1], len(pieces)))
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
-            kept.add(ids[parts[at]])
-    return sorted(kept)
+            piece_ids.add(ids[parts[at]])
+    return sorted(piece_ids)
 
 
-def build_model(weights: dict[str, Tensor], kept: Sequence[int]) -> LlamaForCausalLM:
+def build_model(weights: dict[str, Tensor], piece_ids: Sequence[int]) -> LlamaForCausalLM:
     """Build the model with a part of its vocabulary, in float32."""
     config = LlamaConfig(
-        vocab_size=len(kept),
+        vocab_size=len(piece_ids),
         hidden_size=HEADER.hidden,
         intermediate_size=HEADER.intermediate,
         num_hidden_layers=HEADER.layers,
@@ -201,7 +201,7 @@ def build_model(weights: dict[str, Tensor], kept: Sequence[int]) -> LlamaForCaus
         pad_token_id=2,
     )
     model = LlamaForCausalLM(config)
-    embeddings = weights["model.embed_tokens.weight"][list(kept)]
+    embeddings = weights["model.embed_tokens.weight"][list(piece_ids)]
     model.load_state_dict({**weights, "model.embed_tokens.weight": embeddings, "lm_head.weight": embeddings})
     return model.eval()
 
@@ -231,16 +231,18 @@ def save_model(package: Path, output: Path) -> None:
     weights, pieces = read_package(package)
     rows = [row for name in EXAMPLES for split in example_data(name).values() for row in split]
     texts = [row["prompt"] + row["completion"] for row in rows for _ in range(COUNTED[row["task"]])]
-    kept = needed_pieces(pieces, texts)
-    model = build_model(weights, kept).half()
+    piece_ids = needed_pieces(pieces, texts)
+    model = build_model(weights, piece_ids).half()
     model.save_pretrained(output)
     model.config.dtype = torch.float32  # The dtype to load the model in; it is stored in float16 only to save space.
     model.config.save_pretrained(output)
-    tokenizer = build_tokenizer([pieces[i] for i in kept])
+    tokenizer = build_tokenizer([pieces[i] for i in piece_ids])
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
     ).save_pretrained(output)
-    print(f"{len(kept)} of {len(pieces)} pieces, {sum(p.numel() for p in model.parameters())} parameters: {output}")
+    print(
+        f"{len(piece_ids)} of {len(pieces)} pieces, {sum(p.numel() for p in model.parameters())} parameters: {output}"
+    )
 
 
 def verify(package: Path, folder: Path) -> None:
@@ -252,13 +254,13 @@ def verify(package: Path, folder: Path) -> None:
     weights, pieces = read_package(package)
     ids = {piece: i for i, piece in reversed(list(enumerate(pieces)))}
     vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
-    kept = [ids[piece] for piece, _ in sorted(vocabulary.items(), key=lambda item: item[1])]
-    expected = build_model(weights, kept).half().state_dict()
-    found = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float16).state_dict()
-    different = [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])]
+    piece_ids = [ids[piece] for piece, _ in sorted(vocabulary.items(), key=lambda item: item[1])]
+    expected = build_model(weights, piece_ids).half().state_dict()
+    stored = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float16).state_dict()
+    different = [name for name, tensor in expected.items() if not torch.equal(tensor, stored[name])]
     if different:
         raise ValueError(f"{folder} differs from the package in {', '.join(different)}.")
-    print(f"{folder} has the package's weights: {len(found)} tensors, {len(kept)} pieces.")
+    print(f"{folder} has the package's weights: {len(stored)} tensors, {len(piece_ids)} pieces.")
 
 
 def main() -> None:

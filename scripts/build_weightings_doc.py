@@ -260,8 +260,8 @@ def _inherited_attributes(cls: type[Weighting]) -> str:
 
 def _items(attributes: str) -> list[tuple[str, str]]:
     """Split an Attributes section, in reverse: if a name comes twice, a dict of the result keeps the first."""
-    found = re.findall(r"^ *(\w+): (.*(?:\n {8}.*)*)", attributes, flags=re.M)
-    return [(name, " ".join(text.split())) for name, text in reversed(found)]
+    matches = re.findall(r"^ *(\w+): (.*(?:\n {8}.*)*)", attributes, flags=re.M)
+    return [(name, " ".join(text.split())) for name, text in reversed(matches)]
 
 
 def _escaped(text: str) -> str:

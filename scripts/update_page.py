@@ -32,7 +32,7 @@ def update(comparison: Path, page: Path) -> None:
     between = re.compile(rf"(<!-- {re.escape(name)}\b[^\n]*-->\n)(.*?)(<!-- /{re.escape(name)} -->)", re.DOTALL)
     if not between.search(text):
         raise ValueError(f"{page} has no place for the table: <!-- {name} --> and <!-- /{name} -->.")
-    page.write_text(between.sub(lambda found: found[1] + table + found[3], text), "utf-8")
+    page.write_text(between.sub(lambda match: match[1] + table + match[3], text), "utf-8")
     shutil.copy(comparison / PICTURE, IMAGES / f"{name}.png")
 
 

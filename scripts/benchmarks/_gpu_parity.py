@@ -50,15 +50,15 @@ def batch(setting: Setting) -> Tensor:
 
 def parity(setting: Setting) -> dict[str, Any]:
     """Compare the Gramian and the update of ten families, fully fine-tuned, with one backward per instance."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for family in FAMILIES[:2] if setting.tiny else FAMILIES:
         for dtype in SAME:
             try:
-                found[f"{family}, {str(dtype)[6:]}"] = _difference(family, dtype, setting)
+                results[f"{family}, {str(dtype)[6:]}"] = _difference(family, dtype, setting)
             except Exception as error:
-                found[f"{family}, {str(dtype)[6:]}"] = {"error": message(error)}
-    found["equal"] = all(line.get("equal", False) for line in found.values())
-    return found
+                results[f"{family}, {str(dtype)[6:]}"] = {"error": message(error)}
+    results["equal"] = all(line.get("equal", False) for line in results.values())
+    return results
 
 
 def _difference(family: str, dtype: torch.dtype, setting: Setting) -> dict[str, Any]:
@@ -135,18 +135,18 @@ def copies(setting: Setting) -> dict[str, Any]:
     """Count a step's copies from the device to the host, without and with UPGrad; only the weights should need any."""
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).to(setting.device)
     ids, engine = batch(setting), Engine(model, keep_rows=True)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, weigh in (("fixed weights", lambda g: torch.full_like(g[0], 1 / BATCH)), ("upgrad", UPGradWeighting())):
         for _ in range(2):  # the first step proves the rows
             with profile(activities=_activities(setting)) as profiler:
                 gramian = engine.compute_gramian(losses(model, ids), retain_graph=False)
                 engine.accumulate_grad(weigh(gramian))
         events = profiler.key_averages()
-        found[name] = {
+        results[name] = {
             "memcpy_dtoh": sum(e.count for e in events if "DtoH" in e.key),
             "item": sum(e.count for e in events if e.key == "aten::_local_scalar_dense"),
         }
-    return found
+    return results
 
 
 def _activities(setting: Setting) -> list[ProfilerActivity]:
@@ -167,7 +167,7 @@ def compiled(setting: Setting) -> dict[str, Any]:
 
 def weightings(setting: Setting) -> dict[str, Any]:
     """Time UPGrad's projections on the device, and with quadprog on the host, including the copies there and back."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for m in (8, 33) if setting.tiny else (8, 64, 256):
         rows = torch.randn(m, 4 * m, device=setting.device)
         gramian, weigh = rows @ rows.T, UPGradWeighting()
@@ -176,5 +176,5 @@ def weightings(setting: Setting) -> dict[str, Any]:
             "quadprog on the host": lambda g=gramian, t=targets: one_by_one((g.double() + g.double().mT) / 2, t),
             "as chosen": lambda g=gramian, w=weigh: w(g),
         }
-        found[f"m = {m}"] = compare(steps, setting)
-    return found
+        results[f"m = {m}"] = compare(steps, setting)
+    return results

@@ -90,16 +90,16 @@ def compare(steps: Mapping[str, Step], setting: Setting) -> dict[str, dict[str, 
         Per step, the median in ms, the ratio (the median over rounds of its time / the first one's in the same round),
         and the peak memory in MB. A step that fails has its error instead, and is not run again.
     """
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     times: dict[str, list[float]] = {}
     for name, step in steps.items():
         try:
             for _ in range(WARM_UP - 1):
                 step()
-            found[name] = {"peak_mb": peak_megabytes(step, setting.device)}
+            results[name] = {"peak_mb": peak_megabytes(step, setting.device)}
             times[name] = []
         except Exception as error:
-            found[name] = {"error": message(error)}
+            results[name] = {"error": message(error)}
             if setting.is_cuda:
                 torch.cuda.empty_cache()
     for i in range(setting.rounds):
@@ -110,10 +110,10 @@ def compare(steps: Mapping[str, Step], setting: Setting) -> dict[str, dict[str, 
             break
     first = times.get(next(iter(steps)), [])
     for name, values in times.items():
-        found[name] |= {"ms": statistics.median(values), "rounds": len(values)}
+        results[name] |= {"ms": statistics.median(values), "rounds": len(values)}
         if first:
-            found[name]["ratio"] = statistics.median(a / b for a, b in zip(values, first, strict=True))
-    return found
+            results[name]["ratio"] = statistics.median(a / b for a, b in zip(values, first, strict=True))
+    return results
 
 
 def message(error: Exception) -> str:

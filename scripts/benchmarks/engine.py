@@ -306,16 +306,16 @@ def sweep(rounds: int) -> None:
     for m in sizes:
         case = Case("lora", 256, m, 64)
         seconds = measure([Way(case, name) for name in costs], rounds if m < 64 else min(rounds, 5))
-        for name, found in costs.items():
-            found.append(statistics.median(seconds[name]) / m * 1e3)
+        for name, per_instance in costs.items():
+            per_instance.append(statistics.median(seconds[name]) / m * 1e3)
         print(
             f"| {m} | {costs['plain'][-1]:.2f} | {costs['one-pass'][-1]:.2f} | {ratio(seconds, 'one-pass')} |",
             flush=True,
         )
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axes = figure.subplots()
-    for (name, found), style in zip(costs.items(), ("o--", "o-"), strict=True):
-        axes.plot(sizes, found, style, label={"plain": "plain step", "one-pass": "engine, one-pass"}[name])
+    for (name, per_instance), style in zip(costs.items(), ("o--", "o-"), strict=True):
+        axes.plot(sizes, per_instance, style, label={"plain": "plain step", "one-pass": "engine, one-pass"}[name])
     axes.set(xscale="log", xticks=sizes, xticklabels=sizes, ylim=(0, 1.1 * max(map(max, costs.values()))))
     axes.set(xlabel="instances m per step", ylabel="ms per instance", title="LoRA, h = 256, T = 64, one CPU thread")
     axes.minorticks_off()

@@ -53,14 +53,14 @@ def run(name: str, setting: Setting) -> dict[str, Any]:
     if setting.late():
         return {"case": name, "not_here": "the time was up"}
     try:
-        found = CASES[name](setting)
+        result = CASES[name](setting)
     except NotHereError as reason:
-        found = {"not_here": str(reason)}
+        result = {"not_here": str(reason)}
     except Exception as error:
-        found = {"error": message(error)}
+        result = {"error": message(error)}
     if setting.is_cuda:
         torch.cuda.empty_cache()
-    return {"case": name, "seconds": round(time.monotonic() - begin, 2)} | found
+    return {"case": name, "seconds": round(time.monotonic() - begin, 2)} | result
 
 
 def device_name(device: torch.device) -> str:

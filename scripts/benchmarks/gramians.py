@@ -38,8 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fixed", action="store_true", help="use the same examples in every step, in the same order")
     arguments = parser.parse_args(argv)
     kind = ("full" if arguments.full else "lora") + (", fixed" if arguments.fixed else "")
-    found = {f"{kind}, m = {m}": gramians(m, arguments) for m in arguments.sizes}
-    torch.save(found, arguments.file)
+    by_run = {f"{kind}, m = {m}": gramians(m, arguments) for m in arguments.sizes}
+    torch.save(by_run, arguments.file)
     return 0
 
 

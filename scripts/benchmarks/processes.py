@@ -166,9 +166,9 @@ def overlap(case: Case, rank: int, rounds: int) -> None:
             seconds[when].append(time.perf_counter() - start)
     if rank == 0:
         alone = seconds["alone"][2:]
-        found = {k: statistics.median(t / a for t, a in zip(s[2:], alone, strict=True)) for k, s in seconds.items()}
+        ratios = {k: statistics.median(t / a for t, a in zip(s[2:], alone, strict=True)) for k, s in seconds.items()}
         print(
-            f"{4 * leaving / 1e6:.1f} MB sent after the backward: {found['after']:.3f}, during: {found['during']:.3f}"
+            f"{4 * leaving / 1e6:.1f} MB sent after the backward: {ratios['after']:.3f}, during: {ratios['during']:.3f}"
         )
 
 

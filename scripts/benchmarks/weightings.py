@@ -60,15 +60,15 @@ def direct_quadprog(gramian: Tensor) -> np.ndarray:
 def contestants(name: str, m: int, alone: bool = False) -> dict[str, Contestant]:
     """Return ours, and unless `alone`, torchjd's (if it has the method) and direct quadprog (for UPGrad)."""
     arguments = {"weights": [1.0] * m} if name == "constant" else {}
-    found: dict[str, Contestant] = {"hf_jd": build_weighting(name, **arguments)}
+    runs: dict[str, Contestant] = {"hf_jd": build_weighting(name, **arguments)}
     if alone:
-        return found
+        return runs
     theirs = torchjd_weighting(name, m)
     if theirs is not None:
-        found["torchjd"] = theirs
+        runs["torchjd"] = theirs
     if name == "upgrad":
-        found["quadprog"] = direct_quadprog
-    return found
+        runs["quadprog"] = direct_quadprog
+    return runs
 
 
 def torchjd_weighting(name: str, m: int) -> Contestant | None:
@@ -127,17 +127,17 @@ def measure_solvers(matrices: list[Tensor], kind: str, seconds: float, rounds: i
             "one_by_one": partial(one_by_one, targets=targets),
             "together": partial(together, targets=targets),
         }
-        found = medians(runs, matrices, seconds, rounds)
+        times = medians(runs, matrices, seconds, rounds)
         chosen = "one_by_one" if chosen_solvers(matrices[0], targets)[0] is one_by_one else "together"
         rows.append({"Gramians": kind, "m": m, "problems": problems}
-                    | {f"{label}, ms": value for label, value in found.items()}
-                    | {"chosen": chosen, "chosen / best": found[chosen] / min(found.values())})  # fmt: skip
+                    | {f"{label}, ms": value for label, value in times.items()}
+                    | {"chosen": chosen, "chosen / best": times[chosen] / min(times.values())})  # fmt: skip
     return rows
 
 
 def measure_warm_starts(matrices: list[Tensor], kind: str, seconds: float, rounds: int) -> list[dict[str, object]]:
     """Time the batched solver on UPGrad's problems, from a cold start and from the last step's solution."""
-    m, times, kept = len(matrices[0]), [], []
+    m, times, overlaps = len(matrices[0]), [], []
     last = None
     for gramian in matrices:
         lengths = gramian.diagonal().sqrt()
@@ -148,10 +148,10 @@ def measure_warm_starts(matrices: list[Tensor], kind: str, seconds: float, round
         if last is not None:
             starts: dict[str, Contestant] = {"cold": lambda _, s=solve: s(), "warm": lambda _, s=solve, z=last: s(z)}
             times.append(medians(starts, [gramian], seconds / len(matrices), rounds))
-            kept.append(((solution > 0) == (last > 0)).double().mean().item())
+            overlaps.append(((solution > 0) == (last > 0)).double().mean().item())
         last = solution
-    found = {f"{label}, ms": statistics.median(t[label] for t in times) for label in ("cold", "warm")}
-    return [{"Gramians": kind, "m": m} | found | {"same support": statistics.median(kept)}]
+    columns = {f"{label}, ms": statistics.median(t[label] for t in times) for label in ("cold", "warm")}
+    return [{"Gramians": kind, "m": m} | columns | {"same support": statistics.median(overlaps)}]
 
 
 def table(rows: list[dict[str, object]]) -> str:
@@ -173,7 +173,7 @@ def by_kind(rows: list[dict[str, object]]) -> str:
         ratio = row["torchjd / hf_jd"]
         entry = _cell(row["hf_jd, ms"]) + ("" if ratio is None else f" ({_cell(ratio)})")
         tables.setdefault(row["threads"], {}).setdefault(row[line], {line: row[line]})[column] = entry
-    return "\n\n".join(f"threads: {n}\n\n{table(list(found.values()))}" for n, found in tables.items())
+    return "\n\n".join(f"threads: {n}\n\n{table(list(lines.values()))}" for n, lines in tables.items())
 
 
 def _cell(value: object) -> str:
@@ -185,9 +185,9 @@ def inputs_of(arguments: argparse.Namespace) -> list[tuple[str, list[Tensor]]]:
     if arguments.gramians is None:
         generator = torch.Generator().manual_seed(0)
         return [(k, [gramian(k, m, generator) for _ in range(5)]) for m in arguments.sizes for k in arguments.kinds]
-    found = torch.load(arguments.gramians)
+    saved = torch.load(arguments.gramians)
     # The last batch of an epoch may be smaller.
-    same = {kind: [g.double() for g in kept if len(g) == len(kept[0])] for kind, kept in found.items()}
+    same = {kind: [g.double() for g in gramians if len(g) == len(gramians[0])] for kind, gramians in saved.items()}
     return [(kind.partition(", m = ")[0], matrices) for kind, matrices in same.items()]
 
 
@@ -224,10 +224,10 @@ def main(argv: list[str] | None = None) -> int:
                     runs.pop("quadprog", None)  # it takes no singular matrix
                 if getattr(runs["hf_jd"], "reads", "gramian") == "losses":
                     continue
-                found = medians(runs, matrices, arguments.seconds, arguments.rounds)
-                ratio = found["torchjd"] / found["hf_jd"] if "torchjd" in found else None
+                times = medians(runs, matrices, arguments.seconds, arguments.rounds)
+                ratio = times["torchjd"] / times["hf_jd"] if "torchjd" in times else None
                 rows.append({"weighting": name, "Gramians": kind, "m": m, "threads": threads}
-                            | {f"{label}, ms": found.get(label) for label in ("hf_jd", "torchjd", "quadprog")}
+                            | {f"{label}, ms": times.get(label) for label in ("hf_jd", "torchjd", "quadprog")}
                             | {"torchjd / hf_jd": ratio})  # fmt: skip
                 print(table(rows[-1:]).splitlines()[-1] if len(rows) > 1 else table(rows), flush=True)
     print(f"\n{by_kind(rows)}")

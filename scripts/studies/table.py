@@ -83,9 +83,9 @@ def best_of_sweep(plan: Plan, of_variant: dict[str, list[dict[str, Any]]]) -> st
 
     def rank(name: str) -> tuple[int, float]:
         values = _values(plan, of_variant[name])
-        known = [value for value in values if value is not None]
+        reached = [value for value in values if value is not None]
         sign = 1 if plan.better == "higher" else -1
-        return len(known), sign * statistics.fmean(known) if known else 0.0
+        return len(reached), sign * statistics.fmean(reached) if reached else 0.0
 
     return max(plan.sweep, key=rank) if plan.sweep else ""
 
@@ -110,11 +110,11 @@ def _shown(seeds: Sequence[Mapping[str, float | None]], measure: str, form: str)
 
 
 def _cell(values: Sequence[float | None], form: str) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
+    reached = [value for value in values if value is not None]
+    if not reached:
         return "never"
-    few = f" ({len(known)} of {len(values)})" if len(known) < len(values) else ""
-    return spread(known, form) + few
+    few = f" ({len(reached)} of {len(values)})" if len(reached) < len(values) else ""
+    return spread(reached, form) + few
 
 
 def _difference(plan: Plan, seeds: Sequence[dict[str, Any]], control: Sequence[dict[str, Any]]) -> str:
