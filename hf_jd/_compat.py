@@ -1,4 +1,4 @@
-"""Differences between supported releases; each part names the release with which it can go."""
+"""Differences between supported releases; each part names the release with which it can be removed."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def selected(batch: Any, keep: Tensor, documents: Tensor | None = None) -> Any:
     keep = keep.cpu()
     indices, instances = keep.nonzero().flatten(), f"{len(keep)} instances"
 
-    def of(key: str, value: Any) -> Any:
+    def select(key: str, value: Any) -> Any:
         if isinstance(value, list | tuple):
             if len(value) != len(keep):
                 return value  # rebuilt part by part
@@ -103,20 +103,20 @@ def selected(batch: Any, keep: Tensor, documents: Tensor | None = None) -> Any:
             return value.index_select(dim, indices.to(value.device))
         return value.take(indices.numpy(), axis=dim)
 
-    return _rebuilt(batch, of)
+    return _rebuilt(batch, select)
 
 
-def _rebuilt(value: Any, of: Callable[[str, Any], Any], key: str = "") -> Any:
-    """Rebuild nested mappings, lists and tuples with `of` applied to each key's value.
+def _rebuilt(value: Any, convert: Callable[[str, Any], Any], key: str = "") -> Any:
+    """Rebuild nested mappings, lists and tuples with `convert` applied to each key's value.
 
-    A list or tuple that `of` returns unchanged is rebuilt part by part.
+    A list or tuple that `convert` returns unchanged is rebuilt part by part.
     """
     if isinstance(value, Mapping):
-        rebuilt = {k: _rebuilt(v, of, str(k)) for k, v in value.items()}
+        rebuilt = {k: _rebuilt(v, convert, str(k)) for k, v in value.items()}
         return rebuilt if type(value) is dict else type(value)(rebuilt)
-    changed = of(key, value)
+    changed = convert(key, value)
     if changed is value and isinstance(value, list | tuple):
-        return type(value)(_rebuilt(part, of, key) for part in value)
+        return type(value)(_rebuilt(part, convert, key) for part in value)
     return changed
 
 

@@ -31,7 +31,7 @@ class _Wrapped:
 class GroupCollator(_Wrapped):
     """A collator around another one: removes the group column from the examples, and adds the groups' ids to the batch.
 
-    Collators drop string columns or fail on them, so the names are hidden from them, unless they ask for the column.
+    Collators drop string columns or fail on them, so the column is hidden, unless a collator asks for it by name.
 
     Args:
         collator: The collator for everything else.

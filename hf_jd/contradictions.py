@@ -57,7 +57,7 @@ def check_weighting(args: JDArguments, weighting: Any) -> None:
     ours = type(weighting) is WEIGHTINGS[args.jd_weighting]
     name = args.jd_weighting if ours else getattr(weighting, "__name__", type(weighting).__name__)
     _check_preferences(args, weighting, name)
-    _check_rhythm(args, isinstance(weighting, MeanWeighting), name)
+    _check_schedule(args, isinstance(weighting, MeanWeighting), name)
     if args.jd_normalize != "none" and getattr(weighting, "reads", "gramian") == "losses":
         raise ValueError(
             f"--jd_normalize {args.jd_normalize} divides rows, but the weighting `{name}` reads only losses: leave it "
@@ -82,13 +82,13 @@ def _check_preferences(args: JDArguments, weighting: Any, name: str) -> None:
         raise ValueError("--jd_preferences and the weighting's pref_vector say the same: leave one of them out.")
     if not args.kind.shared:
         raise ValueError(
-            f"--jd_preferences goes by name, and objectives `{args.jd_objectives}` have none: use --jd_objectives "
-            "group or loss."
+            f"--jd_preferences needs objectives with names, and objectives `{args.jd_objectives}` have none: use "
+            "--jd_objectives group or loss."
         )
     replace(weighting, pref_vector=[*preferences.values(), 1.0])  # validates them: some weightings refuse a 0
 
 
-def _check_rhythm(args: JDArguments, mean: bool, name: str) -> None:
+def _check_schedule(args: JDArguments, mean: bool, name: str) -> None:
     """Check the flags for when to weigh and when to measure."""
     if args.jd_every > 1:
         flag = f"--jd_every {args.jd_every}"

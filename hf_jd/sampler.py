@@ -111,7 +111,7 @@ def block_counts(counts: Tensor, length: int, size: int, generator: torch.Genera
 
 
 def _spread(n: int, generator: torch.Generator) -> Tensor:
-    """Return the integers below n in an order whose every beginning is spread evenly over [0, n)."""
+    """Return the integers below n in an order in which every prefix is spread evenly over [0, n)."""
     golden = (torch.arange(n, dtype=torch.float64) * ((5**0.5 - 1) / 2)) % 1
     start = int(torch.randint(max(n, 1), (), generator=generator))
     return (golden.argsort().argsort() + start) % max(n, 1)

@@ -1,4 +1,4 @@
-"""The memory of a process: rows, and everything that a plain step needs, too. See `cases.py` for the letters."""
+"""The memory of a process: rows, and everything that a plain step needs, too. See `cases.py` for the symbols."""
 
 from __future__ import annotations
 

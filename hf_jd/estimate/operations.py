@@ -1,4 +1,4 @@
-"""Floating-point operations of an update on one process. See `cases.py` for the letters.
+"""Floating-point operations of an update on one process. See `cases.py` for the symbols.
 
 Counted like `torch.utils.flop_counter`: 2 for a multiplication and an addition, and only in products.
 """
@@ -26,14 +26,14 @@ def attention_flops(shape: Shape, case: Case) -> float:
 
 
 def forward_flops(shape: Shape, case: Case) -> float:
-    """Count all maps and attentions."""
+    """Count the forward pass: all maps and attentions."""
     return sum(product_flops(matrix, case) for matrix in shape.matrices) + attention_flops(shape, case)
 
 
 def backward_flops(shape: Shape, case: Case) -> float:
-    """Count gradients of layers' inputs: as many as forward, attentions twice; with checkpointing, plus a forward.
+    """Count the backward to layers' inputs: like the forward, attentions twice; with checkpointing, plus a forward.
 
-    Include the first layer's maps, which autograd skips if nothing below is trained.
+    This includes the first layer's maps, which autograd skips if nothing below is trained.
     """
     again = forward_flops(shape, case) if case.checkpointing else 0
     return again + forward_flops(shape, case) + attention_flops(shape, case)

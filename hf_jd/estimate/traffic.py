@@ -1,4 +1,4 @@
-"""The bytes that a process sends per update. See `cases.py` for the letters; f = (W - 1) / W."""
+"""The bytes that a process sends per update. See `cases.py` for the symbols; f = (W - 1) / W."""
 
 from __future__ import annotations
 

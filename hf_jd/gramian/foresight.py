@@ -23,7 +23,7 @@ from hf_jd.gramian.plan import Plan
 from hf_jd.gramian.taps import ModuleTap
 
 Place = tuple[ModuleTap, tuple[bool, ...], int]  # a tap, the modes of a call, and its number of nodes before the losses
-REMEMBERED = 8  # paths through a program
+REMEMBERED = 8  # how many paths through a program to remember
 
 
 @dataclass

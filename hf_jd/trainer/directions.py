@@ -1,4 +1,4 @@
-"""Which cotangents, and how few of them, span those of every reward?
+"""Find the fewest cotangents that span the cotangents of every reward.
 
 On-policy, the rewards' cotangents are multiples of each other within each completion: the rows of the completions, from
 one backward pass, give the rows of any number of rewards. Where clipping treats good and bad completions differently,

@@ -45,7 +45,7 @@ class JDSentenceTransformerTrainer(JDTrainerMixin, SentenceTransformerTrainer):
     training_args_class = JDSentenceTransformerTrainingArguments
 
     def follow_flags(self) -> None:
-        """Make what the flags decide; see JDTrainerMixin."""
+        """Apply the flags; see JDTrainerMixin."""
         if self.jd_args.jd_group_column == DATASET_COLUMN and not isinstance(self.train_dataset, Mapping):
             raise ValueError(
                 "--jd_objectives group has one objective per dataset, but there is only one dataset: give a dict of "

@@ -1,7 +1,7 @@
-"""TRL's trainers that generate completions: groups and rewards travel with these.
+"""TRL's trainers that generate completions, with groups and rewards attached to the completions.
 
-Their batches are lists of prompts. A prompt's group and rewards are added when TRL has scored its completions, so that
-they pass through TRL's own shuffling and splitting, over accumulation, `steps_per_generation` and `num_iterations`.
+Their batches are lists of prompts. Groups and rewards are added once TRL has scored the completions, so that they pass
+through TRL's own shuffling and splitting, over accumulation, `steps_per_generation` and `num_iterations`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class GeneratingMixin(JDTrainerMixin):
         return getattr(self.args, "jd_kl", "mean") == "objective"
 
     def follow_flags(self) -> None:
-        """Make what the flags decide; see JDTrainerMixin."""
+        """Apply the flags; see JDTrainerMixin."""
         super().follow_flags()
         if isinstance(self.data_collator, GroupCollator):
             self.data_collator = self.data_collator.collator  # The batches are lists, which hold no tensors.

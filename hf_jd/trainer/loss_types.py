@@ -25,7 +25,7 @@ class LossTypesMixin(JDTrainerMixin):
     loss_weights: list[Any]
 
     def follow_flags(self) -> None:
-        """Make what the flags decide; see JDTrainerMixin."""
+        """Apply the flags; see JDTrainerMixin."""
         super().follow_flags()
         self.jd_loss_weights: list[Tensor] = []
         if self.jd_args.jd_objectives == "loss" and len(set(self.loss_types)) < 2:

@@ -13,7 +13,7 @@ from hf_jd.gramian import Jacobian
 from hf_jd.gramian.random_streams import RandomState
 from hf_jd.objectives import Membership, ObjectiveTable
 from hf_jd.trainer.backward import Passed, Recorded, Recorder
-from hf_jd.trainer.splitting import Whose
+from hf_jd.trainer.splitting import Contents
 
 
 class NamedLosses(ABC):
@@ -68,7 +68,7 @@ class NamedRecorder(Recorder):
             "unknown what to leave out: lower the learning rate, or measure at every update."
         )
 
-    def _passed(self, batch: Any, whose: Whose, loss: Tensor, streams: RandomState | None = None) -> Passed:
+    def _passed(self, batch: Any, contents: Contents, loss: Tensor, streams: RandomState | None = None) -> Passed:
         losses = self.trainer.named_losses(loss * (self.scale / self.backend.divisor()))
         self.trainer.jd_outputs.take()  # discarded
         self.trainer.jd_loss_names = list(losses.names)
@@ -77,4 +77,4 @@ class NamedRecorder(Recorder):
         names = torch.arange(len(counts), device=counts.device)
         table = ObjectiveTable(unknown, unknown, counts, torch.full_like(names, -1), names)
         members = Membership(names[:0], table.groups, names)
-        return Passed(batch, whose, None, None, losses, members, table, losses.broken)
+        return Passed(batch, contents, None, None, losses, members, table, losses.broken)

@@ -1,4 +1,4 @@
-"""Find out what of `compute_loss`, `compute_losses` and `training_step` is the user's own, and whether it can work."""
+"""Find which of `compute_loss`, `compute_losses` and `training_step` the user overrides, and whether that works."""
 
 from __future__ import annotations
 

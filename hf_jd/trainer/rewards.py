@@ -72,7 +72,7 @@ class PolicyLoss:
         with torch.enable_grad():
             loss = twin._compute_loss(self._model, {**self._inputs, "advantages": advantages})
         if not loss.requires_grad:
-            raise ValueError(_past_the_method(self._twin))
+            raise ValueError(_bypass_message(self._twin))
         gradients = torch.autograd.grad(loss, self._leaves, allow_unused=True)
         return [torch.zeros_like(t) if g is None else g for t, g in zip(self._leaves, gradients, strict=True)]
 
@@ -89,7 +89,7 @@ class PolicyLoss:
         for output, gradient in zip(self.outputs, again, strict=True):
             first = by_output.get(id(output), torch.zeros_like(output))
             if rest is not None or not torch.allclose(first, gradient, rtol=1e-3, atol=1e-3 * float(first.abs().max())):
-                raise ValueError(_past_the_method(self._twin))
+                raise ValueError(_bypass_message(self._twin))
 
 
 class _Alone:
@@ -107,7 +107,7 @@ class _Alone:
     gather_for_metrics = reduce = gather
 
 
-def _past_the_method(trainer: Any) -> str:
+def _bypass_message(trainer: Any) -> str:
     return (
         f"The loss of {type(trainer).__name__}, evaluated again on the log-probabilities of "
         "`_get_per_token_logps_and_entropies`, is different: it draws random numbers or reads the model outside that "
@@ -133,7 +133,7 @@ class RewardLosses(NamedLosses):
         finite = torch.stack([c.flatten(1).isfinite().all(1) for c in every]).all(0)
 
         def whole(gradients: list[Tensor]) -> list[Tensor]:
-            return [_where(finite, c * factor.to(c.dtype)) for c in gradients]
+            return [_masked(finite, c * factor.to(c.dtype)) for c in gradients]
 
         if trainer.jd_args.jd_check and not trainer.jd_proved and bool(finite.all()):
             policy.prove()
@@ -199,7 +199,7 @@ def _by_reward(
     """
     zero = torch.zeros_like(policy.advantages[:, 0])
     base = policy.gradients(zero)
-    rewards = [_less(policy.gradients(column), base) for column in policy.advantages.T]
+    rewards = [_subtracted(policy.gradients(column), base) for column in policy.advantages.T]
     if len(rewards) > len(policy.names):  # RLOO's divergence is a reward.
         *rewards, kl = rewards
         if kl_is_objective:
@@ -207,15 +207,15 @@ def _by_reward(
         return rewards, [], [b + c for b, c in zip(base, kl, strict=True)], base
     if kl_is_objective:
         rest = policy.gradients(zero, beta=0.0)
-        return rewards, [_less(base, rest)], rest, base
+        return rewards, [_subtracted(base, rest)], rest, base
     return rewards, [], base, base
 
 
-def _less(gradients: list[Tensor], base: list[Tensor]) -> list[Tensor]:
+def _subtracted(gradients: list[Tensor], base: list[Tensor]) -> list[Tensor]:
     return [g - b for g, b in zip(gradients, base, strict=True)]
 
 
-def _where(finite: Tensor, gradient: Tensor) -> Tensor:
+def _masked(finite: Tensor, gradient: Tensor) -> Tensor:
     """Return a cotangent [B, ...] with zeros for completions whose own isn't finite."""
     return torch.where(wide(finite, gradient), gradient, 0) if gradient.dim() else gradient
 

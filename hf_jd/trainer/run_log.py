@@ -12,7 +12,7 @@ LOG_FILE = "jd_log.jsonl"
 
 
 class RunLog:
-    """A writer of the file.
+    """The writer of the log.
 
     A line has Trainer's logs, `max_steps`, and `pairs`, the mean cosines of the groups' rows since the last log of
     training. The first line of a run has `begins`, either "anew" or "resumed". Lines are never removed: a reader skips

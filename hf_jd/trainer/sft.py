@@ -57,7 +57,7 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
         super().__init__(*args, **kwargs)
 
     def follow_flags(self) -> None:
-        """Make what the flags decide; see JDTrainerMixin."""
+        """Apply the flags; see JDTrainerMixin."""
         _check_packing(self.args)
         super().follow_flags()
 

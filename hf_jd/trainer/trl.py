@@ -99,7 +99,7 @@ class JDRLOOTrainer(GeneratingMixin, RLOOTrainer):
     """
 
     def follow_flags(self) -> None:
-        """Make what the flags decide; see JDTrainerMixin."""
+        """Apply the flags; see JDTrainerMixin."""
         super().follow_flags()
         separate = self.beta and self.jd_args.kind.of_rewards and len(self.reward_func_names) > 1
         if separate and (self.normalize_advantages or self.reward_clip_range):

@@ -25,7 +25,7 @@ _MEASURING = -1  # stands for a module that uses a parameter; DeepSpeed numbers 
 def measuring(model: nn.Module, engine: Engine) -> Generator[None]:
     """Prepare a ZeRO-3 model for a measuring pass; a no-op otherwise.
 
-    Gather the parameters of the modules that form rows within the context. Other parameters stay sharded, and
+    Within the context, the parameters of the modules that form rows are gathered. Other parameters stay sharded, and
     DeepSpeed gathers them module by module, in each of several passes through the same graph.
 
     Args:
