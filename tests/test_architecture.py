@@ -68,12 +68,12 @@ def named(path: Path) -> str:
 
 @pytest.mark.parametrize("path", files("hf_jd"), ids=named)
 def test_imports_go_one_way(path):
-    own = path.relative_to(ROOT / "hf_jd").parts[0].removesuffix(".py")
-    found = set(imports(path))
-    packages = {module.partition(".")[0] for module in found}
-    assert not packages & (FORBIDDEN_PACKAGES.get(own, set()) | REFERENCES)
-    rooms = {other for module in found if (other := room(module)) is not None} - {own}
-    forbidden = FORBIDDEN_ROOMS.get(own, set())
+    own_room = path.relative_to(ROOT / "hf_jd").parts[0].removesuffix(".py")
+    imported = set(imports(path))
+    packages = {module.partition(".")[0] for module in imported}
+    assert not packages & (FORBIDDEN_PACKAGES.get(own_room, set()) | REFERENCES)
+    rooms = {other for module in imported if (other := room(module)) is not None} - {own_room}
+    forbidden = FORBIDDEN_ROOMS.get(own_room, set())
     assert not (rooms if "*" in forbidden else rooms & forbidden)
 
 

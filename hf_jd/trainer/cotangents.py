@@ -171,8 +171,8 @@ def _without_hooks(outputs: Sequence[Tensor]) -> Generator[None]:
     try:
         yield
     finally:
-        for each, kept in zip(hooks, before, strict=True):
-            each.update(kept)
+        for each, restored in zip(hooks, before, strict=True):
+            each.update(restored)
 
 
 def _gradient(loss: Tensor, edge: GradientEdge, retain_graph: bool) -> Tensor | None:

@@ -21,7 +21,7 @@ def overridden(trainer: Any) -> str | None:
     It may belong to a class or an instance, or replace Trainer's own. The user's own `training_step`, to the right of
     the mixin, counts as a `compute_loss`.
     """
-    right = False
+    right_of_mixin = False
     for attributes in (vars(trainer), *(vars(cls) for cls in type(trainer).__mro__)):
         unreduced = attributes.get("compute_losses")
         if unreduced is not None and getattr(unreduced, "__module__", None) not in _OURS:
@@ -30,9 +30,9 @@ def overridden(trainer: Any) -> str | None:
         if loss is not None and (getattr(loss, "__module__", None) not in _OURS or hasattr(loss, "__wrapped__")):
             return "compute_loss"
         step = getattr(attributes.get("training_step"), "__module__", None)
-        if right and step is not None and step not in _OURS:
+        if right_of_mixin and step is not None and step not in _OURS:
             return "compute_loss"
-        right = right or step == "hf_jd.trainer.mixin"
+        right_of_mixin = right_of_mixin or step == "hf_jd.trainer.mixin"
     return None
 
 
@@ -75,9 +75,9 @@ def steps_through(trainer: Any, ours: Callable[..., Any], count: Callable[[], in
         return
 
     def checked(*args: Any, **kwargs: Any) -> Any:
-        seen = count()
+        count_before = count()
         loss = step(*args, **kwargs)
-        if count() == seen:
+        if count() == count_before:
             raise ValueError(
                 f"The training_step of {type(trainer).__name__} doesn't call super().training_step, so it trains "
                 "without Jacobian descent: call it, or define training_step in a Trainer to the right of "

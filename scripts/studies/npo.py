@@ -74,15 +74,15 @@ def answers_of(trainer: Any, rows: Sequence[dict[str, str]]) -> tuple[dict[str, 
     starts = [story.partition(HERO)[0] for story in about[:ASKED]]
     starts += [" ".join(story.split()[:WORDS]) for story in others[:ASKED]]
 
-    def said(text: str) -> list[int]:
+    def continued(text: str) -> list[int]:
         ids = tokenizer(text.rstrip(), return_tensors="pt").input_ids
         mask = torch.ones_like(ids)
         out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=TOKENS_SAID, do_sample=False)
         return out[0, ids.shape[1] :].tolist()
 
-    now = [said(start) for start in starts]
+    now = [continued(start) for start in starts]
     with model.disable_adapter():
-        before = [said(start) for start in starts]
+        before = [continued(start) for start in starts]
     names = [sum(HERO in tokenizer.decode(answer) for answer in answers[:ASKED]) / ASKED for answers in (now, before)]
     same = [_agreeing(*pair) for pair in zip(now[ASKED:], before[ASKED:], strict=True)]
     agreement = sum(same) / len(same)

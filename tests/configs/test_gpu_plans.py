@@ -75,12 +75,12 @@ def test_a_plan_states_the_numbers_of_its_estimate(name, capsys):
     command = re.search(r"# +(hf-jd estimate .*?)\n# +Memory", text, re.DOTALL)
     assert command
     assert main(shlex.split(re.sub(r"\\\n#", "", command[1]))[1:]) == 0
-    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    memory = sum(gigabytes(said[part]) for part in ("rows", "memory"))
-    seconds = sum(float(number) for number in re.findall(r"([\d.]+) ms (?:computing|rows)", said["time"])) / 1000
-    told = re.search(r"by the last of these: (\d+) GB, and ([\d.]+) s per update", text)
-    assert told
-    assert (float(told[1]), float(told[2])) == (round(memory), pytest.approx(seconds, rel=0.05))
+    printed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    memory = sum(gigabytes(printed[part]) for part in ("rows", "memory"))
+    seconds = sum(float(number) for number in re.findall(r"([\d.]+) ms (?:computing|rows)", printed["time"])) / 1000
+    stated = re.search(r"by the last of these: (\d+) GB, and ([\d.]+) s per update", text)
+    assert stated
+    assert (float(stated[1]), float(stated[2])) == (round(memory), pytest.approx(seconds, rel=0.05))
 
 
 def gigabytes(text: str) -> float:

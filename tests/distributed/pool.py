@@ -50,8 +50,8 @@ class Pool:
     def answers_of(self, case: str, **arguments: Any) -> list[tuple[bool, Any]]:
         """Return, for each process, whether the function failed, and its result or error."""
         self.ask(case, **arguments)
-        found = dict(self.answers.get(timeout=SECONDS) for _ in self.processes)
-        return [found[r] for r in range(len(found))]
+        by_rank = dict(self.answers.get(timeout=SECONDS) for _ in self.processes)
+        return [by_rank[r] for r in range(len(by_rank))]
 
     def answer(self, seconds: float) -> tuple[int, tuple[bool, Any]] | None:
         """Return the next (rank, (failed, answer)) within some seconds."""

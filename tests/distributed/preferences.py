@@ -30,11 +30,11 @@ class Written(JDGRPOTrainer):
     """Completes a prompt with tokens that depend only on it, since random numbers depend on the process."""
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        found = []
+        results = []
         for i, ids in enumerate(prompt_ids):
             generator = torch.Generator().manual_seed(4 * sum(ids) + i % 4)
-            found.append(torch.randint(10, 200, (3 + i % 4 % 3,), generator=generator).tolist())
-        return found, None
+            results.append(torch.randint(10, 200, (3 + i % 4 % 3,), generator=generator).tolist())
+        return results, None
 
 
 def train(name: str, **flags: Any) -> dict[str, Any]:

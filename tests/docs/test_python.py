@@ -151,11 +151,11 @@ CONTEXTS: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
 
 
 def context(block: Block) -> dict[str, Any]:
-    found = [
+    matches = [
         make for (page, start), make in CONTEXTS.items() if page == block.page and f"\n{start}" in f"\n{block.code}"
     ]
-    assert len(found) <= 1
-    return found[0]() if found else {}
+    assert len(matches) <= 1
+    return matches[0]() if matches else {}
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)

@@ -76,7 +76,7 @@ def wrong_parameters(
     """
     scale = theirs if scale is None else scale
     largest = max((float(t.norm()) for t in scale.values() if t is not None), default=0.0)
-    found = []
+    errors = []
     for p, name in names.items():
         mine, other = ours.get(p), theirs.get(p)
         if mine is None and other is None:
@@ -86,8 +86,8 @@ def wrong_parameters(
         error = float((mine.double() - other.double()).norm())
         own = float(other.norm()) if scale.get(p) is None else float(scale[p].norm())
         if not error <= tolerance * max(own, 1e-5 * largest):
-            found.append(f"{name} {list(p.shape)}: error {error:.1e} of {float(other.norm()):.1e}")
-    return found
+            errors.append(f"{name} {list(p.shape)}: error {error:.1e} of {float(other.norm()):.1e}")
+    return errors
 
 
 class SinglePrecision(TorchFunctionMode):
@@ -155,37 +155,37 @@ def check_step(
         expected: The expected rows; by default, brute force on the same graph.
     """
     expected = brute_rows(losses, list(names)) if expected is None else expected
-    found = []
+    errors = []
     jacobian = engine.compute_jacobian(losses, segments)
-    found += [f"rows: {w}" for w in wrong_parameters(names, jacobian_rows(jacobian, losses), expected, tolerance)]
+    errors += [f"rows: {w}" for w in wrong_parameters(names, jacobian_rows(jacobian, losses), expected, tolerance)]
     factors = engine.compute_jacobian(losses, segments, materialise=False)
-    found += [f"factors: {w}" for w in wrong_parameters(names, jacobian_rows(factors, losses), expected, tolerance)]
+    errors += [f"factors: {w}" for w in wrong_parameters(names, jacobian_rows(factors, losses), expected, tolerance)]
     gramian = brute_gramian(expected, losses.shape)
     flat = factors.gramian()
     if relative(flat, jacobian.gramian()) > tolerance:
-        found.append(f"Gramian of factors: error {relative(flat, jacobian.gramian()):.1e}")
+        errors.append(f"Gramian of factors: error {relative(flat, jacobian.gramian()):.1e}")
     configured = engine.keep_rows
     for mode in keep_rows:
         engine.keep_rows = mode
         weights = torch.rand(losses.shape, dtype=torch.float64) + 0.5
         ours = engine.compute_gramian(losses, segments)
         if ours.shape != gramian.shape:
-            found.append(f"keep_rows={mode}: Gramian of shape {list(ours.shape)}, not {list(gramian.shape)}")
+            errors.append(f"keep_rows={mode}: Gramian of shape {list(ours.shape)}, not {list(gramian.shape)}")
         elif not relative(ours, gramian) <= tolerance:
-            found.append(f"keep_rows={mode}: Gramian's error {relative(ours, gramian):.1e}")
+            errors.append(f"keep_rows={mode}: Gramian's error {relative(ours, gramian):.1e}")
         for i, p in enumerate(names):  # Some parameters already have a gradient.
             p.grad = torch.ones_like(p) if i % 2 else None
         engine.accumulate_grad(weights.to(losses))
         update = brute_update(expected, weights.to(losses))
         mine: Rows = {p: p.grad if not i % 2 else p.grad - 1 for i, p in enumerate(names)}
         update = {p: torch.zeros_like(p) if u is None and i % 2 else u for i, (p, u) in enumerate(update.items())}
-        found += [f"keep_rows={mode}: update: {w}" for w in wrong_parameters(names, mine, update, tolerance, expected)]
+        errors += [f"keep_rows={mode}: update: {w}" for w in wrong_parameters(names, mine, update, tolerance, expected)]
         for p in names:
             p.grad = None
     engine.keep_rows = configured
     freed = engine.compute_jacobian(losses, segments, retain_graph=False)
-    found += [f"graph freed: {w}" for w in wrong_parameters(names, jacobian_rows(freed, losses), expected, tolerance)]
-    return found
+    errors += [f"graph freed: {w}" for w in wrong_parameters(names, jacobian_rows(freed, losses), expected, tolerance)]
+    return errors
 
 
 def assert_engine_right(
@@ -232,7 +232,7 @@ def assert_engine_right(
         assert all(bool(r.isfinite().all()) for r in untouched.values() if r is not None), "the model's own gradient"
     tolerance = EXACT if tolerance is None else tolerance
     engine = Engine(*modules, **options) if engine is None else engine
-    found = []
+    errors = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", TIER_3)
         for step in range(steps):
@@ -242,14 +242,14 @@ def assert_engine_right(
             expected = brute_rows(losses, list(names))
             if step == 0 and untouched is not None:
                 with_hooks = wrong_parameters(names, expected, untouched, tolerance)
-                found += [f"step 0: hooks change the gradient: {w}" for w in with_hooks]
+                errors += [f"step 0: hooks change the gradient: {w}" for w in with_hooks]
             proves = vacuous or any(bool(r.any()) for r in expected.values() if r is not None)
             assert proves, f"step {step}: all gradients are zero, so the case proves nothing"
             wrong = check_step(engine, names, losses, ids, tolerance, keep_rows, expected)
-            found += [f"step {step}: {w}" for w in wrong]
+            errors += [f"step {step}: {w}" for w in wrong]
             perturb(names)
     tiers = engine.tiers()
-    assert not found, f"{len(found)} wrong (tiers: {tiers_line(tiers)}):\n" + "\n".join(found[:60])
+    assert not errors, f"{len(errors)} wrong (tiers: {tiers_line(tiers)}):\n" + "\n".join(errors[:60])
     return tiers
 
 

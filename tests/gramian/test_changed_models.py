@@ -125,8 +125,8 @@ def test_weights_tied_after_the_engine():
     engine = Engine(model)
     model.config.tie_word_embeddings = True
     model.lm_head.weight = model.model.embed_tokens.weight
-    found = check_step(engine, trainable(model), lm_losses(model, token_ids(B, 6)), tolerance=SINGLE)
-    assert not found
+    errors = check_step(engine, trainable(model), lm_losses(model, token_ids(B, 6)), tolerance=SINGLE)
+    assert not errors
 
 
 def test_parameter_replaced_between_steps():

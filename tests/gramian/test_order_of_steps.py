@@ -141,8 +141,8 @@ def test_dropout(keep_rows: bool):
     engine = Engine(model, keep_rows=keep_rows)
     for step in range(3):
         losses = lm_losses(model, token_ids(B, 6, seed=step))
-        found = check_step(engine, trainable(model), losses, keep_rows=[keep_rows])
-        assert not found
+        errors = check_step(engine, trainable(model), losses, keep_rows=[keep_rows])
+        assert not errors
 
 
 def test_train_and_eval():

@@ -128,9 +128,9 @@ def test_columns(kind):
     """Columns may begin and end within an entry of the first dimension."""
     rows = kind()
     for start, stop in itertools.combinations(range(rows.shape.numel() + 1), 2):
-        found = rows.columns(start, stop)
-        assert found.shape == (OBJECTIVES, stop - start)
-        assert torch.equal(found, rows.dense()[:, start:stop]) or relative(found, rows.dense()[:, start:stop]) < EXACT
+        actual = rows.columns(start, stop)
+        assert actual.shape == (OBJECTIVES, stop - start)
+        assert torch.equal(actual, rows.dense()[:, start:stop]) or relative(actual, rows.dense()[:, start:stop]) < EXACT
 
 
 @pytest.mark.parametrize("ids", ["sorted", "mixed", "uneven", "none", "one", "by token"])
@@ -147,12 +147,12 @@ def test_outer_products_of_segments(ids: str, p: int, d: int, tokens: int):
         "by token": torch.randint(-1, OBJECTIVES, (n, tokens), generator=torch.Generator().manual_seed(0)),
     }[ids]
     by_token = segments if segments.dim() == 2 else segments[:, None].expand(n, tokens)
-    found = Segments(OBJECTIVES, segments)
+    grouped = Segments(OBJECTIVES, segments)
     g, x, other = normal(n, tokens, p), normal(n, tokens, d, seed=1), normal(n, tokens, d, seed=2)
     member = torch.nn.functional.one_hot(by_token + 1, OBJECTIVES + 1)[..., 1:].double()
     for value in (x, x, other, x):  # Sorts an input that layers share only once.
         expected = torch.einsum("ntk,ntp,ntd->kpd", member, g, value)
-        assert relative(found.outer(g, value), expected) < EXACT
+        assert relative(grouped.outer(g, value), expected) < EXACT
 
 
 def test_blocks_of_instances_repeated():

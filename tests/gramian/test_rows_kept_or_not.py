@@ -28,7 +28,7 @@ def test_all_modes_give_the_same_gramian_and_update(adapters: bool):
     model = with_lora(model, warm=True) if adapters else model
     names = list(trainable(model))
     modes = [True, False, "auto", 0, 20_000, 100_000, 10**9]
-    found = []
+    results = []
     for mode in modes:
         engine = Engine(model, keep_rows=mode)
         with warnings.catch_warnings():
@@ -36,11 +36,11 @@ def test_all_modes_give_the_same_gramian_and_update(adapters: bool):
             gramian = engine.compute_gramian(lm_losses(model, token_ids(4, 6)))
         model.zero_grad()
         engine.accumulate_grad(gramian.sum(1))
-        found.append((gramian, [p.grad.clone() for p in names]))
+        results.append((gramian, [p.grad.clone() for p in names]))
         engine.detach()
-    for gramian, update in found[1:]:
-        assert relative(gramian, found[0][0]) < SINGLE
-        assert all(relative(a, b) < SINGLE for a, b in zip(update, found[0][1], strict=True))
+    for gramian, update in results[1:]:
+        assert relative(gramian, results[0][0]) < SINGLE
+        assert all(relative(a, b) < SINGLE for a, b in zip(update, results[0][1], strict=True))
 
 
 class ReadOutside(nn.Module):
@@ -114,18 +114,18 @@ def test_losses_can_be_differentiated_afterwards(keep_rows: bool):
 def test_the_gramian_leaves_gradients_and_their_hooks_alone():
     model = mlp()
     engine = Engine(model)
-    met = []
+    hooked = []
     first, *rest = model.parameters()
-    handles = [first.register_hook(lambda g: met.append("hook"))]
-    handles.append(first.register_post_accumulate_grad_hook(lambda p: met.append("accumulated")))
+    handles = [first.register_hook(lambda g: hooked.append("hook"))]
+    handles.append(first.register_post_accumulate_grad_hook(lambda p: hooked.append("accumulated")))
     kept = torch.ones_like(first)
     first.grad = kept
     engine.compute_gramian(model(batch(B, 4)).square().sum(1))
     assert first.grad is kept
     assert all(p.grad is None for p in rest)
-    del met[:]  # The first step's self-check computes a plain gradient.
+    del hooked[:]  # The first step's self-check computes a plain gradient.
     engine.compute_gramian(model(batch(B, 4)).square().sum(1))
-    assert met == []
+    assert hooked == []
     assert bool((first.grad == 1).all())
     for handle in handles:
         handle.remove()

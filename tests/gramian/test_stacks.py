@@ -82,9 +82,9 @@ def test_factors_smaller_than_rows_are_not_stacked():
 
 @pytest.fixture
 def walks(monkeypatch) -> list[Tensor]:
-    found: list[Tensor] = []
-    monkeypatch.setattr(foresight, "walk", lambda losses, walk=foresight.walk: found.append(losses) or walk(losses))
-    return found
+    walked: list[Tensor] = []
+    monkeypatch.setattr(foresight, "walk", lambda losses, walk=foresight.walk: walked.append(losses) or walk(losses))
+    return walked
 
 
 @pytest.mark.parametrize("retain_graph", [False, True])

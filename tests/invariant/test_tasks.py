@@ -52,7 +52,7 @@ def settings_of(name: str, case: int) -> dict:
     }
 
 
-def met(names, strength: int) -> set:
+def covered(names, strength: int) -> set:
     """Return the values of `strength` settings together that some run of these tasks has."""
     runs = [settings_of(name, case) for name in names for case in range(CASES)]
     return {values for run in runs for values in combinations(run.items(), strength)}
@@ -66,7 +66,7 @@ def test_the_runs_cover_all_pairs_per_task_and_all_triples_overall():
             for values in product(*(SETTINGS[setting] for setting in chosen))
         }
         for names in sets:
-            assert met(names, strength) == every
+            assert covered(names, strength) == every
 
 
 @pytest.mark.parametrize("name, case", in_turn(TABLE, {str(case): case for case in range(CASES)}))

@@ -73,9 +73,9 @@ def test_mean_equals_trainer(name, accumulation, kind, tmp_path, jacobians):
 )
 def test_mean_equals_trainer_with_flags(flags, kind, tmp_path):
     flags = {"gradient_accumulation_steps": 3, "max_steps": 6, **flags}
-    own = {key: flags.pop(key) for key in list(flags) if key.startswith("jd_")}
+    jd_flags = {key: flags.pop(key) for key in list(flags) if key.startswith("jd_")}
     theirs = stock(lora("gpt2"), tmp_path, **flags)
-    ours = run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", **flags, **own, **KINDS[kind]))
+    ours = run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", **flags, **jd_flags, **KINDS[kind]))
     # Trainer's label smoother divides in float32, in a different order.
     tolerance = 1e-6 if "label_smoothing_factor" in flags else 1e-10
     assert relative(flat(ours.model), flat(theirs.model)) < tolerance

@@ -26,13 +26,13 @@ SCHEDULES = {
 def both(directory, kind="instance", settings=dict, **flags):
     """Return Trainer and JDTrainer after the same run; `settings` builds the arguments that aren't flags."""
     flags = {"max_steps": 6, "gradient_accumulation_steps": 2, **flags}
-    found = []
-    for cls, own in ((TrainingArguments, {}), (None, {"jd_weighting": "mean", **KINDS[kind]})):
-        args = arguments(directory / str(len(found)), *filter(None, [cls]), **flags, **own)
+    trainers = []
+    for cls, jd_flags in ((TrainingArguments, {}), (None, {"jd_weighting": "mean", **KINDS[kind]})):
+        args = arguments(directory / str(len(trainers)), *filter(None, [cls]), **flags, **jd_flags)
         model = lora("gpt2", warm=True)
         extra = settings(model) if settings is not dict else {}
-        found.append(run(model, args, eval_dataset=examples(4, seed=1), **extra))
-    return found
+        trainers.append(run(model, args, eval_dataset=examples(4, seed=1), **extra))
+    return trainers
 
 
 def are_alike(theirs, ours, tolerance=1e-10):
@@ -270,10 +270,10 @@ def test_resuming_equals_trainer(flags, tmp_path):
     flags = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 3, **flags}
     both(tmp_path, max_steps=3, **flags)
     resumed = []
-    for folder, own in (("0", [TrainingArguments]), ("1", [])):
-        settings = {} if own else {"jd_weighting": "mean"}
-        args = arguments(tmp_path / folder, *own, max_steps=6, gradient_accumulation_steps=2, **flags, **settings)
-        trainer = (Trainer if own else JDTrainer)(
+    for folder, jd_flags in (("0", [TrainingArguments]), ("1", [])):
+        settings = {} if jd_flags else {"jd_weighting": "mean"}
+        args = arguments(tmp_path / folder, *jd_flags, max_steps=6, gradient_accumulation_steps=2, **flags, **settings)
+        trainer = (Trainer if jd_flags else JDTrainer)(
             lora("gpt2", warm=True), args, train_dataset=examples(), data_collator=collate
         )
         trainer.train(resume_from_checkpoint=True)

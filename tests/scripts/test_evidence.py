@@ -180,10 +180,10 @@ def test_f1_of_each_class(studies):
     prediction = type(
         "", (), {"predictions": torch.eye(3)[[0, 0, 1, 1]].numpy(), "label_ids": torch.tensor([0, 2, 1, 1])}
     )
-    found = scores(prediction)
-    assert found["F1 of value"] == pytest.approx(2 / 3)
-    assert (found["F1 of type"], found["F1 of state"], found["accuracy"]) == (1.0, 0.0, 0.75)
-    assert found["macro F1"] == pytest.approx(5 / 9)
+    measured = scores(prediction)
+    assert measured["F1 of value"] == pytest.approx(2 / 3)
+    assert (measured["F1 of type"], measured["F1 of state"], measured["accuracy"]) == (1.0, 0.0, 0.75)
+    assert measured["macro F1"] == pytest.approx(5 / 9)
 
 
 @pytest.mark.filterwarnings("ignore")

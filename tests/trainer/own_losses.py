@@ -69,8 +69,8 @@ class Towers(nn.Module):
         self.temperature = nn.Parameter(torch.tensor(0.5))
 
     def forward(self, input_ids: Tensor, passages: Tensor) -> dict[str, Tensor]:
-        found = {"queries": self.queries(input_ids).mean(1), "passages": self.passages(passages).mean(1)}
-        return {**found, "temperature": self.temperature.exp()}
+        embeddings = {"queries": self.queries(input_ids).mean(1), "passages": self.passages(passages).mean(1)}
+        return {**embeddings, "temperature": self.temperature.exp()}
 
 
 def towers() -> nn.Module:

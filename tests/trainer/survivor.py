@@ -104,13 +104,13 @@ def alike(a: Path, b: Path) -> bool:
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])
-    found: dict[str, object] = {"whole": run(root / "whole")}
+    results: dict[str, object] = {"whole": run(root / "whole")}
     files = [random.randint(1, 15) for _ in range(5)]
-    found["killed"] = [not run(root / "random", n) for n in files]
-    found["random"] = run(root / "random") and alike(root / "random", root / "whole")
+    results["killed"] = [not run(root / "random", n) for n in files]
+    results["random"] = run(root / "random") and alike(root / "random", root / "whole")
     # The order of the third checkpoint's files: arguments, optimizer, scheduler, weighting, random numbers, state.
     for k in range(1, 7):
         name = f"write-{k}"
         killed = not run(root / name, kill_in_write=k)
-        found[name] = killed and run(root / name) and alike(root / name, root / "whole")
-    print(json.dumps({"files": files, **found}))
+        results[name] = killed and run(root / name) and alike(root / name, root / "whole")
+    print(json.dumps({"files": files, **results}))

@@ -89,8 +89,8 @@ def _ids(g: torch.Generator, n: int, high: int = VOCABULARY) -> list[int]:
 
 def _some(g: torch.Generator, labels: list[int]) -> list[int]:
     """Keep some of the labels, including the first; set the others to -100."""
-    kept = torch.rand(len(labels), generator=g) < 0.5
-    return [label if i == 0 or kept[i] else -100 for i, label in enumerate(labels)]
+    keep = torch.rand(len(labels), generator=g) < 0.5
+    return [label if i == 0 or keep[i] else -100 for i, label in enumerate(labels)]
 
 
 def _with(label: Callable[[torch.Generator], Any]) -> Callable[[torch.Generator], dict[str, Any]]:

@@ -31,10 +31,10 @@ def control(tmp_path, weighting=None, **flags) -> Control:
 def test_preferences_are_shares_of_the_groups_present(tmp_path):
     steered = control(tmp_path, jd_preferences=["code=4", "docs=0"])
     losses = torch.ones(3).double()
-    found = steered.weights(gramian(), losses, NAMES, step=0)
-    assert torch.allclose(found, UPGradWeighting([0.2, 0.8, 0.0])(gramian()), rtol=1e-12, atol=0)
-    found = steered.weights(gramian(2), losses[:2], ["docs", "code"], step=0)
-    assert torch.allclose(found, UPGradWeighting([0.0, 1.0])(gramian(2)), rtol=1e-12, atol=0)
+    actual = steered.weights(gramian(), losses, NAMES, step=0)
+    assert torch.allclose(actual, UPGradWeighting([0.2, 0.8, 0.0])(gramian()), rtol=1e-12, atol=0)
+    actual = steered.weights(gramian(2), losses[:2], ["docs", "code"], step=0)
+    assert torch.allclose(actual, UPGradWeighting([0.0, 1.0])(gramian(2)), rtol=1e-12, atol=0)
     assert steered.weights(gramian(1), losses[:1], ["docs"], step=0).tolist() == [0]
 
 
@@ -44,24 +44,24 @@ def test_preferences_keep_a_weightings_memory(tmp_path):
     expected = SDMGradWeighting(n_iter=1, lr=0.1, pref_vector=[1 / 6, 4 / 6, 1 / 6])
     losses = torch.ones(3).double()
     for seed in range(3):
-        found = steered.weights(gramian(seed=seed), losses, NAMES, step=seed)
-        assert torch.allclose(found, expected(gramian(seed=seed), names=NAMES), rtol=1e-12, atol=0)
+        actual = steered.weights(gramian(seed=seed), losses, NAMES, step=seed)
+        assert torch.allclose(actual, expected(gramian(seed=seed), names=NAMES), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(("how", "sizes"), [("rows", lambda g, _: g.diagonal().sqrt()), ("loss", lambda _, x: x)])
 def test_normalised_rows_are_weighed_and_descended(how, sizes, tmp_path):
     losses = torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64)
-    found = control(tmp_path, jd_normalize=how).weights(gramian(), losses, NAMES, step=0)
+    actual = control(tmp_path, jd_normalize=how).weights(gramian(), losses, NAMES, step=0)
     d = 1 / sizes(gramian(), losses)
     expected = d * UPGradWeighting()(d[:, None] * gramian() * d)
-    assert torch.allclose(found, expected, rtol=1e-10, atol=0)
+    assert torch.allclose(actual, expected, rtol=1e-10, atol=0)
 
 
 def test_rows_of_zeros_are_not_divided(tmp_path):
     g = torch.zeros(3, 3).double()
     g[0, 0] = 4.0
-    found = control(tmp_path, MeanWeighting(), jd_normalize="rows").weights(g, torch.ones(3).double(), NAMES, step=0)
-    assert found.tolist() == pytest.approx([1 / 6, 1 / 3, 1 / 3])
+    actual = control(tmp_path, MeanWeighting(), jd_normalize="rows").weights(g, torch.ones(3).double(), NAMES, step=0)
+    assert actual.tolist() == pytest.approx([1 / 6, 1 / 3, 1 / 3])
 
 
 @pytest.mark.parametrize("how", ["rows", "loss"])

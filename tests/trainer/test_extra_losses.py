@@ -25,11 +25,11 @@ def mixtral(coefficient: float = 0.5) -> MixtralForCausalLM:
     return MixtralForCausalLM(config).double()
 
 
-@pytest.mark.parametrize("own", [{}, GROUP, {"jd_backward": "two_pass"}], ids=["instance", "group", "two-pass"])
-def test_mean_equals_trainer_with_experts(own, tmp_path):
+@pytest.mark.parametrize("options", [{}, GROUP, {"jd_backward": "two_pass"}], ids=["instance", "group", "two-pass"])
+def test_mean_equals_trainer_with_experts(options, tmp_path):
     flags = {"per_device_train_batch_size": 4, "max_steps": 3}
     theirs = stock(mixtral(), tmp_path, **flags)
-    ours = run(mixtral(), arguments(tmp_path, jd_weighting="mean", **flags, **own))
+    ours = run(mixtral(), arguments(tmp_path, jd_weighting="mean", **flags, **options))
     assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
     assert relative(logged(ours, "loss"), logged(theirs, "loss")) < 1e-6
     without = stock(mixtral(0.0), tmp_path, **flags)

@@ -42,13 +42,13 @@ def test_mean_equals_trls_trainer(watched, tmp_path):
 
 def test_rows_equal_each_losss_gradient(tmp_path):
     trainer = trained(JDDPOTrainer, JDDPOConfig, tmp_path, **LOSS, jd_weighting="upgrad", max_steps=1)
-    found = trainer.jd_state.gramian
+    actual = trainer.jd_state.gramian
     rows = []
     for name, weight in zip(MPO["loss_type"], MPO["loss_weights"], strict=True):
         flags = {"loss_type": [name], "loss_weights": [weight], "max_steps": 1, "max_grad_norm": 0.0}
         rows.append((flat(lora()) - flat(trained(DPOTrainer, DPOConfig, tmp_path, **flags).model)).double() / 0.1)
     rows = torch.stack(rows)
-    assert relative(found, 9 * rows @ rows.T) < 1e-4  # The difference of float32 parameters.
+    assert relative(actual, 9 * rows @ rows.T) < 1e-4  # The difference of float32 parameters.
 
 
 def test_unmeasured_updates_use_the_last_weights_by_loss(tmp_path):

@@ -30,11 +30,11 @@ def alone(policy: Policy, functions: list, scale: str = "group", weights: tuple[
     permutation = policy.inputs["order"].tolist()
     columns = []
     for k, function in enumerate(functions):
-        found = function(completions=[""] * n)
-        scored = [r for r in found if r is not None]
+        scores = function(completions=[""] * n)
+        scored = [r for r in scores if r is not None]
         advantages = []
-        for i, reward in enumerate(found):
-            group = found[i // GENERATIONS * GENERATIONS :][:GENERATIONS]
+        for i, reward in enumerate(scores):
+            group = scores[i // GENERATIONS * GENERATIONS :][:GENERATIONS]
             group = torch.tensor([r for r in group if r is not None])
             if reward is None or len(group) < 2:
                 advantages.append(0.0)
@@ -152,11 +152,11 @@ def alone_of_rloo(policy: Policy, functions: list) -> Tensor:
     """Compute each reward minus the mean over the prompt's other completions [B, K], by loops."""
     columns = []
     for function in functions:
-        found = function(completions=[""] * len(policy.batch))
+        scores = function(completions=[""] * len(policy.batch))
         advantages = []
-        for i, reward in enumerate(found):
+        for i, reward in enumerate(scores):
             first = i // GENERATIONS * GENERATIONS
-            others = [found[j] for j in range(first, first + GENERATIONS) if j != i and found[j] is not None]
+            others = [scores[j] for j in range(first, first + GENERATIONS) if j != i and scores[j] is not None]
             advantages.append(0.0 if reward is None else reward - sum(others) / len(others))
         columns.append([advantages[i] for i in policy.inputs["order"].tolist()])
     return torch.tensor(columns).T

@@ -62,9 +62,9 @@ def trained(cls: type, model: nn.Module, directory: Path, data: Dataset = DATA, 
 
 
 def is_sft(build, directory: Path, **settings) -> tuple[SFTTrainer, SFTTrainer]:
-    own = {key: settings.pop(key) for key in list(settings) if key.startswith("jd_")}
+    jd_flags = {key: settings.pop(key) for key in list(settings) if key.startswith("jd_")}
     theirs = trained(SFTTrainer, build(), directory, **settings)
-    ours = trained(JDSFTTrainer, build(), directory, jd_weighting="mean", **own, **settings)
+    ours = trained(JDSFTTrainer, build(), directory, jd_weighting="mean", **jd_flags, **settings)
     assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
     assert relative(flat(theirs.model), flat(build())) > 1e-3
     for key in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"):
@@ -225,9 +225,9 @@ def test_each_groups_loss_is_evaluated(flags, tmp_path):
     data = DATA.map(lambda example: {**example, "task": "all"})
     settings = {"jd_group_column": "task", "per_device_eval_batch_size": len(DATA), "prediction_loss_only": True}
     trainer = trained(JDSFTTrainer, build_lora(), tmp_path, data, max_steps=1, **{**settings, **flags})
-    found = trainer.evaluate(data)
-    assert found["eval_all_loss"] == pytest.approx(found["eval_loss"], rel=1e-6)
-    assert found["eval_mean_token_accuracy"] >= 0
+    metrics = trainer.evaluate(data)
+    assert metrics["eval_all_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-6)
+    assert metrics["eval_mean_token_accuracy"] >= 0
 
 
 def test_arguments_of_another_class_are_refused(tmp_path):

@@ -180,10 +180,12 @@ def test_occasional_nonfinite_updates_do_not_end_the_run(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("own", [{}, {"jd_objectives": "group", "jd_group_column": "task"}], ids=["instance", "group"])
+@pytest.mark.parametrize(
+    "options", [{}, {"jd_objectives": "group", "jd_group_column": "task"}], ids=["instance", "group"]
+)
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiled_model_trains_like_a_plain_one(own, tmp_path):
-    flags = {"max_steps": 2, "jd_weighting": "upgrad", **own}
+def test_a_compiled_model_trains_like_a_plain_one(options, tmp_path):
+    flags = {"max_steps": 2, "jd_weighting": "upgrad", **options}
     plain = run(lora("gpt2", warm=True), arguments(tmp_path, **flags))
     compiled = arguments(tmp_path, torch_compile=True, torch_compile_backend="aot_eager", **flags)
     assert relative(flat(run(lora("gpt2", warm=True), compiled).model), flat(plain.model)) < 1e-9

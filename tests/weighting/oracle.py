@@ -54,7 +54,7 @@ def subsets(m: int) -> Iterator[tuple[int, ...]]:
 
 def projections(gramian: Matrix, target: Vector) -> list[Vector]:
     """Find all basic solutions v of projecting J^T u onto the dual cone: the vertices of the set of its weights."""
-    m, found = len(gramian), []
+    m, solutions = len(gramian), []
     slopes = times(gramian, target)
     for support in subsets(m):
         part = solve([[gramian[i][j] for j in support] for i in support], [-slopes[i] for i in support])
@@ -64,9 +64,9 @@ def projections(gramian: Matrix, target: Vector) -> list[Vector]:
         for i, x in zip(support, part, strict=True):
             weights[i] += x
         if all(s >= 0 for s in times(gramian, weights)):
-            found.append(weights)
-    assert found, "every closed convex cone has a projection"
-    return found
+            solutions.append(weights)
+    assert solutions, "every closed convex cone has a projection"
+    return solutions
 
 
 def shortest_in_hull(gramian: Matrix) -> Vector:

@@ -89,11 +89,11 @@ def test_permutation_equivariance(name: str, case: Case, seed: int) -> None:
     weighting, other = build(name, m), build(name, m)
     whole = statistic(weighting, case)
     permuted = whole[order][:, order] if whole.ndim == 2 else whole[order]
-    expected, found = weighting(whole)[order], other(permuted)
+    expected, actual = weighting(whole)[order], other(permuted)
     if weighting.reads == "gramian":
-        assert update_difference(case.jacobian[order], found, expected) < 1e-6
+        assert update_difference(case.jacobian[order], actual, expected) < 1e-6
     else:
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("name", [name for name in GRAMIAN if name not in IN_UNITS])
@@ -198,12 +198,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name: str, tmp_path: Any) -> 
         assert isinstance(resumed, Stateful)
         resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
         run(first, slice(3, 5))  # later steps of the original must not change the saved state
-    for found, wanted in zip(run(resumed, slice(3, 8)), expected[3:], strict=True):
-        assert torch.equal(found, wanted)
+    for actual, wanted in zip(run(resumed, slice(3, 8)), expected[3:], strict=True):
+        assert torch.equal(actual, wanted)
     if isinstance(uninterrupted, Stateful):
         uninterrupted.reset()
-    for found, wanted in zip(run(uninterrupted, slice(0, 8)), expected, strict=True):
-        assert torch.equal(found, wanted)
+    for actual, wanted in zip(run(uninterrupted, slice(0, 8)), expected, strict=True):
+        assert torch.equal(actual, wanted)
 
 
 @pytest.mark.parametrize("name", sorted(CHANCE))
@@ -229,8 +229,8 @@ def test_memory_follows_names_not_positions(name: str) -> None:
     for i, case in enumerate(steps):
         order = torch.randperm(4, generator=torch.Generator().manual_seed(i))
         expected = plain(statistic(plain, case), names=names)[order]
-        found = shuffled(statistic(plain, Case(case.jacobian[order])), names=[names[j] for j in order])
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        actual = shuffled(statistic(plain, Case(case.jacobian[order])), names=[names[j] for j in order])
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
 def update_difference(jacobian: Tensor, first: Tensor, second: Tensor) -> float:

@@ -46,8 +46,8 @@ full_rank = pytest.mark.parametrize("m, n", [(m, n) for m, n in SHAPES if n > m]
 any_rank = pytest.mark.parametrize("m, n", SHAPES)
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
 
 @any_rank
@@ -259,8 +259,8 @@ def test_pcd_finds_its_primary_objective_by_name() -> None:
     tau = [0.1, 0.3]
     expected = PCDWeighting(tau=tau)(rows @ rows.T, names="abc")[order]
     permuted = rows[order]
-    found = PCDWeighting(tau=tau[::-1], primary="a")(permuted @ permuted.T, names=["c", "a", "b"])
-    close(found, expected)
+    actual = PCDWeighting(tau=tau[::-1], primary="a")(permuted @ permuted.T, names=["c", "a", "b"])
+    close(actual, expected)
     with pytest.raises(ValueError, match=r"primary objective 'x' is not among this step's: \['a', 'b', 'c'\]"):
         PCDWeighting(primary="x")(rows @ rows.T, names="abc")
     with pytest.raises(ValueError, match="tau has 2 entries; this step has 1 objectives besides the primary"):

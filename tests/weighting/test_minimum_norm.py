@@ -89,12 +89,12 @@ def test_upgrad_of_low_rank_is_exact_and_follows_the_order(m: int, rank: int, co
 def test_a_dual_cone_of_zero_shows_in_one_projection(common: float, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_in_space(60, 15, common)
     gramian, targets = rows @ rows.T, torch.eye(60, dtype=torch.float64)
-    found, _ = projection.one_by_one(gramian, targets)
+    actual, _ = projection.one_by_one(gramian, targets)
     monkeypatch.setattr(projection, "_stationary", lambda *_: None)
     expected, _ = projection.one_by_one(gramian, targets)
     lengths = rows.norm(dim=1)
     torch.testing.assert_close(
-        found * lengths / lengths[:, None], expected * lengths / lengths[:, None], rtol=0, atol=1e-9
+        actual * lengths / lengths[:, None], expected * lengths / lengths[:, None], rtol=0, atol=1e-9
     )
 
 
