@@ -1,4 +1,4 @@
-"""What: TRL's SFTTrainer on the four tasks of the embedded example, with one objective a task.
+"""What: TRL's SFTTrainer on the four tasks of the embedded example, with one objective per task.
 
 Why:  you have a script for TRL already. Two names change, SFTTrainer and SFTConfig; how TRL prepares data, its losses
       and its metrics stay.
