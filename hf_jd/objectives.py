@@ -102,7 +102,7 @@ class ObjectiveTable:
     names: Tensor
 
     def __len__(self) -> int:
-        """The number of rows, M."""
+        """Return the number of rows, M."""
         return len(self.counts)
 
     @property

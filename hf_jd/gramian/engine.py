@@ -47,8 +47,8 @@ class Engine:
     J is the Jacobian of the losses with respect to the trainable parameters of the modules. One ordinary backward of
     the sum of the losses visits each trainable layer with its input and output gradient. Since the model treats
     instances independently, these give each instance's row of J (`_rules/`). Layers without a closed form are
-    differentiated module by module (`_rules/methods.py`), or objective by objective. A self-check verifies the rows on the
-    first step (`_passes/check.py`). The approach follows Quinton & Rey, arXiv 2406.16232, Section 6.
+    differentiated module by module (`_rules/methods.py`), or objective by objective. A self-check verifies the rows on
+    the first step (`_passes/check.py`). The approach follows Quinton & Rey, arXiv 2406.16232, Section 6.
 
         engine = Engine(model)
         losses = per_instance_loss(model(**batch))      # [m]

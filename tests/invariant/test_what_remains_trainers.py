@@ -191,7 +191,7 @@ def test_the_device_cache_is_cleared_as_often(every, tmp_path, monkeypatch):
 
 
 def size(prediction, compute_result=True):
-    """A metric that depends on each logit, and on the other outputs."""
+    """Compute a metric that depends on each logit, and on the other outputs."""
     logits = torch.as_tensor(prediction.predictions)
     extra = [value for value in (prediction.inputs, prediction.losses) if value is not None]
     total = sum(torch.as_tensor(value).double().sum().item() for value in extra)

@@ -116,7 +116,7 @@ def focal(trainer, model, inputs, number):
 
 
 def weighted(trainer, model, inputs, number):
-    """The example in Trainer's documentation."""
+    """Compute the loss of the example in Trainer's documentation."""
     labels = inputs.pop("labels")
     outputs = model(**inputs)
     classes = torch.tensor([1.0, 2.0, 3.0], dtype=outputs.logits.dtype)
@@ -209,7 +209,7 @@ def theirs_doubled(trainer, model, inputs, number):
 
 
 def sign(trainer, model, inputs, number):
-    """Some instances contribute nothing."""
+    """Compute a loss to which some instances contribute nothing."""
     labels = inputs.pop("labels")
     outputs = model(**inputs)
     return (F.cross_entropy(outputs.logits, labels, reduction="none") * (labels != labels[0])).mean(), outputs

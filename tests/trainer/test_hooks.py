@@ -25,7 +25,7 @@ def of_logits(trainer, model, inputs, number):
 
 
 def of_states(trainer, model, inputs, number):
-    """The logits depend on the states, which the loss reads, too."""
+    """Compute a loss that reads both the logits and the states on which they depend."""
     outputs = model(**inputs, output_hidden_states=True)
     outputs.hidden_states[0].register_hook(doubled)
     return F.cross_entropy(outputs.logits, inputs["labels"]) + outputs.hidden_states[0].square().mean(), outputs

@@ -139,7 +139,7 @@ def is_experts(module: Any, inputs: Sequence[Tensor]) -> bool:
 
 
 def experts(module: Any, inputs: Sequence[Tensor], grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
-    """y_t = sum_c r_tc D_e a(U_e x_t + b_e) over the experts e of token t: rows of U, D and their biases.
+    """Form the rows of U, D and their biases in y_t = sum_c r_tc D_e a(U_e x_t + b_e), over the experts e of token t.
 
     Args:
         module: The layer.
