@@ -34,7 +34,7 @@ def classifier(**config: Any) -> nn.Module:
 
 
 class Trunk(nn.Module):
-    """Embeds, averages, and has two heads; a function decides what it returns."""
+    """A model that embeds, averages, and has two heads; a function decides what it returns."""
 
     def __init__(self, returned: Callable[[Tensor, Tensor], Any]):
         super().__init__()
@@ -80,7 +80,7 @@ def towers() -> nn.Module:
 
 
 class Tempered(nn.Module):
-    """Computes its own loss, and divides its logits by a parameter of its own."""
+    """A model that computes its own loss, and divides its logits by a parameter."""
 
     def __init__(self):
         super().__init__()
