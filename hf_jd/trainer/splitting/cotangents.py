@@ -35,7 +35,7 @@ class Cotangent(NamedTuple):
 
 
 class OutputObserver:
-    """Stores a model's outputs that have a graph, for the loss that is computed from them.
+    """Hooks that store a model's outputs with a graph, for the loss that is computed from them.
 
     Args:
         modules: The model as its callers see it, and inner models that they may call directly (PEFT's base model).
@@ -50,12 +50,12 @@ class OutputObserver:
         self.renew()
 
     def renew(self) -> None:
-        """Moves behind all other hooks of the modules, to see the same outputs as their callers."""
+        """Move behind all other hooks of the modules, to see the same outputs as their callers."""
         self.remove()
         self._handles = [module.register_forward_hook(self, with_kwargs=True) for module in self._modules]
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Stores the outputs of one call."""
+        """Store the outputs of one call."""
         if self._apart:
             output = pytree.tree_map_only(Tensor, lambda t: t.view_as(t) if t.requires_grad else t, output)
         if torch.compiler.is_compiling():
@@ -81,7 +81,7 @@ class OutputObserver:
         self._outputs += [t for t in outputs if len(t) in rows]
 
     def begin(self, batch: Any) -> None:
-        """Forgets earlier outputs, before the model is called with this batch."""
+        """Forget earlier outputs, before the model is called with this batch."""
         self._outputs: list[Tensor] = []
         self._taken: list[Tensor] = []
         self.last: Any = None
@@ -90,7 +90,7 @@ class OutputObserver:
         self._stacked = {len(t) * t.shape[1] for t in self._collated if t.dim() > 2}
 
     def tells_order(self, rows: int, instances: int) -> bool:
-        """Whether the model's inputs suggest that several rows per example come in blocks of all examples.
+        """Return whether the model's inputs suggest that several rows per example come in blocks of all examples.
 
         They don't if the model took no tensor with that many rows (tokens come before examples, or are flattened with
         them), if the batch holds [B, k, ...], which is flattened as B blocks of k, or if each example's rows follow one
@@ -102,12 +102,12 @@ class OutputObserver:
         return rows in self._rows and rows not in self._stacked and not any(map(self._in_turn, by_example))
 
     def _in_turn(self, taken: Tensor) -> bool:
-        """Whether an input [B, k, ...] starts in each of its columns as a tensor of the batch, and in no block does."""
+        """Return whether each column of an input [B, k, ...], but no block of it, begins like a tensor of the batch."""
         blocks = taken.flatten(0, 1).unflatten(0, (-1, len(taken)))
         return all(map(self._is_collated, taken.unbind(1))) and not all(map(self._is_collated, blocks))
 
     def _is_collated(self, column: Tensor) -> bool:
-        """Whether a tensor [B, T, ...] starts as one of the batch."""
+        """Return whether a tensor [B, T, ...] begins like one of the batch."""
         for one in self._collated:
             if len(one) == len(column) and one.shape[2:] == column.shape[2:]:
                 length = min(one.shape[1], column.shape[1])
@@ -116,19 +116,19 @@ class OutputObserver:
         return False
 
     def take(self) -> tuple[list[Tensor], Any]:
-        """Returns the outputs since the last time, and everything that the last call returned."""
+        """Return the outputs since the last time, and everything that the last call returned."""
         outputs, last = self._outputs, self.last
         self._outputs, self.last = [], None
         return outputs, last
 
     def remove(self) -> None:
-        """Removes the hooks."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
 
 def split(loss: Tensor, outputs: Sequence[Tensor]) -> tuple[list[Cotangent], Tensor | None]:
-    """Splits a loss at the outputs that it reads.
+    """Split a loss at the outputs that it reads.
 
     Outputs may depend on each other (hidden states and logits). They are visited from the loss backwards, and each
     one's part is subtracted before the next, so that nothing counts twice.
@@ -163,7 +163,7 @@ def split(loss: Tensor, outputs: Sequence[Tensor]) -> tuple[list[Cotangent], Ten
 
 @contextmanager
 def _without_hooks(outputs: Sequence[Tensor]) -> Generator[None]:
-    """Leaves hooks on the outputs to the surrogates' backward, which would apply them a second time."""
+    """Leave hooks on the outputs to the surrogates' backward, which would apply them a second time."""
     hooks = [output._backward_hooks for output in outputs if output._backward_hooks]
     before = [dict(each) for each in hooks]
     for each in hooks:
@@ -171,12 +171,12 @@ def _without_hooks(outputs: Sequence[Tensor]) -> Generator[None]:
     try:
         yield
     finally:
-        for each, kept in zip(hooks, before, strict=True):
-            each.update(kept)
+        for each, restored in zip(hooks, before, strict=True):
+            each.update(restored)
 
 
 def _gradient(loss: Tensor, edge: GradientEdge, retain_graph: bool) -> Tensor | None:
-    """Returns the gradient of a loss at an edge of the graph; None if it doesn't depend on it."""
+    """Return the gradient of a loss at an edge of the graph; None if it doesn't depend on it."""
     try:
         return torch.autograd.grad(loss, [edge], retain_graph=retain_graph, allow_unused=True)[0]
     except RuntimeError as error:
@@ -190,7 +190,7 @@ def _gradient(loss: Tensor, edge: GradientEdge, retain_graph: bool) -> Tensor | 
 
 
 def surrogates(cotangent: Cotangent, ids: Tensor, objectives: int) -> Tensor:
-    """Returns s [K], whose gradients are the objectives' parts of the loss's gradient; their values are 0.
+    """Return s [K], whose gradients are the objectives' parts of the loss's gradient; their values are 0.
 
     Args:
         cotangent: Of one output.
@@ -201,7 +201,7 @@ def surrogates(cotangent: Cotangent, ids: Tensor, objectives: int) -> Tensor:
 
 
 class _Surrogates(torch.autograd.Function):
-    """Sends r_k c back to the entries of objective k. Reading z itself would cost a pass over all logits."""
+    """Surrogates whose backward sends r_k c to the entries of objective k, without a pass over all logits to read z."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, gradient: Tensor, ids: Tensor, objectives: int) -> Tensor:
@@ -220,12 +220,12 @@ class _Surrogates(torch.autograd.Function):
 
 
 def wide(leading: Tensor, like: Tensor) -> Tensor:
-    """Appends dimensions of size 1, up to the number of another tensor's."""
+    """Append dimensions of size 1, up to the number of another tensor's."""
     return leading.view(leading.shape + (1,) * (like.dim() - leading.dim()))
 
 
 def _read(loss: Tensor, outputs: Sequence[Tensor]) -> tuple[list[tuple[Tensor, GradientEdge]], bool, bool]:
-    """Finds the outputs that a loss reads, the latest first, each with its edge in the graph.
+    """Find the outputs that a loss reads, the latest first, each with its edge in the graph.
 
     Returns:
         These, whether the loss also depends on parameters in other ways, and whether its graph has the tap of the model
@@ -266,7 +266,7 @@ def _read(loss: Tensor, outputs: Sequence[Tensor]) -> tuple[list[tuple[Tensor, G
 
 
 def _places(outputs: Sequence[Tensor]) -> Iterator[tuple[tuple[Any, int], tuple[Tensor, int]]]:
-    """Yields each output's places in the graph, from the last to the first, with the output and the place's depth.
+    """Yield each output's places in the graph, from the last to the first, with the output and the place's depth.
 
     The model's own loss reads its outputs before what wraps the model changes them: accelerate casts them with mixed
     precision, and the engine taps them if the model itself has parameters.
@@ -286,13 +286,13 @@ def _is_tap(node: Any) -> bool:
 
 
 def _order(tensor: Tensor) -> int:
-    """Returns when autograd created the tensor's node."""
+    """Return when autograd created the tensor's node."""
     assert tensor.grad_fn is not None
     return tensor.grad_fn._sequence_nr()
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """Yields the tensors in a model's inputs or outputs."""
+    """Yield the tensors in a model's inputs or outputs."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):

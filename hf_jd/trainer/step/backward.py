@@ -22,7 +22,7 @@ from hf_jd.gramian.random_streams import RandomState, set_random_state
 from hf_jd.gramian.rows import DenseRows
 from hf_jd.objectives import Membership, ObjectiveTable, membership
 from hf_jd.trainer.gradients import set_aside
-from hf_jd.trainer.splitting.cut import Whose, shares_of
+from hf_jd.trainer.splitting.cut import Contents, shares_of
 from hf_jd.trainer.splitting.shares import Shares, at
 from hf_jd.trainer.splitting.values import part_of_router
 from hf_jd.trainer.step.metrics_of_trl import unchanged_metrics
@@ -44,7 +44,7 @@ class Passed:
 
     Attributes:
         batch: As collated; zeros if it held no example.
-        whose: The groups, examples and documents of the batch.
+        contents: The groups, examples and documents of the batch.
         inputs: The batch as Trainer prepared it.
         streams: The random streams' state before the forward, if a second pass may follow.
         shares: The instances' shares of the loss.
@@ -54,7 +54,7 @@ class Passed:
     """
 
     batch: Any
-    whose: Whose
+    contents: Contents
     inputs: Any
     streams: RandomState | None
     shares: Shares
@@ -84,7 +84,7 @@ class Recorded(NamedTuple):
 
 
 class Recorder:
-    """Runs the micro-batches of one update.
+    """A runner of one update's micro-batches, which turns their losses into rows.
 
     Args:
         trainer: The trainer whose step to run.
@@ -110,7 +110,7 @@ class Recorder:
         self.has_rest = False
 
     def record(self, batch: Any, step: Step) -> tuple[Tensor, Recorded]:
-        """Runs Trainer's own step on a micro-batch, and turns its loss into rows.
+        """Run Trainer's own step on a micro-batch, and turn its loss into rows.
 
         Args:
             batch: As collated.
@@ -133,15 +133,15 @@ class Recorder:
         return value, recorded
 
     def run(self, batch: Any, step: Step, backward: Callable[[Passed], T]) -> tuple[Tensor, T]:
-        """Runs the step with another backward in place of accelerate's; returns the values of both."""
+        """Run the step with another backward in place of accelerate's; return the values of both."""
         trainer = self.trainer
-        whose = Whose.of(batch, trainer.jd_args.jd_packed, trainer.args.device)
-        batch = stand_in(batch) if whose.empty else batch
-        value, result = self._step(batch, step, lambda loss: backward(self._passed(batch, whose, loss)))
-        return torch.zeros_like(value) if whose.empty else value, result
+        contents = Contents.of(batch, trainer.jd_args.jd_packed, trainer.args.device)
+        batch = stand_in(batch) if contents.empty else batch
+        value, result = self._step(batch, step, lambda loss: backward(self._passed(batch, contents, loss)))
+        return torch.zeros_like(value) if contents.empty else value, result
 
     def whole(self, batch: Any, step: Step) -> tuple[Tensor, Recorded]:
-        """Runs the step on a micro-batch that is one objective: its row is its gradient, over all of its passes."""
+        """Run the step on a micro-batch that is one objective: its row is its gradient, over all of its passes."""
 
         def backward(loss: Tensor) -> Tensor:
             loss.backward()
@@ -155,7 +155,7 @@ class Recorder:
         return value, Recorded(table, jacobian, (~finite).sum(), True, {}, None)
 
     def again(self, first: Passed, model: nn.Module, keep: Tensor | None = None) -> Passed:
-        """Runs a micro-batch forward once more, with the random numbers of its first pass.
+        """Run a micro-batch forward once more, with the random numbers of its first pass.
 
         Args:
             first: The result of the first pass.
@@ -169,20 +169,24 @@ class Recorder:
                 "does not call `_prepare_inputs`: leave --jd_backward at one_pass, and check the losses of the batch."
             )
         if keep is not None:
-            batch, inputs = (selected(part, keep, first.whose.documents) for part in (batch, inputs))
+            batch, inputs = (selected(part, keep, first.contents.documents) for part in (batch, inputs))
         set_random_state(first.streams, trainer.args.device)
         trainer.jd_outputs.begin(batch)
         trainer.jd_inputs = inputs
         with unchanged_metrics(trainer), trainer.accelerator.no_sync(model), trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, copy(inputs), num_items_in_batch=trainer.jd_items)
-        whose = first.whose if first.whose.empty else Whose.of(batch, trainer.jd_args.jd_packed, trainer.args.device)
-        passed = self._passed(batch, whose, loss, first.streams)
+        contents = (
+            first.contents
+            if first.contents.empty
+            else Contents.of(batch, trainer.jd_args.jd_packed, trainer.args.device)
+        )
+        passed = self._passed(batch, contents, loss, first.streams)
         # The sizes of the first pass include all that Trainer's step does to a loss.
         passed.shares.like(first.shares, keep)
         return passed
 
     def rows(self, passed: Passed) -> Recorded:
-        """Computes the rows of a micro-batch's objectives; frees its graph, unless it has to be retained."""
+        """Compute the rows of a micro-batch's objectives; free its graph, unless it has to be retained."""
         engine, shares = self.trainer.engine(), passed.shares
         rest = shares.rest
         self.has_rest |= rest is not None
@@ -214,14 +218,14 @@ class Recorder:
             losses = losses.view(shares.names, -1).T
         if not self.keep_graph:
             shares.pieces = []  # frees the logits' gradients along the way
-        of_rows = segments if passed.whose.documents is None else at(segments, passed.whose.documents)
+        of_rows = segments if passed.contents.documents is None else at(segments, passed.contents.documents)
         return engine.compute_jacobian(losses, of_rows, self.materialise, retain_graph)
 
     def _no_rows(self, objectives: int) -> Jacobian | None:
         return self.jacobian_of({}, objectives) if objectives else None
 
     def jacobian_of(self, gradients: Mapping[nn.Parameter, Tensor], objectives: int = 1) -> Jacobian:
-        """Returns the row of one objective from its gradient; without a gradient, rows of zeros, of any number."""
+        """Return the row of one objective from its gradient; without a gradient, rows of zeros, of any number."""
         rows = {p: DenseRows(g.reshape(1, -1), p.shape) for p, g in gradients.items()}
         trainer = self.trainer
         return Jacobian({p: rows.get(p) for p in trainer.trainable()}, objectives, trainer.engine().block_names())
@@ -247,15 +251,15 @@ class Recorder:
             )
         return value, results[0]
 
-    def _passed(self, batch: Any, whose: Whose, loss: Tensor, streams: RandomState | None = None) -> Passed:
-        """Splits the loss of a micro-batch, and assigns the shares to objectives."""
+    def _passed(self, batch: Any, contents: Contents, loss: Tensor, streams: RandomState | None = None) -> Passed:
+        """Split the loss of a micro-batch, and assign the shares to objectives."""
         trainer, last = self.trainer, self.trainer.jd_outputs.last
         if trainer.jd_groups_of_batch is not None:
-            whose = Whose(trainer.jd_groups_of_batch, len(trainer.jd_groups_of_batch), None)
-        shares, names = shares_of(trainer, loss * (self.scale / self.backend.divisor()), whose, self.scale)
-        broken = self._take_out_broken(shares, whose)
-        groups = whose.groups
-        if whose.empty and self.present is not None:
+            contents = Contents(trainer.jd_groups_of_batch, len(trainer.jd_groups_of_batch), None)
+        shares, names = shares_of(trainer, loss * (self.scale / self.backend.divisor()), contents, self.scale)
+        broken = self._take_out_broken(shares, contents)
+        groups = contents.groups
+        if contents.empty and self.present is not None:
             groups = self.present[:1].expand(shares.instances)
         first, streams = streams is None, trainer.jd_streams if streams is None else streams
         members = membership(self.kind, shares.some, groups, self.present)
@@ -268,22 +272,22 @@ class Recorder:
         if not loss.isfinite():
             shares.rest = None
         trainer.keep_loss_names(names, bool(shares.some.any()))
-        passed = Passed(batch, whose, trainer.jd_inputs, streams, shares, members, table, broken)
+        passed = Passed(batch, contents, trainer.jd_inputs, streams, shares, members, table, broken)
         if shares.unreduced and first:
             return self._without_broken(passed)
         return passed
 
     def _without_broken(self, passed: Passed) -> Passed:
-        """Runs a batch again without instances of nonfinite unreduced loss, whose backward may multiply 0 by NaN."""
+        """Run a batch again without instances of nonfinite unreduced loss, whose backward may multiply 0 by NaN."""
         finite = passed.shares.finite.all(1)
-        some = bool(finite.any() and not finite.all()) and not passed.whose.empty
+        some = bool(finite.any() and not finite.all()) and not passed.contents.empty
         # If forwards gather parameters, all processes have to run the same number.
         if not (anywhere(some, finite.device) if self.backend.shards else some):
             return passed
         return replace(self.again(passed, self.model, finite if some else None), broken=passed.broken)
 
     def _row_of_rest(self, loss: Tensor, shares: Shares, last: Any) -> ObjectiveTable:
-        """Returns the table [1] of the part of the loss that belongs to no instance."""
+        """Return the table [1] of the part of the loss that belongs to no instance."""
         router = part_of_router(self.trainer, last)
         value = loss.detach().double()[None] * (torch.nan if router is None else router)
         raw = value if router is None else last["loss"].detach().double()[None] * router
@@ -291,21 +295,23 @@ class Recorder:
         name = torch.full_like(value, shares.names, dtype=torch.int64)
         return ObjectiveTable(value / self.backend.divisor(), raw, count, torch.full_like(name, -1), name)
 
-    def _take_out_broken(self, shares: Shares, whose: Whose) -> Tensor:
-        """Removes nonfinite instances and losses from all objectives, and logs them; returns their number."""
+    def _take_out_broken(self, shares: Shares, contents: Contents) -> Tensor:
+        """Remove nonfinite instances and losses from all objectives, and log them; return their number."""
         losses = shares.drop_broken_losses()
-        broken = ~shares.finite.all(1) & (not whose.empty)
+        broken = ~shares.finite.all(1) & (not contents.empty)
         if broken.any():
             shares.take_out(broken)
             step = self.trainer.state.global_step + 1
             for i in broken.nonzero().flatten().tolist():
-                group = "" if whose.groups is None else f" (group `{self.trainer.group_name(int(whose.groups[i]))}`)"
+                group = (
+                    "" if contents.groups is None else f" (group `{self.trainer.group_name(int(contents.groups[i]))}`)"
+                )
                 logger.warning(f"Update {step}: instance {i}{group} has a loss that isn't finite, and is left out.")
         return broken.sum() + losses
 
 
 def _table(shares: Shares, members: Membership) -> ObjectiveTable:
-    """Builds the table of a micro-batch's objectives; losses are NaN if values are unknown."""
+    """Build the table of a micro-batch's objectives; losses are NaN if values are unknown."""
     counts = members.added(shares.counts)
     if shares.values is None:
         sums = parts = torch.full_like(counts, torch.nan, dtype=torch.float64)
