@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import math
-from bisect import bisect_left
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 LOG_FILE = "jd_log.jsonl"
 FACTS_FILE = "jd_run.json"
 STATE_FILE = "trainer_state.json"
-
-LINES = 8
-"""The most groups that lines and colours can tell apart."""
+STEP_TIME = "step_time"
+"""The metric with the seconds of a step."""
 
 Series = list[tuple[int, float]]
 """Pairs of a step and a value."""
+
+ALL = "all"
+"""The task of a run without tasks."""
 
 
 @dataclass
@@ -29,7 +32,9 @@ class History:
         source: The file that was read.
         facts: The flags that the run was started with, by name; empty if unknown.
         losses: Each group's training loss: per token, or per instance for pairs and classes.
-        evaluations: The loss on each evaluation set.
+        evaluations: The loss on each evaluation set, by its task; `ALL` if there is one set.
+        accuracies: The share of its tokens that are predicted correctly, in [0, 1].
+        majorities: The accuracy of always answering its most frequent token.
         weights: Each group's share of the weights' sum.
         norms: The norm of each group's row.
         against: For each group, the share of the steps since the last log that went against it.
@@ -40,11 +45,13 @@ class History:
         finished: Whether the run has finished.
     """
 
-    folder: Path
-    source: Path
+    folder: Path = Path()
+    source: Path = Path()
     facts: dict[str, Any] = field(default_factory=dict)
     losses: dict[str, Series] = field(default_factory=dict)
     evaluations: dict[str, Series] = field(default_factory=dict)
+    accuracies: dict[str, Series] = field(default_factory=dict)
+    majorities: dict[str, Series] = field(default_factory=dict)
     weights: dict[str, Series] = field(default_factory=dict)
     norms: dict[str, Series] = field(default_factory=dict)
     against: dict[str, Series] = field(default_factory=dict)
@@ -59,34 +66,55 @@ class History:
         """The groups' names, sorted."""
         return sorted({*self.losses, *self.weights, *self.norms})
 
-    def add(self, entry: dict[str, Any]) -> None:
-        """Add one log."""
+    @property
+    def tasks(self) -> list[str]:
+        """The evaluated tasks' names, sorted."""
+        return sorted(self.evaluations)
+
+    @property
+    def worst(self) -> tuple[str, float]:
+        """The group that the largest share of steps went against, and that share; "" and 0 if none was measured."""
+        shares = [(mean(series), name) for name, series in self.against.items()]
+        return max(shares, default=(0.0, ""))[::-1]
+
+    def add(self, *entries: dict[str, Any]) -> History:
+        """Add logs; return this history."""
+        for entry in entries:
+            self._add(entry)
+        return self
+
+    def _add(self, entry: dict[str, Any]) -> None:
         step = entry.get("step", 0)
         self.steps = max(self.steps, step)
         self.max_steps = entry.get("max_steps", self.max_steps)
         self.finished = self.finished or "train_runtime" in entry
         for key, value in entry.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
-                self._put(key, step, float(value))
-        pairs = entry.get("pairs")
-        if pairs:
-            names, cosines = pairs["names"], iter(pairs["cosines"])
-            for i, a in enumerate(names):
-                for b, cosine in zip(names[i + 1 :], cosines, strict=False):
-                    if cosine is not None:
-                        first, second = sorted((a, b))
-                        self.pairs.setdefault((first, second), []).append((step, cosine))
+                series = self._series(key)
+                if not series or series[-1][0] != step:  # A resumed run evaluates where it begins, once more.
+                    series.append((step, float(value)))
+        pairs = entry.get("pairs", {"names": [], "cosines": []})
+        for names, cosine in zip(combinations(pairs["names"], 2), pairs["cosines"], strict=False):
+            if cosine is not None:
+                a, b = sorted(names)
+                self.pairs.setdefault((a, b), []).append((step, cosine))
 
-    def _put(self, key: str, step: int, value: float) -> None:
+    def by_task(self) -> dict[str, dict[str, Series]]:
+        """Return the measurements by what they are, and by task or group."""
+        names = ("evaluations", "accuracies", "majorities", "weights", "against", "totals")
+        return {name: getattr(self, name) for name in names}
+
+    def _series(self, key: str) -> Series:
+        """Return the series of a metric."""
         by_group = {"loss": self.losses, "weight": self.weights, "grad_norm": self.norms, "against": self.against}
+        by_task = {"loss": self.evaluations, "accuracy": self.accuracies, "majority": self.majorities}
         kind, _, group = key.removeprefix("jd/").partition("/")
-        if key.startswith("jd/") and group:
-            if kind in by_group:
-                by_group[kind].setdefault(group, []).append((step, value))
-        elif key.startswith("eval_") and key.endswith("_loss"):
-            self.evaluations.setdefault(key[5:-5] or "all", []).append((step, value))
-        elif key.startswith("jd/") or key in ("loss", "grad_norm", "learning_rate"):
-            self.totals.setdefault(key, []).append((step, value))
+        if key.startswith("jd/") and group and kind in by_group:
+            return by_group[kind].setdefault(group, [])
+        task, _, kind = key.removeprefix("eval").rpartition("_")
+        if key.startswith("eval_") and kind in by_task:
+            return by_task[kind].setdefault(task.removeprefix("_") or ALL, [])
+        return self.totals.setdefault(key, [])
 
 
 def read_history(folder: Path) -> History:
@@ -98,42 +126,31 @@ def read_history(folder: Path) -> History:
     if not folder.is_dir():
         raise ValueError(f"{folder} is a file." if folder.exists() else f"There is no folder {folder}.")
     source, entries = _logs(folder)
-    history = History(folder, source, _facts(folder))
-    for entry in entries:
-        history.add(entry)
-    return history
+    return History(folder, source, read_facts(folder)).add(*entries)
 
 
-def _facts(folder: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads((folder / FACTS_FILE).read_text("utf-8"))
-    except (OSError, ValueError):  # A run started by a user's own script has none.
-        return {}
-    return facts if isinstance(facts, dict) else {}
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Read the settings of a run; {} if there are none."""
+    with suppress(OSError, ValueError):  # A run started by a user's own script has none.
+        return dict(json.loads((folder / FACTS_FILE).read_text("utf-8")))
+    return {}
 
 
 def _logs(folder: Path) -> tuple[Path, list[dict[str, Any]]]:
     log = folder / LOG_FILE
     if log.is_file() and (entries := current_lines(log.read_text("utf-8", errors="replace"))):
         return log, entries
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=_step_of, reverse=True)
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda place: (len(place.name), place.name), reverse=True)
     for path in (place / STATE_FILE for place in (folder, *checkpoints)):
-        try:
+        # It is missing, or truncated by a kill: an older one may be complete.
+        with suppress(OSError, ValueError, KeyError, TypeError):
             state = json.loads(path.read_text("utf-8"))
-            entries = [{**entry, "max_steps": state.get("max_steps")} for entry in state["log_history"]]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue  # It is missing, or truncated by a kill: an older one may be complete.
-        if entries:
-            return path, entries
+            if entries := [{**entry, "max_steps": state.get("max_steps")} for entry in state["log_history"]]:
+                return path, entries
     raise ValueError(
         f"{folder} holds no logs of a run: it has no {LOG_FILE}, and no {STATE_FILE}, not even in a checkpoint. A run "
         "writes them from its first log on (--logging_steps)."
     )
-
-
-def _step_of(checkpoint: Path) -> int:
-    digits = checkpoint.name.rpartition("-")[2]
-    return int(digits) if digits.isdigit() else -1
 
 
 def current_lines(text: str) -> list[dict[str, Any]]:
@@ -160,12 +177,3 @@ def mean(series: Series) -> float:
     """Average a series' finite values; NaN if there is none."""
     finite = [value for _, value in series if math.isfinite(value)]
     return sum(finite) / len(finite) if finite else math.nan
-
-
-def binned(series: Series, edges: list[float]) -> list[float]:
-    """Average a series between neighbouring edges; NaN where it has no value."""
-    bins: list[Series] = [[] for _ in edges[1:]]
-    for step, value in series:
-        at = bisect_left(edges, step, lo=1, hi=len(edges) - 1)  # the bin's right edge
-        bins[at - 1].append((step, value))
-    return [mean(points) for points in bins]

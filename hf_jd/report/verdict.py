@@ -33,12 +33,10 @@ def setup(facts: Mapping[str, Any]) -> str:
 
 def verdict(history: History) -> str:
     """Say whether there was conflict, which group suffered most, and what follows; "" if nothing was measured."""
-    shares = {name: mean(series) for name, series in history.against.items()}
     conflicts = mean(history.totals.get("jd/conflicts", []))
-    if not shares and conflicts != conflicts:
+    if not history.against and conflicts != conflicts:
         return ""
-    worst = max(shares, key=lambda name: (shares[name], name), default="")
-    against = shares.get(worst, 0.0)
+    worst, against = history.worst
     blind = history.facts.get("jd_weighting") in CONTROLS or history.facts.get("stock", False)
     disturbed = any(mean(series) < -FEW for series in history.pairs.values())
     if against >= FEW:
@@ -48,7 +46,7 @@ def verdict(history: History) -> str:
             else "This weighting guarantees nothing for whole groups: check whether the group's loss suffered."
         )
         return f"{against:.0%} of the steps went against {worst}. {end}"
-    clean = "No steps went against a group" if shares else "Nothing is known about groups"
+    clean = "No steps went against a group" if history.against else "Nothing is known about groups"
     if not conflicts >= FEW and not disturbed:
         return f"{clean}, and there was hardly any conflict: the mean of the losses would have done as well."
     if blind:

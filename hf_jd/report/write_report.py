@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hf_jd.report.history import read_history
-from hf_jd.report.page import page
-from hf_jd.report.theme import LIGHT, THEMES
 
 
 def main(argv: Sequence[str]) -> int:
@@ -45,10 +43,10 @@ def report(run: Path, folder: Path | None = None) -> Path:
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError("hf-jd report needs matplotlib, which isn't installed: `pip install matplotlib`.")
     from hf_jd.report.figures import draw
+    from hf_jd.report.page import page
 
-    images = {theme.name: draw(history, theme) for theme in THEMES}
-    files = {f"{name}.png": image for name, image in images[LIGHT.name].items()}
-    files["index.html"] = page(history, images).encode()
+    images = draw(history)
+    files = {f"{name}.png": image for name, image in images.items()} | {"index.html": page(history, images).encode()}
     folder = run / "report" if folder is None else folder
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from hf_jd.report.history import binned, current_lines, read_history
+from hf_jd.report.figures import binned
+from hf_jd.report.history import current_lines, read_history
 from tests.report.runs import entry, write_log, write_run
 
 GROUPS = ["b", "a/c"]
@@ -21,6 +22,7 @@ def test_a_finished_run(tmp_path):
     assert history.losses["a/c"][3] == (4, 0.5)
     assert history.weights["b"][0] == (1, 0.5)
     assert history.evaluations["b"] == [(6, 0.5)]
+    assert history.worst == ("a/c", 1.0)
     assert history.pairs["a/c", "b"][0] == (1, -1.0)
     assert history.totals["jd/conflicts"][-1] == (12, 0.25)
 
