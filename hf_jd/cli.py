@@ -27,7 +27,11 @@ COMMANDS = {
     "doctor": ("hf_jd.finetune.doctor", "Check that every parameter's rows are right, and what they cost."),
 }
 
-NOISE = ("Setting accelerator to CPU", "mtime may not be reliable on this filesystem")
+NOISE = (
+    "Setting accelerator to CPU",
+    "mtime may not be reliable on this filesystem",
+    "Warning: The following arguments do not match",  # a resumed run's shares of steps, and the numbers they stand for
+)
 """Beginnings of other libraries' logs that don't concern users."""
 
 
@@ -74,7 +78,7 @@ def _silence_libraries() -> None:
     """
     libraries = r"(transformers|trl|peft|accelerate|datasets)\."
     warnings.filterwarnings("ignore", category=FutureWarning, module=libraries, append=True)
-    for name in ("DeepSpeed", "transformers.trainer_utils"):
+    for name in ("DeepSpeed", "transformers.trainer", "transformers.trainer_utils"):
         logging.getLogger(name).addFilter(_is_worth_reading)
 
 

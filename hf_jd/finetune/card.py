@@ -1,4 +1,4 @@
-"""The model card of a run: model, data, method, settings, and results by task."""
+"""The model card of a run: model, data, method, settings, and results by task, in the form of `card.md`."""
 
 from __future__ import annotations
 
@@ -12,46 +12,16 @@ from huggingface_hub import ModelCard, ModelCardData
 from hf_jd.arguments import JDArguments
 from hf_jd.finetune.facts import TRAINING
 from hf_jd.finetune.flags import DataArguments, ModelArguments
-from hf_jd.finetune.results import Results
 from hf_jd.finetune.table import evaluation_table
+from hf_jd.report.history import History
 from hf_jd.report.verdict import setup
-
-_TEXT = """---
-{metadata}
----
-
-# {title}
-
-{setup}.
-
-## Results
-
-{results}
-
-## Training
-
-{settings}
-
-Versions: {versions}
-
-## Citation
-
-```bibtex
-@article{{quinton2024jacobian,
-  title = {{Jacobian Descent for Multi-Objective Optimization}},
-  author = {{Quinton, Pierre and Rey, Valérian}},
-  journal = {{arXiv preprint arXiv:2406.16232}},
-  year = {{2024}}
-}}
-```
-"""
 
 _ALWAYS = {"max_length", *TRAINING}
 """The settings to list even if they are the flags' defaults."""
 _DEFAULTS = {field.name: field.default for flags in (ModelArguments, JDArguments) for field in fields(flags)}
 
 
-def write_card(folder: Path, path: str, data: DataArguments, facts: dict[str, Any], results: Results) -> None:
+def write_card(folder: Path, path: str, data: DataArguments, facts: dict[str, Any], results: History) -> None:
     """Write README.md into a run's folder.
 
     Args:
@@ -68,15 +38,13 @@ def write_card(folder: Path, path: str, data: DataArguments, facts: dict[str, An
         tags=["hf-jd", "stock" if facts["stock"] else "jacobian-descent", *([] if facts["full"] else ["lora"])],
         datasets=[data.dataset_name] if data.dataset_name and not Path(data.dataset_name).exists() else None,
     )
-    settings = {
-        name: facts[name] for name in facts if name in _ALWAYS or facts[name] != _DEFAULTS.get(name, facts[name])
-    }
-    card = _TEXT.format(
-        metadata=metadata.to_yaml(),
+    listed = [name for name in facts if name in _ALWAYS or facts[name] != _DEFAULTS.get(name, facts[name])]
+    ModelCard.from_template(
+        metadata,
+        str(Path(__file__).with_name("card.md")),
         title=folder.resolve().name,
         setup=setup(facts),
         results=evaluation_table(results) if results.evaluations else "It was not evaluated.",
-        settings="\n".join(f"- `{name}`: {value}" for name, value in settings.items()),
+        settings="\n".join(f"- `{name}`: {facts[name]}" for name in listed),
         versions=", ".join(f"{name} {version(name)}" for name in ("hf-jd", "transformers", "peft", "torch")),
-    )
-    ModelCard(card).save(folder / "README.md")
+    ).save(folder / "README.md")

@@ -10,30 +10,28 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from hf_jd.finetune.comparison import Plan, Run
-from hf_jd.finetune.example import example_data, example_path
+from hf_jd.finetune.example import example_path
 from hf_jd.finetune.parser import split_settings
 from hf_jd.finetune.picture import draw
 from hf_jd.finetune.processes import Job, run_jobs
-from hf_jd.finetune.results import Results
 from hf_jd.finetune.run import parse
-from hf_jd.finetune.table import comparison_table
+from hf_jd.finetune.table import comparison_table, last
 from hf_jd.finetune.tradeoff import draw_tradeoff, tradeoff_table
+from hf_jd.report.history import History, read_history
 
 DEFAULT = "compare.yaml"
 TABLE, RESULTS, PICTURE = "table.md", "results.json", "picture.png"
 FINISHED = "finished.json"
 """Written to a run's folder when it succeeds: the run's flags."""
-# A stock run and its twin differ only by rounding, which AdamW amplifies over a run.
-_SAME = 0.05
 
 
 def main(argv: Sequence[str]) -> int:
@@ -47,20 +45,13 @@ def main(argv: Sequence[str]) -> int:
     plan = Plan.read(example_path(DEFAULT) if file is None else file)
     folder = Path(arguments.output_dir)
     runs = plan.runs(folder, arguments.seeds)
-    for run in runs:  # Report errors in later runs now, not in an hour.
-        try:
-            _, data, _, _ = parse(flags, run.settings)
-        except ValueError as error:
-            raise ValueError(f"{run.configuration}: {error}") from error
-        if data.train_file and not data.validation_file:
-            raise ValueError("--validation_file is missing: a comparison needs examples to evaluate on.")
-    example = None if data.train_file or data.dataset_name else data.example
+    _check(runs, flags)
     _make_folder(folder, arguments.overwrite, arguments.resume)
     try:
         left = [run for run in runs if not _is_finished(run, flags)]
         if len(left) < len(runs):
             print(f"{len(runs) - len(left)} of {len(runs)} runs are already done.", flush=True)
-        _run_all(left, flags, _write_example(example, folder / "data") if example else {}, arguments.processes)
+        run_jobs([_job(run, flags) for run in left], arguments.processes)
     except ValueError:
         if not any(folder.glob(f"runs/*/{FINISHED}")):
             shutil.rmtree(folder)
@@ -69,29 +60,6 @@ def main(argv: Sequence[str]) -> int:
         raise KeyboardInterrupt("Stopped. To continue, add --resume to the same command.") from None
     _report(plan, flags, runs, folder)
     return 0
-
-
-def _report(plan: Plan, flags: list[str], runs: list[Run], folder: Path) -> None:
-    """Print and save the results of all runs."""
-    measured: dict[str, list[Results]] = {name: [] for name in plan.all()}
-    twins: dict[str, list[Results]] = {}
-    for run in runs:
-        (twins if run.twin else measured).setdefault(run.configuration, []).append(Results.read(run.folder))
-    if plan.tradeoff is None:
-        table, picture = comparison_table(measured, twins, plan.stock()), partial(draw, measured, twins)
-    else:
-        table, picture = tradeoff_table(plan, measured), partial(draw_tradeoff, plan, measured)
-    if importlib.util.find_spec("matplotlib") is None:
-        print("There is no picture: matplotlib isn't installed (`pip install matplotlib`).")
-    else:
-        picture(folder / PICTURE)
-    (folder / TABLE).write_text(table + "\n", "utf-8")
-    everything = {"plan": asdict(plan), "flags": flags}
-    for kind, by_name in (("runs", measured), ("twins", twins)):
-        everything[kind] = {name: [asdict(results) for results in seeds] for name, seeds in by_name.items()}
-    (folder / RESULTS).write_text(json.dumps(everything, indent=1) + "\n", "utf-8")
-    print("\n".join(["", table, "", *_notes(measured, twins)]))
-    print(f"Saved in {folder}: {TABLE}, {RESULTS}, {PICTURE}, and the runs.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,6 +81,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check(runs: Sequence[Run], flags: list[str]) -> None:
+    """Report errors in later runs now, not in an hour."""
+    for run in runs:
+        try:
+            _, data, _, _ = parse(flags, run.settings)
+        except ValueError as error:
+            raise ValueError(f"{run.configuration}: {error}") from error
+        if data.train_file and not data.validation_file:
+            raise ValueError("--validation_file is missing: a comparison needs examples to evaluate on.")
+
+
 def _make_folder(folder: Path, overwrite: bool, resume: bool) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         ours = (folder / "runs").is_dir()
@@ -127,68 +106,77 @@ def _make_folder(folder: Path, overwrite: bool, resume: bool) -> None:
     (folder / "runs").mkdir(parents=True)
 
 
+def _job(run: Run, flags: list[str]) -> Job:
+    """Prepare a run's folder."""
+    if run.folder.exists():  # left by an interrupted run
+        shutil.rmtree(run.folder)
+    run.folder.mkdir()
+    _write(run.folder / "flags.json", run.settings)
+    command = (sys.executable, "-m", "hf_jd.cli", "finetune", str(run.folder / "flags.json"), *flags)
+    finished = partial(_write, run.folder / FINISHED, _all_flags(run, flags))
+    return Job(run.name, command, run.folder / "log.txt", finished)
+
+
+def _all_flags(run: Run, flags: list[str]) -> dict[str, Any]:
+    return {**run.settings, "on the command line": flags}
+
+
 def _is_finished(run: Run, flags: list[str]) -> bool:
     """Whether a run is already done; raises a ValueError if that was with other flags."""
     try:
         before = json.loads((run.folder / FINISHED).read_text("utf-8"))
     except (OSError, ValueError):  # missing, or only half written
         return False
-    wanted = {"settings": run.settings, "flags": flags}
-    if before == wanted:
-        return True
-    names = before["settings"].keys() | wanted["settings"].keys()
-    different = [name for name in sorted(names) if before["settings"].get(name) != wanted["settings"].get(name)]
-    raise ValueError(
-        f"{run.folder} was run with other flags ({', '.join(different) or 'on the command line'}): use the same flags, "
-        "choose another --output_dir, or start over with --overwrite."
-    )
-
-
-def _run_all(runs: list[Run], flags: list[str], example: dict[str, str], processes: int) -> None:
-    by_name = {run.name: run for run in runs}
-    jobs = []
-    for run in runs:
-        if run.folder.exists():  # left by an interrupted run
-            shutil.rmtree(run.folder)
-        run.folder.mkdir()
-        file = run.folder / "flags.json"
-        file.write_text(json.dumps({**run.settings, **example}, indent=1) + "\n", "utf-8")
-        command = [sys.executable, "-m", "hf_jd.cli", "finetune", str(file), *flags]
-        jobs.append(Job(run.name, command, run.folder / "log.txt"))
-
-    def finished(job: Job) -> None:
-        run = by_name[job.name]
-        (run.folder / FINISHED).write_text(
-            json.dumps({"settings": run.settings, "flags": flags}, indent=1) + "\n", "utf-8"
+    wanted = _all_flags(run, flags)
+    if different := [name for name in sorted(before.keys() | wanted) if before.get(name) != wanted.get(name)]:
+        raise ValueError(
+            f"{run.folder} was run with other flags ({', '.join(different)}): use the same flags, choose another "
+            "--output_dir, or start over with --overwrite."
         )
-
-    run_jobs(jobs, processes, {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}, finished)
-
-
-def _write_example(name: str, folder: Path) -> dict[str, str]:
-    """Write an embedded example's data once for all runs, which saves some seconds per run."""
-    folder.mkdir(exist_ok=True)
-    files = {}
-    for split, examples in example_data(name).items():
-        path = folder / f"{split}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in examples.to_list()), "utf-8")
-        files[f"{split}_file"] = str(path)
-    return files
+    return True
 
 
-def _notes(runs: dict[str, list[Results]], twins: dict[str, list[Results]]) -> list[str]:
+def _write(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+
+
+def _report(plan: Plan, flags: list[str], runs: Sequence[Run], folder: Path) -> None:
+    """Print and save the results of all runs."""
+    measured: dict[str, list[History]] = {name: [] for name in plan.all()}
+    twins: dict[str, list[History]] = {}
+    for run in runs:
+        (twins if run.twin else measured).setdefault(run.configuration, []).append(read_history(run.folder))
+    if plan.tradeoff is None:
+        table, picture = comparison_table(measured, twins, plan.stock()), partial(draw, measured, twins)
+    else:
+        table = tradeoff_table(plan, plan.tradeoff, measured)
+        picture = partial(draw_tradeoff, plan, plan.tradeoff, measured)
+    if importlib.util.find_spec("matplotlib") is None:
+        print("There is no picture: matplotlib isn't installed (`pip install matplotlib`).")
+    else:
+        picture(folder / PICTURE)
+    (folder / TABLE).write_text(table + "\n", "utf-8")
+    results = {
+        kind: {name: [run.by_task() for run in seeds] for name, seeds in of.items()}
+        for kind, of in (("runs", measured), ("twins", twins))
+    }
+    _write(folder / RESULTS, {"plan": asdict(plan), "flags": flags, **results})
+    print("\n".join(["", table, "", *_notes(measured, twins)]))
+    print(f"Saved in {folder}: {TABLE}, {RESULTS}, {PICTURE}, and the runs.")
+
+
+def _notes(runs: dict[str, list[History]], twins: dict[str, list[History]]) -> list[str]:
     """Explain the twins to readers of the table."""
     notes = []
     for name, seeds in twins.items():
         apart = max(
-            abs(twin.evaluations[task][-1].loss - ours.evaluations[task][-1].loss)
-            for ours, twin in zip(runs[name], seeds, strict=True)
-            for task in ours.tasks
+            abs(last(twin.evaluations[task]) - last(losses))
+            for run, twin in zip(runs[name], seeds, strict=True)
+            for task, losses in run.evaluations.items()
         )
         notes.append(
             f"`{name}` measures no conflicts: its weights and its steps against a task come from JDTrainer with the "
-            f"weighting `mean`, whose final losses differ by {apart:.4f} at most."
+            f"weighting `mean`, whose final losses differ by {apart:.4f} at most: treat them with care if that is more "
+            "than rounding."
         )
-        if apart > _SAME:
-            notes.append("That is more than rounding explains: treat these two rows with care.")
     return notes

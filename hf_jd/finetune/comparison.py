@@ -49,20 +49,31 @@ class Plan:
         Raises:
             ValueError: The file can't be read, or is no plan.
         """
-        settings = read_settings(path)
-        unknown = settings.keys() - {"base", "configurations", "variants", "tradeoff"}
-        base, configurations, variants = (settings.get(k) or {} for k in ("base", "configurations", "variants"))
-        if unknown or not configurations or not all(isinstance(p, dict) for p in (base, configurations, variants)):
+        parts = {"base": None, "configurations": None, "variants": None, "tradeoff": None, **read_settings(path)}
+        try:
+            plan = cls._of(**parts)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path} is no plan of a comparison: it needs `configurations`, each a name with its flags, and may "
-                "have `base`, the flags that they share, `variants`, each a name with flags to run every configuration "
-                "with, and `tradeoff`."
-            )
-        configurations, variants = (_by_name(part, path) for part in (configurations, variants or {"": {}}))
-        plan = cls(base, configurations, variants, _tradeoff(settings.get("tradeoff"), path))
+                "have `base`, the flags that they share; `variants`, each a name with flags to run every configuration "
+                "with; and `tradeoff`, with `forget` and `keep`, each a task, and `until`, the loss of the first at "
+                "which everything is forgotten."
+            ) from error
         if len({_file_name(name) for name in plan.all()}) < len(plan.all()):
             raise ValueError(f"{path}: two of {', '.join(plan.all())} would be saved in one folder; rename one.")
         return plan
+
+    @classmethod
+    def _of(cls, base: Any, configurations: Any, variants: Any, tradeoff: Any) -> Plan:
+        configurations, variants = (
+            {str(name): dict(flags or {}) for name, flags in part.items()}
+            for part in (configurations, variants or {"": {}})
+        )
+        if not configurations:
+            raise ValueError("no configurations")
+        if tradeoff is not None:
+            tradeoff = Tradeoff(str(tradeoff["forget"]), str(tradeoff["keep"]), float(tradeoff["until"]))
+        return cls(dict(base or {}), configurations, variants, tradeoff)
 
     def names(self, variant: str) -> dict[str, str]:
         """Map each configuration to the name of its runs with a variant."""
@@ -126,26 +137,6 @@ class Run:
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.settings["output_dir"])
-
-
-def _by_name(part: dict[Any, Any], path: Path) -> dict[str, dict[str, Any]]:
-    for name, flags in part.items():
-        if not isinstance(flags, dict | None):
-            raise ValueError(f"{path}: `{name}` needs its flags as `name: value`, not `{flags}`.")
-    return {str(name): dict(flags or {}) for name, flags in part.items()}
-
-
-def _tradeoff(settings: Any, path: Path) -> Tradeoff | None:
-    if settings is None:
-        return None
-    try:
-        tradeoff = Tradeoff(**settings)
-        return Tradeoff(str(tradeoff.forget), str(tradeoff.keep), float(tradeoff.until))
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: `tradeoff` needs `forget` and `keep`, each a task, and `until`, the loss of the first at which "
-            "everything is forgotten."
-        ) from error
 
 
 def _file_name(name: str) -> str:

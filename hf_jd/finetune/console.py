@@ -11,21 +11,17 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArg
 from transformers.utils.logging import disable_progress_bar
 
 
-class Console(PrinterCallback):
+class Lines(PrinterCallback):
     """Prints each log as a line."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Print the log."""
-        text = line(state.global_step, logs or {})
-        if state.is_world_process_zero and text:
-            tqdm.write(text)
+        if state.is_world_process_zero and (text := line(logs or {})):
+            tqdm.write(f"step {state.global_step}: {text}")
 
 
-class Bars(ProgressCallback):
-    """Progress bars without logs."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Print nothing: `Console` does."""
+class Bars(Lines, ProgressCallback):
+    """Shows progress bars, too."""
 
 
 def hide_bars(args: TrainingArguments) -> None:
@@ -36,23 +32,16 @@ def hide_bars(args: TrainingArguments) -> None:
 
 
 def use_console(trainer: Trainer) -> None:
-    """Replace Trainer's dump of all numbers with `Console`."""
+    """Replace Trainer's dump of all numbers with one line per log."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    if not trainer.args.disable_tqdm:
-        trainer.add_callback(Bars)
-    trainer.add_callback(Console)
+    trainer.add_callback(Lines if trainer.args.disable_tqdm else Bars)
 
 
-def line(step: int, logs: Mapping[str, Any]) -> str:
-    """Sum up one log; "" if there is nothing to say.
-
-    Args:
-        step: The step of the log.
-        logs: Trainer's logs.
-    """
+def line(logs: Mapping[str, Any]) -> str:
+    """Sum up one of Trainer's logs; "" if there is nothing to say."""
     if "train_runtime" in logs:
-        return f"step {step}: trained for {logs['train_runtime']:.0f} s"
+        return f"trained for {logs['train_runtime']:.0f} s"
     parts = []
     for name, value in logs.items():
         if name == "loss":
@@ -65,4 +54,4 @@ def line(step: int, logs: Mapping[str, Any]) -> str:
             parts.append(f"{name[5:-5] or 'evaluation'}: loss {value:.3f}")
         elif name.startswith("eval_") and name.endswith("_accuracy"):
             parts.append(f"accuracy {value:.1%}")
-    return f"step {step}: {', '.join(parts)}" if parts else ""
+    return ", ".join(parts)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from torch import Tensor
 
+from hf_jd import JDTrainingArguments
 from hf_jd.batches import without_groups
 from hf_jd.finetune.data import load_examples
+from hf_jd.finetune.flags import DataArguments, ModelArguments, RunArguments
 from hf_jd.finetune.model import model_path
-from hf_jd.finetune.parser import read_settings, split_settings
 from hf_jd.finetune.run import build_trainer, parse
 from hf_jd.gramian import RowCheck, check_rows
 from hf_jd.trainer import JDTrainer
@@ -27,22 +27,16 @@ def main(argv: Sequence[str]) -> int:
     Returns:
         The exit code: 1 if a parameter's rows are wrong.
     """
-    flags, file = split_settings(argv)
-    settings = {} if file is None else dict(read_settings(file))
     with TemporaryDirectory() as folder:  # Trainer creates its output folder at once.
-        findings = diagnose(flags, settings | {"output_dir": folder})
+        findings = diagnose(*parse(argv, {"output_dir": folder}, "doctor", DESCRIPTION))
     print(report(findings))
     return 0 if all(finding.right for finding in findings) else 1
 
 
-def diagnose(flags: Sequence[str], settings: Mapping[str, Any]) -> list[RowCheck]:
-    """Check the rows of one training batch.
-
-    Args:
-        flags: Flags of `hf-jd finetune`, which override the settings.
-        settings: Values by the flags' names.
-    """
-    model, data, run, training = parse(flags, settings, "doctor", DESCRIPTION)
+def diagnose(
+    model: ModelArguments, data: DataArguments, run: RunArguments, training: JDTrainingArguments
+) -> list[RowCheck]:
+    """Check the rows of one training batch."""
     trainer = build_trainer(model_path(model), model, data, run, training, load_examples(data))
     assert isinstance(trainer, JDTrainer)
     assert trainer.model is not None

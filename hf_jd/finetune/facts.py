@@ -14,19 +14,12 @@ from transformers import TrainerCallback
 from hf_jd import JDTrainingArguments
 from hf_jd.arguments import JDArguments
 from hf_jd.finetune.flags import DataArguments, ModelArguments, RunArguments
-from hf_jd.report.history import FACTS_FILE
+from hf_jd.report.history import FACTS_FILE, read_facts
 
 TRAINING = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "max_grad_norm",
-    "warmup_steps",
-    "num_train_epochs",
-    "max_steps",
-    "seed",
-)
+    "learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "max_grad_norm", "warmup_steps", "num_train_epochs", "max_steps", "seed",
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +27,10 @@ logger = logging.getLogger(__name__)
 def facts_of(
     path: str, model: ModelArguments, data: DataArguments, run: RunArguments, training: JDTrainingArguments
 ) -> dict[str, Any]:
-    """Collect a run's settings, by the flags' names."""
-    settings = {"data": _source(data), "max_length": data.max_length, "stock": run.stock, **asdict(model)}
+    """Collect a run's settings, by the flags' names; files are named without their folders."""
+    files = ", ".join(Path(file).name for file in data.train_file or ())
+    source = files or data.dataset_name or f"the embedded example `{data.example}`"
+    settings = {"data": source, "max_length": data.max_length, "stock": run.stock, **asdict(model)}
     del settings["model_name_or_path"]  # which may be a path: `model` is its name
     return settings | training_facts(path, training)
 
@@ -49,13 +44,6 @@ def training_facts(path: str, training: Any) -> dict[str, Any]:
     return {"version": version("hf-jd"), "model": model, **trained, **weighed}
 
 
-def _source(data: DataArguments) -> str:
-    """Name the data, without its folders."""
-    if data.train_file:
-        return ", ".join(Path(path).name for path in data.train_file)
-    return data.dataset_name or f"the embedded example `{data.example}`"
-
-
 class FactsWriter(TrainerCallback):
     """Writes the file when training begins, and warns if a resumed run has other settings than before.
 
@@ -65,24 +53,16 @@ class FactsWriter(TrainerCallback):
     """
 
     def __init__(self, folder: Path, facts: dict[str, Any]):
-        self._file = folder / FACTS_FILE
+        self._folder = folder
         self._facts = facts
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write the file."""
         if not state.is_world_process_zero:
             return
-        before = self._read() if state.global_step else {}
+        before = read_facts(self._folder) if state.global_step else {}
         for name in before.keys() & self._facts.keys() - {"version"}:
             if before[name] != self._facts[name]:
-                logger.warning(
-                    "The run began with --%s %s, and continues with %s.", name, before[name], self._facts[name]
-                )
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        self._file.write_text(json.dumps(self._facts, indent=1) + "\n", "utf-8")
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            return json.loads(self._file.read_text("utf-8"))
-        except (OSError, ValueError):  # begun by another release, or truncated
-            return {}
+                logger.warning(f"The run began with --{name} {before[name]}, and continues with {self._facts[name]}.")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        (self._folder / FACTS_FILE).write_text(json.dumps(self._facts, indent=1) + "\n", "utf-8")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from hf_jd.groups import is_missing
 
 ROLES = {"human": "user", "gpt": "assistant"}
 """ShareGPT's names for the roles of chat templates."""
@@ -22,45 +24,61 @@ class Example(NamedTuple):
         prompt: Text or messages; may be empty.
         completion: The text or messages that follow: a text is learned in full, of messages only the assistant's.
         tools: JSON schemas of the tools that the messages may call.
+        task: The value of the task column, if there is one.
     """
 
     prompt: str | Messages
     completion: str | Messages
     tools: list[Any] | None = None
+    task: Any = None
 
 
-def form_of(columns: Iterable[str]) -> tuple[str, ...]:
-    """Return the columns that hold the example, the first of `FORMS` that is complete; () if none is."""
-    names = set(columns)
-    return next((form for form in FORMS if names.issuperset(form)), ())
-
-
-def to_example(row: Row, form: tuple[str, ...]) -> Example:
-    """Convert a row.
+def to_examples(rows: Sequence[Row], task_column: str | None) -> Iterator[tuple[int, Example]]:
+    """Convert rows, and yield each with its number.
 
     Args:
-        row: Values by column.
-        form: One of `FORMS`.
+        rows: A list, or a `Dataset`.
+        task_column: The column with each row's task, if any.
 
     Raises:
-        ValueError: A column doesn't hold what its form needs; the message says which.
+        ValueError: A column is missing; or, after the last row, a row has no text to learn or no task.
     """
-    return FORMS[form](row)
-
-
-def _text(row: Row) -> Example:
-    return Example("", _string(row, "text"))
+    columns = getattr(rows, "column_names", None) or dict.fromkeys(name for row in rows for name in row)
+    listed = ", ".join(f"`{name}`" for name in columns)
+    convert = next((convert for form, convert in FORMS.items() if set(form).issubset(columns)), None)
+    if convert is None:
+        advice = " Preferences are for `hf-jd dpo`." if {"chosen", "rejected"}.issubset(columns) else ""
+        raise ValueError(f"The data has nothing to learn from: it needs the columns {HELP}, and has {listed}.{advice}")
+    if task_column and task_column not in columns:
+        raise ValueError(
+            f"The data has no column `{task_column}`; its columns are {listed}. Choose the column of tasks with "
+            "--task_column (or --jd_group_column)."
+        )
+    refused: dict[str, list[int]] = {}
+    for number, row in enumerate(rows, 1):
+        try:
+            example = convert(row)._replace(task=row.get(task_column) if task_column else None)
+            if task_column and is_missing(example.task):
+                raise ValueError(f"no value in the column `{task_column}`")
+        except ValueError as error:
+            refused.setdefault(str(error), []).append(number)
+        else:
+            yield number, example
+    for complaint, numbers in refused.items():
+        more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
+        place = f"row{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:5]))}{more}"
+        raise ValueError(f"The data has {complaint} of {place}: fill it in, or leave out such rows.")
 
 
 def _pair(row: Row) -> Example:
-    if isinstance(row["completion"], list):
-        prompt = row["prompt"]
-        before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else _messages(row, "prompt")
-        return Example(before, _learned(_messages(row, "completion"), "completion"), _tools(row))
-    if isinstance(row["prompt"], list):
-        answer = {"role": "assistant", "content": _string(row, "completion")}
-        return Example(_messages(row, "prompt"), [answer], _tools(row))
-    return Example(_string(row, "prompt"), _string(row, "completion"))
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if not isinstance(prompt, list) and not isinstance(completion, list):
+        return Example(_string(row, "prompt"), _string(row, "completion"))
+    if isinstance(prompt, str):
+        row = {**row, "prompt": [{"role": "user", "content": prompt}]}
+    if isinstance(completion, str):
+        row = {**row, "completion": [{"role": "assistant", "content": completion}]}
+    return Example(_messages(row, "prompt"), _learned(row, "completion"), _tools(row))
 
 
 def _instruction(row: Row) -> Example:
@@ -70,16 +88,13 @@ def _instruction(row: Row) -> Example:
     return Example([{"role": "user", "content": question}], [answer])
 
 
-def _chat(column: str) -> Callable[[Row], Example]:
-    return lambda row: Example([], _learned(_messages(row, column), column), _tools(row))
-
-
+# An example has the first of these forms whose columns are all there.
 FORMS: dict[tuple[str, ...], Callable[[Row], Example]] = {
-    ("messages",): _chat("messages"),
-    ("conversations",): _chat("conversations"),
+    ("messages",): lambda row: Example([], _learned(row, "messages"), _tools(row)),
+    ("conversations",): lambda row: Example([], _learned(row, "conversations"), _tools(row)),
     ("prompt", "completion"): _pair,
     ("instruction", "output"): _instruction,
-    ("text",): _text,
+    ("text",): lambda row: Example("", _string(row, "text")),
 }
 
 
@@ -111,7 +126,8 @@ def _message(message: Any, column: str) -> dict[str, Any]:
     return fields
 
 
-def _learned(messages: Messages, column: str) -> Messages:
+def _learned(row: Row, column: str) -> Messages:
+    messages = _messages(row, column)
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError(f"no message with the role `assistant` in the column `{column}`")
     return messages

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import EvalPrediction, Trainer, TrainerCallback
+from transformers import EvalPrediction, TrainerCallback
 
-from hf_jd.finetune.results import STEP_TIMES
 from hf_jd.finetune.tokens import IGNORED
+from hf_jd.report.history import STEP_TIME
 
 
 def answers(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +38,8 @@ def token_metrics(prediction: EvalPrediction) -> dict[str, float]:
     """Average over all predicted tokens, whatever their batch and process.
 
     Returns:
-        `token_loss`, `accuracy`, and `majority`: the accuracy of always answering the most frequent token.
+        `loss`, which Trainer takes instead of its own mean of batches' means; `accuracy`; and `majority`, the accuracy
+        of always answering the most frequent token.
     """
     labels = np.asarray(prediction.label_ids)[:, 1:]
     predicted, losses = map(np.asarray, prediction.predictions)
@@ -47,33 +47,16 @@ def token_metrics(prediction: EvalPrediction) -> dict[str, float]:
     if not counted.any():
         return {}
     return {
-        "token_loss": float(losses[:, 1:][counted].mean(dtype=np.float64)),
+        "loss": float(losses[:, 1:][counted].mean(dtype=np.float64)),
         "accuracy": float((predicted[:, :-1] == labels)[counted].mean()),
         "majority": float(np.bincount(labels[counted]).max() / counted.sum()),
     }
 
 
-class TokenLoss(Trainer):
-    """Reports the mean over tokens as the loss of an evaluation; Trainer averages the means of batches."""
-
-    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Replace `loss` with `token_loss`; see Trainer."""
-        output = super().evaluation_loop(*args, **kwargs)
-        metrics = output.metrics or {}
-        for name in [name for name in metrics if name.endswith("_token_loss")]:
-            metrics[f"{name.removesuffix('_token_loss')}_loss"] = metrics.pop(name)
-        return output
-
-
 class StepTimer(TrainerCallback):
-    """Times each step from its first forward to its optimizer step, without loading, logging and evaluation.
+    """Logs the median time of a step, from its first forward to its optimizer step: no loading, no evaluation."""
 
-    Args:
-        folder: The run's folder, where the times are saved when training ends.
-    """
-
-    def __init__(self, folder: Path):
-        self._folder = folder
+    def __init__(self):
         self._seconds: list[float] = []
         self._start = 0.0
 
@@ -85,10 +68,11 @@ class StepTimer(TrainerCallback):
         """Stop it."""
         self._seconds.append(_now() - self._start)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Save the times."""
-        if state.is_world_process_zero:
-            (self._folder / STEP_TIMES).write_text(json.dumps(self._seconds), "utf-8")
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Add the time to the log of the steps since the last one."""
+        if self._seconds:
+            state.log_history[-1][STEP_TIME] = statistics.median(self._seconds)
+            self._seconds.clear()
 
 
 def _now() -> float:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from hf_jd.finetune.example import MODEL, example_path
 from hf_jd.finetune.flags import ModelArguments
-from hf_jd.finetune.sentences import first_sentence
+from hf_jd.finetune.sentences import explained
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -32,10 +32,8 @@ def model_path(model: ModelArguments) -> str:
 
 def load_tokenizer(path: str, model: ModelArguments) -> PreTrainedTokenizerBase:
     """Load the tokenizer, or raise a ValueError; without a padding token, it pads with the end-of-sequence token."""
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, **_source(model))  # ty: ignore[invalid-assignment]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"The tokenizer of `{path}` can't be loaded: {first_sentence(error)}") from error
+    with explained(f"The tokenizer of `{path}` can't be loaded", OSError, ValueError):
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, **_source(model))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
@@ -56,12 +54,11 @@ def load_model(path: str, model: ModelArguments) -> nn.Module:
     adapted = (Path(path) / ADAPTER_CONFIG).exists()
     if adapted and model.full:
         raise ValueError(f"`{path}` is an adapter: leave out --full to train it, or merge it into its model first.")
-    try:
+    # ImportError: the attention isn't installed.
+    with explained(f"The model `{path}` can't be loaded", OSError, ValueError, ImportError):
         if adapted:
             return AutoPeftModelForCausalLM.from_pretrained(path, is_trainable=True, **settings)
         loaded = AutoModelForCausalLM.from_pretrained(path, **settings)
-    except (OSError, ValueError, ImportError) as error:  # ImportError: the attention isn't installed
-        raise ValueError(f"The model `{path}` can't be loaded: {first_sentence(error)}") from error
     return loaded if model.full else _with_lora(loaded, path, model)
 
 
@@ -78,10 +75,8 @@ def _with_lora(loaded: nn.Module, path: str, model: ModelArguments) -> nn.Module
     )
     if model.load_in_4bit:
         loaded = prepare_model_for_kbit_training(loaded, use_gradient_checkpointing=False)
-    try:
+    with explained(f"LoRA can't be added to `{path}`", ValueError):
         return get_peft_model(loaded, config)
-    except ValueError as error:
-        raise ValueError(f"LoRA can't be added to `{path}`: {first_sentence(error)}") from error
 
 
 def _source(model: ModelArguments) -> dict[str, Any]:

@@ -8,47 +8,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
-from textwrap import shorten, wrap
+from textwrap import fill, indent, shorten, wrap
 from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 
-from hf_jd.finetune.sentences import first_sentence
+from hf_jd.finetune.sentences import explained
 
-_SUFFIXES = (".yaml", ".yml", ".json")
-
-
-# Names from other tools that people may type.
-_COMMON_NAMES = {
+# Names from other tools that people may type, and names of `hf-jd finetune` that `hf-jd estimate` has others for.
+_SYNONYMS = {
     "lr": "learning_rate",
-    "batch_size": "per_device_train_batch_size",
-    "train_batch_size": "per_device_train_batch_size",
-    "eval_batch_size": "per_device_eval_batch_size",
-    "grad_accum": "gradient_accumulation_steps",
-    "accumulation": "gradient_accumulation_steps",
-    "epochs": "num_train_epochs",
     "steps": "max_steps",
-    "evaluation_strategy": "eval_strategy",
-    "max_seq_length": "max_length",
-    "max_seq_len": "max_length",
-    "model": "model_name_or_path",
-    "torch_dtype": "dtype",
+    "grad_accum": "gradient_accumulation_steps",
     "rank": "lora_r",
-    "lora_rank": "lora_r",
     "data": "train_file",
-    "dataset": "dataset_name",
-    "output": "output_dir",
-    "resume": "resume_from_checkpoint",
-    "overwrite": "overwrite_output_dir",
-    "cpu": "use_cpu",
-    "weighting": "jd_weighting",
-    "objectives": "jd_objectives",
-    "preferences": "jd_preferences",
-    # Names of `hf-jd finetune`, for `hf-jd estimate`.
-    "lora_r": "lora",
-    "per_device_train_batch_size": "batch",
-    "gradient_accumulation_steps": "accumulation",
     "max_length": "tokens",
     "jd_backward": "two_pass",
     "bf16": "dtype",
@@ -105,6 +79,8 @@ class Parser(HfArgumentParser):
             action = self._option_string_actions.get(f"--{name}")
             if action is None or action.nargs == 0:  # `--no_x` is only for the command line
                 raise self.unknown(name, " in the file")
+            if isinstance(value, str) and action.choices and value not in action.choices:  # argparse trusts defaults
+                raise ValueError(f"--{name} is `{value}`; choose one of {', '.join(map(str, action.choices))}.")
             self.set_defaults(**{action.dest: value})
         try:
             return self.parse_args_into_dataclasses(list(flags), look_for_args_file=False)
@@ -113,27 +89,30 @@ class Parser(HfArgumentParser):
 
     def format_help(self, everything: bool = False) -> str:
         """Format the help: one line per flag, or whole descriptions."""
-        shown = [name for names in self._sections.values() for name in names]
-        rest = [name for name in self._names() if name not in shown and name != "help"]
-        sections = {**self._sections, **({"All others": rest} if everything and rest else {})}
         actions = {action.dest: action for action in reversed(self._actions)}
+        shown = {name for names in self._sections.values() for name in names}
+        rest = [name for name in self._names() if name not in shown]
+        sections = {**self._sections, **({"All others": rest} if everything and rest else {})}
         lines = [self.format_usage().strip(), "", *wrap(self.description or "", _WIDTH)]
         for title, names in sections.items():
-            lines += ["", f"{title}:"]
-            lines += [line for name in names for line in _described(actions[name], everything)]
-        more = f", and those of {len(rest)} more flags" if rest else ""
-        return "\n".join([*lines, *([] if everything else ["", f"--help-all shows whole descriptions{more}."])]) + "\n"
+            lines += ["", f"{title}:", *(_described(actions[name], everything) for name in names)]
+        if not everything:
+            more = f", and those of {len(rest)} more flags" if rest else ""
+            lines += ["", f"--help-all shows whole descriptions{more}."]
+        return "\n".join(lines) + "\n"
 
     def _names(self) -> list[str]:
-        return list(dict.fromkeys(action.dest for action in self._actions))
+        return list(dict.fromkeys(action.dest for action in self._actions if action.dest != "help"))
 
     def unknown(self, flag: str, where: str = "") -> ValueError:
-        """Return the error for an unknown flag, with the nearest one."""
-        name, names = flag.partition("=")[0].lstrip("-").replace("-", "_"), self._names()
-        common = _COMMON_NAMES.get(name)
-        near = [common] if common in names else get_close_matches(name, names, n=1)
-        advice = f"; the nearest is `--{near[0]}`" if near else "; --help lists all of them"
-        return ValueError(f"Unknown flag `{flag}`{where}{advice}.")
+        """Return the error for an unknown flag, with the nearest one: part of its name, or spelt alike."""
+        name = flag.partition("=")[0].lstrip("-").replace("-", "_")
+        names = list(dict.fromkeys([*(name for part in self._sections.values() for name in part), *self._names()]))
+        near = [other for other in names if other == _SYNONYMS.get(name)]
+        near += [other for other in names if len(name) > 2 and (name in other or other in name)]
+        near += get_close_matches(name, names, n=1)
+        advice = f"the nearest is `--{near[0]}`" if near else "--help lists all of them"
+        return ValueError(f"Unknown flag `{flag}`{where}; {advice}.")
 
 
 def names_of(dataclass: Any) -> list[str]:
@@ -141,23 +120,20 @@ def names_of(dataclass: Any) -> list[str]:
     return [field.name for field in fields(dataclass)]
 
 
-def _described(action: Action, everything: bool) -> list[str]:
+def _described(action: Action, everything: bool) -> str:
     text = " ".join((action.help or "").replace("%%", "%").replace("(default: %(default)s)", "").split())
-    default = action.default if action.default not in (None, SUPPRESS, False, [], "") else None
-    default = " ".join(map(str, default)) if isinstance(default, list) else default
-    end = "" if default is None else f" [{default}]"
-    head = f"  --{action.dest} "
-    width = _WIDTH - _INDENT
+    default = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
+    end = "" if default in (None, SUPPRESS, False, "") else f" [{default}]"
     if everything:
-        return [head, *wrap(text + end, _WIDTH, initial_indent=" " * 8, subsequent_indent=" " * 8)]
-    first = text.partition(". ")[0].rstrip(".")
-    return [f"{head:<{_INDENT}}{shorten(first, width - len(end), placeholder='...')}{end}"]
+        return f"  --{action.dest} \n" + indent(fill(text + end, _WIDTH - 8), " " * 8)
+    first = shorten(text.partition(". ")[0].rstrip("."), _WIDTH - _INDENT - len(end), placeholder="...")
+    return f"  --{action.dest} ".ljust(_INDENT) + first + end
 
 
 def split_settings(argv: Sequence[str]) -> tuple[list[str], Path | None]:
     """Split `[FILE] --flag value ...` into flags and the file, if there is one."""
     flags = list(argv)
-    return (flags[1:], Path(flags[0])) if flags and flags[0].endswith(_SUFFIXES) else (flags, None)
+    return (flags[1:], Path(flags[0])) if flags and flags[0].endswith((".yaml", ".yml", ".json")) else (flags, None)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -166,13 +142,10 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: The file can't be read, or doesn't hold settings.
     """
-    try:
+    unreadable = explained(f"The file {path} can't be read", OSError)
+    with unreadable, explained(f"The file {path} is malformed", yaml.YAMLError, ValueError):
         text = path.read_text("utf-8")
         settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except OSError as error:
-        raise ValueError(f"The file {path} can't be read: {error.strerror}.") from error
-    except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"The file {path} is malformed: {first_sentence(error)}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"The file {path} has to hold settings as `name: value`.")
     return settings

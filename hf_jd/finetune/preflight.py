@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 
 from huggingface_hub import HfApi
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from hf_jd.finetune.sentences import first_sentence
+from hf_jd.finetune.sentences import explained
 
 
 def check_launch(training: TrainingArguments) -> None:
@@ -34,26 +33,8 @@ def check_reporting(training: TrainingArguments) -> None:
 
 def check_hub(training: TrainingArguments) -> None:
     """Refuse to push to the Hub if it can't be reached, or the user isn't logged in."""
-    if not training.push_to_hub:
-        return
-    try:
-        HfApi().whoami(token=training.hub_token)
-    except Exception as error:  # The Hub's client raises its HTTP library's errors, and has changed that library.
-        raise ValueError(
-            f"--push_to_hub is given, but the Hub can't be pushed to: {first_sentence(error)} Log in with "
-            "`hf auth login`, or leave it out and upload later with `hf upload`."
-        ) from error
-
-
-def spread_over(training: TrainingArguments, examples: int) -> None:
-    """Convert logging_steps, eval_steps and save_steps below 1, shares of the training, into numbers of steps.
-
-    Trainer compares these numbers when a run is resumed.
-    """
-    batches = math.ceil(examples / (training.train_batch_size * training.world_size))
-    epoch = math.ceil(batches / training.gradient_accumulation_steps)
-    steps = training.max_steps if training.max_steps > 0 else math.ceil(epoch * training.num_train_epochs)
-    for name in ("logging_steps", "eval_steps", "save_steps"):
-        share = getattr(training, name)
-        if share is not None and 0 < share < 1:
-            setattr(training, name, math.ceil(share * steps))
+    advice = "log in with `hf auth login`, or leave it out and upload later with `hf upload`"
+    if training.push_to_hub:
+        # Any Exception: the Hub's client raises its HTTP library's errors, and has changed that library.
+        with explained(f"--push_to_hub is given, but the Hub can't be pushed to ({advice})", Exception):
+            HfApi().whoami(token=training.hub_token)

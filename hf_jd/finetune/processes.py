@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-_SECONDS_BETWEEN_LOOKS = 0.2
+import psutil
+
 USER_ERROR = 2
 """The exit code for errors that the user can fix."""
 
@@ -25,73 +26,54 @@ class Job:
         name: The name to print.
         command: The command.
         log: The file for its output.
+        finished: Called when it has succeeded.
     """
 
     name: str
     command: Sequence[str]
     log: Path
+    finished: Callable[[], object] = lambda: None
 
 
-@contextmanager
-def _sigterm_as_exit() -> Generator[None]:
-    """Makes SIGTERM, which batch systems send when time is up, raise an exception like Ctrl-C."""
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def run_jobs(jobs: Sequence[Job], processes: int) -> None:
+    """Run all jobs in order, `processes` at a time, one thread each, and print when each is done.
 
-
-@_sigterm_as_exit()
-def run_jobs(
-    jobs: Sequence[Job], processes: int, environment: Mapping[str, str], finished: Callable[[Job], None]
-) -> None:
-    """Runs all jobs in order, `processes` at a time, and prints when each is done.
-
-    An error, Ctrl-C or SIGTERM also ends the running jobs.
+    An error, Ctrl-C, or SIGTERM, which batch systems send when time is up, also ends the running jobs.
 
     Args:
         jobs: The commands.
         processes: How many to run at a time, at least 1.
-        environment: Variables to add to this process's environment.
-        finished: Called with each job that succeeds.
 
     Raises:
         ValueError: A run failed with an error that the user can fix; the message is the run's.
         RuntimeError: A run failed otherwise.
     """
-    waiting = list(jobs)
-    running: list[tuple[Job, subprocess.Popen, float]] = []
-    done = 0
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    pool = ThreadPoolExecutor(max(1, processes))
+    futures = [pool.submit(_run, job) for job in jobs]
     try:
-        while waiting or running:
-            while waiting and len(running) < max(1, processes):
-                running.append(_start(waiting.pop(0), environment))
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-            for entry in [entry for entry in running if entry[1].poll() is not None]:
-                running.remove(entry)
-                job, process, start = entry
-                if process.returncode != 0:
-                    raise _failure(job, process.returncode)
-                done += 1
-                finished(job)
-                print(f"[{done}/{len(jobs)}] {job.name}: {time.monotonic() - start:.0f} s", flush=True)
+        for done, future in enumerate(as_completed(futures), 1):
+            print(f"[{done}/{len(jobs)}] {future.result()}", flush=True)
     finally:
-        for _, process, _ in running:
-            process.kill()
-            process.wait()
+        pool.shutdown(wait=False, cancel_futures=True)
+        while not all(future.done() for future in futures):  # A thread may be about to start one more process.
+            for child in psutil.Process().children():
+                child.kill()
+            time.sleep(0.05)
+        signal.signal(signal.SIGTERM, before)
 
 
-def _start(job: Job, environment: Mapping[str, str]) -> tuple[Job, subprocess.Popen, float]:
-    with job.log.open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            job.command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", **environment},
-        )
-    return job, process, time.monotonic()
+def _run(job: Job) -> str:
+    start = time.monotonic()
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    with job.log.open("wb") as log:
+        code = subprocess.run(
+            job.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment
+        ).returncode
+    if code != 0:
+        raise _failure(job, code)
+    job.finished()
+    return f"{job.name}: {time.monotonic() - start:.0f} s"
 
 
 def _failure(job: Job, code: int) -> Exception:

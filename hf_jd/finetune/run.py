@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets import Dataset
 from transformers import DataCollatorForSeq2Seq, IntervalStrategy, Trainer, TrainingArguments, set_seed
@@ -21,16 +22,17 @@ from hf_jd.finetune.console import hide_bars, use_console
 from hf_jd.finetune.data import EXAMPLE_TASK_COLUMN, Rows, load_examples
 from hf_jd.finetune.facts import FactsWriter, facts_of
 from hf_jd.finetune.flags import MAIN_FLAGS, DataArguments, ModelArguments, RunArguments
-from hf_jd.finetune.measures import StepTimer, TokenLoss, answers, token_metrics
+from hf_jd.finetune.measures import StepTimer, answers, token_metrics
 from hf_jd.finetune.model import load_model, load_tokenizer, model_path
 from hf_jd.finetune.parser import Parser, names_of, read_settings, split_settings
-from hf_jd.finetune.preflight import check_hub, check_launch, check_reporting, spread_over
-from hf_jd.finetune.results import Results
+from hf_jd.finetune.preflight import check_hub, check_launch, check_reporting
 from hf_jd.finetune.table import evaluation_table
 from hf_jd.finetune.tokens import tokenize
+from hf_jd.report.history import LOG_FILE, STATE_FILE, History
 from hf_jd.trainer.run.resuming import checkpoint_to_resume, needed_files, trainer_files
 
-_FILES_OF_A_RUN = ("trainer_state.json", "adapter_config.json", "adapter_model.safetensors", "model.safetensors")
+RUN = ("checkpoint-*", STATE_FILE, "adapter_config.json", "adapter_model.safetensors", "model[.-]*safetensors")
+"""What a run leaves in its folder, and what would be taken for another run's."""
 LORA_LEARNING_RATE, FULL_LEARNING_RATE = 2e-4, 2e-5
 DEFAULTS: dict[str, Any] = {
     "do_train": True,
@@ -49,22 +51,21 @@ logger = logging.getLogger(__name__)
 
 def main(argv: Sequence[str]) -> int:
     """Run `hf-jd finetune`; return the exit code."""
-    flags, file = split_settings(argv)
-    finetune(*parse(flags, {} if file is None else read_settings(file)))
+    finetune(*parse(argv))
     return 0
 
 
 def parse(
-    flags: Sequence[str],
-    settings: Mapping[str, Any],
+    argv: Sequence[str],
+    settings: Mapping[str, Any] | None = None,
     command: str = "finetune",
     description: str = "Fine-tune a causal language model with Jacobian descent.",
 ) -> tuple[ModelArguments, DataArguments, RunArguments, JDTrainingArguments]:
     """Parse flags, which override settings by name.
 
     Args:
-        flags: `--flag value ...`.
-        settings: Values by the flags' names.
+        argv: `[FILE.yaml] --flag value ...`.
+        settings: Further values by the flags' names, which override those in the file.
         command: The command that `--help` describes.
         description: Its description.
 
@@ -88,7 +89,8 @@ def parse(
         },
     )
     parser.set_defaults(**DEFAULTS)
-    model, data, run, training = parser.parse(flags, settings)
+    flags, file = split_settings(argv)
+    model, data, run, training = parser.parse(flags, {**(read_settings(file) if file else {}), **(settings or {})})
     return model, data, run, training
 
 
@@ -107,7 +109,7 @@ def _prepare(flags: dict[str, Any]) -> None:
         flags["learning_rate"] = FULL_LEARNING_RATE if flags["full"] else LORA_LEARNING_RATE
 
 
-def finetune(model: ModelArguments, data: DataArguments, run: RunArguments, training: JDTrainingArguments) -> Results:
+def finetune(model: ModelArguments, data: DataArguments, run: RunArguments, training: JDTrainingArguments) -> History:
     """Train, evaluate and save; without --do_train, only evaluate.
 
     Returns:
@@ -119,31 +121,48 @@ def finetune(model: ModelArguments, data: DataArguments, run: RunArguments, trai
     check_launch(training)
     check_reporting(training)
     check_hub(training)
-    with _output_folder(run, training) as folder:
-        path = model_path(model)
+    path, folder = model_path(model), Path(training.output_dir or "")
+    existed = folder.exists()
+    _check_folder(folder, run, training)
+    facts = facts_of(path, model, data, run, training)
+    try:
         trainer = build_trainer(path, model, data, run, training, load_examples(data))
-        if not training.do_train:
-            return _evaluate_only(trainer)
-        facts = facts_of(path, model, data, run, training)
-        trainer.add_callback(FactsWriter(folder, facts))
-        if not training.resume_from_checkpoint and trainer.is_world_process_zero():
-            _remove_run(folder)
-        try:
-            trainer.train(resume_from_checkpoint=_checkpoint(trainer))
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(_how_to_resume(folder)) from None
-        evaluate_at_the_end(trainer)
-        trainer.save_model()
-        trainer.save_state()
+        _train(trainer, folder, facts)
+    except ValueError:
+        if not existed:
+            with suppress(OSError):  # Trainer made the folder; a folder with files isn't removed.
+                folder.rmdir()
+        raise
+    results = measurements(trainer)
     if trainer.is_world_process_zero():
-        results = Results.read(folder)
-        write_card(folder, path, data, facts, results)
         if results.evaluations:
             print(f"\n{evaluation_table(results)}")
-        print(f"\nSaved in {folder}.")
+        if training.do_train:
+            write_card(folder, path, data, facts, results)
+            print(f"\nSaved in {folder}.")
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()  # A process may abort if it exits within a gloo group.
-    return Results.read(folder)
+    return results
+
+
+def _train(trainer: Trainer, folder: Path, facts: dict[str, Any]) -> None:
+    """Train and save; without --do_train, only evaluate."""
+    if not trainer.args.do_train:
+        if trainer.eval_dataset is None:
+            raise ValueError("--do_train is false, but there is nothing to evaluate on: give --validation_file.")
+        trainer.evaluate()
+        return
+    trainer.add_callback(FactsWriter(folder, facts))
+    if not trainer.args.resume_from_checkpoint and trainer.is_world_process_zero():
+        for part in [*_parts_of_a_run(folder), *folder.glob(LOG_FILE)]:
+            shutil.rmtree(part) if part.is_dir() else part.unlink()
+    try:
+        trainer.train(resume_from_checkpoint=_checkpoint(trainer))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_how_to_resume(folder)) from None
+    evaluate_at_the_end(trainer)
+    trainer.save_model()
+    trainer.save_state()
 
 
 def build_trainer(
@@ -167,8 +186,7 @@ def build_trainer(
     if validation is None and (training.eval_strategy != IntervalStrategy.NO or not training.do_train):
         logger.warning("There is nothing to evaluate on: give --validation_file to see losses before and after.")
         training.eval_strategy, training.eval_on_start = IntervalStrategy.NO, False
-    spread_over(training, len(tokenized["train"]))
-    trainer = (kind or (StockTrainer if run.stock else JacobianTrainer))(
+    trainer = (kind or (Trainer if run.stock else JDTrainer))(
         model=load_model(path, model),
         args=training,
         train_dataset=tokenized["train"],
@@ -177,48 +195,31 @@ def build_trainer(
         processing_class=tokenizer,
         compute_metrics=token_metrics,
         preprocess_logits_for_metrics=answers,  # ty: ignore[invalid-argument-type]  # Trainer takes tuples, too
-        callbacks=[StepTimer(Path(training.output_dir or ""))] if run.time_steps else None,
+        callbacks=[StepTimer()] if run.time_steps else None,
     )
     use_console(trainer)
     return trainer
-
-
-class StockTrainer(TokenLoss, Trainer):
-    """Transformers' own trainer."""
-
-
-class JacobianTrainer(TokenLoss, JDTrainer):
-    """Our trainer."""
 
 
 def _by_task(examples: Dataset, column: str | None) -> Any:
     """Split the evaluation set by task, to get a loss per task; without a task column, keep it whole."""
     if column is None:
         return examples
-    rows: dict[str, list[int]] = {}
-    for row, task in enumerate(examples[column]):
-        rows.setdefault(str(task), []).append(row)
+    tasks = np.array([str(task) for task in examples[column]])
     examples = examples.remove_columns(column)
-    return {task: examples.select(rows[task]) for task in sorted(rows)}
+    return {task: examples.select(np.flatnonzero(tasks == task)) for task in sorted(set(tasks.tolist()))}
 
 
 def evaluate_at_the_end(trainer: Trainer) -> None:
     """Evaluate, unless the last step already has."""
-    evaluations = Results.of_log(trainer.state.log_history, steps=0).evaluations.values()
-    evaluated = any(of_task[-1].step == trainer.state.global_step for of_task in evaluations)
-    if trainer.eval_dataset is not None and not evaluated:
+    evaluations = measurements(trainer).evaluations.values()
+    if trainer.eval_dataset is not None and all(series[-1][0] != trainer.state.global_step for series in evaluations):
         trainer.evaluate()
 
 
-def _evaluate_only(trainer: Trainer) -> Results:
-    """Evaluate the model as it is, and save nothing."""
-    if trainer.eval_dataset is None:
-        raise ValueError("--do_train is false, but there is nothing to evaluate on: give --validation_file.")
-    trainer.evaluate()
-    results = Results.of_log(trainer.state.log_history, steps=0)
-    if trainer.is_world_process_zero():
-        print(f"\n{evaluation_table(results)}")
-    return results
+def measurements(trainer: Trainer) -> History:
+    """Return what a trainer has logged."""
+    return History().add(*trainer.state.log_history)
 
 
 # ---- The folder of a run ----
@@ -230,41 +231,21 @@ def _how_to_resume(folder: Path) -> str:
     return "Stopped. To continue from the newest checkpoint, add --resume_from_checkpoint last to the same command."
 
 
-@contextmanager
-def _output_folder(run: RunArguments, training: TrainingArguments) -> Generator[Path]:
-    """Yield the run's folder; an error before anything is saved leaves it unchanged.
-
-    Raises:
-        ValueError: It holds another run, which the flags neither resume nor replace.
-    """
-    folder = Path(training.output_dir or "")
-    existed = folder.exists()
-    first = int(os.environ.get("RANK", "0")) == 0
-    if existed and not folder.is_dir():
+def _check_folder(folder: Path, run: RunArguments, training: TrainingArguments) -> None:
+    """Refuse a folder with another run, which the flags neither resume nor replace."""
+    if folder.is_file():
         raise ValueError(f"--output_dir {folder} is a file.")
-    if first and existed and not training.resume_from_checkpoint:
-        parts = _parts_of_a_run(folder)
-        if parts and not run.overwrite_output_dir:
-            raise ValueError(
-                f"--output_dir {folder} holds another run ({parts[0].name}): choose another folder, continue that run "
-                "with --resume_from_checkpoint last, or replace it with --overwrite_output_dir."
-            )
-    try:
-        yield folder
-    except ValueError:
-        if first and not existed and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-        raise
+    parts = _parts_of_a_run(folder)
+    first = int(os.environ.get("RANK", "0")) == 0  # The others may come when it has begun to write.
+    if first and parts and not training.resume_from_checkpoint and not run.overwrite_output_dir:
+        raise ValueError(
+            f"--output_dir {folder} holds another run ({parts[0].name}): choose another folder, continue that run "
+            "with --resume_from_checkpoint last, or replace it with --overwrite_output_dir."
+        )
 
 
 def _parts_of_a_run(folder: Path) -> list[Path]:
-    files = [folder / name for name in _FILES_OF_A_RUN]
-    return [*sorted(folder.glob("checkpoint-*")), *(file for file in files if file.exists())]
-
-
-def _remove_run(folder: Path) -> None:
-    for part in _parts_of_a_run(folder):
-        shutil.rmtree(part) if part.is_dir() else part.unlink()
+    return [part for pattern in RUN for part in sorted(folder.glob(pattern))]
 
 
 def _checkpoint(trainer: Trainer) -> str | None:

@@ -4,105 +4,120 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from hf_jd.finetune.results import Results
+from hf_jd.report.history import STEP_TIME, History, Series, mean
 
-_NONE = ""
-_Cell = Callable[[Results, str], float | None]
+Runs = Mapping[str, Sequence[History]]
+"""The runs of each configuration, one per seed."""
+
+
+def first(series: Series) -> float:
+    """Return the first value."""
+    return series[0][1]
+
+
+def last(series: Series) -> float:
+    """Return the last value."""
+    return series[-1][1]
+
+
+def total(series: Series) -> float:
+    """Return the sum: of shares of steps, the number of steps if every step was logged."""
+    return sum(value for _, value in series)
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Format a markdown table whose columns are as wide as their widest cell; a short row ends in empty cells."""
-    lines = [[*row, *[_NONE] * (len(header) - len(row))] for row in (header, *rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    texts = []
-    for line in [lines[0], rule, *lines[1:]]:
-        others = [cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)]
-        texts.append(f"| {' | '.join([line[0].ljust(widths[0]), *others])} |")
-    return "\n".join(texts)
+    lines = [[*row, *[""] * (len(header) - len(row))] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
+    padded = ([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in padded)
 
 
-def evaluation_table(results: Results) -> str:
+def cell(seeds: Sequence[History], kind: str, task: str, reduce: Callable[[Series], float], form: str) -> str:
+    """Format a task's measurement, over seeds.
+
+    Args:
+        seeds: The runs of one configuration.
+        kind: The attribute of `History` with the measurements of each task.
+        task: The task; the cell is empty if it was not measured.
+        reduce: Makes one number of a run's measurements.
+        form: The number's format.
+    """
+    return spread([reduce(of[task]) for run in seeds if task in (of := getattr(run, kind))], form)
+
+
+def spread(values: Iterable[float], form: str) -> str:
+    """Format the mean over seeds and, if there are several, the standard deviation; "" for no value."""
+    numbers = list(values)
+    if not numbers:
+        return ""
+    mean = format(statistics.fmean(numbers), form)
+    if len(numbers) == 1 or not all(map(math.isfinite, numbers)):  # A run that diverged has no deviation.
+        return mean
+    return f"{mean} ± {format(statistics.stdev(numbers), form)}"
+
+
+def evaluation_table(run: History) -> str:
     """Format one run's tasks: loss and accuracy before (if evaluated) and after."""
-    before = any(evaluations[0].step == 0 and len(evaluations) > 1 for evaluations in results.evaluations.values())
-    rows = []
-    for task in results.tasks:
-        shown = [results.evaluations[task][i] for i in ((0, -1) if before else (-1,))]
-        row = [task, *(f"{e.loss:.3f}" for e in shown), *(f"{e.accuracy:.1%}" for e in shown)]
-        if results.weights:
-            row += [spread([results.mean_weight(task)], ".1%"), spread([results.share_against(task)], ".0%")]
-        rows.append(row)
-    times = [" before", " after"] if before else [" after" if results.steps else ""]
-    header = ["task", *(f"loss{when}" for when in times), *(f"accuracy{when}" for when in times)]
-    return markdown([*header, *(["share of the weights", "steps against it"] if results.weights else [])], rows)
+    before = any(series[0][0] == 0 and len(series) > 1 for series in run.evaluations.values())
+    times = {" before": first, " after": last} if before else {" after" if run.steps else "": last}
+    columns = {f"loss{when}": ("evaluations", reduce, ".3f") for when, reduce in times.items()}
+    columns |= {f"accuracy{when}": ("accuracies", reduce, ".1%") for when, reduce in times.items()}
+    if run.weights:
+        columns |= {"share of the weights": ("weights", mean, ".1%"), "steps against it": ("against", mean, ".0%")}
+    rows = [
+        [task, *(cell([run], kind, task, reduce, form) for kind, reduce, form in columns.values())]
+        for task in run.tasks
+    ]
+    return markdown(["task", *columns], rows)
 
 
-def comparison_table(
-    runs: Mapping[str, Sequence[Results]], twins: Mapping[str, Sequence[Results]], stock: str | None
-) -> str:
+def comparison_table(runs: Runs, twins: Runs, stock: str | None) -> str:
     """Format the table of `hf-jd compare`.
 
     Args:
-        runs: The runs of each configuration, one per seed.
+        runs: The runs of each configuration.
         twins: Runs with the same steps as a configuration in `runs` that can't measure conflicts.
         stock: The configuration to compare the others' times with, if any.
 
     Raises:
         ValueError: Nothing was evaluated.
     """
-    first = next(iter(runs.values()))[0]
-    tasks = first.tasks
-    if not tasks:
+    start = next(iter(runs.values()))[0]
+    if not start.tasks:
         raise ValueError("Nothing was evaluated: the data has no examples to evaluate on.")
-    start = [first.evaluations[task][0] for task in tasks]
-    from_start = all(evaluation.step == 0 for evaluation in start)
-    watched = {**runs, **twins}
-    loss = _block(runs, tasks, lambda r, task: r.evaluations[task][-1].loss, ".2f")
-    for row, seeds in zip(loss, runs.values(), strict=True):
+    before = {"before training": [start]} if all(series[0][0] == 0 for series in start.evaluations.values()) else {}
+
+    def block(runs: Runs, kind: str, reduce: Callable[[Series], float], form: str) -> list[list[str]]:
+        rows = [[name, *(cell(of, kind, task, reduce, form) for task in start.tasks)] for name, of in runs.items()]
+        return [row for row in rows if any(row[1:])]
+
+    losses = block(runs, "evaluations", last, ".2f")
+    for row, seeds in zip(losses, runs.values(), strict=True):
         row.append(_time(seeds, runs.get(stock or "", ())))
-    accuracy = _block(runs, tasks, lambda r, task: r.evaluations[task][-1].accuracy, ".1%")
+    watched = {**runs, **twins}
     sections = {
-        "validation loss": [["before training", *(f"{e.loss:.2f}" for e in start)]] * from_start + loss,
-        "accuracy": [
-            *[["before training", *(f"{e.accuracy:.1%}" for e in start)]] * from_start,
-            ["always the most frequent token", *(f"{e.majority:.1%}" for e in start)],
-            *accuracy,
-        ],
-        f"steps against the task, of {first.steps}": _block(watched, tasks, Results.steps_against, ".0f"),
-        "share of the weights": _block(watched, tasks, Results.mean_weight, ".1%"),
+        "validation loss": block(before, "evaluations", first, ".2f") + losses,
+        "accuracy": block(before, "accuracies", first, ".1%")
+        + block({"always the most frequent token": [start]}, "majorities", first, ".1%")
+        + block(runs, "accuracies", last, ".1%"),
+        f"steps against the task, of {start.steps}": block(watched, "against", total, ".0f"),
+        "share of the weights": block(watched, "weights", mean, ".1%"),
     }
-    header = ["", *tasks, "time per step"]
     rows = [row for title, lines in sections.items() if lines for row in ([f"**{title}**"], *lines)]
-    return markdown(header, rows)
+    return markdown(["", *start.tasks, "time per step"], rows)
 
 
-def _block(runs: Mapping[str, Sequence[Results]], tasks: Sequence[str], cell: _Cell, form: str) -> list[list[str]]:
-    """Build a row per configuration with this measurement, with a cell per task."""
-    rows = [
-        [name, *(spread([cell(results, task) for results in seeds], form) for task in tasks)]
-        for name, seeds in runs.items()
-    ]
-    return [row for row in rows if any(row[1:])]
-
-
-def _time(seeds: Sequence[Results], stock: Sequence[Results]) -> str:
+def _time(seeds: Sequence[History], stock: Sequence[History]) -> str:
     """Format the median step time, in seconds and as a ratio to stock's."""
-    ours = [results.step_time for results in seeds if results.step_time is not None]
-    theirs = [results.step_time for results in stock if results.step_time is not None]
+    ours, theirs = (
+        [statistics.median(seconds for _, seconds in run.totals[STEP_TIME]) for run in of if STEP_TIME in run.totals]
+        for of in (seeds, stock)
+    )
     if not ours:
-        return _NONE
+        return ""
     seconds = statistics.median(ours)
     return f"{seconds:.2f} s" + (f", x {seconds / statistics.median(theirs):.2f}" if theirs else "")
-
-
-def spread(values: Sequence[float | None], form: str) -> str:
-    """Format the mean over seeds and, if there are several, the standard deviation."""
-    numbers = [value for value in values if value is not None]
-    if not numbers:
-        return _NONE
-    mean = format(statistics.fmean(numbers), form)
-    if len(numbers) == 1 or not all(map(math.isfinite, numbers)):  # A run that diverged has no deviation.
-        return mean
-    return f"{mean} ± {format(statistics.stdev(numbers), form)}"

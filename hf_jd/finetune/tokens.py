@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
-from itertools import takewhile
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,10 @@ from jinja2 import TemplateError
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from hf_jd.finetune.data import Rows, columns_of
+from hf_jd.finetune.data import Rows
 from hf_jd.finetune.flags import DataArguments
-from hf_jd.finetune.formats import Example, form_of, to_example
-from hf_jd.finetune.sentences import first_sentence
+from hf_jd.finetune.formats import Example, to_examples
+from hf_jd.finetune.sentences import explained
 
 IGNORED = -100
 """The label of a token that isn't predicted, as in transformers."""
@@ -40,29 +39,25 @@ def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, data: DataArguments
     """Make `input_ids` and `labels`, and keep the task column.
 
     Raises:
-        ValueError: No example has a token to predict, or the chat template refuses one.
+        ValueError: A row has no text or no task, or the chat template refuses it; or no row has a token to predict.
     """
-    columns = columns_of(rows)
-    form = form_of(columns)
     encoded: dict[str, list[Any]] = {name: [] for name in (data.task_column, "input_ids", "labels") if name}
     lengths: list[int] = []
-    counts: Counter[str] = Counter(examples=len(rows))
-    for number, row in enumerate(tqdm(rows, desc="Tokenizing", delay=2, leave=False), 1):
-        example = to_example({name: row.get(name) for name in columns}, form)
-        try:
+    counts: Counter[str] = Counter()
+    examples = to_examples(rows, data.task_column)
+    for number, example in tqdm(examples, desc="Tokenizing", delay=2, leave=False, total=len(rows)):
+        with explained(f"Row {number} doesn't fit the chat template", TemplateError):
             ids, labels = encode_example(example, tokenizer, data.add_eos, counts)
-        except TemplateError as error:
-            raise ValueError(f"Row {number} doesn't fit the chat template: {first_sentence(error)}") from error
         lengths.append(len(ids))
         ids, labels = _truncate(ids, labels, tokenizer, data.max_length)
         if all(label == IGNORED for label in labels[1:]):  # the first token is never predicted
             continue
         # A list of Python integers takes nine times the memory.
-        arrays = {"input_ids": np.asarray(ids, np.int32), "labels": np.asarray(labels, np.int32)}
-        for name, values in encoded.items():
-            values.append(row[name] if name == data.task_column else arrays[name])
+        values = (example.task, np.asarray(ids, np.int32), np.asarray(labels, np.int32))
+        for column, value in zip(encoded.values(), values[-len(encoded) :], strict=True):
+            column.append(value)
     _report(counts, lengths, len(encoded["labels"]), data.max_length)
-    if form == ("prompt", "completion") and tokenizer.chat_template and not counts["answers"]:
+    if counts["pairs"] and tokenizer.chat_template and not counts["answers"]:
         logger.warning(
             "The tokenizer has a chat template, but these examples are plain texts, which are learned without it: give "
             "`messages` to train a chat model."
@@ -93,7 +88,7 @@ def _report(counts: Counter[str], lengths: list[int], learned: int, max_length: 
 
 
 def encode_example(
-    example: Example, tokenizer: PreTrainedTokenizerBase, add_eos: bool, counts: Counter[str] | None = None
+    example: Example, tokenizer: PreTrainedTokenizerBase, add_eos: bool, counts: Counter[str]
 ) -> tuple[list[int], list[int]]:
     """Encode one example; only the tokens of the completion, or of the assistant, have labels.
 
@@ -104,7 +99,8 @@ def encode_example(
         example: Texts, or messages for the tokenizer's chat template.
         tokenizer: Adds the tokens that its model needs at the beginning of a text.
         add_eos: Whether to learn a text's end-of-sequence token, too. A chat template ends answers itself.
-        counts: Counts the assistant's `answers`, and the `rewritten` ones, which can't be learned.
+        counts: Counts texts with a prompt (`pairs`), and answers of the assistant: all `answers`, and the `rewritten`
+            ones, which can't be learned.
 
     Returns:
         Ids and labels, of equal length.
@@ -113,8 +109,9 @@ def encode_example(
     if isinstance(example.completion, str) and isinstance(example.prompt, str):
         whole = example.prompt + example.completion
         spans = [(example.prompt, whole)]
+        counts["pairs"] += example.prompt != ""
     else:
-        whole, spans = _render(example, tokenizer, Counter() if counts is None else counts)
+        whole, spans = _render(example, tokenizer, counts)
 
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=not chat).input_ids)
@@ -124,9 +121,9 @@ def encode_example(
         ids.pop()  # some tokenizers add it themselves
     labels = [IGNORED] * len(ids)
     for before, until in spans:
-        start = _common(ids, encode(before))
-        end = len(ids) if until == whole else _common(ids, encode(until))
-        labels[start:end] = ids[start:end]
+        ends = (ids if text == whole else commonprefix([ids, encode(text)]) for text in (before, until))
+        learned = slice(*map(len, ends))
+        labels[learned] = ids[learned]
     if not chat and add_eos and eos is not None:
         ids.append(eos)
         labels.append(eos)
@@ -157,11 +154,6 @@ def _render(
             else:  # Templates of reasoning models drop the thoughts of all but the last answer.
                 counts["rewritten"] += 1
     return whole, spans
-
-
-def _common(ids: Iterable[int], others: Iterable[int]) -> int:
-    """Return the length of two sequences' common prefix."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, others, strict=False)))
 
 
 def _truncate(

@@ -16,8 +16,8 @@ from torch.nn.functional import cross_entropy, logsigmoid
 
 from hf_jd.collator import GROUP_KEY
 from hf_jd.finetune.example import HERO
-from hf_jd.finetune.run import JacobianTrainer
 from hf_jd.finetune.tokens import IGNORED
+from hf_jd.trainer import JDTrainer
 
 FORGET = "lily"
 TOKENS_SAID = 8
@@ -27,7 +27,7 @@ WORDS = 8
 """The number of words of another story that the model is given."""
 
 
-class NPOTrainer(JacobianTrainer):
+class NPOTrainer(JDTrainer):
     """JDTrainer with NPO for the stories about Lily.
 
     Attributes:

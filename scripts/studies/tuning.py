@@ -9,8 +9,7 @@ from typing import Any
 from transformers import PrinterCallback, ProgressCallback
 
 from hf_jd.finetune.model import model_path
-from hf_jd.finetune.results import Results
-from hf_jd.finetune.run import build_trainer, evaluate_at_the_end, parse
+from hf_jd.finetune.run import build_trainer, evaluate_at_the_end, measurements, parse
 from studies.data import DATA
 from studies.npo import NPOTrainer, answers_of
 
@@ -37,8 +36,7 @@ def train(flags: dict[str, Any], seed: int, output: Path) -> dict[str, Any]:
         trainer.beta = beta
     trainer.train()
     evaluate_at_the_end(trainer)
-    results = Results.of_log(trainer.state.log_history, training.max_steps)
-    way = {task: [(e.step, e.loss) for e in evaluations] for task, evaluations in results.evaluations.items()}
+    way = measurements(trainer).evaluations
     measures: dict[str, float] = {f"loss of {task}": points[-1][1] for task, points in way.items()}
     before: dict[str, float] = {f"loss of {task}": points[0][1] for task, points in way.items()}
     relative = [points[-1][1] / points[0][1] for points in way.values()]

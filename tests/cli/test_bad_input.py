@@ -38,7 +38,7 @@ def complaint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..
         (["--jd_weigting", "upgrad"], ["`--jd_weigting`", "`--jd_weighting`"]),
         (["--jd_objectives", "groups"], ["`groups`", "`group`"]),
         (["--learning_rate", "fast"], ["learning_rate", "'fast'"]),
-        (["--dtype", "int8"], ["`int8`", "float32"]),
+        (["--dtype", "int8"], ["'int8'", "float32"]),
         (["--lora_r", "0"], ["--lora_r is 0", "--full"]),
         (["--max_length", "1"], ["--max_length"]),
         (["--validation_file", "x.jsonl"], ["--train_file"]),
@@ -49,7 +49,7 @@ def complaint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..
         (["--full", "--use_dora"], ["--use_dora", "leave out --full"]),
         (["--report_to", "nothing_like_it"], ["`nothing_like_it`", "isn't installed"]),
         (["--push_to_hub"], ["the Hub can't be pushed to", "`hf auth login`"]),
-        (["--do_train", "false", "--train_file", __file__], ["unknown ending"]),
+        (["--do_train", "false", "--train_file", __file__], ["no file to read at", ".jsonl"]),
     ],
 )
 def test_flags(complaint, flags, parts):
@@ -65,14 +65,14 @@ def test_no_output_folder(capsys):
 @pytest.mark.parametrize(
     "name, text, parts",
     [
-        ("data.jsonl", "", ["data.jsonl is empty"]),
+        ("data.jsonl", "", ["data.jsonl has no examples"]),
         ("data.csv", "prompt,completion\n", ["data.csv has no examples"]),
-        ("data.jsonl", '{"text": "a"}\n\n{"text": "b"\n', ["data.jsonl, line 3", "malformed JSON"]),
-        ("data.json", '[{"text": "a"},\n{"text": b}]', ["data.json, line 2", "malformed JSON"]),
-        ("data.jsonl", '{"text": "a"}\n[1]\n', ["data.jsonl, line 2", "object"]),
-        ("data.csv", "prompt,completion\na,b\na\n", ["data.csv, line 3", "columns"]),
+        ("data.jsonl", '{"text": "a"}\n\n{"text": "b"\n', ["data.jsonl is malformed: line 3 is not JSON"]),
+        ("data.json", '[{"text": "a"},\n{"text": b}]', ["data.json is malformed: line 2 is not JSON"]),
+        ("data.jsonl", '{"text": "a"}\n[1]\n', ["data.jsonl: example 2", "object"]),
+        ("data.csv", "prompt,completion\na,b\na\n", ["data.csv is malformed", "columns in line 3"]),
         ("data.parquet", "PAR?", ["data.parquet is malformed"]),
-        ("data.txt", "a", ["`.txt`", ".jsonl"]),
+        ("data.txt", "a", ["no file to read at", "data.txt", ".jsonl"]),
         ("data.jsonl", '{"question": "a", "labels": 1}\n', ["`prompt` and `completion`", "`question`, `labels`"]),
         ("data.jsonl", '{"prompt": "a", "chosen": "b", "rejected": "c"}\n', ["nothing to learn", "hf-jd dpo"]),
         ("data.jsonl", '{"text": "a"}\n{"text": null}\n{}\n', ["`text`", "rows 2, 3"]),
@@ -83,7 +83,7 @@ def test_no_output_folder(capsys):
         ("data.jsonl.gz", '{"text": "a"}\n', ["data.jsonl.gz can't be read", "gzip"]),
         ("data.jsonl", '{"text": 1}\n{"text": 3}\n', ["`text`", "rows 1, 2"]),
         ("data.jsonl", '{"prompt": "a", "completion": ""}\n', ["No example has a token"]),
-        ("data.jsonl", b'{"text": "\xff"}\n', ["UTF-8"]),
+        ("data.jsonl", b'{"text": "\xff"}\n', ["data.jsonl is malformed: 'utf-8'"]),
     ],
 )
 def test_files(complaint, tmp_path, name, text, parts):
@@ -94,14 +94,16 @@ def test_files(complaint, tmp_path, name, text, parts):
 
 
 def test_file_is_missing(complaint, tmp_path):
-    assert "No such file" in complaint("--train_file", tmp_path / "no.jsonl")
+    assert "no file to read at" in complaint("--train_file", tmp_path / "no.jsonl")
 
 
 def test_malformed_settings(complaint, tmp_path):
     (tmp_path / "a.yaml").write_text("lora_r: [1\n")
     assert "a.yaml is malformed" in complaint(tmp_path / "a.yaml")
     (tmp_path / "a.yaml").write_text("lora_rank: 1\n")
-    assert "`lora_rank`" in complaint(tmp_path / "a.yaml")
+    assert "`lora_rank` in the file; the nearest is `--lora_r`" in complaint(tmp_path / "a.yaml")
+    (tmp_path / "a.yaml").write_text("dtype: int8\n")
+    assert "--dtype is `int8`; choose one of float32" in complaint(tmp_path / "a.yaml")
 
 
 def test_what_isnt_installed_is_said(complaint, monkeypatch, train_file):

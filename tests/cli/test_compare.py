@@ -16,8 +16,8 @@ from hf_jd.cli import main
 from hf_jd.finetune import compare
 from hf_jd.finetune.comparison import Plan
 from hf_jd.finetune.processes import Job, run_jobs
-from hf_jd.finetune.results import Evaluation, Results
 from hf_jd.finetune.table import comparison_table, evaluation_table, markdown, spread
+from hf_jd.report.history import History
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ class Machine:
         self.made: list[str] = []
         self.until: int | None = None
 
-    def __call__(self, jobs, processes, environment, finished):
+    def __call__(self, jobs, processes):
         for job in jobs:
             if len(self.made) == self.until:
                 raise KeyboardInterrupt
@@ -109,7 +109,7 @@ class Machine:
             ]
             state = {"global_step": 2, "log_history": [*evaluations, {"step": 1, "jd/against/sum": 1.0}]}
             (job.log.parent / "trainer_state.json").write_text(json.dumps(state))
-            finished(job)
+            job.finished()
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_a_tradeoff_has_its_own_table_and_picture(plan, tmp_path, machine, capsy
     rows = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]] for line in table.splitlines()}
     assert rows["before training"][::2][:2] == ["0.50", "2.00"]
     # From 0.5 to 8 in two steps: 2 is halfway between them in logarithms, and so is 4 between 2 and 8.
-    assert rows["by task"] == ["8.00", "nan%", "8.00", "nan%", "4.00", "1", "", "1"]
+    assert rows["by task"] == ["8.00", "", "8.00", "", "4.00", "1", "", "1"]
     assert list(rows).index("**slow**") < list(rows).index("**fast**")
     assert (tmp_path / "out" / "picture.png").read_bytes().startswith(b"\x89PNG")
     with_parts(plan, tradeoff=tradeoff | {"until": 100})
@@ -207,18 +207,17 @@ def test_malformed_parts_of_plans(plan, tmp_path, capsys, parts):
 
 
 def job(tmp_path, name, code):
-    return Job(name, [sys.executable, "-c", code], tmp_path / f"{name}.txt")
+    return Job(name, [sys.executable, "-c", code], tmp_path / f"{name}.txt", (tmp_path / f"{name} is done").touch)
 
 
 def test_failing_runs_end_the_others(tmp_path):
-    ended: list[Job] = []
     slow = job(tmp_path, "slow", "import time; time.sleep(60)")
     mend = job(tmp_path, "mend", "import sys; print('hf-jd finetune: error: Mend it.\\nBye.'); sys.exit(2)")
     with pytest.raises(ValueError, match="^mend: Mend it.$"):
-        run_jobs([slow, mend], 2, {}, ended.append)
+        run_jobs([slow, mend], 2)
     with pytest.raises(RuntimeError, match="exit code 1"):
-        run_jobs([job(tmp_path, "fault", "raise KeyError('x')")], 1, {}, ended.append)
-    assert not ended
+        run_jobs([job(tmp_path, "fault", "raise KeyError('x')")], 1)
+    assert not list(tmp_path.glob("*done"))
 
 
 def test_sigterm_ends_the_runs_too(tmp_path):
@@ -226,7 +225,7 @@ def test_sigterm_ends_the_runs_too(tmp_path):
     code = f"import pathlib, time; pathlib.Path({str(ready)!r}).touch(); time.sleep(60)"
     parent = (
         "import sys; from pathlib import Path; from hf_jd.finetune.processes import Job, run_jobs\n"
-        f"run_jobs([Job('slow', [sys.executable, '-c', {code!r}], Path({str(tmp_path / 'log')!r}))], 1, {{}}, print)"
+        f"run_jobs([Job('slow', [sys.executable, '-c', {code!r}], Path({str(tmp_path / 'log')!r}))], 1)"
     )
     process = subprocess.Popen([sys.executable, "-c", parent])
     while not ready.exists():
@@ -239,9 +238,13 @@ def test_sigterm_ends_the_runs_too(tmp_path):
 
 
 def results(loss, seconds=None, against=None):
-    evaluations = {"a": [Evaluation(0, 5.0, 0.1, 0.2), Evaluation(4, loss, 0.5, 0.2)]}
-    series = {} if against is None else {"a": [(step, float(step <= against)) for step in range(1, 5)]}
-    return Results(evaluations, {}, series, 4, [9.0, seconds, seconds] if seconds else [])
+    before = {"step": 0, "eval_a_loss": 5.0, "eval_a_accuracy": 0.1, "eval_a_majority": 0.2}
+    after = {"step": 4, "eval_a_loss": loss, "eval_a_accuracy": 0.5, "eval_a_majority": 0.2}
+    logs = [{"step": step} for step in range(1, 5)]
+    for log in logs:
+        log |= {"step_time": 9.0 if log["step"] == 1 else seconds} if seconds else {}
+        log |= {"jd/against/a": float(log["step"] <= against)} if against else {}
+    return History().add(before, *logs, after)
 
 
 def test_comparison_shows_mean_and_spread_over_seeds():
@@ -264,8 +267,7 @@ def test_columns_are_aligned():
 
 
 def test_spread_of_nothing_is_empty():
-    assert spread([None, None], ".1f") == ""
-    assert spread([1.0, None], ".1f") == "1.0"
+    assert spread([], ".1f") == ""
 
 
 def test_a_run_that_diverged_has_no_deviation():

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from hf_jd.cli import main
 from hf_jd.finetune.example import MODEL, example_path
-from hf_jd.finetune.results import Results
+from hf_jd.report.history import mean, read_history
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +40,14 @@ def test_adapter_is_trained_and_reloads(lora_run):
 
 
 def test_evaluation_weights_and_conflicts_are_by_task(lora_run):
-    results = Results.read(lora_run)
+    results = read_history(lora_run)
     assert results.tasks == ["story", "sum"]
     assert results.steps == 2
     for task in results.tasks:
-        assert [evaluation.step for evaluation in results.evaluations[task]] == [0, 2]
-        assert 0 <= results.evaluations[task][-1].accuracy <= 1
-        assert results.steps_against(task) in (0, 1, 2)
-        assert results.share_against(task) in (0, 0.5, 1)
-    assert sum(results.mean_weight(task) or 0 for task in results.tasks) == pytest.approx(1)
+        assert [step for step, _ in results.evaluations[task]] == [0, 2]
+        assert all(0 <= accuracy <= 1 for _, accuracy in results.accuracies[task])
+        assert mean(results.against[task]) in (0, 0.5, 1)
+    assert sum(map(mean, results.weights.values())) == pytest.approx(1)
 
 
 def test_the_loss_after_training_is_the_mean_over_tokens_whatever_the_batch(lora_run, train_file, tmp_path, capsys):
@@ -207,8 +206,8 @@ def test_short_data_gives_a_curve_and_a_column_before(train_file, tmp_path, caps
     printed = capsys.readouterr().out
     assert "| task  | loss before | loss after |" in printed
     assert "step 1: loss " in printed
-    results = Results.read(tmp_path / "run")
-    assert [evaluation.step for evaluation in results.evaluations["sum"]] == [0, 1, 2, 3, 4]
+    results = read_history(tmp_path / "run")
+    assert [step for step, _ in results.evaluations["sum"]] == [0, 1, 2, 3, 4]
     assert [step for step, _ in results.weights["sum"]] == [1, 2, 3, 4]
 
 
@@ -220,7 +219,7 @@ def test_without_a_whole_checkpoint_it_says_that_it_starts_anew(flags, finetune,
     finetune(folder, *LAST, *flags)
     assert resumed == [None]
     assert "No checkpoint is complete: training starts from the beginning" in caplog.text
-    assert Results.read(folder).steps == 2
+    assert read_history(folder).steps == 2
 
 
 def test_a_named_checkpoint_that_is_cut_off_is_refused(saved_run, train_file, tmp_path, capsys):
@@ -257,5 +256,5 @@ def test_script_runs_under_accelerate_with_two_processes(train_file, tmp_path):
     command = [*launch, "--main_process_port", "0", script, *flags, *sizes, "--output_dir", tmp_path / "run"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert Results.read(tmp_path / "run").steps == 2
+    assert read_history(tmp_path / "run").steps == 2
     assert done.stdout.count("Saved in") == 1

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from hf_jd.finetune.example import MODEL, example_path
 from hf_jd.finetune.flags import DataArguments, ModelArguments
-from hf_jd.finetune.formats import Example, form_of, to_example
+from hf_jd.finetune.formats import Example, to_examples
 from hf_jd.finetune.model import load_tokenizer
 from hf_jd.finetune.tokens import IGNORED, PLAIN_TEMPLATE, encode_example, tokenize
 
@@ -32,7 +34,7 @@ def tokenizer():
 
 
 def encoded(prompt, completion, tokenizer, add_eos):
-    ids, labels = encode_example(Example(prompt, completion), tokenizer, add_eos)
+    ids, labels = encode_example(Example(prompt, completion), tokenizer, add_eos, Counter())
     assert len(ids) == len(labels)
     assert all(label in (IGNORED, id_) for id_, label in zip(ids, labels, strict=True))
     return ids, labels
@@ -45,6 +47,11 @@ def decoded(labels, tokenizer):
 def tokens(rows, tokenizer, **flags):
     found = tokenize(rows, tokenizer, DataArguments(**flags))
     return [(row["input_ids"], row["labels"]) for row in found]
+
+
+def example(row):
+    ((_, converted),) = to_examples([row], None)
+    return converted
 
 
 def test_only_the_completion_is_learned(tokenizer):
@@ -136,8 +143,8 @@ def test_tools_reach_the_template(tokenizer):
     tokenizer.chat_template = "{% for t in tools %}{{ t['name'] }};{% endfor %}" + CHATML
     row = {"messages": TALK, "tools": [{"name": "clock", "unit": None}]}
     assert "clock;" in tokenizer.decode(tokens([row], tokenizer)[0][0])
-    assert to_example(row, ("messages",)).tools == [{"name": "clock"}]
-    assert to_example(row | {"tools": '[{"name": "clock"}]'}, ("messages",)).tools == [{"name": "clock"}]
+    assert example(row).tools == [{"name": "clock"}]
+    assert example(row | {"tools": '[{"name": "clock"}]'}).tools == [{"name": "clock"}]
 
 
 def test_plain_texts_for_a_model_that_chats_are_remarked_on(tokenizer, caplog):
@@ -149,6 +156,6 @@ def test_plain_texts_for_a_model_that_chats_are_remarked_on(tokenizer, caplog):
 def test_names_of_other_tools_are_understood():
     row = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     completion = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert to_example(row, form_of(row)) == Example([], completion)
+    assert example(row) == Example([], completion)
     parts = {"messages": [{"role": "assistant", "content": [{"type": "text", "text": "b"}], "name": None}]}
-    assert to_example(parts, form_of(parts)) == Example([], [{"role": "assistant", "content": "b"}])
+    assert example(parts) == Example([], [{"role": "assistant", "content": "b"}])
