@@ -125,7 +125,8 @@ def _read_json(path: Path) -> Iterator[dict[str, Any]]:
         try:
             value = json.loads(part)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {line + error.lineno - 1}: malformed JSON ({error.msg}).") from error
+            place = f"{path}, line {line + error.lineno - 1}, column {error.colno}"
+            raise ValueError(f"{place}: malformed JSON ({error.msg.removesuffix(' starting at')}).") from error
         for number, row in enumerate(value, 1) if array else [(line, value)]:
             if not isinstance(row, dict):
                 place = f"{path}, {'example' if array else 'line'} {number}"

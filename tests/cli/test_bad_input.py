@@ -67,7 +67,7 @@ def test_no_output_folder(capsys):
     [
         ("data.jsonl", "", ["data.jsonl is empty"]),
         ("data.csv", "prompt,completion\n", ["data.csv has no examples"]),
-        ("data.jsonl", '{"text": "a"}\n\n{"text": "b"\n', ["data.jsonl, line 3", "malformed JSON"]),
+        ("data.jsonl", '{"text": "a"}\n\n{"text": "b"\n', ["data.jsonl, line 3, column", "malformed JSON"]),
         ("data.json", '[{"text": "a"},\n{"text": b}]', ["data.json, line 2", "malformed JSON"]),
         ("data.jsonl", '{"text": "a"}\n[1]\n', ["data.jsonl, line 2", "object"]),
         ("data.csv", "prompt,completion\na,b\na\n", ["data.csv, line 3", "columns"]),
@@ -80,6 +80,9 @@ def test_no_output_folder(capsys):
         ("data.jsonl", '{"messages": "a"}\n', ["no list of messages in the column `messages` of row 1"]),
         ("data.jsonl", '{"messages": [{"role": "user", "content": "a"}]}\n', ["no message with the role `assistant`"]),
         ("data.jsonl", '{"messages": [{"content": "a"}]}\n', ["a message without `role`", "row 1"]),
+        ("data.jsonl", '{"messages": [{"role": "assistant", "content": null}]}\n', ["`content` as text", "row 1"]),
+        ("data.jsonl", '{"conversations": [{"from": "gpt"}]}\n', ["`content` as text", "row 1"]),
+        ("data.jsonl", '{"text": "a"}\n{"text": "b', ["line 2, column 10: malformed JSON (Unterminated string)"]),
         ("data.jsonl.gz", '{"text": "a"}\n', ["data.jsonl.gz can't be read", "gzip"]),
         ("data.jsonl", '{"text": 1}\n{"text": 3}\n', ["`text`", "rows 1, 2"]),
         ("data.jsonl", '{"prompt": "a", "completion": ""}\n', ["No example has a token"]),
