@@ -60,6 +60,8 @@ def main(argv: Sequence[str]) -> int:
         left = [run for run in runs if not _is_finished(run, flags)]
         if len(left) < len(runs):
             print(f"{len(runs) - len(left)} of {len(runs)} runs are already done.", flush=True)
+        if left:
+            print(f"{len(left)} to go, {arguments.processes} at a time; logs: {folder}/runs/*/log.txt.", flush=True)
         _run_all(left, flags, _write_example(example, folder / "data") if example else {}, arguments.processes)
     except ValueError:
         if not any(folder.glob(f"runs/*/{FINISHED}")):
@@ -81,17 +83,19 @@ def _report(plan: Plan, flags: list[str], runs: list[Run], folder: Path) -> None
         table, picture = comparison_table(measured, twins, plan.stock()), partial(draw, measured, twins)
     else:
         table, picture = tradeoff_table(plan, measured), partial(draw_tradeoff, plan, measured)
+    saved = [TABLE, RESULTS]
     if importlib.util.find_spec("matplotlib") is None:
         print("There is no picture: matplotlib isn't installed (`pip install matplotlib`).")
     else:
         picture(folder / PICTURE)
+        saved.append(PICTURE)
     (folder / TABLE).write_text(table + "\n", "utf-8")
     everything = {"plan": asdict(plan), "flags": flags}
     for kind, by_name in (("runs", measured), ("twins", twins)):
         everything[kind] = {name: [asdict(results) for results in seeds] for name, seeds in by_name.items()}
     (folder / RESULTS).write_text(json.dumps(everything, indent=1) + "\n", "utf-8")
     print("\n".join(["", table, "", *_notes(measured, twins)]))
-    print(f"Saved in {folder}: {TABLE}, {RESULTS}, {PICTURE}, and the runs.")
+    print(f"Saved in {folder}: {', '.join(saved)}, and the runs.")
 
 
 def _parser() -> argparse.ArgumentParser:

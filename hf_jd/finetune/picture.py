@@ -59,6 +59,7 @@ def _draw_losses(axis: Axes, task: str, runs: Mapping[str, Sequence[Results]]) -
             axis.fill_between(steps, low, high, alpha=0.2)
     axis.set_title(task)
     axis.set_xlabel("step")
+    axis.locator_params(axis="x", integer=True)
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -73,5 +74,6 @@ def _draw_weights(axis: Axes, name: str, seeds: Sequence[Results], tasks: Sequen
     axis.stackplot(list(steps), shares, labels=list(tasks), alpha=0.8, colors=_COLORS)
     axis.set_title(name, fontsize="medium")
     axis.set_xlabel("step")
+    axis.locator_params(axis="x", integer=True)
     axis.set_ylim(0, 1)
     axis.margins(x=0)
