@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
     flags, file = split_settings(argv)
     settings = {} if file is None else dict(read_settings(file))
     with TemporaryDirectory() as folder:  # Trainer creates its output folder at once.
-        findings = diagnose(flags, settings | {"output_dir": folder})
+        findings = diagnose(flags, settings | {"output_dir": folder, "eval_strategy": "no"})
     print(report(findings))
     return 0 if all(finding.right for finding in findings) else 1
 
