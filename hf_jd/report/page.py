@@ -76,7 +76,8 @@ TEXTS = {
 _ONE_LOSS = Text(
     "Losses",
     "The training loss of all objectives together.",
-    "Does it fall? Whether that is at the expense of some examples, only losses by group tell (--jd_group_column).",
+    "Does it fall? Whether that is at the expense of some examples, only losses by group tell: they need "
+    "--jd_group_column, and a loss per example, which DPO and the like don't have.",
 )
 _POLICY_LOSS = Text(
     "Losses",

@@ -112,6 +112,14 @@ def test_the_verdict(weighting, against, conflicts, parts, tmp_path):
     assert ("whose gradients are mostly noise" in html) == (conflicts > 0.1)
 
 
+@pytest.mark.parametrize(
+    "flags, name",
+    [({"jd_objectives": "group", "jd_group_column": "kind"}, "kind"), ({"jd_objectives": "reward"}, "reward")],
+)
+def test_the_setup_says_what_an_objective_is(flags, name):
+    assert f"; mgda, one objective per {name}; " in setup(FACTS | {"jd_weighting": "mgda"} | flags)
+
+
 def test_values_that_cannot_be_drawn(tmp_path):
     infinite, groups = float("inf"), ["a", "\u8a9e", "c"]
     entries = [entry(1, groups, begins="anew"), entry(2, groups)]
