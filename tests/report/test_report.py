@@ -12,6 +12,7 @@ from hf_jd.cli import main
 from hf_jd.report import figures
 from hf_jd.report.history import History
 from hf_jd.report.theme import LIGHT
+from hf_jd.report.verdict import setup
 from tests.report.runs import FORTY, entry, write_log, write_run
 
 
