@@ -163,7 +163,9 @@ class JDArguments:
     )
     jd_check: bool = field(
         default=True,
-        metadata={"help": "Verify the Jacobian and the losses on the first step, with one extra backward pass."},
+        metadata={
+            "help": "Verify the Jacobian and the losses on the first step, with two or three extra backward passes."
+        },
     )
     jd_check_processes: int = field(
         default=100,

@@ -7,14 +7,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import load_dataset
+from transformers import AutoProcessor
 from transformers.utils import is_bitsandbytes_available
 
 from hf_jd.arguments import JDArguments
 from hf_jd.finetune.console import hide_bars
 from hf_jd.finetune.facts import FactsWriter, training_facts
 from hf_jd.finetune.flags import MAIN_FLAGS
+from hf_jd.finetune.model import model_path
 from hf_jd.finetune.parser import Parser, names_of, read_settings
+from hf_jd.finetune.sentences import first_sentence
 from hf_jd.groups import group_names
 
 try:
@@ -25,6 +29,7 @@ try:
         get_dataset,
         get_peft_config,
         get_quantization_config,
+        is_conversational,
     )
 except ImportError as error:
     raise ValueError(f"This command needs TRL ({error}): pip install 'hf-jd[trl]'.") from error
@@ -70,6 +75,8 @@ def run(
     data = load(script_args, mixture)
     rows = _split(data, script_args.dataset_train_split, "dataset_train_split")
     _check_columns(name, rows, args)
+    further = {} if more is None else more(script_args, model)
+    _check_tokenizer(rows, args, model)
     built = trainer(
         model=model.model_name_or_path,
         args=args,
@@ -79,11 +86,12 @@ def run(
         else _split(data, script_args.dataset_test_split, "dataset_test_split"),
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
-        **({} if more is None else more(script_args, model)),
+        **further,
     )
     built.add_callback(_facts_writer(script_args, args, model))
     _train(built, args.resume_from_checkpoint)
     built.save_model(args.output_dir)
+    built.accelerator.print(f"Saved in {args.output_dir}.")
     if args.push_to_hub:
         built.push_to_hub(dataset_name=script_args.dataset_name)
     return 0
@@ -126,6 +134,9 @@ def parse(name: str, argv: Sequence[str], script: Any, config: Any) -> Any:
             "Training, as in transformers' TrainingArguments": MAIN_FLAGS,
         },
     )
+    if not torch.accelerator.is_available():
+        # TRL's configs turn bf16 on, and are then refused on a CPU; torch warns of memory pinned for no accelerator.
+        parser.set_defaults(bf16=False, dataloader_pin_memory=False)
     flags, settings = _split_config(argv)
     return parser.parse(flags, settings)
 
@@ -157,6 +168,22 @@ def _check_columns(command: str, rows: Any, args: Any) -> None:
         )
     if args.jd_group_column and not (pairs and args.jd_group_column == "label"):
         group_names(rows, args.jd_group_column, args.jd_groups)
+
+
+def _check_tokenizer(rows: Any, args: Any, model: Any) -> None:
+    """Raises a ValueError for a model that isn't there, and for chats that no template can write."""
+    name, source = model_path(model), {"revision": model.model_revision, "trust_remote_code": args.trust_remote_code}
+    try:
+        processor: Any = AutoProcessor.from_pretrained(name, **source)  # as TRL loads it
+    except (OSError, ValueError) as error:
+        raise ValueError(f"The tokenizer of `{name}` can't be loaded: {first_sentence(error)}") from error
+    if getattr(args, "chat_template_path", None) or getattr(processor, "chat_template", None) is not None:
+        return
+    if is_conversational(next(iter(rows), {})):
+        raise ValueError(
+            f"The data holds chats, and the tokenizer of `{name}` has no chat template: choose a chat model, name a "
+            "template with --chat_template_path (SFT), or use `hf-jd finetune`, which has a plain one."
+        )
 
 
 def _check(model: Any) -> None:

@@ -177,7 +177,7 @@ def _rows(shape: Shape, case: Case) -> str:
 def _memory(shape: Shape, case: Case, hardware: Hardware, assumed: Assumptions) -> str:
     parts = memory(shape, case)
     listed = ", ".join(f"{name} {_size(value)}" for name, value in parts.items())
-    return f"{_size(sum(parts.values()))} besides ({listed}), of {_size(hardware.memory)}"
+    return f"{_size(sum(parts.values()))} besides rows ({listed}), of {_size(hardware.memory)}"
 
 
 def _one_pass(shape: Shape, case: Case, hardware: Hardware, assumed: Assumptions) -> str:

@@ -12,14 +12,15 @@ import importlib.util
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from hf_jd.finetune.comparison import Plan, Run
-from hf_jd.finetune.example import example_path
+from hf_jd.finetune.example import example_data, example_path
+from hf_jd.finetune.flags import DataArguments
 from hf_jd.finetune.parser import split_settings
 from hf_jd.finetune.picture import draw
 from hf_jd.finetune.processes import Job, run_jobs
@@ -45,13 +46,16 @@ def main(argv: Sequence[str]) -> int:
     plan = Plan.read(example_path(DEFAULT) if file is None else file)
     folder = Path(arguments.output_dir)
     runs = plan.runs(folder, arguments.seeds)
-    _check(runs, flags)
+    example = _check(runs, flags)
     _make_folder(folder, arguments.overwrite, arguments.resume)
     try:
         left = [run for run in runs if not _is_finished(run, flags)]
         if len(left) < len(runs):
             print(f"{len(runs) - len(left)} of {len(runs)} runs are already done.", flush=True)
-        run_jobs([_job(run, flags) for run in left], arguments.processes)
+        if left:
+            print(f"{len(left)} to go, {arguments.processes} at a time; logs: {folder}/runs/*/log.txt.", flush=True)
+        files = _write_example(example, folder / "data") if example and left else {}
+        run_jobs([_job(run, flags, files) for run in left], arguments.processes)
     except ValueError:
         if not any(folder.glob(f"runs/*/{FINISHED}")):
             shutil.rmtree(folder)
@@ -81,8 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(runs: Sequence[Run], flags: list[str]) -> None:
-    """Report errors in later runs now, not in an hour."""
+def _check(runs: Sequence[Run], flags: list[str]) -> str | None:
+    """Report errors in later runs now, not in an hour; return the embedded example that they train on, if any."""
+    data = DataArguments()
     for run in runs:
         try:
             _, data, _, _ = parse(flags, run.settings)
@@ -90,6 +95,7 @@ def _check(runs: Sequence[Run], flags: list[str]) -> None:
             raise ValueError(f"{run.configuration}: {error}") from error
         if data.train_file and not data.validation_file:
             raise ValueError("--validation_file is missing: a comparison needs examples to evaluate on.")
+    return None if data.train_file or data.dataset_name else data.example
 
 
 def _make_folder(folder: Path, overwrite: bool, resume: bool) -> None:
@@ -106,12 +112,21 @@ def _make_folder(folder: Path, overwrite: bool, resume: bool) -> None:
     (folder / "runs").mkdir(parents=True)
 
 
-def _job(run: Run, flags: list[str]) -> Job:
+def _write_example(name: str, folder: Path) -> dict[str, str]:
+    """Write an embedded example's data once for all runs: building it takes seconds."""
+    folder.mkdir(exist_ok=True)
+    files = {f"{split}_file": str(folder / f"{split}.jsonl") for split in (splits := example_data(name))}
+    for rows, file in zip(splits.values(), files.values(), strict=True):
+        rows.to_json(file)
+    return files
+
+
+def _job(run: Run, flags: list[str], files: Mapping[str, str]) -> Job:
     """Prepare a run's folder."""
     if run.folder.exists():  # left by an interrupted run
         shutil.rmtree(run.folder)
     run.folder.mkdir()
-    _write(run.folder / "flags.json", run.settings)
+    _write(run.folder / "flags.json", {**run.settings, **files})
     command = (sys.executable, "-m", "hf_jd.cli", "finetune", str(run.folder / "flags.json"), *flags)
     finished = partial(_write, run.folder / FINISHED, _all_flags(run, flags))
     return Job(run.name, command, run.folder / "log.txt", finished)
@@ -151,10 +166,12 @@ def _report(plan: Plan, flags: list[str], runs: Sequence[Run], folder: Path) -> 
     else:
         table = tradeoff_table(plan, plan.tradeoff, measured)
         picture = partial(draw_tradeoff, plan, plan.tradeoff, measured)
+    saved = [TABLE, RESULTS]
     if importlib.util.find_spec("matplotlib") is None:
         print("There is no picture: matplotlib isn't installed (`pip install matplotlib`).")
     else:
         picture(folder / PICTURE)
+        saved.append(PICTURE)
     (folder / TABLE).write_text(table + "\n", "utf-8")
     results = {
         kind: {name: [run.by_task() for run in seeds] for name, seeds in of.items()}
@@ -162,7 +179,7 @@ def _report(plan: Plan, flags: list[str], runs: Sequence[Run], folder: Path) -> 
     }
     _write(folder / RESULTS, {"plan": asdict(plan), "flags": flags, **results})
     print("\n".join(["", table, "", *_notes(measured, twins)]))
-    print(f"Saved in {folder}: {TABLE}, {RESULTS}, {PICTURE}, and the runs.")
+    print(f"Saved in {folder}: {', '.join(saved)}, and the runs.")
 
 
 def _notes(runs: dict[str, list[History]], twins: dict[str, list[History]]) -> list[str]:

@@ -57,7 +57,7 @@ class Plan:
                 f"{path} is no plan of a comparison: it needs `configurations`, each a name with its flags, and may "
                 "have `base`, the flags that they share; `variants`, each a name with flags to run every configuration "
                 "with; and `tradeoff`, with `forget` and `keep`, each a task, and `until`, the loss of the first at "
-                "which everything is forgotten."
+                f"which everything is forgotten. ({error})"
             ) from error
         if len({_file_name(name) for name in plan.all()}) < len(plan.all()):
             raise ValueError(f"{path}: two of {', '.join(plan.all())} would be saved in one folder; rename one.")
@@ -66,11 +66,11 @@ class Plan:
     @classmethod
     def _of(cls, base: Any, configurations: Any, variants: Any, tradeoff: Any) -> Plan:
         configurations, variants = (
-            {str(name): dict(flags or {}) for name, flags in part.items()}
+            {str(name): _flags(name, flags) for name, flags in part.items()}
             for part in (configurations, variants or {"": {}})
         )
         if not configurations:
-            raise ValueError("no configurations")
+            raise ValueError("There are no configurations.")
         if tradeoff is not None:
             tradeoff = Tradeoff(str(tradeoff["forget"]), str(tradeoff["keep"]), float(tradeoff["until"]))
         return cls(dict(base or {}), configurations, variants, tradeoff)
@@ -137,6 +137,12 @@ class Run:
     def folder(self) -> Path:
         """The run's folder."""
         return Path(self.settings["output_dir"])
+
+
+def _flags(name: Any, flags: Any) -> dict[str, Any]:
+    if not isinstance(flags, dict | None):
+        raise ValueError(f"`{name}` has `{flags}` instead of flags as `name: value`.")
+    return dict(flags or {})
 
 
 def _file_name(name: str) -> str:

@@ -106,7 +106,8 @@ def _read_json(path: str) -> Iterator[Any]:
             try:
                 value = json.loads(part)
             except json.JSONDecodeError as error:
-                raise ValueError(f"line {line + error.lineno - 1} is not JSON ({error.msg})") from error
+                place = f"line {line + error.lineno - 1} is not JSON from column {error.colno} on"
+                raise ValueError(f"{place} ({error.msg.removesuffix(' starting at')})") from error
             yield from value if array else [value]
 
 

@@ -116,9 +116,9 @@ def _message(message: Any, column: str) -> dict[str, Any]:
     # A table gives every message the keys of all messages: drop keys without a value.
     fields = _without_nulls(message) if isinstance(message, dict) else {}
     if "from" in fields:
-        fields = {"role": fields["from"], "content": fields.get("value", "")}
+        fields = {"role": fields["from"], "content": fields.get("value")}
     fields["role"] = ROLES.get(fields.get("role", ""), fields.get("role"))
-    content = fields.setdefault("content", "")
+    content = fields.setdefault("content", "" if len(fields) > 1 else None)  # A call of a tool needs no text.
     if isinstance(content, list) and all(isinstance(part, dict) and "text" in part for part in content):
         fields["content"] = content = "".join(part["text"] for part in content)
     if not isinstance(fields["role"], str) or not isinstance(content, str):

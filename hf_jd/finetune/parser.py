@@ -27,6 +27,11 @@ _SYNONYMS = {
     "jd_backward": "two_pass",
     "bf16": "dtype",
 }
+_TEXTS = {
+    "output_dir": "The folder for the result, checkpoints and logs.",
+    "resume_from_checkpoint": "Continue from the run's newest complete checkpoint, `last`, or from a folder.",
+}
+"""Descriptions of transformers' flags that say what they mean here."""
 _WIDTH, _INDENT = 110, 34
 
 
@@ -37,6 +42,7 @@ class Parser(HfArgumentParser):
         prepare: Changes the flags, by name, before they become dataclasses.
         sections: The flags that `--help` lists, by heading; `--help-all` lists the others, too. None: all flags, under
             one heading.
+        texts: Descriptions that replace those of other libraries' flags, by name.
     """
 
     def __init__(
@@ -44,9 +50,12 @@ class Parser(HfArgumentParser):
         *args: Any,
         prepare: Callable[[dict[str, Any]], None] = lambda flags: None,
         sections: Mapping[str, Sequence[str]] | None = None,
+        texts: Mapping[str, str] | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        for action in self._actions:
+            action.help = {**_TEXTS, **(texts or {})}.get(action.dest, action.help)
         self._prepare = prepare
         self._sections = sections or {"Flags": self._names()}
 

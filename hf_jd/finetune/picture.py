@@ -56,6 +56,7 @@ def _draw_losses(axis: Axes, task: str, runs: Runs) -> None:
         if len(seeds) > 1:
             axis.fill_between(steps, list(map(min, curves)), list(map(max, curves)), alpha=0.2)
     axis.set(title=task, xlabel="step")
+    axis.locator_params(axis="x", integer=True)
     axis.spines[["top", "right"]].set_visible(False)
 
 
@@ -69,4 +70,5 @@ def _draw_weights(axis: Axes, name: str, seeds: Sequence[History], tasks: Sequen
         shares.append([statistics.fmean(by_step[max(0, i - _WINDOW + 1) : i + 1]) for i in range(len(by_step))])
     axis.stackplot(list(steps), shares, labels=list(tasks), alpha=0.8, colors=_COLORS)
     axis.set(xlabel="step", ylim=(0, 1), xmargin=0)
+    axis.locator_params(axis="x", integer=True)
     axis.set_title(name, fontsize="medium")

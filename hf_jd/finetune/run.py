@@ -87,6 +87,7 @@ def parse(
             "Run": names_of(RunArguments),
             "Training, as in transformers' TrainingArguments": MAIN_FLAGS,
         },
+        texts={"learning_rate": f"The peak learning rate [{LORA_LEARNING_RATE:g}, with --full {FULL_LEARNING_RATE:g}]"},
     )
     parser.set_defaults(**DEFAULTS)
     flags, file = split_settings(argv)

@@ -156,21 +156,26 @@ def _logs(folder: Path) -> tuple[Path, list[dict[str, Any]]]:
 def current_lines(text: str) -> list[dict[str, Any]]:
     """Return the lines that belong to the latest attempt of the run.
 
-    A line that begins a new run discards all lines above it; one that begins a resumed run discards those of the same
-    and later steps. Lines truncated by a kill are skipped.
+    A line that begins a new run discards all lines above it; one that begins a resumed run discards those that the run
+    repeats: a checkpoint's step may be evaluated again, but isn't trained again. Lines truncated by a kill are skipped.
     """
     entries: list[dict[str, Any]] = []
     for line in text.splitlines():
         try:
             entry = json.loads(line)
-            step = int(entry["step"])
+            place = _place(entry)
         except (ValueError, KeyError, TypeError):
             continue
         begins = entry.pop("begins", None)
         if begins is not None:
-            entries = [past for past in entries if begins == "resumed" and past["step"] < step]
+            entries = [past for past in entries if begins == "resumed" and _place(past) < place]
         entries.append(entry)
     return entries
+
+
+def _place(entry: dict[str, Any]) -> tuple[int, bool]:
+    """Order lines as a run writes them: at the same step, evaluations follow the training log."""
+    return int(entry["step"]), "loss" not in entry
 
 
 def mean(series: Series) -> float:

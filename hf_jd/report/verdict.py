@@ -20,12 +20,9 @@ def setup(facts: Mapping[str, Any]) -> str:
     kind = "all parameters" if facts.get("full") else f"LoRA, r = {facts.get('lora_r')}"
     method = "transformers' Trainer"
     if not facts.get("stock"):
-        objectives = {
-            "instance": "one objective per example",
-            "group": f"one objective per {facts.get('jd_group_column')}",
-        }
         flag = facts.get("jd_objectives", "")
-        method = f"{facts.get('jd_weighting')}, {objectives.get(flag, f'objectives `{flag}`')}"
+        names = {"instance": "example", "group": facts.get("jd_group_column"), "instance_loss": "example and loss"}
+        method = f"{facts.get('jd_weighting')}, one objective per {names.get(flag, flag)}"
         if facts.get("jd_blocks", "none") != "none":
             method += f", weighed by {facts['jd_blocks']}"
     return f"{facts['model']} ({kind}) on {facts['data']}; {method}; learning rate {facts.get('learning_rate'):g}"

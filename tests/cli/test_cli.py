@@ -77,6 +77,8 @@ def test_help_shows_jacobian_descent_first_and_everything_on_request(capsys):
     first = text.index("--jd_weighting ")
     assert all(text.index(flag) > first for flag in ("--train_file ", "--lora_r ", "--learning_rate "))
     assert "--adam_beta1 " not in text
+    assert "[0.0002, with --full 2e-05]" in text
+    assert "newest complete checkpoint, `last`, or from a folder" in text
     everything = help_of(capsys, "finetune", "--help-all")
     assert "--adam_beta1 " in everything
     assert "or `lily`, stories about Lily" in " ".join(everything.split())

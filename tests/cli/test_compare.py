@@ -128,7 +128,9 @@ def test_what_is_finished_is_not_run_again(plan, tmp_path, machine, capsys):
     assert "--resume" in capsys.readouterr().err
     machine.until = None
     assert main([*command, "--resume"]) == 0
-    assert "2 of 6 runs are already done" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "2 of 6 runs are already done" in printed
+    assert f"4 to go, 2 at a time; logs: {tmp_path}/out/runs/*/log.txt" in printed
     assert sorted(machine.made) == sorted(
         f"{name}, seed {seed}" for name in ("stock Trainer", "stock Trainer (twin)", "by task") for seed in (0, 1)
     )

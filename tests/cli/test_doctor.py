@@ -16,11 +16,12 @@ def data(tmp_path):
     return ["--train_file", str(file)]
 
 
-def test_all_adapters_are_right(data, capsys, tmp_path, monkeypatch):
+def test_all_adapters_are_right(data, capsys, caplog, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["doctor", *FLAGS, *data]) == 0
     assert "84 in closed form" in (out := capsys.readouterr().out)
     assert "All rows are right" in out
+    assert "--validation_file" not in caplog.text
     assert [p.name for p in tmp_path.iterdir()] == ["data.jsonl"]
 
 

@@ -107,11 +107,12 @@ def common(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_a_local_file_is_trained_on(name, models, common, tmp_path):
+def test_a_local_file_is_trained_on(name, models, common, tmp_path, capsys):
     model = models["judge" if name == "reward" else "causal"]
     data = written(name, tmp_path)
     assert main([name, "--model_name_or_path", str(model), "--dataset_name", data, *common, *FLAGS[name]]) == 0
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert "Saved in out." in capsys.readouterr().out
     (log,) = [json.loads(line) for line in (tmp_path / "out" / "jd_log.jsonl").read_text().splitlines()][:1]
     assert {key.rpartition("/")[2] for key in log if key.startswith("jd/weight/")} == NAMES[name]
     assert "(LoRA, r = 2) on data.jsonl; " in setup(read_history(tmp_path / "out").facts)
@@ -126,6 +127,13 @@ def test_a_config_file_may_set_the_environment_and_mix_datasets(monkeypatch, tmp
     _, args, model, mixed = common_parts.parse("sft", argv, ScriptArguments, JDSFTConfig)
     assert (args.learning_rate, model.lora_r, os.environ["MY_VARIABLE"]) == (3e-3, 5, "3")
     assert [(dataset.path, dataset.split) for dataset in mixed.datasets] == [("a", "train"), ("b", "test")]
+
+
+def test_a_machine_without_an_accelerator_needs_no_flags(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    _, args, _, _ = common_parts.parse("sft", ["--output_dir", "out"], ScriptArguments, JDSFTConfig)
+    assert not args.bf16
+    assert not args.dataloader_pin_memory
 
 
 def test_a_run_resumes_from_its_last_checkpoint(models, common, tmp_path):
@@ -189,6 +197,15 @@ MISTAKES = {
         ["dpo", "--model_name_or_path", "m", "--dataset_name", "DATA", "--dataset_train_split", "test"],
         "The data has no split `test`; its splits are train",
     ),
+    "no such model": (["dpo", "--model_name_or_path", "./m", "--dataset_name", "DATA"], "There is no folder ./m."),
+    "no tokenizer": (
+        ["dpo", "--model_name_or_path", "EMPTY", "--dataset_name", "DATA"],
+        "model` can't be loaded: ",
+    ),
+    "template": (
+        ["sft", "--model_name_or_path", "MODEL", "--dataset_name", "CHATS"],
+        "has no chat template: choose a chat model, name a template with --chat_template_path (SFT), or use",
+    ),
     "weighting": (["dpo", "--jd_weighting", "upgrade"], "--jd_weighting is `upgrade`|Unknown weighting|upgrad"),
 }
 
@@ -201,6 +218,11 @@ def test_a_mistake_is_explained_in_one_sentence(name, common, tmp_path, capsys):
     (tmp_path / "flags.yaml").write_text("jd_weigting: mgda\n")
     files = {"FILE": str(tmp_path / "flags.yaml"), "DATA": data}
     files["GRPO"] = written("grpo", tmp_path) if "GRPO" in words else ""
+    files |= {"MODEL": str(STORIES), "CHATS": str(tmp_path / "chats.jsonl")}
+    files["EMPTY"] = str(tmp_path / "model")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "assistant", "content": "a"}]}\n')
     assert main([files.get(word, word) for word in words] + common) == 2
     error = capsys.readouterr().err
     assert f"hf-jd {words[0]}: error: " in error

@@ -44,6 +44,18 @@ def test_a_resumed_run_makes_steps_again():
     assert ["again" in one for one in found] == [False, False, True, True]
 
 
+def test_a_resumed_run_that_evaluates_its_checkpoint_again_keeps_the_checkpoints_training_log():
+    def trained(step):
+        return {"step": step, "loss": 1.0}
+
+    def evaluated(step, **more):
+        return {"step": step, "eval_a_loss": 1.0, **more}
+
+    before = [trained(4), evaluated(4), trained(5)]
+    found = current_lines(text(*before, evaluated(4, begins="resumed", again=1), trained(5)))
+    assert found == [trained(4), evaluated(4, again=1), trained(5)]
+
+
 def test_a_new_run_in_the_same_folder():
     found = current_lines(text(entry(1, []), entry(2, []), entry(10, [], begins="anew"), entry(20, [])))
     assert [one["step"] for one in found] == [10, 20]

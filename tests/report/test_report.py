@@ -11,6 +11,7 @@ import pytest
 from hf_jd.cli import main
 from hf_jd.report import figures
 from hf_jd.report.history import History
+from hf_jd.report.verdict import setup
 from tests.report.runs import FORTY, entry, write_log, write_run
 
 
@@ -109,6 +110,14 @@ def test_the_verdict(weighting, against, conflicts, parts, tmp_path):
     assert all(part in html for part in parts)
     assert f"llm (LoRA, r = 8) on d.jsonl; {weighting}, one objective per example; learning rate 0.0002" in html
     assert ("whose gradients are mostly noise" in html) == (conflicts > 0.1)
+
+
+@pytest.mark.parametrize(
+    "flags, name",
+    [({"jd_objectives": "group", "jd_group_column": "kind"}, "kind"), ({"jd_objectives": "reward"}, "reward")],
+)
+def test_the_setup_says_what_an_objective_is(flags, name):
+    assert f"; mgda, one objective per {name}; " in setup(FACTS | {"jd_weighting": "mgda"} | flags)
 
 
 def test_values_that_cannot_be_drawn(tmp_path):
