@@ -115,9 +115,10 @@ def _make_folder(folder: Path, overwrite: bool, resume: bool) -> None:
 def _write_example(name: str, folder: Path) -> dict[str, str]:
     """Write an embedded example's data once for all runs: building it takes seconds."""
     folder.mkdir(exist_ok=True)
-    files = {f"{split}_file": str(folder / f"{split}.jsonl") for split in (splits := example_data(name))}
-    for rows, file in zip(splits.values(), files.values(), strict=True):
-        rows.to_json(file)
+    files = {}
+    for split, rows in example_data(name).items():
+        files[f"{split}_file"] = str(folder / f"{split}.jsonl")
+        rows.to_json(files[f"{split}_file"])
     return files
 
 

@@ -33,12 +33,15 @@ class Example(NamedTuple):
     task: Any = None
 
 
-def to_examples(rows: Sequence[Row], task_column: str | None) -> Iterator[tuple[int, Example]]:
+def to_examples(
+    rows: Sequence[Row], task_column: str | None, source: str = "The data"
+) -> Iterator[tuple[int, Example]]:
     """Convert rows, and yield each with its number.
 
     Args:
         rows: A list, or a `Dataset`.
         task_column: The column with each row's task, if any.
+        source: Names the rows in errors.
 
     Raises:
         ValueError: A column is missing; or, after the last row, a row has no text to learn or no task.
@@ -48,10 +51,10 @@ def to_examples(rows: Sequence[Row], task_column: str | None) -> Iterator[tuple[
     convert = next((convert for form, convert in FORMS.items() if set(form).issubset(columns)), None)
     if convert is None:
         advice = " Preferences are for `hf-jd dpo`." if {"chosen", "rejected"}.issubset(columns) else ""
-        raise ValueError(f"The data has nothing to learn from: it needs the columns {HELP}, and has {listed}.{advice}")
+        raise ValueError(f"{source} has nothing to learn from: it needs the columns {HELP}, and has {listed}.{advice}")
     if task_column and task_column not in columns:
         raise ValueError(
-            f"The data has no column `{task_column}`; its columns are {listed}. Choose the column of tasks with "
+            f"{source} has no column `{task_column}`; its columns are {listed}. Choose the column of tasks with "
             "--task_column (or --jd_group_column)."
         )
     refused: dict[str, list[int]] = {}
@@ -67,7 +70,7 @@ def to_examples(rows: Sequence[Row], task_column: str | None) -> Iterator[tuple[
     for complaint, numbers in refused.items():
         more = f" and {len(numbers) - 5} more" if len(numbers) > 5 else ""
         place = f"row{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:5]))}{more}"
-        raise ValueError(f"The data has {complaint} of {place}: fill it in, or leave out such rows.")
+        raise ValueError(f"{source} has {complaint} of {place}: fill it in, or leave out such rows.")
 
 
 def _pair(row: Row) -> Example:

@@ -179,7 +179,7 @@ def build_trainer(
     hide_bars(training)
     set_seed(training.seed)  # The adapter's initial values depend on it.
     tokenizer = load_tokenizer(path, model)
-    tokenized = {split: tokenize(rows, tokenizer, data) for split, rows in examples.items()}
+    tokenized = {split: tokenize(rows, tokenizer, data, f"The split `{split}`") for split, rows in examples.items()}
     if training.label_names is None:
         training.label_names = ["labels"]  # PEFT's models hide the signature that Trainer reads them from.
     training.dataloader_pin_memory &= torch.accelerator.is_available()  # torch warns without one

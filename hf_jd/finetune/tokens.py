@@ -35,8 +35,8 @@ PLAIN_TEMPLATE = (
 logger = logging.getLogger(__name__)
 
 
-def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, data: DataArguments) -> Dataset:
-    """Make `input_ids` and `labels`, and keep the task column.
+def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, data: DataArguments, source: str = "The data") -> Dataset:
+    """Make `input_ids` and `labels`, and keep the task column; errors name the rows' source.
 
     Raises:
         ValueError: A row has no text or no task, or the chat template refuses it; or no row has a token to predict.
@@ -44,7 +44,7 @@ def tokenize(rows: Rows, tokenizer: PreTrainedTokenizerBase, data: DataArguments
     encoded: dict[str, list[Any]] = {name: [] for name in (data.task_column, "input_ids", "labels") if name}
     lengths: list[int] = []
     counts: Counter[str] = Counter()
-    examples = to_examples(rows, data.task_column)
+    examples = to_examples(rows, data.task_column, source)
     for number, example in tqdm(examples, desc="Tokenizing", delay=2, leave=False, total=len(rows)):
         with explained(f"Row {number} doesn't fit the chat template", TemplateError):
             ids, labels = encode_example(example, tokenizer, data.add_eos, counts)
