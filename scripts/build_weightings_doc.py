@@ -96,14 +96,16 @@ diagonal, which meets those 1e-6. Matrices that aren't Gramians raise an error t
 If there are few problems, quadprog solves them one by one on the CPU; if there are many, a batched active-set method
 solves them together on the device of G. The choice follows the table that
 `python scripts/benchmark.py weightings --solvers` measures. If rows are dependent, or nearly so, active sets wander, so
-many problems (of more than 72 rows) are solved by operator splitting (Douglas and Rachford's method, with one matrix
-product per step for all problems): it finds which objectives' weights are raised, a Cholesky factor of those rows then
-gives the exact solution, and the optimality conditions verify it. If the dual cone is {0}, the problems have a mirror
-image in the null space of G, where they are easier. Problems that none of this settles go to quadprog. There, the
-projection of the rows' sum shows whether the dual cone is {0}; if it is, that one projection solves all problems. For
-more than 64 dependent rows, Newton's method on the dual finds the weights of minimum norm. For m > 32 on a device other
-than the CPU, G stays there unless rows are dependent, and the host reads only scalars, such as whether an iteration may
-end (a test counts these reads on the CPU). `mgda`, `cagrad`, `raco`, `gapo` and `pcd` copy G to the CPU once.
+many problems (of more than 56 rows) are solved by operator splitting (Douglas and Rachford's method, with one matrix
+product per step for all problems): it finds which objectives' weights are raised. These sets have most rows in common,
+so one factorisation of G serves all problems, and each adds a small system in the rows by which its set differs. Its
+solution shows which rows are wrong, a few exchanges correct them, and the optimality conditions verify the result. If
+the dual cone is {0}, the problems have a mirror image in the null space of G, where they are easier; a sample of the
+problems shows which of the two to solve. Problems that none of this settles go to quadprog. There, the projection of
+the rows' sum shows whether the dual cone is {0}; if it is, that one projection solves all problems. For more than 64
+dependent rows, Newton's method on the dual finds the weights of minimum norm. For m > 32 on a device other than the
+CPU, G stays there unless rows are dependent, and the host reads only scalars, such as whether an iteration may end (a
+test counts these reads on the CPU). `mgda`, `cagrad`, `raco`, `gapo` and `pcd` copy G to the CPU once.
 
 ## What they cost
 
