@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from hf_jd.gramian.check import BLIND, TOLERANCE
+from hf_jd.gramian._passes.check import BLIND, TOLERANCE
+from hf_jd.gramian._rules import RULES, Rule
 from hf_jd.gramian.engine import Engine
-from hf_jd.gramian.rules import RULES, Rule
 
 SETTLING_STEPS = 3  # steps to find the holders of parameters whose owner isn't called
 ADVICE = {
@@ -45,7 +45,7 @@ class RowCheck:
 def check_rows(
     model: nn.Module, losses_fn: Callable[..., Tensor], rules: Mapping[type[nn.Module], Rule] = RULES
 ) -> list[RowCheck]:
-    """Compares the engine's rows of each trainable parameter with autograd's, with one backward per objective.
+    """Compare the engine's rows of each trainable parameter with autograd's, with one backward per objective.
 
     Args:
         model: The model; its `.grad` and hooks stay unchanged.

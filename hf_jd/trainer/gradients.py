@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 
 def accumulate(gradients: Mapping[nn.Parameter, Tensor]) -> None:
-    """Adds to `.grad`."""
+    """Add to `.grad`."""
     for p, gradient in gradients.items():
         p.grad = gradient if p.grad is None else p.grad + gradient
 
 
 def added(parts: Iterable[Mapping[nn.Parameter, Tensor]]) -> dict[nn.Parameter, Tensor]:
-    """Adds up gradients."""
+    """Add up gradients."""
     total: dict[nn.Parameter, Tensor] = {}
     for part in parts:
         for p, gradient in part.items():
@@ -25,13 +25,13 @@ def added(parts: Iterable[Mapping[nn.Parameter, Tensor]]) -> dict[nn.Parameter, 
 
 
 def all_finite(gradients: Sequence[Tensor]) -> bool:
-    """Whether all gradients are finite."""
+    """Return whether all gradients are finite."""
     return not gradients or bool(torch.stack(torch._foreach_norm(list(gradients))).isfinite().all())
 
 
 @contextmanager
 def set_aside(parameters: Iterable[nn.Parameter]) -> Generator[dict[nn.Parameter, Tensor]]:
-    """Sets `.grad` aside during backward passes.
+    """Set `.grad` aside during backward passes.
 
     Yields:
         An empty dict, which gets their gradients on exit, when `.grad` is restored.

@@ -26,17 +26,17 @@ from hf_jd.gramian import Engine
 from hf_jd.gramian.random_streams import RandomState, random_state
 from hf_jd.metrics import Averages, pairs, readable
 from hf_jd.trainer.backends import Backend, backend_of
-from hf_jd.trainer.backward import Recorder
-from hf_jd.trainer.cotangents import OutputObserver
-from hf_jd.trainer.evaluating import EvaluationMixin
 from hf_jd.trainer.overrides import steps_through
-from hf_jd.trainer.peers import check_given, check_same_weights, lost_peers
-from hf_jd.trainer.resuming import checkpoint_to_resume, load_weighting, needed_files, save_weighting
-from hf_jd.trainer.run_log import RunLog
-from hf_jd.trainer.sampling import stratified_sampler
-from hf_jd.trainer.setup import FromFlags, check_liger, check_setup, follow_flags
-from hf_jd.trainer.update import Update
-from hf_jd.trainer.weighing import JDState
+from hf_jd.trainer.run.evaluating import EvaluationMixin
+from hf_jd.trainer.run.peers import check_given, check_same_weights, lost_peers
+from hf_jd.trainer.run.resuming import checkpoint_to_resume, load_weighting, needed_files, save_weighting
+from hf_jd.trainer.run.run_log import RunLog
+from hf_jd.trainer.run.sampling import stratified_sampler
+from hf_jd.trainer.run.setup import FromFlags, check_liger, check_setup, follow_flags
+from hf_jd.trainer.splitting.cotangents import OutputObserver
+from hf_jd.trainer.step.backward import Recorder
+from hf_jd.trainer.step.update import Update
+from hf_jd.trainer.step.weighing import JDState
 
 
 class JDTrainerMixin(EvaluationMixin):
@@ -53,7 +53,7 @@ class JDTrainerMixin(EvaluationMixin):
     jd_groups_of_batch: Tensor | None = None  # if they are unknown until `compute_loss`
 
     def __init_subclass__(cls, **kwargs: Any):
-        """Refuses a class with a Trainer to the left of the mixin, whose methods would run instead of the mixin's."""
+        """Refuse a class with a Trainer to the left of the mixin, whose methods would run instead of the mixin's."""
         super().__init_subclass__(**kwargs)
         order = cls.__mro__
         if Trainer in order and order.index(Trainer) < order.index(JDTrainerMixin):
@@ -88,7 +88,7 @@ class JDTrainerMixin(EvaluationMixin):
     # ---- Trainer's side ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Checks the set-up, and trains; see Trainer.
+        """Check the set-up, and train; see Trainer.
 
         Args:
             resume_from_checkpoint: True or `last` uses the newest complete checkpoint, and says which ones it skipped.
@@ -116,7 +116,7 @@ class JDTrainerMixin(EvaluationMixin):
             return super()._inner_training_loop(*args, **kwargs)
 
     def _begin(self, checkpoint: str | None) -> None:
-        """Begins a run with the current flags, and without any state of the previous run."""
+        """Begin a run with the current flags, and without any state of the previous run."""
         self._leave_model()
         self.follow_flags()
         self._forget()
@@ -148,7 +148,7 @@ class JDTrainerMixin(EvaluationMixin):
         self.forget_losses()
 
     def _leave_model(self) -> None:
-        """Removes the engine's hooks and frees its graphs: the model is as before."""
+        """Remove the engine's hooks and free its graphs, so that the model is as before."""
         if self._jd_engine is not None:
             self._jd_engine[1].detach()
         self.jd_outputs.remove()
@@ -156,11 +156,11 @@ class JDTrainerMixin(EvaluationMixin):
         self._jd_batches = []
 
     def follow_flags(self) -> None:
-        """Applies the flags, before each run: a search changes them for each trial."""
+        """Apply the flags, before each run: a search changes them for each trial."""
         self.jd_control = follow_flags(self, self._jd_from_flags)
 
     def get_train_dataloader(self) -> Any:
-        """Makes batches include their number of examples; see Trainer."""
+        """Make batches include their number of examples; see Trainer."""
         collator = self.data_collator
         self.data_collator = ExampleCounter(collator)
         try:
@@ -169,7 +169,7 @@ class JDTrainerMixin(EvaluationMixin):
             self.data_collator = collator
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """Keeps the micro-batches of an update, for `training_step`; see Trainer."""
+        """Keep the micro-batches of an update, for `training_step`; see Trainer."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._jd_batches = list(batches)
         self._jd_seen = 0
@@ -177,7 +177,7 @@ class JDTrainerMixin(EvaluationMixin):
         return batches, num_items_in_batch
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Runs Trainer's own step with its backward replaced; at the last micro-batch, adds the update to `.grad`.
+        """Run Trainer's own step with its backward replaced; at the last micro-batch, add the update to `.grad`.
 
         Returns:
             The value that Trainer's own step returns, for its log.
@@ -210,7 +210,7 @@ class JDTrainerMixin(EvaluationMixin):
         return prepared
 
     def jd_instances(self, output: Tensor, instances: int) -> Tensor:
-        """Assigns the leading rows of an output to examples: override this method if a loss pairs rows differently.
+        """Assign the leading rows of an output to examples: override this method if a loss pairs rows differently.
 
         Args:
             output: [N, ...] an output of the model that the loss reads.
@@ -232,7 +232,7 @@ class JDTrainerMixin(EvaluationMixin):
         return torch.arange(len(output)) % instances
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Creates the accelerator, with a `backward` that can be replaced; see Trainer."""
+        """Create the accelerator, with a `backward` that can be replaced; see Trainer."""
         super().create_accelerator_and_postprocess()
         backward = self.accelerator.backward
 
@@ -245,7 +245,7 @@ class JDTrainerMixin(EvaluationMixin):
         self.accelerator.backward = replaced
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the metrics under `jd/` to the logs of training; see Trainer."""
+        """Add the metrics under `jd/` to the logs of training; see Trainer."""
         averages = self.jd_metrics.take() if "loss" in logs or "train_loss" in logs else {}
         logs.update(readable(averages))
         super().log(logs, *args, **kwargs)
@@ -301,22 +301,22 @@ class JDTrainerMixin(EvaluationMixin):
         return Recorder
 
     def groups_before(self, batch: Any) -> Tensor | None:
-        """Returns the ids of the groups that a batch may have, before its step, if it has groups."""
+        """Return the ids of the groups that a batch may have, before its step, if it has groups."""
         return group_ids(batch)
 
     def objective_names(self) -> list[str] | None:
-        """Returns the names of all objectives, if known before training."""
+        """Return the names of all objectives, if known before training."""
         return self.jd_group_names
 
     def trainable(self) -> list[nn.Parameter]:
-        """The trainable parameters, in the same order on all processes."""
+        """Return the trainable parameters, in the same order on all processes."""
         assert self.model is not None
         if self._jd_update is not None:
             return self._jd_update.trainable  # The walk over all modules takes time.
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def engine(self) -> Engine:
-        """The engine of the current model: `model_init` may have built a new one."""
+        """Return the engine of the current model: `model_init` may have built a new one."""
         assert self.model is not None
         if self._jd_engine is None or self._jd_engine[0] is not self.model:
             self._leave_model()
@@ -333,7 +333,7 @@ class JDTrainerMixin(EvaluationMixin):
         return backend_of(self)
 
     def count_broken(self, broken: bool) -> None:
-        """Counts the updates in a row in which something wasn't finite, and stops after `--jd_max_non_finite`."""
+        """Count the updates in a row in which something wasn't finite, and stop after `--jd_max_non_finite`."""
         self._jd_broken_in_a_row = self._jd_broken_in_a_row + 1 if broken else 0
         if self._jd_broken_in_a_row >= self.jd_args.jd_max_non_finite:
             raise ValueError(

@@ -118,11 +118,11 @@ class _Systems(NamedTuple):
         """Solves s = C z + `slopes`, with s = 0 on the supports and z = 0 elsewhere; returns z + s, [k, m]."""
         matrix, support = self.pivoted
         inside = slopes * support
-        given = slopes - inside - inside @ matrix.T  # z and s if the support were the pivoted one
-        right = -given.gather(1, self.rows) * self.used
-        found = torch.linalg.lu_solve(self.factors, self.pivots, right[:, :, None])[:, :, 0]
-        exchanged = torch.zeros_like(given).scatter_add_(1, self.rows, found * self.used)
-        return torch.where(self.positive ^ support, exchanged, given + exchanged @ matrix.T)
+        offset = slopes - inside - inside @ matrix.T  # z and s if the support were the pivoted one
+        right = -offset.gather(1, self.rows) * self.used
+        differing = torch.linalg.lu_solve(self.factors, self.pivots, right[:, :, None])[:, :, 0]
+        exchanged = torch.zeros_like(offset).scatter_add_(1, self.rows, differing * self.used)
+        return torch.where(self.positive ^ support, exchanged, offset + exchanged @ matrix.T)
 
     def wrong_rows(self, problems: Problems) -> Tensor:
         """Returns the rows that prove the supports wrong, [k, m]."""
