@@ -95,13 +95,15 @@ diagonal, which meets those 1e-6.
 
 quadprog solves a few problems one by one on the CPU; a batched active-set method solves many of them together on the
 device of G. `python scripts/benchmark.py weightings --solvers` measures the table behind this choice. If rows are
-dependent, or nearly so, active sets wander. So many problems (of more than 72 rows) are then solved by operator
-splitting (Douglas and Rachford's method): it finds which objectives' weights are raised, a Cholesky factor of those
-rows gives the exact solution, and the optimality conditions verify it. If the dual cone is {0}, the problems have an
-easier mirror image in the null space of G. Problems that remain unsolved go to quadprog. For more than 64 dependent
-rows, Newton's method on the dual finds the weights of minimum norm. For m > 32 on a device other than the CPU, G stays
-there unless rows are dependent, and the host reads only scalars (a test counts these reads on the CPU). `mgda`,
-`cagrad`, `raco`, `gapo` and `pcd` copy G to the CPU once.
+dependent, or nearly so, active sets wander. So many problems (of more than 56 rows) are then solved by operator
+splitting (Douglas and Rachford's method): it finds which objectives' weights are raised. These sets have most rows in
+common, so one factorisation of G serves all problems, and each adds a small system in the rows by which its set
+differs. The solution shows which rows are wrong, a few exchanges correct them, and the optimality conditions verify the
+result. If the dual cone is {0}, the problems have an easier mirror image in the null space of G; a sample of the
+problems shows which of the two to solve. Problems that remain unsolved go to quadprog. For more than 64 dependent rows,
+Newton's method on the dual finds the weights of minimum norm. For m > 32 on a device other than the CPU, G stays there
+unless rows are dependent, and the host reads only scalars (a test counts these reads on the CPU). `mgda`, `cagrad`,
+`raco`, `gapo` and `pcd` copy G to the CPU once.
 
 ## What they cost
 

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from hf_jd.weighting import UPGradWeighting
-from hf_jd.weighting._solvers import projection, splitting
+from hf_jd.weighting._solvers import projection, splitting, supports
+from hf_jd.weighting._solvers.supports import Pivoted, Problems, exchange
 
 M = 64
 
@@ -37,12 +38,18 @@ def test_the_solution_is_quadprogs(rank: int, common: float, zero_cone: bool) ->
     torch.testing.assert_close(actual * lengths, expected * lengths, rtol=0, atol=1e-7 * expected.max().item())
 
 
+def solve_in_null_space(cosines: Tensor, targets: Tensor) -> Tensor:
+    image = splitting._MirrorImage.of(Problems(cosines, targets))
+    assert image is not None
+    return image.reflected(splitting._settle(*splitting._choose([image.problems])), targets)
+
+
 @pytest.mark.parametrize("rank", [8, 32])
 def test_a_dual_cone_of_zero_is_solved_in_the_null_space(rank: int) -> None:
     rows = next(rows for rows in (low_rank(rank, seed) for seed in range(20)) if is_zero_cone(rows))
     rows /= rows.norm(dim=1, keepdim=True)
     cosines, targets = rows @ rows.T, 0.5 * torch.eye(M, dtype=torch.float64)
-    actual = splitting._solve_in_null_space(splitting._Problems(cosines, targets, targets @ cosines, 1e-8))
+    actual = solve_in_null_space(cosines, targets)
     settled = ~actual[:, 0].isnan()
     assert settled.sum() >= M - 2
     expected, _ = projection.one_by_one(cosines, targets)
@@ -54,8 +61,7 @@ def test_another_dual_cone_has_no_solution_in_the_null_space() -> None:
     rows = next(rows for rows in (low_rank(32, seed) for seed in range(20)) if not is_zero_cone(rows))
     rows /= rows.norm(dim=1, keepdim=True)
     cosines, targets = rows @ rows.T, torch.eye(M, dtype=torch.float64)
-    problems = splitting._Problems(cosines, targets, targets @ cosines, 1e-8)
-    assert splitting._solve_in_null_space(problems).isnan().all()
+    assert solve_in_null_space(cosines, targets).isnan().all()
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -85,13 +91,13 @@ def test_larger_ones_meet_the_optimality_conditions(rank: int) -> None:
 
 
 def test_what_splitting_leaves_goes_to_quadprog(monkeypatch: pytest.MonkeyPatch) -> None:
-    m = 80  # Smaller problems go to quadprog directly.
+    m = 80  # At most 56 rows go to quadprog directly.
     rows = low_rank(40, 0, m=m)
     expected = UPGradWeighting()(rows @ rows.T)
     solve, left = splitting.solve_low_rank, []
 
-    def half(cosines: Tensor, targets: Tensor, regularisation: float = 0.0) -> Tensor:
-        corrections = solve(cosines, targets, regularisation)
+    def half(cosines: Tensor, targets: Tensor) -> Tensor:
+        corrections = solve(cosines, targets)
         corrections[::2] = torch.nan
         left.append(len(corrections[::2]))
         return corrections
@@ -104,8 +110,9 @@ def test_what_splitting_leaves_goes_to_quadprog(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("m", "rank", "first"),
     [
-        (64, 32, "one_by_one"),
-        (64, 63, "one_by_one"),
+        (48, 24, "one_by_one"),
+        (48, 47, "one_by_one"),
+        (64, 32, "together"),
         (64, 128, "together"),
         (80, 40, "together"),
         (32, 64, "one_by_one"),
@@ -121,4 +128,45 @@ def test_problems_that_never_settle_are_handed_back_as_nan(monkeypatch: pytest.M
     monkeypatch.setattr(splitting, "_STEPS", (1,))
     rows = low_rank(32, 0)
     rows /= rows.norm(dim=1, keepdim=True)
-    assert splitting.solve_low_rank(rows @ rows.T, torch.eye(M, dtype=torch.float64), 1e-8).isnan().all()
+    assert splitting.solve_low_rank(rows @ rows.T, torch.eye(M, dtype=torch.float64)).isnan().all()
+
+
+@pytest.fixture(scope="module")
+def solved() -> tuple[Problems, Tensor]:
+    """Problems of low rank, of a dual cone other than {0}, and quadprog's z."""
+    rows = next(rows for rows in (low_rank(32, seed) for seed in range(20)) if not is_zero_cone(rows))
+    rows /= rows.norm(dim=1, keepdim=True)
+    problems = Problems(rows @ rows.T, torch.eye(M, dtype=torch.float64))
+    return problems, projection.one_by_one(*problems)[0] - problems.targets
+
+
+@pytest.mark.parametrize("pivoted_on", ["no row", "one solution's support", "some rows"])
+def test_wrong_rows_are_exchanged_whatever_is_pivoted(
+    solved: tuple[Problems, Tensor], pivoted_on: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supports, "_FEW", 1 / 4)
+    problems, expected = solved
+    support = {
+        "no row": torch.zeros(M, dtype=torch.bool),
+        "one solution's support": expected[5] > 0,
+        "some rows": torch.arange(M) % 3 == 0,
+    }[pivoted_on]
+    guess = expected > 0
+    guess[torch.arange(M), torch.arange(M).roll(7)] ^= True
+    actual = exchange(problems, Pivoted.on(support, problems), guess)
+    settled = ~actual[:, 0].isnan()
+    assert settled.sum() >= M / 2
+    torch.testing.assert_close(actual[settled], expected[settled], rtol=1e-9, atol=1e-10)
+
+
+def test_supports_of_dependent_rows_give_the_smallest_solution(solved: tuple[Problems, Tensor]) -> None:
+    """Rows 0 and 1 are tight for problem 2, and so is their sum, which makes the solution one of many."""
+    rows = torch.tensor([[-1.0, 0, 2], [0, -1, 2], [1, 1, 0.1], [-1, -1, 4]]).double()
+    rows /= rows.norm(dim=1, keepdim=True)
+    cosines, targets = rows @ rows.T, torch.eye(4, dtype=torch.float64)[2:3]
+    guess = torch.tensor([[True, True, False, True]])
+    problems = Problems(cosines, targets)
+    actual = exchange(problems, Pivoted.on(guess[0], problems), guess)
+    expected, _ = projection.one_by_one(cosines, targets)
+    assert (expected > 0.05).all()
+    torch.testing.assert_close(targets + actual, expected, rtol=1e-9, atol=1e-9)

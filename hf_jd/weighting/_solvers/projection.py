@@ -39,7 +39,7 @@ _LARGEST = 1e-6  # largest violation ever accepted: for rows opposite up to 1e-8
 _DIAGONAL = 2e-10  # makes G certainly definite when added; its solution violates the conditions by less than 1e-6
 _ROUNDING = 1e-3  # rounding of a projection of length 0, relative to the tolerance times the sum of the terms
 SMALL = 32**3  # problems times m^2 up to which one at a time is faster: `benchmark.py weightings --solvers` measures it
-SMALL_DEPENDENT = 72**3  # the same for dependent rows (`--kinds "low rank"`)
+SMALL_DEPENDENT = 56**3  # the same for dependent rows (`--kinds "low rank"`)
 _REGULARISATION = 1e-8  # the root of float64's precision: where rounding and the diagonal disturb least together
 _PROXIMAL_STEPS = 2
 _DEPENDENT = 1e-5  # squared pivot up to which a row may depend on others, given float32's errors
@@ -152,7 +152,7 @@ def _solve_batched(cosines: Tensor, targets: Tensor, factor: Tensor | None) -> T
         return solve_nonnegative(cosines, -targets @ cosines)
     directions = Directions.of(cosines)
     if len(directions.first) == len(cosines):
-        return solve_low_rank(cosines, targets, _REGULARISATION) if large else _solve_singular(cosines, targets)
+        return solve_low_rank(cosines, targets) if large else _solve_singular(cosines, targets)
     cosines = cosines[directions.first][:, directions.first]
     factor, failed = torch.linalg.cholesky_ex(cosines)
     corrections = _solve_batched(cosines, directions.gather(targets), None if failed else factor)
