@@ -199,7 +199,7 @@ class Coverage:
         """Returns the path of the module to tap; None above the root."""
         steps = self._climbed.get(parameter, 0)
         while True:
-            if _takes_hooks(modules[path]):
+            if takes_hooks(modules[path]):
                 if steps == 0:
                     return path
                 steps -= 1
@@ -221,6 +221,6 @@ def _lowest(paths: Iterable[str]) -> list[str]:
     return [path for path in paths if not any(p != path and (not path or p.startswith(path + ".")) for p in paths)]
 
 
-def _takes_hooks(module: nn.Module) -> bool:
+def takes_hooks(module: nn.Module) -> bool:
     """Whether a forward hook can be set on the module and will run: containers are never called."""
     return not isinstance(module, torch.jit.ScriptModule) and type(module).forward is not nn.Module.forward
