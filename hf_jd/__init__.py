@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from hf_jd.gramian import Engine, Jacobian
     from hf_jd.trainer import JDSeq2SeqTrainer, JDState, JDTrainer, JDTrainerMixin
     from hf_jd.trainer.embeddings import JDSentenceTransformerTrainer, JDSentenceTransformerTrainingArguments
-    from hf_jd.trainer.sft import JDSFTConfig, JDSFTTrainer
-    from hf_jd.trainer.trl import (
+    from hf_jd.trainer.trl.sft import JDSFTConfig, JDSFTTrainer
+    from hf_jd.trainer.trl.trainers import (
         JDDPOConfig,
         JDDPOTrainer,
         JDGRPOConfig,
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 _ROOMS = {
     "Engine": "gramian",
     "JDArguments": "arguments",
-    "JDDPOConfig": "trainer.trl",
-    "JDDPOTrainer": "trainer.trl",
-    "JDGRPOConfig": "trainer.trl",
-    "JDGRPOTrainer": "trainer.trl",
-    "JDKTOConfig": "trainer.trl",
-    "JDKTOTrainer": "trainer.trl",
-    "JDRLOOConfig": "trainer.trl",
-    "JDRLOOTrainer": "trainer.trl",
-    "JDRewardConfig": "trainer.trl",
-    "JDRewardTrainer": "trainer.trl",
-    "JDSFTConfig": "trainer.sft",
-    "JDSFTTrainer": "trainer.sft",
+    "JDDPOConfig": "trainer.trl.trainers",
+    "JDDPOTrainer": "trainer.trl.trainers",
+    "JDGRPOConfig": "trainer.trl.trainers",
+    "JDGRPOTrainer": "trainer.trl.trainers",
+    "JDKTOConfig": "trainer.trl.trainers",
+    "JDKTOTrainer": "trainer.trl.trainers",
+    "JDRLOOConfig": "trainer.trl.trainers",
+    "JDRLOOTrainer": "trainer.trl.trainers",
+    "JDRewardConfig": "trainer.trl.trainers",
+    "JDRewardTrainer": "trainer.trl.trainers",
+    "JDSFTConfig": "trainer.trl.sft",
+    "JDSFTTrainer": "trainer.trl.sft",
     "JDSentenceTransformerTrainer": "trainer.embeddings",
     "JDSentenceTransformerTrainingArguments": "trainer.embeddings",
     "JDSeq2SeqTrainer": "trainer",

@@ -36,6 +36,8 @@ FORBIDDEN_ROOMS = {island: {"*"} - {island} for island in ISLANDS} | {
     "batches": {"trainer", "arguments", "finetune", "cli", "gramian", "weighting", "losses", "metrics"},
     "collator": {"trainer", "arguments", "finetune", "cli", "gramian", "weighting"},
 }
+# Folders within a room, each of which may import only those after it, and files of the room itself.
+FLOORS = {"gramian": ["_passes", "_rules"], "trainer": ["trl", "run", "backends", "step", "splitting"]}
 # The formulas use plain numbers: only code that reads a configuration may import model libraries.
 FORMULAS = {"cases", "hardware", "memory", "operations", "timing", "traffic"}
 # Only tests and benchmarks may import these.
@@ -75,6 +77,22 @@ def test_imports_go_one_way(path):
     rooms = {other for module in found if (other := room(module)) is not None} - {own}
     forbidden = FORBIDDEN_ROOMS.get(own, set())
     assert not (rooms if "*" in forbidden else rooms & forbidden)
+
+
+@pytest.mark.parametrize("path", files("hf_jd"), ids=named)
+def test_folders_within_a_room_import_downwards(path):
+    own, *rest = path.relative_to(ROOT / "hf_jd").parts
+    floors = FLOORS.get(own, [])
+    if rest and rest[0] in floors:
+        above = {f"hf_jd.{own}.{floor}" for floor in floors[: floors.index(rest[0])]}
+        assert not {".".join(module.split(".")[:3]) for module in imports(path)} & above
+
+
+@pytest.mark.parametrize("path", files("hf_jd"), ids=named)
+def test_private_modules_are_imported_only_within_their_room(path):
+    private = {module for module in imports(path) if module.startswith("hf_jd.") and "._" in module}
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    assert not {module for module in private if not package.startswith(module.partition("._")[0])}
 
 
 @pytest.mark.parametrize("name", sorted(FORMULAS))

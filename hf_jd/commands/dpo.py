@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hf_jd.commands.common import run
-from hf_jd.trainer.trl import JDDPOConfig, JDDPOTrainer
+from hf_jd.trainer.trl.trainers import JDDPOConfig, JDDPOTrainer
 
 
 def main(argv: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import Any
 
 from hf_jd.commands.common import run
-from hf_jd.trainer.trl import JDGRPOConfig, JDGRPOTrainer
+from hf_jd.trainer.trl.trainers import JDGRPOConfig, JDGRPOTrainer
 
 
 def main(argv: Sequence[str]) -> int:

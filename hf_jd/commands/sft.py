@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from hf_jd.commands.common import run
-from hf_jd.trainer.sft import JDSFTConfig, JDSFTTrainer
+from hf_jd.trainer.trl.sft import JDSFTConfig, JDSFTTrainer
 
 
 def main(argv: Sequence[str]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hf_jd.estimate.cases import PARALLELISMS, Case
 from hf_jd.estimate.shapes import Matrix, Shape, Table
 
-_READ = 64  # multiplications in the time it takes to write a row's number and read it twice (`hf_jd.gramian.routed`)
+_READ = 64  # multiplications in the time it takes to write a row's number and read it twice (`gramian._rules.experts`)
 _ID_BYTES = 16  # bytes of an entry's owner and token, int64 each
 
 

@@ -16,7 +16,7 @@ from hf_jd.finetune.parser import read_settings, split_settings
 from hf_jd.finetune.run import build_trainer, parse
 from hf_jd.gramian import RowCheck, check_rows
 from hf_jd.trainer import JDTrainer
-from hf_jd.trainer.unreduced import by_name
+from hf_jd.trainer.splitting.unreduced import by_name
 
 DESCRIPTION = "Check on one batch that every parameter's rows are right, and what they cost."
 

@@ -28,7 +28,7 @@ from hf_jd.finetune.preflight import check_hub, check_launch, check_reporting, s
 from hf_jd.finetune.results import Results
 from hf_jd.finetune.table import evaluation_table
 from hf_jd.finetune.tokens import tokenize
-from hf_jd.trainer.resuming import checkpoint_to_resume, needed_files, trainer_files
+from hf_jd.trainer.run.resuming import checkpoint_to_resume, needed_files, trainer_files
 
 _FILES_OF_A_RUN = ("trainer_state.json", "adapter_config.json", "adapter_model.safetensors", "model.safetensors")
 LORA_LEARNING_RATE, FULL_LEARNING_RATE = 2e-4, 2e-5

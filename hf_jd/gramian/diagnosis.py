@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from hf_jd.gramian.check import BLIND, TOLERANCE
+from hf_jd.gramian._passes.check import BLIND, TOLERANCE
+from hf_jd.gramian._rules import RULES, Rule
 from hf_jd.gramian.engine import Engine
-from hf_jd.gramian.rules import RULES, Rule
 
 SETTLING_STEPS = 3  # steps to find the holders of parameters whose owner isn't called
 ADVICE = {

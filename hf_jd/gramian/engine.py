@@ -10,16 +10,16 @@ import psutil
 import torch
 from torch import Tensor, nn
 
+from hf_jd.gramian._passes.check import Checker
+from hf_jd.gramian._passes.coverage import Coverage
+from hf_jd.gramian._passes.passes import Passes
+from hf_jd.gramian._passes.recording import Keep
+from hf_jd.gramian._rules import RULES, Rule
+from hf_jd.gramian._rules.methods import Tier
+from hf_jd.gramian._rules.plan import Plan
 from hf_jd.gramian.blocks import Blocks, blocks_of, check_blocks
-from hf_jd.gramian.check import Checker
-from hf_jd.gramian.coverage import Coverage
 from hf_jd.gramian.jacobian import Jacobian
 from hf_jd.gramian.layouts import Batch, Segments
-from hf_jd.gramian.methods import Tier
-from hf_jd.gramian.passes import Passes
-from hf_jd.gramian.plan import Plan
-from hf_jd.gramian.recording import Keep
-from hf_jd.gramian.rules import RULES, Rule
 from hf_jd.gramian.taps import ModuleTap, Switch
 
 FREE_MEMORY_SHARE = 0.5  # the share of the device's free memory that rows may take with `keep_rows="auto"`
@@ -46,9 +46,9 @@ class Engine:
 
     J is the Jacobian of the losses with respect to the trainable parameters of the modules. One ordinary backward of
     the sum of the losses visits each trainable layer with its input and output gradient. Since the model treats
-    instances independently, these give each instance's row of J (`rules.py`). Layers without a closed form are
+    instances independently, these give each instance's row of J (`_rules/`). Layers without a closed form are
     differentiated module by module (`methods.py`), or objective by objective. A self-check verifies the rows on the
-    first step (`check.py`). The approach follows Quinton & Rey, arXiv 2406.16232, Section 6.
+    first step (`_passes/check.py`). The approach follows Quinton & Rey, arXiv 2406.16232, Section 6.
 
         engine = Engine(model)
         losses = per_instance_loss(model(**batch))      # [m]

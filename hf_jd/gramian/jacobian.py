@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from hf_jd.gramian._rules.stacks import Stack
 from hf_jd.gramian.blocks import places_of
 from hf_jd.gramian.rows import DenseRows, Rows
-from hf_jd.gramian.stacks import Stack
 
 ParameterRows = Rows | Stack | None
 

@@ -24,18 +24,18 @@ from hf_jd.gramian import Engine
 from hf_jd.gramian.random_streams import RandomState, random_state
 from hf_jd.metrics import Averages, pairs, readable
 from hf_jd.trainer.backends import Backend, backend_of
-from hf_jd.trainer.backward import Recorder
-from hf_jd.trainer.compiling import CompiledParts
-from hf_jd.trainer.cotangents import OutputObserver
-from hf_jd.trainer.evaluating import EvaluationMixin
 from hf_jd.trainer.overrides import steps_through
-from hf_jd.trainer.peers import check_given, check_same_weights, lost_peers
-from hf_jd.trainer.resuming import checkpoint_to_resume, load_weighting, needed_files, save_weighting
-from hf_jd.trainer.run_log import RunLog
-from hf_jd.trainer.sampling import stratified_sampler
-from hf_jd.trainer.setup import FromFlags, check_liger, check_setup, follow_flags
-from hf_jd.trainer.update import Update
-from hf_jd.trainer.weighing import JDState
+from hf_jd.trainer.run.compiling import CompiledParts
+from hf_jd.trainer.run.evaluating import EvaluationMixin
+from hf_jd.trainer.run.peers import check_given, check_same_weights, lost_peers
+from hf_jd.trainer.run.resuming import checkpoint_to_resume, load_weighting, needed_files, save_weighting
+from hf_jd.trainer.run.run_log import RunLog
+from hf_jd.trainer.run.sampling import stratified_sampler
+from hf_jd.trainer.run.setup import FromFlags, check_liger, check_setup, follow_flags
+from hf_jd.trainer.splitting.cotangents import OutputObserver
+from hf_jd.trainer.step.backward import Recorder
+from hf_jd.trainer.step.update import Update
+from hf_jd.trainer.step.weighing import JDState
 
 
 class JDTrainerMixin(EvaluationMixin):

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-_OURS = ("transformers.trainer", "hf_jd.trainer.unreduced")
+_OURS = ("transformers.trainer", "hf_jd.trainer.splitting.unreduced")
 """The modules whose `compute_loss` and `compute_losses` are not the user's."""
 _LIBRARIES = ("hf_jd", "transformers", "trl", "sentence_transformers")
 """The packages whose `training_step` is not the user's, and neither reads nor changes `.grad`."""

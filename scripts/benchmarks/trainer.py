@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from hf_jd import JDTrainer, JDTrainingArguments
 from hf_jd.metrics import Averages, readable, step_metrics
-from hf_jd.trainer import backward
+from hf_jd.trainer.step import backward
 
 VOCABULARY = 1024
 BATCH = 16

@@ -35,7 +35,7 @@ def train(flags: dict[str, Any], seed: int, output: Path) -> dict[str, Any]:
         seed: Of the run, and of the choice of stories.
         output: Trainer's folder.
     """
-    from hf_jd.trainer.trl import JDDPOConfig, JDDPOTrainer
+    from hf_jd.trainer.trl.trainers import JDDPOConfig, JDDPOTrainer
 
     flags = dict(flags)
     data, held_out = pairs(seed, flags.pop("opposed"), flags.pop("shares"))

@@ -20,7 +20,7 @@ from hf_jd.cli import main
 from hf_jd.commands import common as common_parts
 from hf_jd.report.history import read_history
 from hf_jd.report.verdict import setup
-from hf_jd.trainer.sft import JDSFTConfig
+from hf_jd.trainer.trl.sft import JDSFTConfig
 from tests.cli.test_cli import TWO_SCREENS
 
 STORIES = Path(__file__).parents[2] / "examples" / "stories15m"

@@ -37,7 +37,7 @@ def test_grpo_has_flags_of_its_command(tmp_path):
 
     from hf_jd.commands.common import parse as parse_command
     from hf_jd.commands.grpo import reward_function
-    from hf_jd.trainer.trl import JDGRPOConfig
+    from hf_jd.trainer.trl.trainers import JDGRPOConfig
 
     words = ["--config", str(GPU / "grpo.yaml"), "--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
     script, args, model, _ = parse_command("grpo", words, GRPOScriptArguments, JDGRPOConfig)

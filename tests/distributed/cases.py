@@ -366,7 +366,7 @@ def survive(
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
-    logging.getLogger("hf_jd.trainer.resuming").addHandler(handler)
+    logging.getLogger("hf_jd.trainer.run.resuming").addHandler(handler)
     if kill_in_write is not None and torch.distributed.get_rank() == kill_in_write[0]:
         die_writing(kill_in_write[1])
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_jd.gramian import RULES, Engine
-from hf_jd.gramian.check import Checker
+from hf_jd.gramian._passes.check import Checker
 from hf_jd.gramian.rows import Rows
 from tests.gramian.oracle import TIER_3, brute_rows, perturb, relative, trainable
 from tests.gramian.zoo import VOCABULARY, WIDTH, Head

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hf_jd.gramian import rows as representations
+from hf_jd.gramian._rules.experts import RoutedRows
 from hf_jd.gramian.layouts import MAJOR, MINOR, Segments
-from hf_jd.gramian.routed import RoutedRows
 from hf_jd.gramian.rows import CHUNK, DenseRows, OuterRows, Rows, SparseRows, inner
 from tests.gramian.oracle import EXACT, relative
 

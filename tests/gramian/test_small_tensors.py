@@ -2,9 +2,9 @@
 
 import torch
 
-from hf_jd.gramian.check import probed_gradients
-from hf_jd.gramian.graph import Differentiator
-from hf_jd.gramian.small_tensors import BLOCK, SMALL, SmallTensors
+from hf_jd.gramian._passes.check import probed_gradients
+from hf_jd.gramian._passes.graph import Differentiator
+from hf_jd.gramian._passes.small_tensors import BLOCK, SMALL, SmallTensors
 from tests.models import tiny_llama
 
 

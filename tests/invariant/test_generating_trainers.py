@@ -21,7 +21,7 @@ pytest.importorskip("trl", reason="TRL 1.16 asks for datasets 4.7")
 from transformers import set_seed
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from hf_jd.trainer.trl import JDGRPOConfig, JDGRPOTrainer, JDRLOOConfig, JDRLOOTrainer
+from hf_jd.trainer.trl.trainers import JDGRPOConfig, JDGRPOTrainer, JDRLOOConfig, JDRLOOTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing.* is deprecated:FutureWarning")
 # An entropy controller, which changes with each loss that TRL computes.

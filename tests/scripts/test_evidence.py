@@ -50,7 +50,7 @@ def arguments_of(study: str) -> type:
     if study != "preferences":
         return JDTrainingArguments
     pytest.importorskip("trl", reason="TRL 1.16 asks for datasets 4.7")
-    from hf_jd.trainer.trl import JDDPOConfig
+    from hf_jd.trainer.trl.trainers import JDDPOConfig
 
     return JDDPOConfig
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, set_seed
 from trl import GRPOTrainer, RLOOTrainer
 
-from hf_jd.trainer.trl import JDGRPOConfig, JDGRPOTrainer, JDRLOOTrainer
+from hf_jd.trainer.trl.trainers import JDGRPOConfig, JDGRPOTrainer, JDRLOOTrainer
 from tests.models import tiny_gpt2, with_lora
 from tests.trainer.runs import arguments, joined
 from tests.trainer.split_runs import OneBatch

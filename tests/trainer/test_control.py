@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 
 from hf_jd import JDTrainer
 from hf_jd.gramian import Engine
-from hf_jd.trainer.control import Control
+from hf_jd.trainer.step.control import Control
 from hf_jd.weighting import MeanWeighting, SDMGradWeighting, UPGradWeighting
 from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, relative, run, stock
 from tests.trainer.tasks import TABLE, examples_of, model_of

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers import DataCollatorWithFlattening
 
 from hf_jd import JDTrainerMixin
-from hf_jd.trainer import splitting
+from hf_jd.trainer.splitting import cut
 from tests.models import tiny_llama
 from tests.trainer import own_losses
 from tests.trainer.own_losses import CASES, Case, trained, trainer_of
@@ -63,8 +63,8 @@ def test_what_comes_past_the_outputs_is_told(name, tmp_path, monkeypatch):
         rests.append(found[1] is not None)
         return found
 
-    split = splitting.split
-    monkeypatch.setattr(splitting, "split", noted)
+    split = cut.split
+    monkeypatch.setattr(cut, "split", noted)
     Recorded(CASES[name], tmp_path).step(None)
     assert rests == [CASES[name].rest]
 

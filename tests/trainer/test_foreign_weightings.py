@@ -13,7 +13,7 @@ pytest.importorskip("qpsolvers", reason="TorchJD's projections need qpsolvers")
 from torchjd import aggregation as torchjd
 
 from hf_jd import JDTrainer
-from hf_jd.trainer.foreign_weightings import as_weighting
+from hf_jd.trainer.step.foreign_weightings import as_weighting
 from hf_jd.weighting import GradVacWeighting, MeanWeighting, UPGradWeighting
 from tests.trainer.runs import arguments, collate, examples, flat, lora, relative, run
 

@@ -15,7 +15,7 @@ from tests.trainer.runs import relative
 pytest.importorskip("trl", reason="TRL 1.16 asks for datasets 4.7")
 from trl import GRPOTrainer
 
-from hf_jd.trainer.trl import JDGRPOTrainer, JDRLOOConfig
+from hf_jd.trainer.trl.trainers import JDGRPOTrainer, JDRLOOConfig
 from tests.trainer.generating import GENERATIONS, Exact, ExactRLOO, Policy, rewards
 
 EXACT = 1e-8

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hf_jd.gramian import Engine
-from hf_jd.trainer.row_store import RowStore
+from hf_jd.trainer.step.row_store import RowStore
 from tests.trainer.runs import arguments, examples, flat, lora, relative, run
 
 KINDS = {"instance": {}, "group": {"jd_objectives": "group", "jd_group_column": "task"}}

@@ -10,7 +10,7 @@ import torch
 from hf_jd import JDTrainer
 from hf_jd.metrics import Averages, pairs, step_metrics
 from hf_jd.report.history import current_lines, read_history
-from hf_jd.trainer.run_log import RunLog
+from hf_jd.trainer.run.run_log import RunLog
 from tests.models import tiny_gpt2, with_lora
 from tests.trainer.runs import arguments, collate, examples
 

@@ -13,7 +13,7 @@ from torch.utils.data import BatchSampler
 
 from hf_jd import JDTrainer
 from hf_jd.sampler import StratifiedSampler, block_counts
-from hf_jd.trainer.sampling import stratified_sampler
+from hf_jd.trainer.run.sampling import stratified_sampler
 from tests.trainer.processes import KEYS, RARE, stratified
 from tests.trainer.runs import arguments, collate, flat, lora
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_jd.distributed.processes import process_count
 from hf_jd.trainer.backends.base import Backend
 from hf_jd.trainer.backends.zero3 import measuring
-from hf_jd.trainer.cotangents import OutputObserver
+from hf_jd.trainer.splitting.cotangents import OutputObserver
 
 
 class DeepSpeed(Backend):

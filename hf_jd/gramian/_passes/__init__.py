@@ -1,0 +1,1 @@
+"""One vector of losses -> the rows of every parameter: record, prove, complete."""

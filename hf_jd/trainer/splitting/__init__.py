@@ -1,0 +1,1 @@
+"""One micro-batch's loss -> each instance's share of it."""

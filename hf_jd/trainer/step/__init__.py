@@ -1,0 +1,1 @@
+"""One update: micro-batches -> rows -> Gramian -> weights -> `.grad`."""

@@ -1,0 +1,1 @@
+"""TRL's trainers; needs `hf-jd[trl]`."""
