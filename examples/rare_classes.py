@@ -39,7 +39,7 @@ DEFAULTS = {
 
 
 def main(argv: Sequence[str]) -> dict[str, float]:
-    """Trains and evaluates; any flag of `JDTrainingArguments` overrides `DEFAULTS`.
+    """Train and evaluate; any flag of `JDTrainingArguments` overrides `DEFAULTS`.
 
     Returns:
         The metrics on the messages that were held out.
@@ -65,17 +65,17 @@ def main(argv: Sequence[str]) -> dict[str, float]:
 
 
 def load_messages(tokenizer) -> Dataset:
-    """The messages of the errors in Python's standard library, and their kinds."""
+    """Return the messages of the errors in Python's standard library, with their kinds."""
     texts = [(prompt.removesuffix(" ="), kind.strip()) for prompt, kind in example_texts()["error"]]
     rows = [tokenizer(text) | {"labels": CLASSES.index(kind), "kind": kind} for text, kind in texts]
     return Dataset.from_list(rows)
 
 
 def recalls(prediction: EvalPrediction) -> dict[str, float]:
-    """The share of each class that is found, and their mean."""
+    """Compute each class's recall, and their mean."""
     right = np.asarray(prediction.predictions).argmax(-1) == prediction.label_ids
-    found = {name: float(right[prediction.label_ids == i].mean()) for i, name in enumerate(CLASSES)}
-    return {f"recall_{name}": recall for name, recall in found.items()} | {"recall": sum(found.values()) / len(found)}
+    by_class = {name: float(right[prediction.label_ids == i].mean()) for i, name in enumerate(CLASSES)}
+    return {f"recall_{name}": recall for name, recall in by_class.items()} | {"recall": sum(by_class.values()) / len(by_class)}
 
 
 if __name__ == "__main__":

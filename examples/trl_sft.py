@@ -1,4 +1,4 @@
-"""What: TRL's SFTTrainer on the four tasks of the embedded example, with one objective a task.
+"""What: TRL's SFTTrainer on the four tasks of the embedded example, with one objective per task.
 
 Why:  you have a script for TRL already. Two names change, SFTTrainer and SFTConfig; how TRL prepares data, its losses
       and its metrics stay.
@@ -39,7 +39,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 def main(argv: Sequence[str]) -> JDSFTTrainer:
-    """Trains, and returns the trainer."""
+    """Train, and return the trainer."""
     parser = HfArgumentParser(JDSFTConfig, allow_abbrev=False)
     parser.set_defaults(**DEFAULTS)
     (arguments,) = parser.parse_args_into_dataclasses(list(argv))

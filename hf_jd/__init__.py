@@ -81,7 +81,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    """Imports a public name when it is first asked for, so that `import hf_jd` is quick."""
+    """Import a public name when it is first asked for, so that `import hf_jd` is quick."""
     if name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"hf_jd.{_ROOMS[name]}"), name)

@@ -1,4 +1,4 @@
-"""Differences between supported releases; each part names the release with which it can go."""
+"""Differences between supported releases; each part names the release with which it can be removed."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ REDUCE_SCATTER = "reduce_scatter_single" if _RENAMED else "reduce_scatter_tensor
 
 
 def all_gather_single(output: Tensor, tensor: Tensor, async_op: bool = False) -> Any:
-    """Gathers the tensors [C] of all processes into `output` [W * C]; returns the pending work, if any."""
+    """Gather the tensors [C] of all processes into `output` [W * C]; return the pending work, if any."""
     return getattr(distributed, GATHER)(output, tensor, async_op=async_op)
 
 
 def reduce_scatter_single(output: Tensor, tensor: Tensor, async_op: bool = False) -> Any:
-    """Sums the tensors [W * C] of all processes, each receiving its part in `output` [C]; returns the same."""
+    """Sum the tensors [W * C] of all processes, each receiving its part in `output` [C]; return any pending work."""
     return getattr(distributed, REDUCE_SCATTER)(output, tensor, async_op=async_op)
 
 
 def loss_is_scaled_for_ga(trainer: Any) -> bool | None:
-    """Whether `compute_loss` is scaled for gradient accumulation; None before transformers 5.19, which added it."""
+    """Return Trainer's `loss_is_scaled_for_ga`; None before transformers 5.19, which added it."""
     return getattr(trainer, "loss_is_scaled_for_ga", None)
 
 
 def ordering_flag(args: Any) -> str | None:
-    """Returns the flag that makes Trainer order the examples, instead of shuffling them, if it is set."""
+    """Return the flag that makes Trainer order the examples, instead of shuffling them, if it is set."""
     if getattr(args, "group_by_length", False):  # until transformers 5.2, which has --train_sampling_strategy
         return "--group_by_length"
     strategy = getattr(args, "train_sampling_strategy", "random")

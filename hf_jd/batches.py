@@ -19,12 +19,12 @@ from hf_jd.packing import unknown_rows, without_documents
 
 
 def group_ids(batch: Any) -> Tensor | None:
-    """Returns the group ids of the examples [B], if the batch has them."""
+    """Return the group ids of the examples [B], if the batch has them."""
     return batch.get(GROUP_KEY) if isinstance(batch, Mapping) else None
 
 
 def without_groups(batch: Any) -> Any:
-    """Returns the batch without the keys that `hf_jd.collator` has added, in the same type if that is mutable."""
+    """Return the batch without the keys that `hf_jd.collator` has added, in the same type if that is mutable."""
     keys = [key for key in (GROUP_KEY, EXAMPLES_KEY) if isinstance(batch, Mapping) and key in batch]
     if not keys:
         return batch
@@ -37,7 +37,7 @@ def without_groups(batch: Any) -> Any:
 
 
 def holds_examples(batch: Any) -> bool:
-    """Whether a batch may hold examples: not if all of its tensors are empty.
+    """Return whether a batch may hold examples: not if all of its tensors are empty.
 
     A batch without tensors is passed on as it is, since we can't interpret it.
     """
@@ -46,7 +46,7 @@ def holds_examples(batch: Any) -> bool:
 
 
 def row_count(batch: Any) -> int | None:
-    """Estimates the number of instances before their losses are known: the most common first dimension.
+    """Estimate the number of instances before their losses are known: the most common first dimension.
 
     None if the batch has no tensor.
     """
@@ -56,7 +56,7 @@ def row_count(batch: Any) -> int | None:
 
 
 def stand_in(batch: Any) -> Any:
-    """Returns a batch of one example in place of an empty batch [0, ...]: zeros, except for masks of ones."""
+    """Return a batch of one example in place of an empty batch [0, ...]: zeros, except for masks of ones."""
 
     def one(key: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -68,7 +68,7 @@ def stand_in(batch: Any) -> Any:
 
 
 def selected(batch: Any, keep: Tensor, documents: Tensor | None = None) -> Any:
-    """Returns the batch with only some of its instances or packed documents.
+    """Return the batch with only some of its instances or packed documents.
 
     Args:
         batch: As collated.
@@ -83,7 +83,7 @@ def selected(batch: Any, keep: Tensor, documents: Tensor | None = None) -> Any:
     keep = keep.cpu()
     indices, instances = keep.nonzero().flatten(), f"{len(keep)} instances"
 
-    def of(key: str, value: Any) -> Any:
+    def select(key: str, value: Any) -> Any:
         if isinstance(value, list | tuple):
             if len(value) != len(keep):
                 return value  # rebuilt part by part
@@ -103,25 +103,25 @@ def selected(batch: Any, keep: Tensor, documents: Tensor | None = None) -> Any:
             return value.index_select(dim, indices.to(value.device))
         return value.take(indices.numpy(), axis=dim)
 
-    return _rebuilt(batch, of)
+    return _rebuilt(batch, select)
 
 
-def _rebuilt(value: Any, of: Callable[[str, Any], Any], key: str = "") -> Any:
-    """Rebuilds nested mappings, lists and tuples with `of` applied to each key's value.
+def _rebuilt(value: Any, convert: Callable[[str, Any], Any], key: str = "") -> Any:
+    """Rebuild nested mappings, lists and tuples with `convert` applied to each key's value.
 
-    A list or tuple that `of` returns unchanged is rebuilt part by part.
+    A list or tuple that `convert` returns unchanged is rebuilt part by part.
     """
     if isinstance(value, Mapping):
-        rebuilt = {k: _rebuilt(v, of, str(k)) for k, v in value.items()}
+        rebuilt = {k: _rebuilt(v, convert, str(k)) for k, v in value.items()}
         return rebuilt if type(value) is dict else type(value)(rebuilt)
-    changed = of(key, value)
+    changed = convert(key, value)
     if changed is value and isinstance(value, list | tuple):
-        return type(value)(_rebuilt(part, of, key) for part in value)
+        return type(value)(_rebuilt(part, convert, key) for part in value)
     return changed
 
 
 def _sized(value: Any) -> Iterator[Any]:
-    """Yields the nested tensors and arrays, except scalars."""
+    """Yield the nested tensors and arrays, except scalars."""
     if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, list | tuple):

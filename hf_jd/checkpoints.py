@@ -29,9 +29,9 @@ _WEIGHTS = (
 
 
 def what_is_missing(checkpoint: Path, needed: Iterable[str]) -> str | None:
-    """Says in a few words why a checkpoint can't be resumed; None if it can.
+    """Say in a few words why a checkpoint can't be resumed; None if it can.
 
-    Checks only the ends of files: a killed process, or a full disk, truncates them.
+    Check only the ends of files: a killed process, or a full disk, truncates them.
 
     Args:
         checkpoint: Its directory.
@@ -76,7 +76,7 @@ def _is_whole(file: Path) -> bool:
 
 
 def newest_whole(directory: Path, needed: Iterable[str]) -> tuple[Path | None, dict[str, str]]:
-    """Finds the newest checkpoint that can be resumed.
+    """Find the newest checkpoint that can be resumed.
 
     Args:
         directory: The output directory of a run.
@@ -102,7 +102,7 @@ def _step(checkpoint: Path) -> int | None:
 
 
 def check_writable(directory: Path) -> None:
-    """Creates the output directory, and writes and removes a file in it.
+    """Create the output directory, and write and remove a file in it.
 
     Raises:
         ValueError: It can't be written.
@@ -120,7 +120,7 @@ def check_writable(directory: Path) -> None:
 
 
 def check_room(directory: Path, model: nn.Module, adapter: bool) -> None:
-    """Checks, before training, that the disk has room for a checkpoint.
+    """Check, before training, that the disk has room for a checkpoint.
 
     Args:
         directory: The output directory.

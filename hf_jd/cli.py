@@ -28,7 +28,7 @@ COMMANDS = {
 }
 
 NOISE = ("Setting accelerator to CPU", "mtime may not be reliable on this filesystem")
-"""How logs of other libraries begin that tell a user nothing."""
+"""Beginnings of other libraries' logs that don't concern users."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,9 +68,9 @@ def _help() -> str:
 
 
 def _silence_libraries() -> None:
-    """Hide what only other libraries can mend: their deprecated names for each other, and logs in `NOISE`.
+    """Hide what users can't fix: libraries' warnings about deprecated uses of each other, and logs in `NOISE`.
 
-    Python's -W and PYTHONWARNINGS come first, so they still show the warnings.
+    Python's -W and PYTHONWARNINGS take precedence, so they still show the warnings.
     """
     libraries = r"(transformers|trl|peft|accelerate|datasets)\."
     warnings.filterwarnings("ignore", category=FutureWarning, module=libraries, append=True)
@@ -83,7 +83,7 @@ def _is_worth_reading(record: logging.LogRecord) -> bool:
 
 
 def _is_for_users(traceback: TracebackType | None) -> bool:
-    """Whether this package raised the error: another library's may be a bug, which needs its traceback."""
+    """Return whether this package raised the error: another library's may be a bug, which needs its traceback."""
     module = ""
     while traceback is not None:
         module = traceback.tb_frame.f_globals.get("__name__", "")

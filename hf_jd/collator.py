@@ -29,9 +29,9 @@ class _Wrapped:
 
 
 class GroupCollator(_Wrapped):
-    """Wraps a collator: takes the group column out of the examples, and adds the groups' ids to the batch.
+    """A collator around another one: removes the group column from the examples, and adds the groups' ids to the batch.
 
-    Collators drop string columns or fail on them, so the names are hidden from them, unless they ask for the column.
+    Collators drop string columns or fail on them, so the column is hidden, unless a collator asks for it by name.
 
     Args:
         collator: The collator for everything else.
@@ -47,7 +47,7 @@ class GroupCollator(_Wrapped):
         self.ids = None if names is None else {name: i for i, name in enumerate(names)}
 
     def __call__(self, examples: list) -> Any:
-        """Collates; ids [B] are -1 for an unknown name, and absent for examples without the column.
+        """Collate; ids [B] are -1 for an unknown name, and absent for examples without the column.
 
         An example that packs several documents has a list of their names, and gets one id per document.
         """
@@ -83,7 +83,7 @@ class GroupCollator(_Wrapped):
 
 
 class ExampleCounter(_Wrapped):
-    """Wraps a collator: adds the number of examples, since the collator may make several rows of each.
+    """A collator around another one: adds the number of examples, since that one may make several rows of each.
 
     Args:
         collator: The collator of everything else.
@@ -93,7 +93,7 @@ class ExampleCounter(_Wrapped):
         self.collator = collator
 
     def __call__(self, examples: list) -> Any:
-        """Collates; leaves a batch that isn't a dict unchanged."""
+        """Collate; leave a batch that isn't a dict unchanged."""
         batch = self.collator(examples)
         if isinstance(batch, MutableMapping):
             batch[EXAMPLES_KEY] = torch.zeros(len(examples), dtype=torch.int64)
@@ -115,7 +115,7 @@ class _WithoutColumn(dict):
 
 
 def _without(example: Any, column: str) -> Any:
-    """Copies an example without its group column, if that can be removed."""
+    """Copy an example without its group column, if that can be removed."""
     if isinstance(example, dict):
         return _WithoutColumn(example, column)
     if isinstance(example, MutableMapping):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def check_flags(args: JDArguments) -> None:
-    """Raises a ValueError for flags that contradict each other, whatever the weighting."""
+    """Raise a ValueError for flags that contradict each other, whatever the weighting."""
     needs_column = {
         f"--jd_objectives {args.jd_objectives}": args.jd_objectives == "group",
         f"--jd_sampler {args.jd_sampler}": args.jd_sampler != "trainer",
@@ -39,7 +39,7 @@ def check_flags(args: JDArguments) -> None:
 
 
 def check_blocks(args: JDArguments, blocks: Any) -> None:
-    """Raises a ValueError for flags that need one weight per objective, if parameters are weighed by `blocks`."""
+    """Raise a ValueError for flags that need one weight per objective, if parameters are weighed by `blocks`."""
     one_weight = {
         f"--jd_backward {args.jd_backward}": args.jd_backward != "one_pass",
         f"--jd_every {args.jd_every}": args.jd_every > 1,
@@ -53,11 +53,11 @@ def check_blocks(args: JDArguments, blocks: Any) -> None:
 
 
 def check_weighting(args: JDArguments, weighting: Any) -> None:
-    """Raises a ValueError for flags that the weighting, which may be any callable, can't follow."""
+    """Raise a ValueError for flags that the weighting, which may be any callable, can't follow."""
     ours = type(weighting) is WEIGHTINGS[args.jd_weighting]
     name = args.jd_weighting if ours else getattr(weighting, "__name__", type(weighting).__name__)
     _check_preferences(args, weighting, name)
-    _check_rhythm(args, isinstance(weighting, MeanWeighting), name)
+    _check_schedule(args, isinstance(weighting, MeanWeighting), name)
     if args.jd_normalize != "none" and getattr(weighting, "reads", "gramian") == "losses":
         raise ValueError(
             f"--jd_normalize {args.jd_normalize} divides rows, but the weighting `{name}` reads only losses: leave it "
@@ -82,14 +82,14 @@ def _check_preferences(args: JDArguments, weighting: Any, name: str) -> None:
         raise ValueError("--jd_preferences and the weighting's pref_vector say the same: leave one of them out.")
     if not args.kind.shared:
         raise ValueError(
-            f"--jd_preferences goes by name, and objectives `{args.jd_objectives}` have none: use --jd_objectives "
-            "group or loss."
+            f"--jd_preferences needs objectives with names, and objectives `{args.jd_objectives}` have none: use "
+            "--jd_objectives group or loss."
         )
     replace(weighting, pref_vector=[*preferences.values(), 1.0])  # validates them: some weightings refuse a 0
 
 
-def _check_rhythm(args: JDArguments, mean: bool, name: str) -> None:
-    """Checks the flags for when to weigh and when to measure."""
+def _check_schedule(args: JDArguments, mean: bool, name: str) -> None:
+    """Check the flags for when to weigh and when to measure."""
     if args.jd_every > 1:
         flag = f"--jd_every {args.jd_every}"
         if mean:
@@ -123,5 +123,5 @@ def _check_rhythm(args: JDArguments, mean: bool, name: str) -> None:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Returns names as messages list them."""
+    """Return names as messages list them."""
     return ", ".join(f"`{name}`" for name in names)

@@ -19,14 +19,14 @@ DATASET_COLUMN = "dataset_name"
 
 
 def is_missing(value: Any) -> bool:
-    """Whether a value counts as missing: None, NaN, pandas' NA and NaT, or an empty string."""
+    """Return whether a value counts as missing: None, NaN, pandas' NA and NaT, or an empty string."""
     if isinstance(value, float):
         return math.isnan(value)
     return value is None or (isinstance(value, str) and not value) or type(value).__name__ in ("NAType", "NaTType")
 
 
 def as_list(value: Any) -> list[Any]:
-    """Converts a group column's value to a list of Python values: one, or one per packed document."""
+    """Convert a group column's value to a list of Python values: one, or one per packed document."""
     if isinstance(value, Tensor | np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, list | tuple):
@@ -35,22 +35,22 @@ def as_list(value: Any) -> list[Any]:
 
 
 def name_of(value: Any) -> str:
-    """Returns a group's name: the value as text, the same for 2 and 2.0."""
+    """Return a group's name: the value as text, the same for 2 and 2.0."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def has_column(example: Any, column: str) -> bool:
-    """Whether an example has a column, as a key or an attribute."""
+    """Return whether an example has a column, as a key or an attribute."""
     return column in example if isinstance(example, Mapping) else hasattr(example, column)
 
 
 def group_of(example: Any, column: str) -> Any:
-    """Returns an example's value in a column."""
+    """Return an example's value in a column."""
     return example[column] if isinstance(example, Mapping) else getattr(example, column)
 
 
 def group_names(dataset: Any, column: str, listed: list[str] | None = None) -> list[str] | None:
-    """Returns the names of all groups of a training set, sorted, so that every process gives them the same ids.
+    """Return the names of all groups of a training set, sorted, so that every process gives them the same ids.
 
     Args:
         dataset: A Dataset, a list of examples, a stream, or a dict of these.
@@ -77,7 +77,7 @@ def group_names(dataset: Any, column: str, listed: list[str] | None = None) -> l
 
 
 def groups_of_each(dataset: Any, column: str) -> list[list[str]]:
-    """Returns the names of each example's groups: one, or one per packed document.
+    """Return the names of each example's groups: one, or one per packed document.
 
     Args:
         dataset: A Dataset or a list of examples.
@@ -103,7 +103,7 @@ def groups_of_each(dataset: Any, column: str) -> list[list[str]]:
 
 
 def _column(dataset: Any, column: str) -> Sequence[Any] | None:
-    """Returns a column that a dataset offers without building examples: without reading images or drawing at random.
+    """Return a column that a dataset offers without building examples: without reading images or drawing at random.
 
     A Hugging Face table is read without its transform. Any other dataset may have the column as an attribute, or as a
     method without arguments.
@@ -125,20 +125,20 @@ def _column(dataset: Any, column: str) -> Sequence[Any] | None:
 
 
 def _has_transform(dataset: Any) -> bool:
-    """Whether a table's examples are built by the user's function, which may add columns."""
+    """Return whether a table's examples are built by the user's function, which may add columns."""
     form = getattr(dataset, "format", None)
     return isinstance(form, Mapping) and form.get("type") == "custom"
 
 
 def _required(method: Any) -> list[str]:
-    """Returns the names of a method's required arguments."""
+    """Return the names of a method's required arguments."""
     free = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     parameters = inspect.signature(method).parameters.values()
     return [p.name for p in parameters if p.default is inspect.Parameter.empty and p.kind not in free]
 
 
 def _read(dataset: Any, column: str) -> list[Any]:
-    """Reads a column from the examples, one by one."""
+    """Read a column from the examples, one by one."""
     values = []
     for row in range(len(dataset)):
         example = dataset[row]
@@ -151,7 +151,7 @@ def _read(dataset: Any, column: str) -> list[Any]:
 
 @contextmanager
 def _same_random_numbers() -> Generator[None]:
-    """Restores the random streams on exit: reading examples may run random transforms."""
+    """Restore the random streams on exit: reading examples may run random transforms."""
     python, numpy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):

@@ -29,7 +29,7 @@ class Metrics(NamedTuple):
 def step_metrics(
     gramians: Tensor, weights: Tensor, means: Tensor | None, counts: Tensor, groups: Tensor, names: Mapping[int, str]
 ) -> Metrics:
-    """Computes a step's metrics.
+    """Compute a step's metrics.
 
     With S [K, m] the membership of the m objectives in the K groups, the row of group k is (S J)_k, its product with
     the update is (S G w)_k, and the step goes against the group if that is negative. The update here is J^T w, before
@@ -76,7 +76,7 @@ def step_metrics(
 
 
 def block_metrics(gramians: Tensor, weights: Tensor) -> Metrics:
-    """Computes the metrics of a step that is weighed by blocks of parameters.
+    """Compute the metrics of a step that is weighed by blocks of parameters.
 
     Args:
         gramians: [B, m, m], one per block.
@@ -96,25 +96,25 @@ def block_metrics(gramians: Tensor, weights: Tensor) -> Metrics:
 
 
 def _products(gramians: Tensor, weights: Tensor) -> Tensor:
-    """Computes [B, m], the product of each row with the update, in each block."""
+    """Compute [B, m], the product of each row with the update, in each block."""
     return (gramians @ weights[:, :, None])[:, :, 0]
 
 
 def loss_metrics(means: Tensor, counts: Tensor, groups: Tensor, names: Mapping[int, str]) -> Metrics:
-    """Computes only the `loss/<group>` of `step_metrics`, for a step that isn't weighed."""
+    """Compute only the `loss/<group>` of `step_metrics`, for a step that isn't weighed."""
     member = (groups == torch.tensor(list(names), dtype=groups.dtype, device=groups.device)[:, None]).double()
     return Metrics(tuple(f"jd/loss/{name}" for name in names.values()), (member @ (means * counts)) / (member @ counts))
 
 
 def _cosines(gramian: Tensor, norms: Tensor) -> Tensor:
-    """Returns the cosines of all pairs of rows, [m (m - 1) / 2]."""
+    """Return the cosines of all pairs of rows, [m (m - 1) / 2]."""
     i, j = torch.triu_indices(len(gramian), len(gramian), offset=1, device=gramian.device)
     return gramian[i, j] / (norms[i] * norms[j]).clamp(min=torch.finfo(torch.float64).tiny)
 
 
 @lru_cache(maxsize=64)
 def _keys(several: bool, names: tuple[str, ...], valued: bool) -> tuple[Key, ...]:
-    """Returns the keys of `step_metrics`, in its order."""
+    """Return the keys of `step_metrics`, in its order."""
     keys = ["min_gw", "grad_norm", "weight_sum", *(["conflicts", "cosine"] if several else [])]
     keys += [f"{kind}/{name}" for kind in ("weight", "against", "grad_norm") for name in names]
     losses = [f"jd/loss/{name}" for name in names] if valued else []
@@ -122,20 +122,20 @@ def _keys(several: bool, names: tuple[str, ...], valued: bool) -> tuple[Key, ...
 
 
 class Averages:
-    """Averages metrics over the steps between two logs, each over the steps that have it."""
+    """The averages of metrics between two logs, each over the steps that have it."""
 
     def __init__(self):
         self._sums: dict[Sequence[Key], Tensor] = {}
         self._counts: dict[Sequence[Key], int] = {}
 
     def add(self, metrics: Metrics) -> None:
-        """Adds one step's metrics."""
+        """Add one step's metrics."""
         keys = tuple(metrics.keys)
         self._sums[keys] = self._sums[keys] + metrics.values if keys in self._sums else metrics.values
         self._counts[keys] = self._counts.get(keys, 0) + 1
 
     def take(self) -> dict[Key, float]:
-        """Returns the averages since the last call; only this waits for the GPU."""
+        """Return the averages since the last call; only this waits for the GPU."""
         sums: dict[Key, float] = {}
         counts: dict[Key, int] = {}
         for keys, values in self._sums.items():
@@ -147,12 +147,12 @@ class Averages:
 
 
 def pairs(averages: Mapping[Key, float]) -> dict[tuple[str, str], float]:
-    """Returns the cosines, by the names of two groups or losses."""
+    """Return the cosines, by the names of two groups or losses."""
     return {key: value for key, value in averages.items() if isinstance(key, tuple)}
 
 
 def readable(averages: Mapping[Key, float]) -> dict[str, float]:
-    """Returns the metrics to log, sorted by name; cosines only if there are at most 8 groups."""
+    """Return the metrics to log, sorted by name; cosines only if there are at most 8 groups."""
     cosines = pairs(averages)
     logged = {key: value for key, value in averages.items() if isinstance(key, str)}
     if len({name for pair in cosines for name in pair}) <= _FEW:

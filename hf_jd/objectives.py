@@ -54,14 +54,14 @@ class Membership(NamedTuple):
     names: Tensor
 
     def added(self, values: Tensor) -> Tensor:
-        """Sums values of instances [B, K] over each objective: [S K]."""
+        """Sum values of instances [B, K] over each objective: [S K]."""
         total = values.new_zeros(len(self.groups) // max(1, values.shape[1]), values.shape[1])
         inside = self.segments >= 0
         return total.index_add(0, self.segments[inside], values[inside]).T.flatten()
 
 
 def membership(kind: Kind, counted: Tensor, groups: Tensor | None, present: Tensor | None) -> Membership:
-    """Finds the objectives that a micro-batch contributes to.
+    """Find the objectives that a micro-batch contributes to.
 
     Args:
         kind: The kind of objectives.
@@ -102,7 +102,7 @@ class ObjectiveTable:
     names: Tensor
 
     def __len__(self) -> int:
-        """The number of rows, M."""
+        """Return the number of rows, M."""
         return len(self.counts)
 
     @property
@@ -122,17 +122,17 @@ class ObjectiveTable:
 
     @staticmethod
     def of(numbers: Tensor, labels: Tensor) -> ObjectiveTable:
-        """Builds a table from its `numbers` and `labels`."""
+        """Build a table from its `numbers` and `labels`."""
         return ObjectiveTable(*numbers.double().unbind(1), *labels.long().unbind(1))
 
     @staticmethod
     def cat(tables: Sequence[ObjectiveTable]) -> ObjectiveTable:
-        """Concatenates tables."""
+        """Concatenate tables."""
         return ObjectiveTable.of(torch.cat([t.numbers for t in tables]), torch.cat([t.labels for t in tables]))
 
     @staticmethod
     def added(tables: Sequence[ObjectiveTable]) -> ObjectiveTable:
-        """Adds up tables of the same objectives."""
+        """Add up tables of the same objectives."""
         return ObjectiveTable.of(torch.stack([t.numbers for t in tables]).sum(0), tables[0].labels)
 
 
@@ -196,7 +196,7 @@ class Objectives:
         return self.number / totals.clamp(min=1)[self.table.names]
 
     def joined(self) -> ObjectiveTable:
-        """Joins the usable rows into their M' objectives."""
+        """Join the usable rows into their M' objectives."""
         numbers, labels = self.table.numbers[self.usable], self.table.labels[self.usable]
         numbers = numbers.new_zeros(self.number, 3).index_add(0, self.members, numbers)
         labels = labels.new_zeros(self.number, 2).index_copy(0, self.members, labels)

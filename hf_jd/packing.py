@@ -64,17 +64,17 @@ def packed_documents(batch: Any, packed: str = "auto") -> Tensor | None:
 
 
 def documents_of(batch: Any, packed: str) -> Tensor | None:
-    """Return `packed_documents`, and check that an `always` packed batch marks its documents.
+    """Return `packed_documents`; with "always", check that the batch marks its documents.
 
     Raises:
-        ValueError: It doesn't.
+        ValueError: The batch has to be packed, but doesn't say where documents begin.
     """
     if packed == "always":
-        _check_told(batch)
+        _check_marked(batch)
     return packed_documents(batch, packed)
 
 
-def _check_told(batch: Any) -> None:
+def _check_marked(batch: Any) -> None:
     """Raise a ValueError if the batch doesn't say where documents begin."""
     if not isinstance(batch, Mapping) or all(batch.get(key) is None for key in _TELLING):
         raise ValueError(
@@ -93,7 +93,7 @@ def _tokens(batch: Any) -> Tensor | None:
 
 
 def _begin_again(positions: Tensor, real: Tensor | None, masked: bool) -> bool:
-    """Whether positions [B, T] belong to packed documents.
+    """Return whether positions [B, T] belong to packed documents.
 
     Other positions may also fail to grow: constants, positions of padding, or those of a model with its own convention.
     In packed documents, positions grow by 1, and every document starts with the same, lowest position.
@@ -159,7 +159,7 @@ def without_documents(batch: Mapping[str, Any], documents: Tensor, keep: Tensor)
     bounds = F.pad(lengths.cumsum(0), (1, 0))
     longest = int(lengths.max())
 
-    def of(key: str, value: Any) -> Any:
+    def select(key: str, value: Any) -> Any:
         if key in ("cu_seq_lens_q", "cu_seq_lens_k"):
             return bounds.to(value)
         if key in ("max_length_q", "max_length_k"):
@@ -174,7 +174,7 @@ def without_documents(batch: Mapping[str, Any], documents: Tensor, keep: Tensor)
             return value[keep.to(value.device)]
         raise unknown_rows(key, f"shape {list(value.shape)}", f"{len(keep)} packed documents")
 
-    return {key: of(key, value) for key, value in batch.items()}
+    return {key: select(key, value) for key, value in batch.items()}
 
 
 def unknown_rows(key: str, what: str, instances: str) -> ValueError:

@@ -54,7 +54,7 @@ class StratifiedSampler(Sampler[int]):
 
 
 def stratified(groups: Tensor, length: int, size: int, generator: torch.Generator) -> Sequence[Tensor]:
-    """Divides examples among blocks so that every block has its share of each group, to within one example.
+    """Divide examples among blocks so that every block has its share of each group, to within one example.
 
     Args:
         groups: [N] each example's group.
@@ -78,7 +78,7 @@ def stratified(groups: Tensor, length: int, size: int, generator: torch.Generato
 
 
 def block_counts(counts: Tensor, length: int, size: int, generator: torch.Generator) -> Tensor:
-    """Computes how many examples of each group each block gets: its share of the block, rounded up or down.
+    """Compute how many examples of each group each block gets: its share of the block, rounded up or down.
 
     If group k has a share s_k of all examples, a block of U gets U s_k of them, rounded so that the blocks' sizes and
     the groups' totals (length * s_k, rounded up or down) are right. The full blocks that round up for group k are
@@ -111,14 +111,14 @@ def block_counts(counts: Tensor, length: int, size: int, generator: torch.Genera
 
 
 def _spread(n: int, generator: torch.Generator) -> Tensor:
-    """Returns the integers below n in an order whose every beginning is spread evenly over [0, n)."""
+    """Return the integers below n in an order in which every prefix is spread evenly over [0, n)."""
     golden = (torch.arange(n, dtype=torch.float64) * ((5**0.5 - 1) / 2)) % 1
     start = int(torch.randint(max(n, 1), (), generator=generator))
     return (golden.argsort().argsort() + start) % max(n, 1)
 
 
 def _rounded(first: Tensor, second: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """Rounds first / total, second / total and their sum [K], each up or down, so that both keep their (integer) sums.
+    """Round first / total, second / total and their sum [K], each up or down, so that both keep their (integer) sums.
 
     Such a rounding always exists (a transportation polytope with integer margins has integer vertices). By default, one
     of a group's two fractions is rounded up; as many groups as needed round up both, or neither.

@@ -1,4 +1,4 @@
-"""Runs one of the benchmarks of `scripts/benchmarks`: `python scripts/benchmark.py engine ...`."""
+"""Run one of the benchmarks of `scripts/benchmarks`: `python scripts/benchmark.py engine ...`."""
 
 import sys
 from importlib import import_module
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def main(argv: list[str]) -> int:
-    """Runs the benchmark that the first argument names, with the others.
+    """Run the benchmark that the first argument names, and pass it the others.
 
     Returns:
         The exit code.

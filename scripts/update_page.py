@@ -1,8 +1,9 @@
-"""What: puts a comparison's table into a page, between the comments that name it, and its picture into docs/images.
+"""Copy a comparison's table into a page, between the comments that name it, and its picture into docs/images.
 
-Why:  so that the numbers of the documents are those that a command printed.
-Run:  python scripts/update_page.py runs/demo docs/demo.md
-      python scripts/update_page.py runs/unlearn docs/unlearning.md
+So the numbers in the documents are those that a command printed:
+
+    python scripts/update_page.py runs/demo docs/demo.md
+    python scripts/update_page.py runs/unlearn docs/unlearning.md
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ IMAGES = Path(__file__).parents[1] / "docs" / "images"
 
 
 def update(comparison: Path, page: Path) -> None:
-    """Writes the table between `<!-- NAME ... -->` and `<!-- /NAME -->`, with NAME that of the comparison's folder.
+    """Write the table between `<!-- NAME ... -->` and `<!-- /NAME -->`, where NAME is the comparison's folder.
 
     Raises:
-        ValueError: The page has no such comments, or the folder no finished comparison.
+        ValueError: The page has no such comments, or the folder has no finished comparison.
     """
     name = comparison.resolve().name
     if not (comparison / TABLE).exists():
@@ -31,7 +32,7 @@ def update(comparison: Path, page: Path) -> None:
     between = re.compile(rf"(<!-- {re.escape(name)}\b[^\n]*-->\n)(.*?)(<!-- /{re.escape(name)} -->)", re.DOTALL)
     if not between.search(text):
         raise ValueError(f"{page} has no place for the table: <!-- {name} --> and <!-- /{name} -->.")
-    page.write_text(between.sub(lambda found: found[1] + table + found[3], text), "utf-8")
+    page.write_text(between.sub(lambda match: match[1] + table + match[3], text), "utf-8")
     shutil.copy(comparison / PICTURE, IMAGES / f"{name}.png")
 
 

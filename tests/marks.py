@@ -9,12 +9,12 @@ import pytest
 
 
 def slow(*values: Any, id: str | None = None) -> Any:
-    """Marks a case that only `make test-all` runs, because a quick case checks the same."""
+    """Mark a case that only `make test-all` runs, because a quick case checks the same."""
     return pytest.param(*values, marks=pytest.mark.slow, id=id)
 
 
 def in_turn(names: Iterable[Any], values: Mapping[str, Any]) -> list[Any]:
-    """Returns each name with each value; `make test` runs each name once, with the values in turn."""
+    """Return each name with each value; `make test` runs each name once, with the values in turn."""
     return [
         (pytest.param if j == i % len(values) else slow)(name, value, id=f"{getattr(name, 'id', name)}-{key}")
         for i, name in enumerate(names)

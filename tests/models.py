@@ -11,7 +11,7 @@ VOCABULARY = 37
 
 
 def tiny_llama(seed: int = 0, **config) -> LlamaForCausalLM:
-    """Builds a Llama with two layers, in float64 (except that its norms compute in float32)."""
+    """Build a Llama with two layers, in float64 (except that its norms compute in float32)."""
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": VOCABULARY,
@@ -29,7 +29,7 @@ def tiny_llama(seed: int = 0, **config) -> LlamaForCausalLM:
 
 
 def tiny_gpt2(seed: int = 0, dropout: float = 0.0, **config) -> GPT2LMHeadModel:
-    """Builds a GPT-2 with two layers, which computes in float64 up to its logits."""
+    """Build a GPT-2 with two layers, which computes in float64 up to its logits."""
     torch.manual_seed(seed)
     sizes = {
         "vocab_size": VOCABULARY,
@@ -47,7 +47,7 @@ def tiny_gpt2(seed: int = 0, dropout: float = 0.0, **config) -> GPT2LMHeadModel:
 
 
 def with_lora(model: nn.Module, seed: int = 0, dropout: float = 0.0, warm: bool = False, **config) -> nn.Module:
-    """Adds LoRA adapters of rank 3.
+    """Add LoRA adapters of rank 3.
 
     Args:
         model: A tiny model.

@@ -9,10 +9,10 @@ from packaging.version import Version
 
 
 def has(package: str, release: str) -> bool:
-    """Whether the installed package is this release or a later one."""
+    """Return whether the installed package is this release or a later one."""
     return Version(version(package)) >= Version(release)
 
 
 def needs(package: str, release: str, what: str) -> pytest.MarkDecorator:
-    """Skips a test of `what`, a feature that this release of the package added."""
+    """Skip a test of `what`, a feature that this release of the package added."""
     return pytest.mark.skipif(not has(package, release), reason=f"{package} {release} brought {what}")

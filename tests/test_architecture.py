@@ -59,7 +59,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def room(module: str) -> str | None:
-    """Returns the part of hf_jd that a module belongs to; None for a module of another package."""
+    """Return the part of hf_jd that a module belongs to; None for a module of another package."""
     parts = module.split(".")
     return parts[1] if parts[0] == "hf_jd" and len(parts) > 1 else None
 
@@ -70,12 +70,12 @@ def named(path: Path) -> str:
 
 @pytest.mark.parametrize("path", files("hf_jd"), ids=named)
 def test_imports_go_one_way(path):
-    own = path.relative_to(ROOT / "hf_jd").parts[0].removesuffix(".py")
-    found = set(imports(path))
-    packages = {module.partition(".")[0] for module in found}
-    assert not packages & (FORBIDDEN_PACKAGES.get(own, set()) | REFERENCES)
-    rooms = {other for module in found if (other := room(module)) is not None} - {own}
-    forbidden = FORBIDDEN_ROOMS.get(own, set())
+    own_room = path.relative_to(ROOT / "hf_jd").parts[0].removesuffix(".py")
+    imported = set(imports(path))
+    packages = {module.partition(".")[0] for module in imported}
+    assert not packages & (FORBIDDEN_PACKAGES.get(own_room, set()) | REFERENCES)
+    rooms = {other for module in imported if (other := room(module)) is not None} - {own_room}
+    forbidden = FORBIDDEN_ROOMS.get(own_room, set())
     assert not (rooms if "*" in forbidden else rooms & forbidden)
 
 
@@ -96,13 +96,13 @@ def test_private_modules_are_imported_only_within_their_room(path):
 
 
 @pytest.mark.parametrize("name", sorted(FORMULAS))
-def test_formulas_of_costs_know_no_tensors(name):
+def test_cost_formulas_import_no_tensors(name):
     packages = {module.partition(".")[0] for module in imports(ROOT / "hf_jd" / "estimate" / f"{name}.py")}
     assert not packages & (HUGGING_FACE | {"torch"})
 
 
 @pytest.mark.parametrize("path", files("scripts"), ids=named)
-def test_scripts_know_only_the_package(path):
+def test_scripts_import_only_the_package(path):
     assert not {"tests", "examples"} & {module.partition(".")[0] for module in imports(path)}
 
 

@@ -11,7 +11,7 @@ def brief(completions: list[Any], **columns: Any) -> list[float]:
 
 
 def varied(completions: list[Any], **columns: Any) -> list[float]:
-    """The share of different words."""
+    """Reward variety: the share of different words."""
     words = [_text(completion).lower().split() for completion in completions]
     return [len({*of_one}) / len(of_one) if of_one else 0.0 for of_one in words]
 

@@ -50,7 +50,7 @@ def run(
     script: Any = ScriptArguments,
     more: Callable[[Any, Any], dict[str, Any]] | None = None,
 ) -> int:
-    """Runs a command.
+    """Run a command.
 
     Args:
         name: The command's name.
@@ -90,14 +90,14 @@ def run(
 
 
 def _facts_writer(script: Any, args: Any, model: Any) -> FactsWriter:
-    """Returns the callback that writes the run's settings, for its report."""
+    """Return the callback that writes the run's settings, for its report."""
     source = Path(script.dataset_name).name if script.dataset_name else "a mixture"
     facts = {"data": source, "full": not model.use_peft, "lora_r": model.lora_r}
     return FactsWriter(Path(args.output_dir), facts | training_facts(model.model_name_or_path, args))
 
 
 def _train(trainer: Any, checkpoint: str | None) -> None:
-    """Trains, and says how to continue if it is stopped."""
+    """Train, and say how to continue if it is stopped."""
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
@@ -107,7 +107,7 @@ def _train(trainer: Any, checkpoint: str | None) -> None:
 
 
 def parse(name: str, argv: Sequence[str], script: Any, config: Any) -> Any:
-    """Parses the arguments like TRL.
+    """Parse the arguments like TRL.
 
     Raises:
         ValueError: A flag is unknown or has a value that isn't allowed, or the file can't be read.
@@ -131,7 +131,7 @@ def parse(name: str, argv: Sequence[str], script: Any, config: Any) -> Any:
 
 
 def _split_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Splits off the settings in `--config FILE`, and sets the environment variables in its `env`, like TRL."""
+    """Split off the settings in `--config FILE`, and set the environment variables in its `env`, like TRL."""
     flags = list(argv)
     if "--config" not in flags:
         return flags, {}
@@ -144,7 +144,7 @@ def _split_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
 
 
 def _check_columns(command: str, rows: Any, args: Any) -> None:
-    """Raises a ValueError for texts without the trainer's columns, or without the group column, before tokenizing."""
+    """Raise a ValueError for texts without the trainer's columns, or without the group column, before tokenizing."""
     columns, needed = getattr(rows, "column_names", None) or [], COLUMNS.get(command, ())
     missing = [f"`{name}`" for name in needed if name not in columns]
     # Streams may not know their columns; token ids have other names; and KTO takes pairs apart.
@@ -160,7 +160,7 @@ def _check_columns(command: str, rows: Any, args: Any) -> None:
 
 
 def _check(model: Any) -> None:
-    """Raises a ValueError for a model that can't be loaded."""
+    """Raise a ValueError for a model that can't be loaded."""
     if model.model_name_or_path is None:
         raise ValueError("No model is given: name it, or its folder, with --model_name_or_path.")
     if (model.load_in_4bit or model.load_in_8bit) and not is_bitsandbytes_available():
@@ -172,7 +172,7 @@ def _check(model: Any) -> None:
 
 
 def _loading(model: Any, args: Any) -> dict[str, Any]:
-    """Returns the arguments for loading the model, like TRL's scripts."""
+    """Return the arguments for loading the model, like TRL's scripts."""
     defaults = {
         "revision": model.model_revision,
         "trust_remote_code": args.trust_remote_code,
@@ -183,7 +183,7 @@ def _loading(model: Any, args: Any) -> dict[str, Any]:
 
 
 def load(script: Any, mixture: Any) -> Any:
-    """Loads the data: a mixture, a dataset from the Hub or a folder, or a local file.
+    """Load the data: a mixture, a dataset from the Hub or a folder, or a local file.
 
     Raises:
         ValueError: No data is given, or the file has an unknown ending.

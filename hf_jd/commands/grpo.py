@@ -12,14 +12,14 @@ from hf_jd.trainer.trl.trainers import JDGRPOConfig, JDGRPOTrainer
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; returns its exit code."""
+    """Run the command; return its exit code."""
     from trl.scripts.grpo import GRPOScriptArguments
 
     return run("grpo", argv, JDGRPOTrainer, JDGRPOConfig, GRPOScriptArguments, _rewards)
 
 
 def _rewards(script: Any, model: Any) -> dict[str, Any]:
-    """Returns the reward model, if there is one, and the reward functions."""
+    """Return the reward model, if there is one, and the reward functions."""
     rewards = [script.reward_model_name_or_path] if script.reward_model_name_or_path else []
     rewards += [reward_function(name) for name in script.reward_funcs or []]
     if not rewards:
@@ -30,7 +30,7 @@ def _rewards(script: Any, model: Any) -> dict[str, Any]:
 
 
 def reward_function(name: str) -> Callable[..., Any]:
-    """Returns one of TRL's reward functions by name, or any function by import path, also from the current folder.
+    """Return one of TRL's reward functions by name, or any function by import path, also from the current folder.
 
     Raises:
         ValueError: There is no such function.

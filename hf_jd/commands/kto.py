@@ -9,5 +9,5 @@ from hf_jd.trainer.trl.trainers import JDKTOConfig, JDKTOTrainer
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the command; returns its exit code."""
+    """Run the command; return its exit code."""
     return run("kto", argv, JDKTOTrainer, JDKTOConfig)

@@ -16,7 +16,7 @@ _CHUNK = 4 * 1024 * 1024  # elements to hash at a time
 
 
 def check_alike(facts: Mapping[str, Any]) -> None:
-    """Compares the settings of all processes, by hash.
+    """Compare the settings of all processes, by hash.
 
     Args:
         facts: Everything that has to be the same, by name; compared by `repr`.
@@ -39,7 +39,7 @@ def check_alike(facts: Mapping[str, Any]) -> None:
 
 
 def check_weights(parameters: Mapping[str, nn.Parameter], step: int) -> None:
-    """Compares the parameters of all processes, bit by bit, with one hash each; skips sharded ones.
+    """Compare the parameters of all processes, bit by bit, with one hash each; skip sharded ones.
 
     Args:
         parameters: By name, in the same order on all processes. Parameters that are gathered only for use are empty.
@@ -63,7 +63,7 @@ def check_weights(parameters: Mapping[str, nn.Parameter], step: int) -> None:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """Hashes the bits of all elements, weighted by their position: int64, 0-d."""
+    """Hash the bits of all elements, weighted by their position: int64, 0-d."""
     whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for chunk in tensor.reshape(-1).view(whole).split(_CHUNK):

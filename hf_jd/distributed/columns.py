@@ -52,12 +52,12 @@ class Bucket:
         return next(part for part in self.parts if part)[0].parameter.device
 
     def zeros(self, *sizes: int) -> Tensor:
-        """Returns zeros [*sizes, columns], with the columns of the largest part: collectives need equal sizes."""
+        """Return zeros [*sizes, columns], with the columns of the largest part: collectives need equal sizes."""
         return torch.zeros(*sizes, max(self.widths), dtype=self.dtype, device=self.device)
 
 
 def buckets(parameters: Iterable[nn.Parameter], processes: int, rows: int) -> Iterator[Bucket]:
-    """Cuts the columns of J [rows, n] into buckets of at most `BUCKET_BYTES`, or of one column per process.
+    """Cut the columns of J [rows, n] into buckets of at most `BUCKET_BYTES`, or of one column per process.
 
     A process owns 1/W of the columns; of sharded parameters, its shards.
 
@@ -79,7 +79,7 @@ def buckets(parameters: Iterable[nn.Parameter], processes: int, rows: int) -> It
 
 
 def _equal(parameters: list[nn.Parameter], processes: int) -> list[list[Piece]]:
-    """Gives each process the same number of columns, the last ones fewer: [W] lists of pieces."""
+    """Give each process the same number of columns, the last ones fewer: [W] lists of pieces."""
     total = sum(p.numel() for p in parameters)
     every = [Piece(p, 0, p.numel()) for p in parameters]
     parts = list(_cut(every, -(-total // processes))) if total else []
@@ -87,7 +87,7 @@ def _equal(parameters: list[nn.Parameter], processes: int) -> list[list[Piece]]:
 
 
 def _shards(parameters: list[nn.Parameter], processes: int) -> list[list[Piece]]:
-    """Gives each process the elements of its shards, along dimension 0 over all processes: [W] lists of pieces."""
+    """Give each process the elements of its shards, along dimension 0 over all processes: [W] lists of pieces."""
     owned = []
     for q in range(processes):
         edges = [(shard_start(p, processes, q), shard_start(p, processes, q + 1)) for p in parameters]
@@ -96,13 +96,13 @@ def _shards(parameters: list[nn.Parameter], processes: int) -> list[list[Piece]]
 
 
 def shard_start(parameter: Tensor, processes: int, q: int) -> int:
-    """Returns the first element, in the flattened parameter, of shard q, split along dimension 0 like `torch.chunk`."""
+    """Return the first element, in the flattened parameter, of shard q, split along dimension 0 like `torch.chunk`."""
     rows = -(-len(parameter) // processes)
     return min(q * rows, len(parameter)) * (parameter.numel() // max(1, len(parameter)))
 
 
 def _cut(pieces: list[Piece], columns: int) -> Iterator[list[Piece]]:
-    """Cuts consecutive pieces into parts of `columns` columns; the last part may have fewer."""
+    """Cut consecutive pieces into parts of `columns` columns; the last part may have fewer."""
     part: list[Piece] = []
     room = columns
     for p, start, stop in pieces:
@@ -119,13 +119,13 @@ def _cut(pieces: list[Piece], columns: int) -> Iterator[list[Piece]]:
 
 
 def offsets(part: list[Piece]) -> list[tuple[Piece, slice]]:
-    """Returns the pieces of a part, with the slice of the part's columns that each one fills."""
+    """Return the pieces of a part, with the slice of the part's columns that each one fills."""
     ends = list(accumulate(piece.stop - piece.start for piece in part))
     return [(piece, slice(end - (piece.stop - piece.start), end)) for piece, end in zip(part, ends, strict=True)]
 
 
 def by_block(part: list[Piece], places: Mapping[nn.Parameter, int]) -> Iterator[tuple[int, slice]]:
-    """Finds each block's columns among a part's columns, joining neighbours of the same block.
+    """Find each block's columns among a part's columns, joining neighbours of the same block.
 
     Args:
         part: The pieces.
@@ -137,7 +137,7 @@ def by_block(part: list[Piece], places: Mapping[nn.Parameter, int]) -> Iterator[
 
 
 def local_shard(parameter: DTensor, flat: Tensor) -> DTensor:
-    """Builds a tensor sharded like the parameter, from the elements `flat` of this process's shard."""
+    """Build a tensor sharded like the parameter, from the elements `flat` of this process's shard."""
     local = flat.view(parameter.to_local().shape)
     mesh, placements = parameter.device_mesh, parameter.placements
     return DTensor.from_local(

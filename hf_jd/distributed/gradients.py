@@ -32,7 +32,7 @@ class Sent(NamedTuple):
 
 
 def in_turn(sent: Iterable[Sent]) -> Iterator[tuple[Bucket, Tensor]]:
-    """Yields results as they arrive, while the next bucket is packed and sent: two are in memory at a time."""
+    """Yield results as they arrive, while the next bucket is packed and sent: two are in memory at a time."""
     pending: deque[Sent] = deque()
     for item in sent:
         pending.append(item)
@@ -49,19 +49,19 @@ def _arrived(sent: Sent) -> tuple[Bucket, Tensor]:
 
 
 def used_flags(used: Collection[nn.Parameter], parameters: list[nn.Parameter]) -> Tensor:
-    """Returns [P] float64, 1 for the parameters that are used."""
+    """Return [P] float64, 1 for the parameters that are used."""
     return torch.tensor([float(p in used) for p in parameters], dtype=torch.float64, device=parameters[0].device)
 
 
 def flagged(flags: Tensor, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    """Returns the parameters with a flag [P]: those that no process used get no gradient, as with autograd."""
+    """Return the parameters with a flag [P]: those that no process used get no gradient, as with autograd."""
     return [p for p, flag in zip(parameters, flags.tolist(), strict=True) if flag]
 
 
 def add_gradients(
     gradients: dict[nn.Parameter, Tensor], parameters: list[nn.Parameter], used: list[nn.Parameter] | None = None
 ) -> dict[nn.Parameter, Tensor]:
-    """Sums gradients over all processes: an all-reduce, or a reduce-scatter to the shards.
+    """Sum gradients over all processes: an all-reduce, or a reduce-scatter to the shards.
 
     Each process sends 2 b n (W - 1) / W bytes for n elements of b bytes; to shards, b n (W - 1) / W.
 
@@ -81,7 +81,7 @@ def add_gradients(
 
 
 def _send_sum(bucket: Bucket, gradients: dict[nn.Parameter, Tensor]) -> Sent:
-    """Starts summing a bucket over processes: [W, columns] of all parts, or [columns] of this process's part."""
+    """Start summing a bucket over processes: [W, columns] of all parts, or [columns] of this process's part."""
     flat = bucket.zeros(len(bucket.parts))
     for part, values in zip(bucket.parts, flat, strict=True):
         for (p, start, stop), where in offsets(part):
@@ -96,7 +96,7 @@ def _send_sum(bucket: Bucket, gradients: dict[nn.Parameter, Tensor]) -> Sent:
 
 
 class Gradients:
-    """Assembles a gradient per parameter from buckets.
+    """One gradient per parameter, assembled from buckets.
 
     Args:
         parameters: The parameters; a sharded one gets the gradient of its local shard.
@@ -109,7 +109,7 @@ class Gradients:
             self._flat[p] = torch.empty(local.numel(), dtype=p.dtype, device=local.device)
 
     def put(self, bucket: Bucket, values: Tensor) -> None:
-        """Stores the columns of a bucket: [W, columns], or [columns] of this process's shards."""
+        """Store the columns of a bucket: [W, columns], or [columns] of this process's shards."""
         if bucket.sharded:
             for (p, start, stop), where in offsets(bucket.parts[rank()]):
                 before = shard_start(p, process_count(), rank())
@@ -120,5 +120,5 @@ class Gradients:
                 self._flat[p][start:stop] = columns[where]
 
     def by_parameter(self) -> dict[nn.Parameter, Tensor]:
-        """Returns the gradients, shaped and sharded like the parameters."""
+        """Return the gradients, shaped and sharded like the parameters."""
         return {p: local_shard(p, g) if isinstance(p, DTensor) else g.view(p.shape) for p, g in self._flat.items()}

@@ -9,17 +9,17 @@ from hf_jd._compat import all_gather_single
 
 
 def process_count() -> int:
-    """Returns the number of processes that train together."""
+    """Return the number of processes that train together."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def rank() -> int:
-    """Returns the index of this process."""
+    """Return the index of this process."""
     return distributed.get_rank() if process_count() > 1 else 0
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """Stacks the tensors [...] of all processes, which share one shape, in rank order: [W, ...]."""
+    """Stack the tensors [...] of all processes, which share one shape, in rank order: [W, ...]."""
     if process_count() == 1:
         return tensor[None]
     gathered = tensor.new_empty(process_count(), *tensor.shape)
@@ -28,7 +28,7 @@ def gather(tensor: Tensor) -> Tensor:
 
 
 def gather_uneven(rows: Tensor, lengths: list[int] | None = None) -> tuple[Tensor, slice]:
-    """Concatenates [m_r, ...] of all processes r, in rank order.
+    """Concatenate [m_r, ...] of all processes r, in rank order.
 
     Args:
         rows: This process's rows.
@@ -49,12 +49,12 @@ def gather_uneven(rows: Tensor, lengths: list[int] | None = None) -> tuple[Tenso
 
 
 def add_over_processes(tensor: Tensor) -> Tensor:
-    """Sums a tensor over all processes, in place."""
+    """Sum a tensor over all processes, in place."""
     if process_count() > 1:
         distributed.all_reduce(tensor)
     return tensor
 
 
 def anywhere(flag: bool, device: torch.device) -> bool:
-    """Whether a flag is set on any process."""
+    """Return whether a flag is set on any process."""
     return flag if process_count() == 1 else bool(add_over_processes(torch.tensor(float(flag), device=device)))

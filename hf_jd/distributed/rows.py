@@ -56,15 +56,15 @@ class LocalRows:
         self._used: list[nn.Parameter] | None = None
 
     def exchange(self, table: ObjectiveTable) -> ObjectiveTable:
-        """Turns the table of this process's objectives into that of all objectives that are weighed together."""
+        """Turn the table of this process's objectives into that of all objectives that are weighed together."""
         return table
 
     def gramians(self) -> Tensor:
-        """Computes the Gramians [B, M, M], one per block, the same on all processes that weigh together."""
+        """Compute the Gramians [B, M, M], one per block, the same on all processes that weigh together."""
         return self._no_gramians(0) if self.jacobian is None else self.jacobian.gramians()
 
     def weighted_sum(self, weights: Tensor, usable: Tensor) -> dict[nn.Parameter, Tensor]:
-        """Computes the update sum_k w_k row_k over the usable objectives of all processes.
+        """Compute the update sum_k w_k row_k over the usable objectives of all processes.
 
         Args:
             weights: [B, M].
@@ -79,12 +79,12 @@ class LocalRows:
         return add_gradients(gradients, self.parameters, self._used)
 
     def _no_gramians(self, objectives: int) -> Tensor:
-        """Returns zeros [B, M, M], to which each process adds its part."""
+        """Return zeros [B, M, M], to which each process adds its part."""
         blocks, device = max(self._places.values()) + 1, self.parameters[0].device
         return torch.zeros(blocks, objectives, objectives, dtype=torch.float64, device=device)
 
     def _gramians_of(self, objectives: int, columns: Iterable[tuple[Bucket, Tensor]]) -> Tensor:
-        """Adds up the processes' parts of the Gramians [B, M, M], each from the rows [M, C / W] of its own columns."""
+        """Add up the processes' parts of the Gramians [B, M, M], each from the rows [M, C / W] of its own columns."""
         gramians = self._no_gramians(objectives)
         for bucket, rows in columns:
             for place, where in by_block(bucket.parts[rank()], self._places):
@@ -94,7 +94,7 @@ class LocalRows:
         return (gramians + gramians.mT) / 2
 
     def _pack(self, part: list[Piece], packed: Tensor) -> None:
-        """Copies columns of the rows into `packed` [m_r, C]."""
+        """Copy columns of the rows into `packed` [m_r, C]."""
         if self.jacobian is None:
             packed.zero_()
         else:
@@ -110,7 +110,7 @@ class GatheredRows(LocalRows):
     """
 
     def exchange(self, table: ObjectiveTable) -> ObjectiveTable:
-        """Concatenates the processes' tables."""
+        """Concatenate the processes' tables."""
         numbers = torch.cat([table.numbers, table.labels.double()], dim=1)
         used = used_flags(self._local, self.parameters)
         heads = gather(torch.cat([torch.tensor([len(table)]).to(numbers), used.to(numbers)]))
@@ -120,13 +120,13 @@ class GatheredRows(LocalRows):
         return ObjectiveTable.of(every[:, :-2], every[:, -2:])
 
     def gramians(self) -> Tensor:
-        """Computes the Gramians [B, M, M] of the rows of all processes."""
+        """Compute the Gramians [B, M, M] of the rows of all processes."""
         assert self._used is not None
         cut = buckets(self._used, process_count(), max(self._lengths))
         return self._gramians_of(sum(self._lengths), in_turn(map(self._exchange, cut)))
 
     def _exchange(self, bucket: Bucket) -> Sent:
-        """Sends the rows [m_r, C] of this process by columns, and receives the rows [M, C / W] of all processes."""
+        """Send the rows [m_r, C] of this process by columns, and receive the rows [M, C / W] of all processes."""
         local, width = self._lengths[rank()], bucket.widths[rank()]
         sizes = [local * w for w in bucket.widths]
         flat = torch.zeros(sum(sizes), dtype=bucket.dtype, device=bucket.device)
@@ -146,7 +146,7 @@ class AddedRows(LocalRows):
     """
 
     def exchange(self, table: ObjectiveTable) -> ObjectiveTable:
-        """Adds up the tables of all processes, whose objectives are the same."""
+        """Add up the tables of all processes, whose objectives are the same."""
         numbers, self._objectives = table.numbers, len(table)
         used = used_flags(self._local, self.parameters)
         sums = add_over_processes(torch.cat([numbers.flatten(), used.to(numbers)]))
@@ -154,14 +154,14 @@ class AddedRows(LocalRows):
         return ObjectiveTable.of(sums[: numbers.numel()].view(numbers.shape), table.labels)
 
     def gramians(self) -> Tensor:
-        """Computes the Gramians [B, K, K] of the summed rows."""
+        """Compute the Gramians [B, K, K] of the summed rows."""
         self._sums: list[tuple[Bucket, Tensor]] = []
         gramians = self._gramians_of(self._objectives, self._receive())
         self.jacobian = None  # Free the rows: each process only needs its 1/W of the sums.
         return gramians
 
     def weighted_sum(self, weights: Tensor, usable: Tensor) -> dict[nn.Parameter, Tensor]:
-        """Computes the update sum_k w_k row_k, each process its columns; see `LocalRows.weighted_sum`."""
+        """Compute the update sum_k w_k row_k, each process its columns; see `LocalRows.weighted_sum`."""
         if not usable.any():
             return {}
         assert self._used is not None
@@ -171,7 +171,7 @@ class AddedRows(LocalRows):
         return update.by_parameter()
 
     def _receive(self) -> Iterator[tuple[Bucket, Tensor]]:
-        """Stores and yields the sums [K, C / W] of this process's columns."""
+        """Store and yield the sums [K, C / W] of this process's columns."""
         assert self._used is not None
         cut = buckets(self._used, process_count(), self._objectives)
         for bucket, received in in_turn(map(self._exchange, cut)):
@@ -179,7 +179,7 @@ class AddedRows(LocalRows):
             yield self._sums[-1]
 
     def _exchange(self, bucket: Bucket) -> Sent:
-        """Sends the rows [K, C] of this process by columns; `_summed` reads the result."""
+        """Send the rows [K, C] of this process by columns; `_summed` reads the result."""
         if bucket.device.type in SUMMED_HERE:
             return self._send_parts(bucket)
         flat = bucket.zeros(process_count(), self._objectives)
@@ -189,7 +189,7 @@ class AddedRows(LocalRows):
         return Sent(bucket, sums, reduce_scatter_single(sums.view(-1), flat.view(-1), async_op=True), flat)
 
     def _send_parts(self, bucket: Bucket) -> Sent:
-        """Sends each process its part, and receives the others' rows [W - 1, K, C / W] of this process's part."""
+        """Send each process its part, and receive the others' rows [W - 1, K, C / W] of this process's part."""
         k, widths = self._objectives, bucket.widths
         sizes = [0 if q == rank() else k * width for q, width in enumerate(widths)]
         flat = torch.empty(sum(sizes), dtype=bucket.dtype, device=bucket.device)
@@ -202,7 +202,7 @@ class AddedRows(LocalRows):
         return Sent(bucket, rows, work, flat)
 
     def _summed(self, bucket: Bucket, received: Tensor) -> Tensor:
-        """Returns the sums [K, C / W] over all processes: as received, or the others' rows plus this process's."""
+        """Return the sums [K, C / W] over all processes: as received, or the others' rows plus this process's."""
         if bucket.device.type not in SUMMED_HERE:
             return received
         sums = received[0] if len(received) == 1 else received.sum(0)
@@ -213,7 +213,7 @@ class AddedRows(LocalRows):
         return sums
 
     def _weigh(self, bucket: Bucket, sums: Tensor, weights: Tensor, usable: Tensor) -> Sent:
-        """Computes this process's columns of the update; gathers all columns if the parameters are whole."""
+        """Compute this process's columns of the update; gather all columns if the parameters are whole."""
         if not usable.all():
             weights, sums = weights[:, usable], sums[usable]
         local = sums.new_zeros(sums.shape[1])

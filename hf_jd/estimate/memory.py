@@ -1,4 +1,4 @@
-"""The memory of a process: rows, and everything that a plain step needs, too. See `cases.py` for the letters."""
+"""The memory of a process: rows, and everything that a plain step needs, too. See `cases.py` for the symbols."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _ID_BYTES = 16  # bytes of an entry's owner and token, int64 each
 
 
 def storage(matrix: Matrix, case: Case) -> str:
-    """Says how the engine stores the rows of a map: "dense", or as their factors, input and output gradient.
+    """Say how the engine stores the rows of a map: "dense", or as their factors, input and output gradient.
 
     "factors" (`OuterRows.compact`), for R = batch instances of S = T tokens in a backward pass: if
     R S (p + d) < 2 p d, so that the ghost form is cheaper, too, or, if rows need not be formed, S (p + d) < p d.
@@ -24,14 +24,14 @@ def storage(matrix: Matrix, case: Case) -> str:
 
 
 def pairs_cost_more(matrix: Matrix, case: Case, forming: float = 0.0) -> bool:
-    """Whether an expert's Gramian costs more from pairs of its tokens than from rows, including `forming` them."""
+    """Return whether an expert's Gramian costs more from token pairs than from rows, including `forming` them."""
     tokens, rows = matrix.tokens(case.batch * case.tokens) / matrix.count, case.groups or case.batch
     p, d = matrix.outputs, matrix.inputs
     return tokens**2 * (p + d) > forming + rows * (rows + _READ) * p * d
 
 
 def row_bytes(shape: Shape, case: Case) -> float:
-    """Computes the bytes of the rows of an update on one process.
+    """Compute the bytes of the rows of an update on one process.
 
     R p d b for dense rows, N (p + d) numbers for factors, and for a table the entries looked up, as if no objective had
     a token twice.
@@ -51,14 +51,14 @@ def row_bytes(shape: Shape, case: Case) -> float:
 
 
 def looked_up(table: Table, case: Case) -> int:
-    """Counts the entries in a table's rows: each objective's tokens, or positions, assuming they are all different."""
+    """Count the entries in a table's rows: each objective's tokens, or positions, assuming they are all different."""
     if table.positions:
         return case.rows * min(case.tokens, table.entries)
     return min(case.all_tokens, case.rows * table.entries)
 
 
 def memory(shape: Shape, case: Case) -> dict[str, float]:
-    """Computes the bytes that a process needs besides rows, with Adam's two float32 numbers per trained one.
+    """Compute the bytes that a process needs besides rows, with Adam's two float32 numbers per trained one.
 
     Under ZeRO 3, trained weights are whole while rows are measured. Activations: 34 N h bytes per block in 16 bits
     (Korthikanti et al., arXiv 2205.05198, equation 2, for attention that stores no T x T); with checkpointing 2 N h per

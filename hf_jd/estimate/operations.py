@@ -1,4 +1,4 @@
-"""Floating-point operations of an update on one process. See `cases.py` for the letters.
+"""Floating-point operations of an update on one process. See `cases.py` for the symbols.
 
 Counted like `torch.utils.flop_counter`: 2 for a multiplication and an addition, and only in products.
 """
@@ -16,37 +16,37 @@ _BLOCK = 64  # objectives up to which it does not split a Gramian into blocks
 
 
 def product_flops(matrix: Matrix, case: Case) -> float:
-    """Counts 2 N p d for a map's forward pass, its input's gradient, or its weight's (arXiv 2001.08361, 2.1)."""
+    """Count 2 N p d for a map's forward pass, its input's gradient, or its weight's (arXiv 2001.08361, 2.1)."""
     return 2 * matrix.tokens(case.all_tokens) * matrix.outputs * matrix.inputs
 
 
 def attention_flops(shape: Shape, case: Case) -> float:
-    """Counts 4 N T h for each attention's two products, with h the width of its heads; includes both causal halves."""
+    """Count 4 N T h for each attention's two products, with h the width of its heads; include both causal halves."""
     return 4 * case.all_tokens * case.tokens * shape.attention
 
 
 def forward_flops(shape: Shape, case: Case) -> float:
-    """Counts all maps and attentions."""
+    """Count the forward pass: all maps and attentions."""
     return sum(product_flops(matrix, case) for matrix in shape.matrices) + attention_flops(shape, case)
 
 
 def backward_flops(shape: Shape, case: Case) -> float:
-    """Counts gradients of layers' inputs: as many as forward, attentions twice; with checkpointing, plus a forward.
+    """Count the backward to layers' inputs: like the forward, attentions twice; with checkpointing, plus a forward.
 
-    Includes the first layer's maps, which autograd skips if nothing below is trained.
+    This includes the first layer's maps, which autograd skips if nothing below is trained.
     """
     again = forward_flops(shape, case) if case.checkpointing else 0
     return again + forward_flops(shape, case) + attention_flops(shape, case)
 
 
 def plain_flops(shape: Shape, case: Case) -> float:
-    """Counts a plain step: forward, backward, and the trained weights' gradients."""
+    """Count a plain step: forward, backward, and the trained weights' gradients."""
     weights = sum(product_flops(matrix, case) for matrix in shape.trained)
     return forward_flops(shape, case) + backward_flops(shape, case) + weights
 
 
 def row_flops(shape: Shape, case: Case) -> float:
-    """Counts the rows, which replace the weights' gradients: 2 N p d if they are dense, nothing for factors.
+    """Count the rows, which replace the weights' gradients: 2 N p d if they are dense, nothing for factors.
 
     An expert's two maps are computed once more, forward or backward; adapters fused with experts take one backward pass
     per objective. Rows for other processes are all dense.
@@ -60,13 +60,13 @@ def row_flops(shape: Shape, case: Case) -> float:
 
 
 def squared(r: int) -> int:
-    """Counts multiplications per column of r rows: r^2; for large Gramians, which `inner` splits, half the blocks."""
+    """Count multiplications per column of r rows: r^2; for large Gramians, which `inner` splits, half the blocks."""
     half = r // 2
     return r * r if r <= _BLOCK else squared(half) + squared(r - half) + half * (r - half)
 
 
 def gramian_flops(shape: Shape, case: Case) -> float:
-    """Counts 2 R^2 per column of J; with W processes, each takes M rows of 1 / W of the columns, 2 M^2 n / W.
+    """Count 2 R^2 per column of J; with W processes, each takes M rows of 1 / W of the columns, 2 M^2 n / W.
 
     Fewer for R > 64 (`squared`). For factors on one process, the cheaper of 2 N^2 (p + d) and 2 N p d + 2 R^2 p d; for
     E experts with evenly spread tokens, the cheaper of 2 (p + d + R) per pair of an expert's tokens and the same.
@@ -89,7 +89,7 @@ def gramian_flops(shape: Shape, case: Case) -> float:
 
 
 def _table_flops(table: Table, case: Case) -> float:
-    """Counts 2 R^2 per number of the entries looked up, in chunks, and the products with a tied head's factors."""
+    """Count 2 R^2 per number of the entries looked up, in chunks, and the products with a tied head's factors."""
     if table.head is not None and storage(table.head, case) == "dense":
         return 0.0  # included in the head's
     step = max(1, _CHUNK // table.width)
@@ -99,7 +99,7 @@ def _table_flops(table: Table, case: Case) -> float:
 
 
 def update_flops(shape: Shape, case: Case) -> float:
-    """Counts J^T w: 2 per number of dense rows, 2 N p d for factors. Each process weighs 1 / W of the groups' sums."""
+    """Count J^T w: 2 per number of dense rows, 2 N p d for factors. Each process weighs 1 / W of the groups' sums."""
     total = 2.0 * case.rows * shape.vectors
     for matrix in shape.trained:
         dense = storage(matrix, case) == "dense" or (case.processes > 1 and case.groups is not None)
@@ -108,7 +108,7 @@ def update_flops(shape: Shape, case: Case) -> float:
 
 
 def formed_flops(shape: Shape, case: Case) -> float:
-    """Counts the part of the Gramian and the update that multiplies factors, in the layers' dtype."""
+    """Count the part of the Gramian and the update that multiplies factors, in the layers' dtype."""
     if case.processes > 1 and case.groups is not None:
         return 0.0
     update = sum(product_flops(matrix, case) for matrix in shape.trained if storage(matrix, case) != "dense")
@@ -118,7 +118,7 @@ def formed_flops(shape: Shape, case: Case) -> float:
 
 
 def _formed(matrix: Matrix, case: Case) -> bool:
-    """Whether factors are multiplied out for the Gramian (`OuterRows.gramian`, `RoutedRows.gramian`)."""
+    """Return whether factors are multiplied out for the Gramian (`OuterRows.gramian`, `RoutedRows.gramian`)."""
     if matrix.count > 1:
         forming = matrix.tokens(case.batch * case.tokens) / matrix.count * matrix.outputs * matrix.inputs
         return storage(matrix, case) == "routed" and pairs_cost_more(matrix, case, forming)
@@ -127,7 +127,7 @@ def _formed(matrix: Matrix, case: Case) -> bool:
 
 
 def step_flops(shape: Shape, case: Case) -> float:
-    """Counts forward, backward, rows, Gramian and update; with two passes, a plain backward replaces that update.
+    """Count forward, backward, rows, Gramian and update; with two passes, a plain backward replaces that update.
 
     The second pass starts with a new forward pass, unless there is only one micro-batch, whose graph is retained.
     """

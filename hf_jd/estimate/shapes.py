@@ -45,7 +45,7 @@ class Matrix:
         return self.count * self.outputs * self.inputs
 
     def tokens(self, tokens: int) -> float:
-        """Returns how many times the maps are applied to one of the tokens."""
+        """Return how many times the maps are applied to one of the tokens."""
         return tokens * self.share * self.count
 
 

@@ -44,7 +44,7 @@ class Time:
 
 
 def row_traffic(shape: Shape, case: Case) -> float:
-    """Computes the memory traffic of rows in bytes: each is written once, and read for the Gramian and the update.
+    """Compute the memory traffic of rows in bytes: each is written once, and read for the Gramian and the update.
 
     With several processes, rows are also copied for sending, and received rows are written and read: as many for
     instances, 1 / W of them for groups.
@@ -57,7 +57,7 @@ def row_traffic(shape: Shape, case: Case) -> float:
 
 
 def plain_time(shape: Shape, case: Case, hardware: Hardware, assumed: Assumptions) -> Time:
-    """Computes the time of a plain step. Its backward pass hides communication; with sharded weights, all of it."""
+    """Compute the time of a plain step. Its backward pass hides communication; with sharded weights, all of it."""
     flops = plain_flops(shape, case)
     hidden = flops if PARALLELISMS[case.parallelism].weights else flops - forward_flops(shape, case)
     rate = _rate(case, hardware) * assumed.efficiency
@@ -66,7 +66,7 @@ def plain_time(shape: Shape, case: Case, hardware: Hardware, assumed: Assumption
 
 
 def step_time(shape: Shape, case: Case, hardware: Hardware, assumed: Assumptions) -> Time:
-    """Computes the time of an update by Jacobian descent. Nothing hides the rows, exchanged after the backward pass.
+    """Compute the time of an update by Jacobian descent. Nothing hides the rows, exchanged after the backward pass.
 
     The Gramian and the update are computed in float32, at the same efficiency. ZeRO 3 does not prefetch weights either,
     except for a second micro-batch of the second pass.
@@ -95,6 +95,6 @@ def _speed(case: Case, hardware: Hardware, assumed: Assumptions) -> float:
 
 
 def fits(shape: Shape, case: Case, hardware: Hardware, assumed: Assumptions) -> bool:
-    """Whether rows fit in half of the memory that is left, the limit of `--jd_keep_rows auto`."""
+    """Return whether rows fit in half of the memory that is left, the limit of `--jd_keep_rows auto`."""
     free = hardware.memory * assumed.memory_share - sum(memory(shape, case).values())
     return row_bytes(shape, case) <= free / 2

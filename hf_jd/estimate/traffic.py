@@ -1,4 +1,4 @@
-"""The bytes that a process sends per update. See `cases.py` for the letters; f = (W - 1) / W."""
+"""The bytes that a process sends per update. See `cases.py` for the symbols; f = (W - 1) / W."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ _GRAMIAN_BYTES = 8  # per number of G, float64
 
 
 def gathered_bytes(shape: Shape, case: Case) -> float:
-    """Counts gathering sharded weights for each forward and each backward pass: f of all of them each time."""
+    """Count gathering sharded weights for each forward and each backward pass: f of all of them each time."""
     if not PARALLELISMS[case.parallelism].weights:
         return 0.0
     return case.leaving * 2 * case.accumulation * shape.parameters * case.number_bytes
 
 
 def plain_bytes(shape: Shape, case: Case) -> float:
-    """Counts a plain step: the weights, and the gradient's sum.
+    """Count a plain step: the weights, and the gradient's sum.
 
     The sum is an all-reduce, 2 f b n; if weights are sharded, a reduce-scatter, f b n. ZeRO 1 and 2, by default,
     all-reduce the gradients, 2 f b n, and gather the weights that each process's optimizer has updated, f b n. (With a
@@ -28,7 +28,7 @@ def plain_bytes(shape: Shape, case: Case) -> float:
 
 
 def step_bytes(shape: Shape, case: Case) -> float:
-    """Counts an update by Jacobian descent, as in `hf_jd.distributed.rows`.
+    """Count an update by Jacobian descent, as in `hf_jd.distributed.rows`.
 
     Instances: rows f b m n, Gramian 2 f 8 M^2, the update's sum 2 f b n (with shards: f b n). Groups: rows f b K n,
     Gramian 2 f 8 K^2, the update f b n (with shards: 0). Sharded weights are gathered as in a plain step. With two

@@ -17,12 +17,12 @@ NUMBERED = re.compile(r"(?:^|\.)\d+(?=\.)")
 
 
 def module_of(name: str) -> str:
-    """Returns the module that owns a parameter."""
+    """Return the module that owns a parameter."""
     return name.rpartition(".")[0]
 
 
 def layer_of(name: str) -> str:
-    """Returns the outermost numbered module around a parameter ("model.layers.3"), or else the module that owns it."""
+    """Return the outermost numbered module around a parameter ("model.layers.3"), or else the module that owns it."""
     numbered = NUMBERED.search(name)
     return name[: numbered.end()] if numbered else module_of(name)
 
@@ -31,7 +31,7 @@ NAMED: Mapping[str, Callable[[str], str]] = {"layer": layer_of, "module": module
 
 
 def check_blocks(blocks: Blocks | None) -> None:
-    """Raises ValueError for a `blocks` argument that isn't valid."""
+    """Raise ValueError for a `blocks` argument that isn't valid."""
     if blocks is None or callable(blocks) or isinstance(blocks, Mapping) or blocks in NAMED:
         return
     raise ValueError(
@@ -41,7 +41,7 @@ def check_blocks(blocks: Blocks | None) -> None:
 
 
 def blocks_of(blocks: Blocks, names: Iterable[str]) -> list[str]:
-    """Returns the block of each parameter.
+    """Return the block of each parameter.
 
     Args:
         blocks: How to form them. In a mapping, the longest key that names the parameter or a module above it counts.
@@ -64,7 +64,7 @@ def blocks_of(blocks: Blocks, names: Iterable[str]) -> list[str]:
 
 
 def places_of(blocks: Mapping[nn.Parameter, str] | None, parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, int]:
-    """Returns the index of each parameter's block, counting blocks in the order in which `blocks` first names them.
+    """Return the index of each parameter's block, counting blocks in the order in which `blocks` first names them.
 
     Args:
         blocks: The name of each parameter's block; None: all are one.
@@ -77,7 +77,7 @@ def places_of(blocks: Mapping[nn.Parameter, str] | None, parameters: Iterable[nn
 
 
 def _paths(name: str) -> Iterable[str]:
-    """Yields a parameter's name, and the names of the modules above it, up to the model's ""."""
+    """Yield a parameter's name, and the names of the modules above it, up to the model's ""."""
     while name:
         yield name
         name = module_of(name)

@@ -45,7 +45,7 @@ class RowCheck:
 def check_rows(
     model: nn.Module, losses_fn: Callable[..., Tensor], rules: Mapping[type[nn.Module], Rule] = RULES
 ) -> list[RowCheck]:
-    """Compares the engine's rows of each trainable parameter with autograd's, with one backward per objective.
+    """Compare the engine's rows of each trainable parameter with autograd's, with one backward per objective.
 
     Args:
         model: The model; its `.grad` and hooks stay unchanged.

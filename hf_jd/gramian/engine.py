@@ -42,13 +42,13 @@ class _Step:
 
 
 class Engine:
-    """Computes the Gramian G = J J^T of a batch's losses, and J^T w, from one backward.
+    """The Gramian G = J J^T of a batch's losses, and J^T w, from one backward.
 
     J is the Jacobian of the losses with respect to the trainable parameters of the modules. One ordinary backward of
     the sum of the losses visits each trainable layer with its input and output gradient. Since the model treats
     instances independently, these give each instance's row of J (`_rules/`). Layers without a closed form are
-    differentiated module by module (`methods.py`), or objective by objective. A self-check verifies the rows on the
-    first step (`_passes/check.py`). The approach follows Quinton & Rey, arXiv 2406.16232, Section 6.
+    differentiated module by module (`_rules/methods.py`), or objective by objective. A self-check verifies the rows on
+    the first step (`_passes/check.py`). The approach follows Quinton & Rey, arXiv 2406.16232, Section 6.
 
         engine = Engine(model)
         losses = per_instance_loss(model(**batch))      # [m]
@@ -112,7 +112,7 @@ class Engine:
 
     @contextmanager
     def paused(self) -> Generator[None]:
-        """Disables the taps within the context: steps that need no rows then cost nothing extra."""
+        """Disable the taps within the context: steps that need no rows then cost nothing extra."""
         self._switch.is_paused = self._coverage.inputs.is_paused = True
         try:
             yield
@@ -125,7 +125,7 @@ class Engine:
         return self._coverage.sharded
 
     def held(self) -> list[nn.Parameter]:
-        """Returns the trainable parameters, and the frozen ones in the modules that form their rows.
+        """Return the trainable parameters, and the frozen ones in the modules that form their rows.
 
         Sharded ones have to be whole: a pass to the trainable ones goes through all of them, other passes may not.
         """
@@ -133,7 +133,7 @@ class Engine:
         return list(dict.fromkeys([*self._coverage.names, *held]))
 
     def compute_gramian(self, losses: Tensor, segments: Tensor | None = None, retain_graph: bool = True) -> Tensor:
-        """Computes the Gramian of the losses, G = J J^T.
+        """Compute the Gramian of the losses, G = J J^T.
 
         Args:
             losses: [m], or of more dimensions: one entry in `batch_dim` per instance of the batch, or, with `segments`,
@@ -172,7 +172,7 @@ class Engine:
     def compute_jacobian(
         self, losses: Tensor, segments: Tensor | None = None, materialise: bool = True, retain_graph: bool = True
     ) -> Jacobian:
-        """Computes the rows themselves, to add to or stack with those of other batches.
+        """Compute the rows themselves, to add to or stack with those of other batches.
 
         Args:
             losses: As for `compute_gramian`. Rows follow `losses.movedim(batch_dim, -1).flatten()`: row k * m + i is of
@@ -198,7 +198,7 @@ class Engine:
         return Jacobian.cat(parts)
 
     def block_names(self) -> dict[nn.Parameter, str] | None:
-        """Returns each trainable parameter's block, for a `Jacobian` of a step without rows; None without `blocks`."""
+        """Return each trainable parameter's block, for a `Jacobian` of a step without rows; None without `blocks`."""
         self._coverage.read()
         return self._block_names()
 
@@ -209,7 +209,7 @@ class Engine:
         return dict(zip(names, blocks_of(self.blocks, names.values()), strict=True))
 
     def gradients(self, scalar: Tensor) -> dict[nn.Parameter, Tensor]:
-        """Computes the plain gradient of a scalar, by parameter; leaves `.grad` and the graph unchanged.
+        """Compute the plain gradient of a scalar, by parameter; leave `.grad` and the graph unchanged.
 
         With sharded parameters, call `compute_jacobian` or `keep_up` afterwards.
         """
@@ -217,7 +217,7 @@ class Engine:
         return self._passes.gradients(scalar)
 
     def keep_up(self, scalar: Tensor) -> None:
-        """Joins the backward passes of the other processes, on a process without an objective in this batch.
+        """Join the backward passes of the other processes, on a process without an objective in this batch.
 
         Sharded parameters are gathered in each backward pass, so all processes have to run the same number.
 
@@ -230,7 +230,7 @@ class Engine:
         self._coverage.finish_step()
 
     def accumulate_grad(self, weights: Tensor) -> None:
-        """Adds J^T w to the `.grad` of each trainable parameter; may be called several times.
+        """Add J^T w to the `.grad` of each trainable parameter; may be called several times.
 
         Args:
             weights: Shaped like the losses of the last `compute_gramian`; with `blocks`, [B, ...], one set per block.
@@ -260,19 +260,19 @@ class Engine:
             parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def tiers(self) -> dict[str, int]:
-        """Returns the tier that formed each parameter's rows in the last step, by name.
+        """Return the tier that formed each parameter's rows in the last step, by name.
 
         1: closed form; 2: module by module; 3: objective by objective; 0: no objective depended on it.
         """
         return {name: self._tiers.get(p, Tier.UNUSED) for p, name in self._coverage.names.items()}
 
     def detach(self) -> None:
-        """Removes the engine's hooks from the model."""
+        """Remove the engine's hooks from the model."""
         self._coverage.remove()
         self._step = None
 
     def _vectors(self, losses: Tensor, segments: Tensor | None) -> Iterator[tuple[Tensor, Batch | None]]:
-        """Yields vectors of losses that take one backward each, with the instances they belong to."""
+        """Yield vectors of losses that take one backward each, with the instances they belong to."""
         self._coverage.read()
         _check_losses(losses, self.batch_dim, segments, bool(self._coverage.names))
         with torch.autocast(losses.device.type, enabled=False):
@@ -296,7 +296,7 @@ class Engine:
         return rest if outcome.gramian is None else (rest + outcome.gramian.to(rest))
 
     def _keep(self, losses: Tensor) -> Keep:
-        """Decides what to store, by its size; several backwards always store rows."""
+        """Decide what to store, by its size; several backwards always store rows."""
         if self.keep_rows is True or self.batch_dim is None or losses.dim() != 1:
             return Keep.ROWS
         if self.keep_rows is False:
@@ -312,19 +312,19 @@ class Engine:
         return Keep.FACTORS if fits else Keep.GRAMIAN
 
     def _budget(self, device: torch.device) -> int:
-        """The bytes that rows or factors may take."""
+        """Return the bytes that rows or factors may take."""
         if self.keep_rows == "auto":
             return int(_free_memory(device) * FREE_MEMORY_SHARE)
         return int(self.keep_rows)
 
     def _instances_last(self, tensor: Tensor, before: int = 0) -> Tensor:
-        """Puts a tensor that is shaped like the losses, after `before` other dimensions, in the order of rows."""
+        """Put a tensor that is shaped like the losses, after `before` other dimensions, in the order of rows."""
         if self.batch_dim is None:
             return tensor
         return tensor.movedim(self.batch_dim + before if self.batch_dim >= 0 else self.batch_dim, -1)
 
     def _generalized(self, gramian: Tensor, losses: Tensor) -> Tensor:
-        """Reshapes [R, R], in the order of rows, to shape(losses) + reversed(shape(losses))."""
+        """Reshape [R, R], in the order of rows, to shape(losses) + reversed(shape(losses))."""
         n, shape = losses.dim(), self._instances_last(losses).shape
         gramian = gramian.reshape([*shape, *shape])
         if self.batch_dim is not None:
@@ -363,7 +363,7 @@ def _check_losses(losses: Tensor, batch_dim: int | None, segments: Tensor | None
 
 
 def _batch(objectives: int, segments: Tensor | None, device: torch.device) -> Batch:
-    """Builds the instances of a step; without `segments`, each instance is an objective."""
+    """Build the instances of a step; without `segments`, each instance is an objective."""
     if segments is None:
         return Batch(objectives, Segments(objectives))
     if segments.dim() not in (1, 2) or segments.is_floating_point() or segments.dtype == torch.bool:

@@ -17,7 +17,7 @@ from hf_jd.gramian.taps import TapEvent
 def call_again(
     module: nn.Module, tensors: Mapping[str, Tensor], args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
 ) -> Any:
-    """Calls a module with `tensors` in place of its tensors of the same names, wherever the module uses them.
+    """Call a module with `tensors` in place of its tensors of the same names, wherever the module uses them.
 
     Each place is replaced once: `torch.func.functional_call` on its own replaces the tensors of a module with two
     parents twice, and doesn't restore the original afterwards.
@@ -38,7 +38,7 @@ def call_again(
 
 @contextmanager
 def without_traces(module: nn.Module, device: torch.device, replayed: bool = False) -> Generator[dict[str, Tensor]]:
-    """Protects buffers and global random streams from calls of a module within the context.
+    """Protect buffers and global random streams from calls of a module within the context.
 
     Args:
         module: The module.
@@ -64,7 +64,7 @@ def without_traces(module: nn.Module, device: torch.device, replayed: bool = Fal
 def single_precision_gradients(
     event: TapEvent, names: Sequence[str], inputs: Sequence[Tensor], grad_output: Tensor
 ) -> dict[str, Tensor]:
-    """Computes the vector-Jacobian product of a float32 copy of a module's first output, by parameter.
+    """Compute the vector-Jacobian product of a float32 copy of a module's first output, by parameter.
 
     Args:
         event: From the module's tap.
@@ -87,7 +87,7 @@ def single_precision_gradients(
 
 
 class RepeatedCall:
-    """Calls a module again, in the same way as in its forward, to differentiate it.
+    """Another call of a module, with the same arguments as in its forward, to differentiate it.
 
     Args:
         event: From the module's tap; its targets are the parameters of interest.
@@ -107,18 +107,18 @@ class RepeatedCall:
     @staticmethod
     @contextmanager
     def of(event: TapEvent) -> "Generator[RepeatedCall]":
-        """Opens a context in which the module leaves no traces (`without_traces`), under the autocast of its call."""
+        """Open a context in which the module leaves no traces (`without_traces`), under the autocast of its call."""
         assert event.first is not None
         device, is_replayed = event.first.device, event.call.random_state is not None
         with event.call.context(), without_traces(event.tap.module, device, is_replayed) as buffers:
             yield RepeatedCall(event, buffers)
 
     def traced_row(self, inputs: list[Tensor], gradients: list[Tensor]) -> dict[str, Tensor]:
-        """Computes the vector-Jacobian product for output gradients, by parameter; inside `vmap`."""
+        """Compute the vector-Jacobian product for output gradients, by parameter; inside `vmap`."""
         return vjp(lambda parameters: self.outputs(parameters, inputs), self._parameters)[1](tuple(gradients))[0]
 
     def row(self, inputs: list[Tensor], gradients: list[Tensor], expected: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Does the same by autograd, which allows custom functions; UnmappedError if outputs aren't as `expected`."""
+        """Do the same by autograd, which allows custom functions; UnmappedError if outputs aren't as `expected`."""
         with torch.enable_grad():
             parameters = {name: p.clone().requires_grad_() for name, p in self._parameters.items()}
             outputs = self.outputs(parameters, inputs)
@@ -137,19 +137,19 @@ class RepeatedCall:
         return {name: g.to_dense() if g.is_sparse else g for name, g in zip(parameters, rows, strict=True)}
 
     def outputs(self, parameters: Mapping[str, Tensor], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Returns the outputs that have a gradient, with `parameters` in place of the module's own."""
+        """Return the outputs that have a gradient, with `parameters` in place of the module's own."""
         every = self.all_outputs(inputs, parameters)
         return tuple(o for o, used in zip(every, self._used, strict=True) if used)
 
     def all_outputs(
         self, inputs: Sequence[Tensor], parameters: Mapping[str, Tensor] | None = None
     ) -> tuple[Tensor, ...]:
-        """Returns all outputs that the tap wrapped."""
+        """Return all outputs that the tap wrapped."""
         args, kwargs = self._call.arguments(list(inputs))
         self._call.replay(self._device)
         return self._call.float_outputs(call_again(self._module, {**(parameters or {}), **self._buffers}, args, kwargs))
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
-    """Whether outputs come from the same random numbers: otherwise they differ by far more than rounding."""
+    """Return whether outputs come from the same random numbers: otherwise they differ by far more than rounding."""
     return bool((a - b).norm() <= math.sqrt(torch.finfo(b.dtype).eps) * b.norm())

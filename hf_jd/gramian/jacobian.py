@@ -52,7 +52,7 @@ class Jacobian:
         return sum(rows.nbytes for rows in [*self._stacks(), *self._single().values()])
 
     def gramian(self) -> Tensor:
-        """Computes G = J J^T [R, R], symmetric; float32, or float64 if a parameter is; sums in float64."""
+        """Compute G = J J^T [R, R], symmetric, summed in float64; returned in float32, or float64 if a parameter is."""
         device = next((p.device for p, rows in self._rows.items() if rows is not None), torch.device("cpu"))
         total = torch.zeros(len(self), len(self), dtype=torch.float64, device=device)
         with torch.autocast(device.type, enabled=False):
@@ -66,7 +66,7 @@ class Jacobian:
         return [""] if self._blocks is None else list(dict.fromkeys(self._blocks.values()))
 
     def gramians(self) -> Tensor:
-        """Computes each block's Gramian, [B, R, R]; they sum to `gramian()`."""
+        """Compute each block's Gramian, [B, R, R]; they sum to `gramian()`."""
         if self._blocks is None:
             return self.gramian()[None]
         places = places_of(self._blocks, self._rows)
@@ -81,7 +81,7 @@ class Jacobian:
         return self._symmetric(total)
 
     def weighted_sum(self, weights: Tensor) -> dict[nn.Parameter, Tensor]:
-        """Computes J^T w, by parameter and in its dtype, without parameters that no objective depends on.
+        """Compute J^T w, by parameter and in its dtype, without parameters that no objective depends on.
 
         Args:
             weights: [R]; or [B, R], one set per block, in the order of `blocks`.
@@ -102,42 +102,42 @@ class Jacobian:
         return {p: sums[p].to(p.dtype) for p, rows in self._rows.items() if rows is not None}
 
     def dense(self) -> Tensor:
-        """Returns J [R, n], parameters flattened in order, with zeros for those that no objective depends on."""
+        """Return J [R, n], parameters flattened in order, with zeros for those that no objective depends on."""
         return torch.cat([self.rows(p) for p in self._rows], dim=1)
 
     def rows(self, parameter: nn.Parameter) -> Tensor:
-        """Returns the rows of one parameter [R, parameter.numel()]."""
+        """Return the rows of one parameter [R, parameter.numel()]."""
         rows = self._apart(parameter)
         if rows is not None:
             return rows.dense()
         return torch.zeros(len(self), parameter.numel(), dtype=parameter.dtype, device=parameter.device)
 
     def columns(self, parameter: nn.Parameter, start: int, stop: int) -> Tensor:
-        """Returns some columns of the rows of a used parameter: [R, stop - start]."""
+        """Return some columns of the rows of a used parameter: [R, stop - start]."""
         rows = self._apart(parameter)
         assert rows is not None
         return rows.columns(start, stop)
 
     def select(self, index: Tensor) -> "Jacobian":
-        """Returns the rows of some objectives, by indices [R']; other rows are dropped, not multiplied by 0."""
+        """Return the rows of some objectives, by indices [R']; other rows are dropped, not multiplied by 0."""
         return self._map(lambda rows: rows.select(index.to(rows.device)), len(index))
 
     def scaled(self, factors: Tensor) -> "Jacobian":
-        """Returns each row times its factor; factors [R]."""
+        """Return each row times its factor; factors [R]."""
         return self._map(lambda rows: rows.scaled(factors.to(rows.device)), len(self))
 
     def combined(self, matrix: Tensor) -> "Jacobian":
-        """Returns the rows A J of K objectives that are weighted sums of these; A [K, R]."""
+        """Return the rows A J of K objectives that are weighted sums of these; A [K, R]."""
         with torch.autocast(matrix.device.type, enabled=False):
             return self._map(lambda rows: rows.combined(matrix.to(rows.device)), len(matrix))
 
     def __add__(self, other: "Jacobian") -> "Jacobian":
-        """Adds the rows of the same objectives over another batch."""
+        """Add the rows of the same objectives over another batch."""
         return self._merge(other, lambda a, b: a + b, len(self))
 
     @staticmethod
     def cat(parts: Sequence["Jacobian"]) -> "Jacobian":
-        """Stacks the rows of several batches' objectives."""
+        """Stack the rows of several batches' objectives."""
         total = parts[0]
         for part in parts[1:]:
             total = total._merge(part, lambda a, b: a.below(b), len(total) + len(part))
@@ -151,7 +151,7 @@ class Jacobian:
         return Jacobian(mapped, objectives, self._blocks)
 
     def _merge(self, other: "Jacobian", function: Callable[[Rows, Rows], Rows], objectives: int) -> "Jacobian":
-        """Joins the rows of each parameter; when objectives are stacked, fills missing rows with zeros."""
+        """Join the rows of each parameter; when objectives are stacked, fill missing rows with zeros."""
         merged: dict[nn.Parameter, ParameterRows] = dict.fromkeys(self._rows)
         for stack in self._stacks():
             theirs = other._rows[stack.members[0]]

@@ -72,7 +72,7 @@ class Segments:
         return torch.argsort(ids, stable=True)[none:], lengths
 
     def members(self) -> list[Tensor]:
-        """Returns the leading rows of each objective, R index tensors. Raises UnmappedError if by token."""
+        """Return the leading rows of each objective, R index tensors. Raise UnmappedError if by token."""
         if self.by_token:
             raise UnmappedError
         if self.ids is None:
@@ -82,7 +82,7 @@ class Segments:
         return list(index.split(lengths))
 
     def contiguous(self, tensor: Tensor) -> tuple[Tensor, list[int]]:
-        """Sorts a tensor [N, S, f] by objective; returns its tokens [n, f], and the number of tokens per objective."""
+        """Sort a tensor [N, S, f] by objective; return its tokens [n, f], and the number of tokens per objective."""
         order, lengths = self._sorted
         if self.by_token:
             tensor = tensor.flatten(0, 1)
@@ -100,7 +100,7 @@ class Segments:
         return self._last[2]
 
     def outer(self, grad_output: Tensor, input: Tensor) -> Tensor:
-        """Computes the rows [R, p, d] of a linear map: the sum of g_t x_t^T over the tokens of each objective.
+        """Compute the rows [R, p, d] of a linear map: the sum of g_t x_t^T over the tokens of each objective.
 
         Args:
             grad_output: [N, S, p].
@@ -137,7 +137,7 @@ class Segments:
         return rows
 
     def _runs(self, tokens: int) -> list[tuple[int, int, int]]:
-        """Returns (first token, last + 1, objective) of each run of neighbours, with `tokens` per leading row."""
+        """Return (first token, last + 1, objective) of each run of neighbours, with `tokens` per leading row."""
         if self._neighbours is None:
             assert self.ids is not None
             ids, counts = torch.unique_consecutive(self.ids.flatten(), return_counts=True)
@@ -149,7 +149,7 @@ class Segments:
         return [(start * scale, stop * scale, k) for start, stop, k in self._neighbours]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sums values [N, S, f] over the tokens of each objective: [R, f]."""
+        """Sum values [N, S, f] over the tokens of each objective: [R, f]."""
         if self.ids is None:
             return values.reshape(self.objectives, -1, values.shape[-1]).sum(1)
         if self.by_token:
@@ -157,7 +157,7 @@ class Segments:
         return self._index_add(self.ids, values.sum(1))
 
     def reduce(self, rows: Tensor) -> Tensor:
-        """Sums per-row values [N, ...] to objectives [R, ...]. Raises UnmappedError if segments are by token."""
+        """Sum per-row values [N, ...] to objectives [R, ...]. Raise UnmappedError if segments are by token."""
         if self.by_token:
             raise UnmappedError
         if self.ids is not None:
@@ -165,26 +165,26 @@ class Segments:
         return rows if self.block == 1 else rows.unflatten(0, (self.objectives, self.block)).sum(1)
 
     def token_ids(self, shape: Sequence[int]) -> Tensor:
-        """Returns the objective of each token of a tensor of leading shape [N, S]: int64 [N, S]."""
+        """Return the objective of each token of a tensor of leading shape [N, S]: int64 [N, S]."""
         if self.ids is None:
             return torch.arange(self.objectives).repeat_interleave(self.block)[:, None].expand(*shape)
         return self.ids if self.by_token else self.ids[:, None].expand(*shape)
 
     def spread(self, weights: Tensor, tensor: Tensor) -> Tensor:
-        """Puts each objective's weight, from weights [R], at its rows or tokens in a tensor [N, ...]; 0 for none."""
+        """Put each objective's weight, from weights [R], at its rows or tokens in a tensor [N, ...]; 0 for none."""
         # The id -1 picks the appended zero.
         ids = self.token_ids(tensor.shape[:2] if self.by_token else (len(tensor), 1)).to(weights.device)
         spread = torch.cat([weights, weights.new_zeros(1)])[ids]
         return spread.view([*ids.shape, *[1] * tensor.dim()][: tensor.dim()])
 
     def repeated(self, layout: "Layout", factor: int, device: torch.device) -> "Segments":
-        """Returns the segments of `factor` times as many leading rows (`MAJOR` or `MINOR`), built once per step."""
+        """Return the segments of `factor` times as many leading rows (`MAJOR` or `MINOR`), built once per step."""
         if (layout, factor) not in self._repeated:
             self._repeated[layout, factor] = self._repeat(layout, factor, device)
         return self._repeated[layout, factor]
 
     def in_layers(self, layers: int) -> "Segments":
-        """Returns the segments of L layers' concatenated tensors: objective i of layer l is l * R + i; -1 stays -1.
+        """Return the segments of L layers' concatenated tensors: objective i of layer l is l * R + i; -1 stays -1.
 
         Built once per step.
         """
@@ -242,7 +242,7 @@ class Layout:
     is_repeated: bool = False
 
     def arrange(self, batch: Batch, *tensors: Tensor) -> tuple[list[Tensor], Segments]:
-        """Brings tensors to [N, ...], batch first, and returns them with the segments of their leading rows.
+        """Bring tensors to [N, ...], batch first, and return them with the segments of their leading rows.
 
         Args:
             batch: The instances; their segments are the identity, [B] or [B, T].
@@ -266,7 +266,7 @@ MINOR = Layout(is_repeated=True)  # [k*B, ...]: k blocks of B instances
 
 
 def candidates(lead: Sequence[int], instances: int) -> list[Layout]:
-    """Returns the layouts in which a tensor of leading shape `lead` can hold B instances, the most common first.
+    """Return the layouts in which a tensor of leading shape `lead` can hold B instances, the most common first.
 
     The list is empty if no dimension fits: the input has no batch dimension.
     """
@@ -277,7 +277,7 @@ def candidates(lead: Sequence[int], instances: int) -> list[Layout]:
 
 
 def shared_features(tensor: Tensor, features: int = 1) -> Tensor:
-    """Reshapes [N, *shared, *features] to [N, S, f], the format in which all rules are written."""
+    """Reshape [N, *shared, *features] to [N, S, f], the format in which all rules are written."""
     if tensor.dim() == 3 and features == 1:
         return tensor
     lead = tensor.shape[1 : tensor.dim() - features]

@@ -29,7 +29,7 @@ class RandomState:
 
 
 def random_state(device: torch.device) -> RandomState:
-    """Returns the states of the streams, on the CPU and on one device."""
+    """Return the states of the streams, on the CPU and on one device."""
     # Metal has a single stream, and its functions take no device.
     where = () if device.type == "mps" else (device,)
     on_device = None if device.type == "cpu" else torch.get_device_module(device).get_rng_state(*where)
@@ -37,7 +37,7 @@ def random_state(device: torch.device) -> RandomState:
 
 
 def set_random_state(state: RandomState, device: torch.device) -> None:
-    """Restores the states of the streams."""
+    """Restore the states of the streams."""
     torch.set_rng_state(state.cpu)
     if state.device is not None:
         where = () if device.type == "mps" else (device,)
@@ -48,7 +48,7 @@ def set_random_state(state: RandomState, device: torch.device) -> None:
 
 @contextmanager
 def unchanged_streams(device: torch.device) -> Generator[Callable[[], bool]]:
-    """Restores the streams on exit; yields a function that tells whether anything has been drawn."""
+    """Restore the streams on exit; yield a function that tells whether anything has been drawn."""
     before = random_state(device)
     try:
         yield lambda: not _equal(before.__dict__, random_state(device).__dict__)

@@ -17,9 +17,9 @@ COLUMNS = 64  # columns up to which forming a tall product transposed is several
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Computes a b^T of rows [R, n] and [S, n]: [R, S] float64, in chunks of `CHUNK` columns summed in float64.
+    """Compute a b^T of rows [R, n] and [S, n]: [R, S] float64, in chunks of `CHUNK` columns summed in float64.
 
-    Multiplies half-precision rows in float32. If b is a, only half of the blocks are computed.
+    Multiply half-precision rows in float32. If b is a, only half of the blocks are computed.
     """
     if a is b and len(a) > BLOCK:
         upper, lower = a.split([len(a) // 2, len(a) - len(a) // 2])
@@ -34,12 +34,12 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 def narrow(shape: torch.Size) -> bool:
-    """Whether forming a product of this shape [p, d] as [d, p] is faster, as for LoRA's B."""
+    """Return whether forming a product of this shape [p, d] as [d, p] is faster, as for LoRA's B."""
     return shape[-1] <= COLUMNS and shape[-1] < shape[0]
 
 
 def combine(weights: Tensor, rows: Tensor) -> Tensor:
-    """Computes w^T rows for weights [R] or [K, R] and rows [R, n], in the rows' dtype; half precision via float32."""
+    """Compute w^T rows for weights [R] or [K, R] and rows [R, n], in the rows' dtype; half precision via float32."""
     if accumulation_dtype(rows) == rows.dtype:
         return weights.to(rows.dtype) @ rows
     parts = [weights.float() @ part.float() for part in rows.split(CHUNK, dim=1)]
@@ -47,7 +47,7 @@ def combine(weights: Tensor, rows: Tensor) -> Tensor:
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """Returns the dtype in which products of `tensor` are computed: at least float32."""
+    """Return the dtype in which products of `tensor` are computed: at least float32."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
@@ -59,46 +59,46 @@ class Rows(ABC):
     device: torch.device
 
     def dense(self) -> Tensor:
-        """Returns the rows as one tensor [R, numel]."""
+        """Return the rows as one tensor [R, numel]."""
         return self.block(0, self.shape[0])
 
     @abstractmethod
     def block(self, first: int, last: int) -> Tensor:
-        """Returns the columns of `parameter[first:last]`: [R, (last - first) * numel / len(parameter)]."""
+        """Return the columns of `parameter[first:last]`: [R, (last - first) * numel / len(parameter)]."""
 
     def columns(self, start: int, stop: int) -> Tensor:
-        """Returns columns of `dense()`, without forming many others: [R, stop - start]."""
+        """Return columns of `dense()`, without forming many others: [R, stop - start]."""
         width = math.prod(self.shape[1:])
         first = start // width
         return self.block(first, -(-stop // width))[:, start - first * width : stop - first * width]
 
     @abstractmethod
     def gramian(self) -> Tensor:
-        """Computes the Gramian of these rows, float64 [R, R]."""
+        """Compute the Gramian of these rows, float64 [R, R]."""
 
     @abstractmethod
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        """Computes sum_i w_i row_i for weights [R], shaped like the parameter, in the rows' dtype."""
+        """Compute sum_i w_i row_i for weights [R], shaped like the parameter, in the rows' dtype."""
 
     def combined(self, matrix: Tensor) -> "Rows":
-        """Returns the rows of K objectives that are weighted sums of these; matrix [K, R]."""
+        """Return the rows of K objectives that are weighted sums of these; matrix [K, R]."""
         return DenseRows(torch.stack([self.weighted_sum(weights).flatten() for weights in matrix]), self.shape)
 
     @abstractmethod
     def select(self, index: Tensor) -> "Rows":
-        """Returns the rows of some objectives, by index; rows are picked, not multiplied by 0 (0 * NaN is NaN)."""
+        """Return the rows of some objectives, by index; rows are picked, not multiplied by 0 (0 * NaN is NaN)."""
 
     @abstractmethod
     def scaled(self, factors: Tensor) -> "Rows":
-        """Returns each row times its factor; factors [R]."""
+        """Return each row times its factor; factors [R]."""
 
     @abstractmethod
     def __add__(self, other: "Rows") -> "Rows":
-        """Adds the rows of another use of the parameter by the same objectives."""
+        """Add the rows of another use of the parameter by the same objectives."""
 
     @abstractmethod
     def below(self, other: "Rows") -> "Rows":
-        """Appends the rows of other objectives."""
+        """Append the rows of other objectives."""
 
     @property
     @abstractmethod
@@ -106,7 +106,7 @@ class Rows(ABC):
         """The memory of the rows, in bytes."""
 
     def compact(self, dtype: torch.dtype, materialise: bool) -> "Rows":
-        """Returns the representation to store. For factors, this is the only place where memory decides.
+        """Return the representation to store. For factors, this is the only place where memory decides.
 
         Args:
             dtype: The parameter's, for dense rows.
@@ -115,7 +115,7 @@ class Rows(ABC):
         return self
 
     def fits(self, parameter: Tensor, objectives: int) -> bool:
-        """Whether these are `objectives` rows of the parameter."""
+        """Return whether these are `objectives` rows of the parameter."""
         return self.shape == parameter.shape and self.objectives == objectives
 
 
@@ -152,11 +152,11 @@ class DenseRows(Rows):
         return self.shaped(combine(weights, self.rows))
 
     def shaped(self, vector: Tensor) -> Tensor:
-        """Reshapes a sum of rows [numel] like the parameter."""
+        """Reshape a sum of rows [numel] like the parameter."""
         return vector.view(self.shape[::-1]).T.contiguous() if self.transposed else vector.view(self.shape)
 
     def like(self, rows: Tensor) -> "DenseRows":
-        """Wraps other rows in the same order."""
+        """Wrap other rows in the same order."""
         return DenseRows(rows, self.shape, self.transposed)
 
     def select(self, index: Tensor) -> Rows:
@@ -205,7 +205,7 @@ class SparseRows(Rows):
         return rows.flatten(1)
 
     def gramian(self) -> Tensor:
-        """Runs over the ids that occur, in chunks, so that at most [R, CHUNK] is dense at a time."""
+        """Run over the ids that occur, in chunks, so that at most [R, CHUNK] is dense at a time."""
         used, slots = torch.unique(self.ids, return_inverse=True)
         order = torch.argsort(slots, stable=True)
         step = max(1, CHUNK // self.shape[1])
@@ -220,7 +220,7 @@ class SparseRows(Rows):
         return total
 
     def cross(self, other: "OuterRows") -> Tensor:
-        """Computes <these rows, outer rows> [R, R] without V x d: C_ij = sum_{e of i, s} (v_e . x_js) g_js[id_e]."""
+        """Compute <these rows, outer rows> [R, R] without V x d: C_ij = sum_{e of i, s} (v_e . x_js) g_js[id_e]."""
         owners = torch.nn.functional.one_hot(self.owners, self.objectives).to(accumulation_dtype(self.values))
         columns = []
         for g, x in zip(other.grad_output, other.input, strict=True):
@@ -286,9 +286,9 @@ class OuterRows(Rows):
         return torch.bmm(self.grad_output[..., first:last].transpose(1, 2), self.input).flatten(1)
 
     def gramian(self) -> Tensor:
-        """Uses the cheaper of the ghost form sum((x_i x_j^T) * (g_i g_j^T)) and rows formed in chunks.
+        """Use the cheaper of the ghost form sum((x_i x_j^T) * (g_i g_j^T)) and rows formed in chunks.
 
-        Compares R^2 S^2 (p + d) with 2 R S p d + R^2 p d multiplications, the costs of a Gramian (not of norms alone).
+        Compare R^2 S^2 (p + d) with 2 R S p d + R^2 p d multiplications, the costs of a Gramian (not of norms alone).
         """
         (r, s, p), d = self.grad_output.shape, self.input.shape[-1]
         if r * s * (p + d) <= (2 + r / s) * p * d:
@@ -335,7 +335,7 @@ class OuterRows(Rows):
         return DenseRows(torch.cat([self.dense(), other.dense()]), self.shape)
 
     def compact(self, dtype: torch.dtype, materialise: bool) -> Rows:
-        """Returns the factors themselves, or dense rows in the parameter's dtype."""
+        """Return the factors themselves, or dense rows in the parameter's dtype."""
         if self.stay_factors(materialise):
             return self
         if narrow(self.shape):
@@ -344,7 +344,7 @@ class OuterRows(Rows):
         return DenseRows(self.dense().to(dtype), self.shape)
 
     def stay_factors(self, materialise: bool) -> bool:
-        """Whether to store factors.
+        """Return whether to store factors.
 
         Yes if they are smaller than rows and rows need not be formed, or if the ghost form also makes them cheaper to
         multiply: R S (p + d) < 2 p d.

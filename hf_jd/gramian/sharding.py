@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 
 def fsdp_parameters(modules: Iterable[nn.Module]) -> list[Any]:
-    """Returns FSDP2's private records of its parameters: it offers no other way to a whole parameter."""
+    """Return FSDP2's private records of its parameters: it offers no other way to a whole parameter."""
     states = [m._get_fsdp_state() for root in modules for m in root.modules() if isinstance(m, FSDPModule)]
     # torch 2.9 has one group per module, or None; 2.13 has a list. Drop the former with torch < 2.13.
     groups = [vars(state).get("_fsdp_param_groups", [vars(state).get("_fsdp_param_group")]) for state in states]
@@ -24,34 +24,34 @@ def fsdp_parameters(modules: Iterable[nn.Module]) -> list[Any]:
 
 
 def whole_parameters(modules: Iterable[nn.Module]) -> dict[nn.Parameter, nn.Parameter]:
-    """Maps sharded parameters to the whole ones that forwards use, leaving out those not gathered yet."""
+    """Map sharded parameters to the whole ones that forwards use, leaving out those not gathered yet."""
     return {p.sharded_param: p._unsharded_param for p in fsdp_parameters(modules) if hasattr(p, "_unsharded_param")}
 
 
 def is_partitioned(parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether ZeRO 3 shards the parameters: it marks all parameters of a model, which stay the same objects."""
+    """Return whether ZeRO 3 shards the parameters: it marks all parameters of a model, which stay the same objects."""
     return hasattr(next(iter(parameters), None), "ds_id")
 
 
 def whole_bytes(parameter: nn.Parameter) -> int:
-    """Returns the bytes of a whole parameter, even if ZeRO 3 has emptied it."""
+    """Return the bytes of a whole parameter, even if ZeRO 3 has emptied it."""
     return getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
 
 
 def is_sharded(modules: Iterable[nn.Module]) -> bool:
-    """Whether FSDP2 shards some module."""
+    """Return whether FSDP2 shards some module."""
     return any(isinstance(m, FSDPModule) for root in modules for m in root.modules())
 
 
 def layer_type(module: nn.Module) -> type[nn.Module]:
-    """Returns the module's original class, from which FSDP2 derives its own."""
+    """Return the module's original class, from which FSDP2 derives its own."""
     if not isinstance(module, FSDPModule):
         return type(module)
     return cast(type[nn.Module], type(module).__bases__[1])  # FSDP2 derives its class from (FSDPModule, original).
 
 
 class Lockstep:
-    """Keeps the backward passes of all processes in step.
+    """Announcements that keep the backward passes of all processes in step.
 
     Each process announces its passes. A process that has run all of its passes runs idle ones while others announce
     more.
@@ -64,11 +64,11 @@ class Lockstep:
         self._device = device
 
     def announce(self) -> None:
-        """Announces a pass of this process."""
+        """Announce a pass of this process."""
         self._some(True)
 
     def others(self) -> bool:
-        """Announces that this process is done; returns whether another process runs a pass now."""
+        """Announce that this process is done; return whether another process runs a pass now."""
         return self._some(False)
 
     def _some(self, wanted: bool) -> bool:

@@ -39,7 +39,7 @@ class Call:
     random_state: RandomState | None = None
 
     def arguments(self, tensors: list[Tensor]) -> tuple[tuple, dict[str, Any]]:
-        """Returns the arguments of the call, with `tensors` in place of the original ones."""
+        """Return the arguments of the call, with `tensors` in place of the original ones."""
         if self.spec is None:
             return tuple(tensors), {}
         iterator = iter(tensors)
@@ -47,18 +47,18 @@ class Call:
         return pytree.tree_unflatten(leaves, self.spec)
 
     def context(self) -> AbstractContextManager:
-        """Returns the autocast context of the call."""
+        """Return the autocast context of the call."""
         kind, dtype, enabled = self.autocast
         return torch.autocast(kind, dtype=dtype, enabled=enabled)
 
     def replay(self, device: torch.device) -> None:
-        """Restores the random streams to their state before the call, if known."""
+        """Restore the random streams to their state before the call, if known."""
         if self.random_state is not None:
             set_random_state(self.random_state, device)
 
     @contextmanager
     def modes_of(self, module: nn.Module) -> Generator[None]:
-        """Puts the module and its submodules in the modes of the call: `eval()` may have been called since."""
+        """Put the module and its submodules in the modes of the call: `eval()` may have been called since."""
         now = {m: m.training for m in module.modules()}
         try:
             for m, mode in zip(now, self.modes, strict=False):
@@ -69,14 +69,14 @@ class Call:
                 m.training = mode
 
     def float_outputs(self, output: Any) -> tuple[Tensor, ...]:
-        """Selects the outputs that the tap wrapped from the result of another call."""
+        """Select the outputs that the tap wrapped from the result of another call."""
         leaves = pytree.tree_leaves(output)
         return tuple(leaves[i] for i in self.outputs)
 
 
 @lru_cache
 def leaf_call(training: bool, autocast: tuple[str, torch.dtype, bool] | None) -> Call:
-    """Returns the call of a module without submodules, with one positional tensor; equal calls share one object."""
+    """Return the call of a module without submodules, with one positional tensor; equal calls share one object."""
     return Call((training,)) if autocast is None else Call((training,), autocast=autocast)
 
 
@@ -107,10 +107,10 @@ class TapEvent(NamedTuple):
 
 
 class Recorder(Protocol):
-    """Records the events of one backward."""
+    """A receiver of the events of one backward."""
 
     def record(self, event: TapEvent) -> None:
-        """Records one event."""
+        """Record one event."""
 
 
 @dataclass(eq=False)
@@ -176,7 +176,7 @@ class Tap(torch.autograd.Function):
 
 
 def _apply(*args: Any) -> Any:
-    """Calls `Tap.apply`, skipping its handling of torch.func transforms if none is active: a third of the time."""
+    """Call `Tap.apply`, skipping its handling of torch.func transforms if none is active: a third of the time."""
     plain: Any = super(torch.autograd.Function, Tap)
     return Tap.apply(*args) if torch._C._are_functorch_transforms_active() else plain.apply(*args)
 
@@ -210,12 +210,12 @@ class ModuleTap:
         self._handles = [module.register_forward_hook(self, with_kwargs=True, prepend=True)]
 
     def remove(self) -> None:
-        """Removes the tap."""
+        """Remove the tap."""
         for handle in self._handles:
             handle.remove()
 
     def note_states(self, device: torch.device) -> None:
-        """Makes the module's forwards note the state of the random streams, since it draws from them."""
+        """Make the module's forwards note the state of the random streams, since it draws from them."""
         if self._states is None:
             self._states = StateTap(device)
             self._handles.append(self.module.register_forward_pre_hook(self._states))
@@ -225,32 +225,32 @@ class ModuleTap:
         return NoTap, ()
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
-        """Returns the targets that are trainable now."""
+        """Return the targets that are trainable now."""
         for parameter in self.targets.values():
             if not parameter.requires_grad:
                 return {name: p for name, p in self.targets.items() if p.requires_grad}
         return self.targets
 
     def note(self, forward: Forward) -> None:
-        """Notes a forward with gradient."""
+        """Note a forward with gradient."""
         self.calls += 1
         if self.calls <= MOST_FORWARDS:
             self.forwards.append(forward)
 
     def forget(self) -> None:
-        """Resets the count of forwards."""
+        """Reset the count of forwards."""
         self.calls = self.elements = 0
         self.forwards = []
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        """Taps the outputs of a forward with gradient."""
+        """Tap the outputs of a forward with gradient."""
         if torch.compiler.is_compiling():
             # The backward reports to the engine, so a compiled graph has to break here.
             return torch.compiler.disable(self.tap)(args, kwargs, output)
         return self.tap(args, kwargs, output)
 
     def tap(self, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
-        """Returns the tapped outputs; None leaves them unchanged."""
+        """Return the tapped outputs; None leaves them unchanged."""
         if torch._C._current_graph_task_id() == -1:
             self._met_forward = True
         elif not self._met_forward:

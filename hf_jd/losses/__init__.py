@@ -49,13 +49,13 @@ __all__ = [
 
 
 def bare(model: nn.Module | None) -> Any:
-    """Returns the model without the wrappers of torch.compile and PEFT."""
+    """Return the model without the wrappers of torch.compile and PEFT."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # ty: ignore[not-callable]
 
 
 def known_kind(core: Any, name: str) -> str | None:
-    """Returns the key of `LOSSES` for a bare model of a class with this name; None if there is none."""
+    """Return the key of `LOSSES` for a bare model of a class with this name; None if there is none."""
     kind = getattr(core, "loss_type", None)
     answers = {
         *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(),
@@ -73,7 +73,7 @@ def known_kind(core: Any, name: str) -> str | None:
 
 
 def check_targets(kind: str, inputs: Mapping[str, Any]) -> None:
-    """Checks that a batch has the targets that this kind of loss needs.
+    """Check that a batch has the targets that this kind of loss needs.
 
     Raises:
         ValueError: Some are missing.

@@ -13,7 +13,7 @@ from hf_jd.losses.cross_entropy import IGNORED, cross_entropy
 def causal_lm(
     outputs: Mapping[str, Any], inputs: Mapping[str, Any], model: nn.Module, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Computes the loss of each token like ForCausalLMLoss (in at least float32, whatever the model's dtype).
+    """Compute the loss of each token like ForCausalLMLoss (in at least float32, whatever the model's dtype).
 
     Args:
         outputs: `logits` [B, T', V]; T' > T if virtual tokens come first.

@@ -11,7 +11,7 @@ from hf_jd.losses.cross_entropy import cross_entropy
 
 
 def problem_type(config: Any, labels: Tensor) -> str:
-    """Returns the model's problem type; if unset, infers it from the labels like transformers' heads."""
+    """Return the model's problem type; if unset, infer it from the labels like transformers' heads."""
     if config.problem_type is not None:
         return config.problem_type
     if config.num_labels == 1:
@@ -22,7 +22,7 @@ def problem_type(config: Any, labels: Tensor) -> str:
 def classification(
     outputs: Mapping[str, Any], inputs: Mapping[str, Any], model: nn.Module, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Computes the loss of each instance.
+    """Compute the loss of each instance.
 
     This is the cross-entropy of its class; the mean binary cross-entropy over the labels (multi-label); or the mean
     squared error over the targets (regression).

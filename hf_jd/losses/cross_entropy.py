@@ -24,7 +24,7 @@ _BETWEEN = 12  # nodes between a loss and its log-probabilities: divisions, fact
 def aligned(
     outputs: Mapping[str, Any], inputs: Mapping[str, Any], model: nn.Module, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Computes the losses of heads whose logits align with the labels: tagging, masked tokens, encoder-decoders.
+    """Compute the losses of heads whose logits align with the labels: tagging, masked tokens, encoder-decoders.
 
     Args:
         outputs: `logits` [B, T, V], per token; or [B, C], per instance.
@@ -48,7 +48,7 @@ def cross_entropy(
     loss: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes the loss of each target, like transformers' heads and LabelSmoother before they reduce it.
+    """Compute the loss of each target, like transformers' heads and LabelSmoother before they reduce it.
 
     With p the model's probabilities, y the target and e the smoothing, a loss is
     (1 - e) * -log p(y) + e * mean_v -log p(v).
@@ -86,7 +86,7 @@ def cross_entropy(
 
 
 def _saved_log_probabilities(loss: Tensor | None, logits: Tensor) -> Tensor | None:
-    """Returns log p of the logits [..., V], as saved by autograd for the loss's backward; None if it wasn't."""
+    """Return log p of the logits [..., V], as saved by autograd for the loss's backward; None if it wasn't."""
     place = (None, 0) if loss is None else (loss.grad_fn, loss.output_nr)
     for _ in range(_BETWEEN):
         node, index = place
@@ -105,7 +105,7 @@ def _saved_log_probabilities(loss: Tensor | None, logits: Tensor) -> Tensor | No
 
 
 def _source(node: Any, index: int) -> tuple[Any, int]:
-    """Follows views and casts back to the node that computed the numbers."""
+    """Follow views and casts back to the node that computed the numbers."""
     while node is not None and node.name() in _SAME_NUMBERS:
         node, index = node.next_functions[index if node.name() == "_DDPSinkBackward" else 0]
     return node, index

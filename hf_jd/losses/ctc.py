@@ -13,7 +13,7 @@ from hf_jd.losses.cross_entropy import IGNORED
 def ctc(
     outputs: Mapping[str, Any], inputs: Mapping[str, Any], model: Any, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Computes the loss of each recording like ForCTCLoss; divided by its number of labels for the reduction "mean".
+    """Compute the loss of each recording like ForCTCLoss; divided by its number of labels for the reduction "mean".
 
     Args:
         outputs: `logits` [B, T, V].

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 def question_answering(
     outputs: Mapping[str, Any], inputs: Mapping[str, Any], model: nn.Module, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Computes the losses of each instance's start and end, scaled so that their mean is ForQuestionAnsweringLoss.
+    """Compute the losses of each instance's start and end, scaled so that their mean is ForQuestionAnsweringLoss.
 
     That loss is the mean of two means, over the starts and over the ends inside the input. As their numbers may differ,
     each loss is multiplied by (starts + ends) / (2 starts), or / (2 ends).
@@ -33,7 +33,7 @@ def question_answering(
 
 
 def start_and_end(outputs: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Computes the losses of starts and ends, half the cross-entropy each: their means sum to ForQuestionAnsweringLoss.
+    """Compute the losses of starts and ends, half the cross-entropy each: their means sum to ForQuestionAnsweringLoss.
 
     Args:
         outputs: As for `question_answering`.

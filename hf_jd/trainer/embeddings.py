@@ -45,7 +45,7 @@ class JDSentenceTransformerTrainer(JDTrainerMixin, SentenceTransformerTrainer):
     training_args_class = JDSentenceTransformerTrainingArguments
 
     def follow_flags(self) -> None:
-        """Makes what the flags decide; see JDTrainerMixin."""
+        """Apply the flags; see JDTrainerMixin."""
         if self.jd_args.jd_group_column == DATASET_COLUMN and not isinstance(self.train_dataset, Mapping):
             raise ValueError(
                 "--jd_objectives group has one objective per dataset, but there is only one dataset: give a dict of "
@@ -54,7 +54,7 @@ class JDSentenceTransformerTrainer(JDTrainerMixin, SentenceTransformerTrainer):
         super().follow_flags()
 
     def should_dataset_name_column_be_added(self, dataset: Any, args: Any, loss: Any) -> bool:
-        """Whether examples include the name of their dataset; see sentence-transformers."""
+        """Return whether examples include the name of their dataset; see sentence-transformers."""
         by_dataset = args.jd_group_column == DATASET_COLUMN and isinstance(dataset, Mapping)
         return by_dataset or super().should_dataset_name_column_be_added(dataset, args, loss)
 

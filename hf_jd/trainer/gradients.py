@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 
 def accumulate(gradients: Mapping[nn.Parameter, Tensor]) -> None:
-    """Adds to `.grad`."""
+    """Add to `.grad`."""
     for p, gradient in gradients.items():
         p.grad = gradient if p.grad is None else p.grad + gradient
 
 
 def added(parts: Iterable[Mapping[nn.Parameter, Tensor]]) -> dict[nn.Parameter, Tensor]:
-    """Adds up gradients."""
+    """Add up gradients."""
     total: dict[nn.Parameter, Tensor] = {}
     for part in parts:
         for p, gradient in part.items():
@@ -25,7 +25,7 @@ def added(parts: Iterable[Mapping[nn.Parameter, Tensor]]) -> dict[nn.Parameter, 
 
 
 def all_finite(gradients: Sequence[Tensor]) -> bool:
-    """Whether all gradients are finite."""
+    """Return whether all gradients are finite."""
     return not gradients or bool(torch.stack(torch._foreach_norm(list(gradients))).isfinite().all())
 
 
@@ -33,7 +33,7 @@ def all_finite(gradients: Sequence[Tensor]) -> bool:
 def set_aside(
     parameters: Iterable[nn.Parameter], instead: Mapping[nn.Parameter, Tensor] | None = None
 ) -> Generator[dict[nn.Parameter, Tensor]]:
-    """Sets `.grad` aside during backward passes.
+    """Set `.grad` aside during backward passes.
 
     Args:
         parameters: The trainable ones.
@@ -71,7 +71,7 @@ class ShownGradients:
         self._changed = False
 
     def add(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
-        """Adds the gradient of one more loss, by parameter."""
+        """Add the gradient of one more loss, by parameter."""
         if not self.active:
             return
         self._changed |= self.differ_from({p: p.grad for p in [*self.sums, *gradients] if p.grad is not None})
@@ -80,7 +80,7 @@ class ShownGradients:
         self._versions = {p: gradient._version for p, gradient in self.sums.items()}
 
     def differ_from(self, gradients: Mapping[nn.Parameter, Tensor]) -> bool:
-        """Whether a step added others to these, or changed or removed some."""
+        """Return whether a step added others to these, or changed or removed some."""
         more = any(p not in self.sums and bool(gradient.any()) for p, gradient in gradients.items())
         same = (gradients.get(p) is g and g._version == self._versions[p] for p, g in self.sums.items())
         return self._changed or more or not all(same)

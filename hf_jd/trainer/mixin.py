@@ -52,7 +52,7 @@ class JDTrainerMixin(EvaluationMixin):
     jd_groups_of_batch: Tensor | None = None  # if they are unknown until `compute_loss`
 
     def __init_subclass__(cls, **kwargs: Any):
-        """Refuses a class with a Trainer to the left of the mixin, whose methods would run instead of the mixin's."""
+        """Refuse a class with a Trainer to the left of the mixin, whose methods would run instead of the mixin's."""
         super().__init_subclass__(**kwargs)
         order = cls.__mro__
         if Trainer in order and order.index(Trainer) < order.index(JDTrainerMixin):
@@ -88,7 +88,7 @@ class JDTrainerMixin(EvaluationMixin):
     # ---- Trainer's side ----
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Checks the set-up, and trains; see Trainer.
+        """Check the set-up, and train; see Trainer.
 
         Args:
             resume_from_checkpoint: True or `last` uses the newest complete checkpoint, and says which ones it skipped.
@@ -116,7 +116,7 @@ class JDTrainerMixin(EvaluationMixin):
             return super()._inner_training_loop(*args, **kwargs)
 
     def _begin(self, checkpoint: str | None) -> None:
-        """Begins a run with the current flags, and without any state of the previous run."""
+        """Begin a run with the current flags, and without any state of the previous run."""
         self._leave_model()
         self.follow_flags()
         self._forget()
@@ -144,7 +144,7 @@ class JDTrainerMixin(EvaluationMixin):
         self.forget_losses()
 
     def _leave_model(self) -> None:
-        """Removes the engine's hooks and frees its graphs: the model is as before."""
+        """Remove the engine's hooks and free its graphs, so that the model is as before."""
         if self._jd_engine is not None:
             self._jd_engine[1].detach()
         if self._jd_compiled is not None:
@@ -154,11 +154,11 @@ class JDTrainerMixin(EvaluationMixin):
         self._jd_batches = []
 
     def follow_flags(self) -> None:
-        """Applies the flags, before each run: a search changes them for each trial."""
+        """Apply the flags, before each run: a search changes them for each trial."""
         self.jd_control = follow_flags(self, self._jd_from_flags)
 
     def get_train_dataloader(self) -> Any:
-        """Makes batches include their number of examples; see Trainer."""
+        """Make batches include their number of examples; see Trainer."""
         collator = self.data_collator
         self.data_collator = ExampleCounter(collator)
         try:
@@ -167,7 +167,7 @@ class JDTrainerMixin(EvaluationMixin):
             self.data_collator = collator
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """Keeps the micro-batches of an update, for `training_step`; see Trainer."""
+        """Keep the micro-batches of an update, for `training_step`; see Trainer."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._jd_batches = list(batches)
         self._jd_seen = 0
@@ -175,7 +175,7 @@ class JDTrainerMixin(EvaluationMixin):
         return batches, num_items_in_batch
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Runs Trainer's own step with its backward replaced; at the last micro-batch, adds the update to `.grad`.
+        """Run Trainer's own step with its backward replaced; at the last micro-batch, add the update to `.grad`.
 
         Returns:
             The value that Trainer's own step returns, for its log.
@@ -208,7 +208,7 @@ class JDTrainerMixin(EvaluationMixin):
         return prepared
 
     def jd_instances(self, output: Tensor, instances: int) -> Tensor:
-        """Assigns the leading rows of an output to examples: override this method if a loss pairs rows differently.
+        """Assign the leading rows of an output to examples: override this method if a loss pairs rows differently.
 
         Args:
             output: [N, ...] an output of the model that the loss reads.
@@ -230,7 +230,7 @@ class JDTrainerMixin(EvaluationMixin):
         return torch.arange(len(output)) % instances
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Creates the accelerator, with a `backward` that can be replaced; see Trainer."""
+        """Create the accelerator, with a `backward` that can be replaced; see Trainer."""
         super().create_accelerator_and_postprocess()
         backward = self.accelerator.backward
 
@@ -248,7 +248,7 @@ class JDTrainerMixin(EvaluationMixin):
         self.accelerator.backward = replaced
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Adds the metrics under `jd/` to the logs of training; see Trainer."""
+        """Add the metrics under `jd/` to the logs of training; see Trainer."""
         averages = self.jd_metrics.take() if "loss" in logs or "train_loss" in logs else {}
         logs.update(readable(averages))
         super().log(logs, *args, **kwargs)
@@ -304,22 +304,22 @@ class JDTrainerMixin(EvaluationMixin):
         return Recorder
 
     def groups_before(self, batch: Any) -> Tensor | None:
-        """Returns the ids of the groups that a batch may have, before its step, if it has groups."""
+        """Return the ids of the groups that a batch may have, before its step, if it has groups."""
         return group_ids(batch)
 
     def objective_names(self) -> list[str] | None:
-        """Returns the names of all objectives, if known before training."""
+        """Return the names of all objectives, if known before training."""
         return self.jd_group_names
 
     def trainable(self) -> list[nn.Parameter]:
-        """The trainable parameters, in the same order on all processes."""
+        """Return the trainable parameters, in the same order on all processes."""
         assert self.model is not None
         if self._jd_update is not None:
             return self._jd_update.trainable  # The walk over all modules takes time.
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def engine(self) -> Engine:
-        """The engine of the current model: `model_init` may have built a new one."""
+        """Return the engine of the current model: `model_init` may have built a new one."""
         assert self.model is not None
         if self._jd_engine is None or self._jd_engine[0] is not self.model:
             self._leave_model()
@@ -336,7 +336,7 @@ class JDTrainerMixin(EvaluationMixin):
         return backend_of(self)
 
     def count_broken(self, broken: bool) -> None:
-        """Counts the updates in a row in which something wasn't finite, and stops after `--jd_max_non_finite`."""
+        """Count the updates in a row in which something wasn't finite, and stop after `--jd_max_non_finite`."""
         self._jd_broken_in_a_row = self._jd_broken_in_a_row + 1 if broken else 0
         if self._jd_broken_in_a_row >= self.jd_args.jd_max_non_finite:
             raise ValueError(

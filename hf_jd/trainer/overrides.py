@@ -1,4 +1,4 @@
-"""Find out what of `compute_loss`, `compute_losses` and `training_step` is the user's own, and whether it can work."""
+"""Find which of `compute_loss`, `compute_losses` and `training_step` the user overrides, and whether that works."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _LIBRARIES = ("hf_jd", "transformers", "trl", "sentence_transformers")
 
 
 def overridden(trainer: Any) -> str | None:
-    """Returns "compute_losses" or "compute_loss", whichever the user overrides nearer to the instance; None if neither.
+    """Return "compute_losses" or "compute_loss", whichever the user overrides nearer to the instance; None if neither.
 
     It may belong to a class or an instance, or replace Trainer's own. The user's own `training_step`, to the right of
     the mixin, counts as a `compute_loss`.
     """
-    right = False
+    right_of_mixin = False
     for attributes in (vars(trainer), *(vars(cls) for cls in type(trainer).__mro__)):
         unreduced = attributes.get("compute_losses")
         if unreduced is not None and getattr(unreduced, "__module__", None) not in _OURS:
@@ -32,19 +32,19 @@ def overridden(trainer: Any) -> str | None:
         if loss is not None and (getattr(loss, "__module__", None) not in _OURS or hasattr(loss, "__wrapped__")):
             return "compute_loss"
         step = getattr(attributes.get("training_step"), "__module__", None)
-        if right and step is not None and step not in _OURS:
+        if right_of_mixin and step is not None and step not in _OURS:
             return "compute_loss"
-        right = right or step == "hf_jd.trainer.mixin"
+        right_of_mixin = right_of_mixin or step == "hf_jd.trainer.mixin"
     return None
 
 
 def has_own_step(trainer: Any) -> bool:
-    """Whether a user's `training_step` runs inside the mixin's, so that its code may read `.grad`."""
+    """Return whether a user's `training_step` runs inside the mixin's, so that its code may read `.grad`."""
     return any(right for _, right in _own_steps(trainer))
 
 
 def warn_of_gradients(trainer: Any) -> None:
-    """Warns if a user's `training_step` around the mixin's names `.grad`, which is only written once per update."""
+    """Warn if a user's `training_step` around the mixin's names `.grad`, which is only written once per update."""
     for cls, right in _own_steps(trainer):
         names = _names(getattr(vars(cls)["training_step"], "__code__", None))
         if not right and names & {"grad", "clip_grad_norm_", "clip_grad_value_"} and "autograd" not in names:
@@ -55,7 +55,7 @@ def warn_of_gradients(trainer: Any) -> None:
 
 
 def _own_steps(trainer: Any) -> Iterator[tuple[type, bool]]:
-    """Yields the classes with a `training_step` of the user's, and whether they are to the right of the mixin."""
+    """Yield the classes with a `training_step` of the user's, and whether they are to the right of the mixin."""
     right = False
     for cls in type(trainer).__mro__:
         step = vars(cls).get("training_step")
@@ -66,7 +66,7 @@ def _own_steps(trainer: Any) -> Iterator[tuple[type, bool]]:
 
 
 def _names(code: CodeType | None) -> set[str]:
-    """Returns the names of the attributes and globals that a function, or one defined inside it, uses."""
+    """Return the names of the attributes and globals that a function, or one defined inside it, uses."""
     if code is None:
         return set()
     inner = (_names(constant) for constant in code.co_consts if isinstance(constant, CodeType))
@@ -75,7 +75,7 @@ def _names(code: CodeType | None) -> set[str]:
 
 @contextmanager
 def steps_through(trainer: Any, ours: Callable[..., Any], count: Callable[[], int]) -> Generator[None]:
-    """Refuses a user's `training_step` that hides the mixin's, instead of training without Jacobian descent.
+    """Refuse a user's `training_step` that hides the mixin's, instead of training without Jacobian descent.
 
     Args:
         trainer: The trainer.
@@ -91,9 +91,9 @@ def steps_through(trainer: Any, ours: Callable[..., Any], count: Callable[[], in
         return
 
     def checked(*args: Any, **kwargs: Any) -> Any:
-        seen = count()
+        count_before = count()
         loss = step(*args, **kwargs)
-        if count() == seen:
+        if count() == count_before:
             raise ValueError(
                 f"The training_step of {type(trainer).__name__} doesn't call super().training_step, so it trains "
                 "without Jacobian descent: call it, or define training_step in a Trainer to the right of "

@@ -124,7 +124,7 @@ __all__ = [
 
 
 def build_weighting(name: str, **arguments: Any) -> Weighting:
-    """Builds a weighting from its name in `WEIGHTINGS`.
+    """Build a weighting from its name in `WEIGHTINGS`.
 
     Args:
         name: A key of `WEIGHTINGS`.

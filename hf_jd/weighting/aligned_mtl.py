@@ -39,7 +39,7 @@ class AlignedMTLWeighting(PreferenceWeighting):
             raise ValueError(f"scale_mode is one of {', '.join(get_args(ScaleMode))}, not {self.scale_mode!r}.")
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
-        """Computes w = sigma (G^+)^(1/2) p, [m]; p itself where all rows are zero."""
+        """Compute w = sigma (G^+)^(1/2) p, [m]; p itself where all rows are zero."""
         preference = self.preference(gramian)
         values, vectors = torch.linalg.eigh(gramian)
         noise = torch.maximum(-values[0], values[-1] * len(values) * torch.finfo(values.dtype).eps)

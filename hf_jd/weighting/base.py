@@ -15,7 +15,7 @@ Names = Sequence[Any]
 
 
 class Weighting(ABC):
-    """Turns the Gramian G = J J^T of a step into the weights w of its objectives; the update is J^T w.
+    """A map from the Gramian G = J J^T of a step to the weights w of its objectives; the update is J^T w.
 
     Call it as `weights = weighting(gramian)`: `gramian` [m, m], symmetric and positive semi-definite, of any floating
     dtype, on any device; `weights` [m], of the same dtype and device, without a graph. Weights are computed in float64.
@@ -43,18 +43,18 @@ class Weighting(ABC):
         return "gramian"
 
     def __call__(self, gramian: Tensor, /, *, names: Names | None = None) -> Tensor:
-        """Computes the weights [m] from the Gramian [m, m]; see the class."""
+        """Compute the weights [m] from the Gramian [m, m]; see the class."""
         with torch.no_grad():
             weights = self.weigh(checked_gramian(gramian), checked_names(names, len(gramian)))
         return weights.to(gramian)
 
     @abstractmethod
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
-        """Computes the weights [m], float64, from a valid float64 Gramian [m, m]."""
+        """Compute the weights [m], float64, from a valid float64 Gramian [m, m]."""
 
 
 class LossWeighting(Weighting):
-    """Turns the losses of a step into weights, without a Gramian.
+    """A map from the losses of a step to weights, without a Gramian.
 
     Call it as `weights = weighting(losses)`: `losses` [m], finite, of any floating dtype. The weights multiply the
     losses; like all weights, they are constants in the backward pass.
@@ -66,27 +66,27 @@ class LossWeighting(Weighting):
         return "losses"
 
     def __call__(self, losses: Tensor, /, *, names: Names | None = None) -> Tensor:
-        """Computes the weights [m] from the losses [m]; see the class."""
+        """Compute the weights [m] from the losses [m]; see the class."""
         with torch.no_grad():
             weights = self.weigh(checked_losses(losses), checked_names(names, len(losses)))
         return weights.to(losses)
 
     @abstractmethod
     def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
-        """Computes the weights [m], float64, from valid float64 losses [m]."""
+        """Compute the weights [m], float64, from valid float64 losses [m]."""
 
 
 class GeneralizedWeighting(ABC):
-    """Turns a generalized Gramian [m1, ..., mk, mk, ..., m1] into weights [m1, ..., mk], one per loss."""
+    """A map from a generalized Gramian [m1, ..., mk, mk, ..., m1] to weights [m1, ..., mk], one per loss."""
 
     @abstractmethod
     def __call__(self, gramian: Tensor, /) -> Tensor:
-        """Computes the weights [m1, ..., mk]; same dtype and device as the generalized Gramian."""
+        """Compute the weights [m1, ..., mk]; same dtype and device as the generalized Gramian."""
 
 
 @dataclass(frozen=True)
 class Flattening(GeneralizedWeighting):
-    """Weighs every loss as a separate objective: flattens the generalized Gramian to [m, m], m = m1 ... mk.
+    """A weighting of every loss as a separate objective: flattens the generalized Gramian to [m, m], m = m1 ... mk.
 
     Attributes:
         weighting: The weighting of the m objectives, any callable G -> w.
@@ -95,7 +95,7 @@ class Flattening(GeneralizedWeighting):
     weighting: Callable[[Tensor], Tensor]
 
     def __call__(self, gramian: Tensor, /) -> Tensor:
-        """Computes the weights [m1, ..., mk] from the generalized Gramian [m1, ..., mk, mk, ..., m1]."""
+        """Compute the weights [m1, ..., mk] from the generalized Gramian [m1, ..., mk, mk, ..., m1]."""
         order = gramian.ndim // 2
         shape = gramian.shape[:order]
         if gramian.ndim % 2 or not order or gramian.shape[order:] != shape[::-1]:
@@ -109,7 +109,7 @@ class Flattening(GeneralizedWeighting):
 
 
 def checked_gramian(gramian: Tensor) -> Tensor:
-    """Returns the Gramian [m, m] symmetrised in float64, or raises a `ValueError` that says why it isn't one."""
+    """Return the Gramian [m, m] symmetrised in float64, or raise a `ValueError` that says why it isn't one."""
     if gramian.ndim != 2 or gramian.shape[0] != gramian.shape[1]:
         hint = " Wrap the weighting in Flattening for a generalized Gramian." if gramian.ndim > 2 else ""
         raise ValueError(f"A Gramian is a square matrix [m, m]; this one has the shape {list(gramian.shape)}.{hint}")
@@ -153,7 +153,7 @@ def _explain_gramian(gramian: Tensor, excess: Tensor) -> None:
 
 
 def checked_losses(losses: Tensor) -> Tensor:
-    """Returns the losses [m] in float64, or raises a `ValueError` that says what is wrong with them."""
+    """Return the losses [m] in float64, or raise a `ValueError` that says what is wrong with them."""
     if losses.ndim != 1 or not len(losses):
         raise ValueError(f"Losses have the shape [m], m >= 1; these have the shape {list(losses.shape)}.")
     if not losses.is_floating_point():
@@ -165,7 +165,7 @@ def checked_losses(losses: Tensor) -> Tensor:
 
 
 def checked_names(names: Names | None, m: int) -> Names:
-    """Returns the m names, `range(m)` for None; raises a `ValueError` if there are not m different names."""
+    """Return the m names, `range(m)` for None; raise a `ValueError` if there are not m different names."""
     if names is None:
         return range(m)
     if len(names) != m or len(set(names)) != m:

@@ -49,7 +49,7 @@ class CAGradWeighting(PreferenceWeighting):
             raise ValueError(f"c is 0 or more; it is {self.c}.")
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
-        """Computes p + c |g_0| / |g_w| w, [m]."""
+        """Compute p + c |g_0| / |g_w| w, [m]."""
         preference = self.preference(gramian)
         lengths = gramian.diagonal().sqrt()
         scale = lengths.max()
@@ -74,7 +74,7 @@ class CAGradWeighting(PreferenceWeighting):
 
 
 def _worst_mixture(cosines: np.ndarray, offsets: np.ndarray, slopes: np.ndarray, radius: float) -> np.ndarray | None:
-    """Finds the unit vector g_w / |g_w| of the w that minimises <g_w, g_0> + radius |g_w|, where |g_0| = 1.
+    """Find the unit vector g_w / |g_w| of the w that minimises <g_w, g_0> + radius |g_w|, where |g_0| = 1.
 
     Args:
         cosines: C, [m, m], of the unit rows.
@@ -104,7 +104,7 @@ def _worst_mixture(cosines: np.ndarray, offsets: np.ndarray, slopes: np.ndarray,
 def _stationary(
     cosines: np.ndarray, o: np.ndarray, b: np.ndarray, radius: float, support: np.ndarray, multiples: np.ndarray
 ) -> float | None:
-    """Solves b + radius C t = v o, t^T C t = 1 on the support, for t (into `multiples`) and v, the minimum."""
+    """Solve b + radius C t = v o, t^T C t = 1 on the support, for t (into `multiples`) and v, the minimum."""
     system = cosines[np.ix_(support, support)]
     try:
         factor = np.linalg.cholesky(system)
@@ -122,7 +122,7 @@ def _stationary(
 
 
 def _bisect(cosines: np.ndarray, offsets: np.ndarray, slopes: np.ndarray, radius: float) -> np.ndarray | None:
-    """Finds the same vector for dependent rows, by a search for beta = |g_w| / c.
+    """Find the same vector for dependent rows, by a search for beta = |g_w| / c.
 
     g_w + beta g_0 is the shortest vector in the hull of the g_i + beta g_0. The support of its weights gives the next
     beta, exactly if it is the right support; where it gives none between the bounds, they are bisected.

@@ -33,7 +33,7 @@ class ConFIGWeighting(PreferenceWeighting):
     cost: ClassVar[str] = "m³"
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
-        """Computes w_i = (sum_j |g_j| (C v)_j) / (v^T C v) v_i / |g_i|, v = C^+ p, C the rows' cosines, [m]."""
+        """Compute w_i = (sum_j |g_j| (C v)_j) / (v^T C v) v_i / |g_i|, v = C^+ p, C the rows' cosines, [m]."""
         lengths = gramian.diagonal().sqrt()
         cosines = cosine_matrix(gramian, lengths)
         wanted = self.preference(gramian) * len(gramian) * (lengths > 0)

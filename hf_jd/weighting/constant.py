@@ -29,5 +29,5 @@ class ConstantWeighting(Weighting):
         object.__setattr__(self, "weights", checked_numbers("weights", self.weights))
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
-        """Returns the weights, [m]."""
+        """Return the weights, [m]."""
         return per_objective("weights", self.weights, gramian, 1.0)

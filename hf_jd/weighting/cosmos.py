@@ -41,7 +41,7 @@ class COSMOSWeighting(LossWeighting):
             object.__setattr__(self, "weights", checked_numbers("weights", self.weights))
 
     def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
-        """Computes r - lambda d cos(r, L) / dL, [m]."""
+        """Compute r - lambda d cos(r, L) / dL, [m]."""
         preference = per_objective("weights", self.weights, losses, 1 / len(losses))
         length = losses.norm()
         if not length:

@@ -56,12 +56,12 @@ class CRMOGMWeighting(Stateful):
         return getattr(self.weighting, "reads", "gramian")
 
     def __call__(self, statistic: Tensor, /, *, names: Names | None = None) -> Tensor:
-        """Computes the weights [m] from the Gramian [m, m], or from the losses [m] if the other weighting does."""
+        """Compute the weights [m] from the Gramian [m, m], or from the losses [m] if the other weighting does."""
         checked = checked_losses(statistic) if self.reads == "losses" else checked_gramian(statistic)
         return self.weigh(checked, checked_names(names, len(statistic))).to(statistic)
 
     def weigh(self, statistic: Tensor, names: Names, /) -> Tensor:
-        """Moves the stored weights [m] towards the other weighting's."""
+        """Move the stored weights [m] towards the other weighting's."""
         inner: Any = self.weighting
         if isinstance(inner, Weighting):
             weights = inner(statistic, names=names)
@@ -81,18 +81,18 @@ class CRMOGMWeighting(Stateful):
         return smoothed
 
     def reset(self) -> None:
-        """Forgets all past steps, including the other weighting's."""
+        """Forget all past steps, including the other weighting's."""
         super().reset()
         if isinstance(self.weighting, Stateful):
             self.weighting.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state, with the other weighting's under "weighting"."""
+        """Return the state, with the other weighting's under "weighting"."""
         inner = {"weighting": self.weighting.state_dict()} if isinstance(self.weighting, Stateful) else {}
         return super().state_dict() | inner
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` returned."""
+        """Restore what `state_dict` returned."""
         super().load_state_dict(state)
         if isinstance(self.weighting, Stateful):
             self.weighting.load_state_dict(state["weighting"])

@@ -28,5 +28,5 @@ class DualProjWeighting(PreferenceWeighting):
     cost: ClassVar[str] = "one problem, m² to m³"
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
-        """Computes w = argmin_{v >= p} v^T G v, [m]."""
+        """Compute w = argmin_{v >= p} v^T G v, [m]."""
         return cone_projection(gramian, self.preference(gramian)[None])[0]

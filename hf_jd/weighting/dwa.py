@@ -41,7 +41,7 @@ class DWAWeighting(StatefulLoss):
             )
 
     def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
-        """Returns the weights [m] from the windows completed before this step, and records its losses."""
+        """Return the weights [m] from the windows completed before this step, and record its losses."""
         nan = float("nan")
         last = self.memory.read("last", names, losses, initial=nan)
         before = self.memory.read("before", names, losses, initial=nan)

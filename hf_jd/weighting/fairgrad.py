@@ -36,7 +36,7 @@ class FairGradWeighting(Weighting):
             raise ValueError(f"alpha is a finite number, 0 or more; it is {self.alpha}.")
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
-        """Solves G w = w^(-1/alpha), [m]."""
+        """Solve G w = w^(-1/alpha), [m]."""
         if self.alpha == 0:
             return gramian.new_full((len(gramian),), 1 / len(gramian))
         return fair_weights(gramian, self.alpha)

@@ -42,7 +42,7 @@ class FAMOWeighting(StatefulLoss):
             raise ValueError(f"FAMO needs lr > 0 and decay >= 0; they are {self.lr} and {self.decay}.")
 
     def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
-        """Updates xi from each loss's change since it was last present, and returns softmax(xi - log L), [m]."""
+        """Update xi from each loss's change since it was last present, and return softmax(xi - log L), [m]."""
         logs = log_losses("FAMO", losses)
         last = self.memory.read("logs", names, losses, initial=float("nan"))
         logits = self.memory.read("logits", names, losses)

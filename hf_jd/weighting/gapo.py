@@ -37,7 +37,7 @@ class GAPOWeighting(Weighting):
             raise ValueError(f"p is 0 or more; it is {self.p}.")
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
-        """Computes w = lambda / |g|^p, lambda = argmin |sum_i lambda_i g_i / |g_i|^p| on the simplex, [m]."""
+        """Compute w = lambda / |g|^p, lambda = argmin |sum_i lambda_i g_i / |g_i|^p| on the simplex, [m]."""
         lengths = gramian.diagonal().sqrt()
         scale = lengths.where(lengths > 0, 1) ** -self.p
         # A common factor doesn't change MGDA's weights, and without it powers may leave float64's range.

@@ -26,6 +26,6 @@ class GeometricMeanWeighting(LossWeighting):
     cost: ClassVar[str] = "m"
 
     def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
-        """Computes w_i = exp(mean(log L) - log L_i) / m, [m]."""
+        """Compute w_i = exp(mean(log L) - log L_i) / m, [m]."""
         logs = log_losses("The geometric mean", losses)
         return (logs.mean() - logs).exp() / len(losses)

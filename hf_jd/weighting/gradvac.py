@@ -47,7 +47,7 @@ class GradVacWeighting(Stateful):
             raise ValueError(f"beta is in [0, 1]; it is {self.beta}.")
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
-        """Computes w = sum_i c_i, c_i the coefficients of the changed row i, [m]."""
+        """Compute w = sum_i c_i, c_i the coefficients of the changed row i, [m]."""
         m = len(gramian)
         lengths = gramian.diagonal().sqrt()
         targets = self.memory.read("targets", names, gramian, dims=2)

@@ -36,7 +36,7 @@ class GroupDROWeighting(StatefulLoss):
             raise ValueError(f"step_size is positive; it is {self.step_size}.")
 
     def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
-        """Updates q and returns its entries for the groups present, [m]."""
+        """Update q and return its entries for the groups present, [m]."""
         self.memory.read("weights", names, losses, initial=float("nan"))
         stored = self.memory.values["weights"]
         # A new group starts with 1 / (number of groups).

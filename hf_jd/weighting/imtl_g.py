@@ -33,7 +33,7 @@ class IMTLGWeighting(PreferenceWeighting):
     cost: ClassVar[str] = "m³"
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
-        """Computes w = v / sum(v), v = G^+ (p * sqrt(diag G)), [m]."""
+        """Compute w = v / sum(v), v = G^+ (p * sqrt(diag G)), [m]."""
         lengths = gramian.diagonal().sqrt()
         preference = self.preference(gramian)
         inverse = 1 / lengths

@@ -38,7 +38,7 @@ class IMTLLWeighting(StatefulLoss):
             raise ValueError(f"lr is positive; it is {self.lr}.")
 
     def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
-        """Returns exp(s_i), [m], then updates s."""
+        """Return exp(s_i), [m], then update s."""
         if (losses < 0).any():
             raise ValueError(f"IMTL-L needs losses of 0 or more; they are {losses.tolist()}.")
         scales = self.memory.read("log_scales", names, losses)

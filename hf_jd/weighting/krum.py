@@ -39,7 +39,7 @@ class KrumWeighting(Weighting):
             )
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
-        """Returns 1 / n_selected for the selected rows, 0 for the others, [m]."""
+        """Return 1 / n_selected for the selected rows, 0 for the others, [m]."""
         m = len(gramian)
         if m < max(self.n_byzantine + 3, self.n_selected):
             raise ValueError(

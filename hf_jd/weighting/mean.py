@@ -18,5 +18,5 @@ class MeanWeighting(Weighting):
     cost: ClassVar[str] = "m"
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
-        """Returns 1/m, [m]."""
+        """Return 1/m, [m]."""
         return gramian.new_full((len(gramian),), 1 / len(gramian))

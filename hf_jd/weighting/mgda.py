@@ -39,7 +39,7 @@ class MGDAWeighting(PreferenceWeighting):
             checked_numbers("pref_vector", self.pref_vector, positive=True)
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
-        """Computes w = lambda / (m p), lambda = argmin |sum_i lambda_i g_i / (m p_i)| on the simplex, [m]."""
+        """Compute w = lambda / (m p), lambda = argmin |sum_i lambda_i g_i / (m p_i)| on the simplex, [m]."""
         scale = self.preference(gramian) * len(gramian)
         lengths = gramian.diagonal().sqrt()
         zero = lengths == 0

@@ -41,7 +41,7 @@ class MoDoWeighting(Stateful):
             raise ValueError(f"MoDo needs gamma > 0 and rho >= 0; they are {self.gamma} and {self.rho}.")
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
-        """Updates lambda and returns it, [m]."""
+        """Update lambda and return it, [m]."""
         shares = self.memory.read_shares("shares", names, gramian)
         moved = nearest_on_simplex(shares - self.gamma * (gramian @ shares + self.rho * shares))
         self.memory.write("shares", names, moved)

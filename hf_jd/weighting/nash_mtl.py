@@ -45,7 +45,7 @@ class NashMTLWeighting(Stateful):
             )
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
-        """Solves G w = 1/w, then scales to |J^T w| <= max_norm, [m]."""
+        """Solve G w = 1/w, then scale to |J^T w| <= max_norm, [m]."""
         weights = self.memory.read("weights", names, gramian, initial=float("nan"))
         if self.memory.steps % self.update_weights_every == 0 or weights.isnan().any():
             weights = fair_weights(gramian, alpha=1)

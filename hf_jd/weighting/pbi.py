@@ -47,7 +47,7 @@ class PBIWeighting(LossWeighting):
             object.__setattr__(self, "reference", tuple(float(z) for z in self.reference))
 
     def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
-        """Computes r / |r| + theta (L - z - d1 r / |r|) / d2, [m]; without the second term on the ray."""
+        """Compute r / |r| + theta (L - z - d1 r / |r|) / d2, [m]; without the second term on the ray."""
         ray = per_objective("weights", self.weights, losses, 1.0)
         ray = ray / ray.norm()
         above = losses - per_objective("reference", self.reference, losses, 0.0)

@@ -54,7 +54,7 @@ class PCDWeighting(Stateful):
             raise ValueError(f"tau is in [0, 1] and beta in [0, 1); they are {self.tau} and {self.beta}.")
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
-        """Computes w = (mu_i / |g_i|) |g_1| / |d|, mu the multiples of unit rows that give d, [m]."""
+        """Compute w = (mu_i / |g_i|) |g_1| / |d|, mu the multiples of unit rows that give d, [m]."""
         if self.primary is not None and self.primary not in names:
             raise ValueError(f"The primary objective {self.primary!r} is not among this step's: {list(names)}.")
         first = 0 if self.primary is None else list(names).index(self.primary)
@@ -76,7 +76,7 @@ class PCDWeighting(Stateful):
         return torch.where(lengths > 0, multiples / lengths, 0) * lengths[first] / square.sqrt()
 
     def _scales(self, gramian: Tensor, names: Names) -> Tensor:
-        """Updates the moving averages of |g_i|^2, bias-corrected per objective, and returns 1 / sqrt of each, [m]."""
+        """Update the moving averages of |g_i|^2, bias-corrected per objective, and return 1 / sqrt of each, [m]."""
         average = self.memory.read("squares", names, gramian) * self.beta + gramian.diagonal() * (1 - self.beta)
         weight = self.memory.read("weight", names, gramian) * self.beta + (1 - self.beta)
         self.memory.write("squares", names, average)
@@ -92,7 +92,7 @@ class PCDWeighting(Stateful):
 
 
 def _nearest(cosines: np.ndarray, first: int, others: list[int], length: float, bounds: np.ndarray) -> np.ndarray:
-    """Finds the multipliers of <unit row j, d> >= bound_j for the d nearest to `length` times the first unit row."""
+    """Find the multipliers of <unit row j, d> >= bound_j for the d nearest to `length` times the first unit row."""
     factor = cosine_factor(cosines)
     rows = factor[others]
     if not len(others):

@@ -32,7 +32,7 @@ class PCGradWeighting(Stateful):
     seed: int = 0
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
-        """Computes w = sum_i c_i, c_i the coefficients of the changed row i, [m]."""
+        """Compute w = sum_i c_i, c_i the coefficients of the changed row i, [m]."""
         m = len(gramian)
         squares = gramian.diagonal()
         coefficients = torch.eye(m, dtype=gramian.dtype, device=gramian.device)
@@ -47,6 +47,6 @@ class PCGradWeighting(Stateful):
 
 
 def visits(m: int, generator: torch.Generator) -> Tensor:
-    """Draws a random order of the others for each of m rows; entry [t, i] is the row that row i visits at time t."""
+    """Draw a random order of the others for each of m rows; entry [t, i] is the row that row i visits at time t."""
     orders = torch.stack([torch.randperm(m - 1, generator=generator) for _ in range(m)])
     return (orders + (orders >= torch.arange(m)[:, None])).mT

@@ -28,7 +28,7 @@ class PreferenceWeighting(Weighting):
             object.__setattr__(self, "pref_vector", checked_numbers("pref_vector", self.pref_vector))
 
     def preference(self, gramian: Tensor) -> Tensor:
-        """Returns the preferences [m] for a Gramian [m, m], on its device; raises a `ValueError` if there aren't m."""
+        """Return the preferences [m] for a Gramian [m, m], on its device; raise a `ValueError` if there aren't m."""
         m = len(gramian)
         if self.pref_vector is None:
             return gramian.new_full((m,), 1 / m)
@@ -41,7 +41,7 @@ class PreferenceWeighting(Weighting):
 
 
 def checked_numbers(name: str, values: Sequence[float] | Tensor, positive: bool = False) -> tuple[float, ...]:
-    """Returns the values as a tuple of floats; raises a `ValueError` if one is negative (or zero, if `positive`)."""
+    """Return the values as a tuple of floats; raise a `ValueError` if one is negative (or zero, if `positive`)."""
     numbers = values.detach().cpu().flatten().tolist() if isinstance(values, Tensor) else [float(v) for v in values]
     if isinstance(values, Tensor) and values.ndim != 1:
         raise ValueError(f"{name} has one dimension; this one has the shape {list(values.shape)}.")
@@ -53,7 +53,7 @@ def checked_numbers(name: str, values: Sequence[float] | Tensor, positive: bool 
 
 
 def per_objective(name: str, values: Sequence[float] | Tensor | None, like: Tensor, default: float) -> Tensor:
-    """Returns the user's values as a tensor [m], filled with the default for None; raises a `ValueError` if not m."""
+    """Return the user's values as a tensor [m], filled with the default for None; raise a `ValueError` if not m."""
     m = len(like)
     if values is None:
         return like.new_full((m,), default)
@@ -63,7 +63,7 @@ def per_objective(name: str, values: Sequence[float] | Tensor | None, like: Tens
 
 
 def log_losses(method: str, losses: Tensor) -> Tensor:
-    """Returns log L, [m], with losses clamped to 1e-12 of the largest; raises a `ValueError` if one is negative."""
+    """Return log L, [m], with losses clamped to 1e-12 of the largest; raise a `ValueError` if one is negative."""
     if (losses < 0).any():
         raise ValueError(f"{method} needs losses of 0 or more; they are {losses.tolist()}.")
     largest = losses.max()

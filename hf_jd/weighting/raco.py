@@ -29,7 +29,7 @@ class RACOWeighting(CAGradWeighting):
     cost: ClassVar[str] = "a few times m³"
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
-        """Computes p + c |g_0| / |g_v| v, v = min(w, p / sum(p)), [m]."""
+        """Compute p + c |g_0| / |g_v| v, v = min(w, p / sum(p)), [m]."""
         preference = self.preference(gramian)
         correction = super().weigh(gramian, names) - preference
         total = correction.sum()

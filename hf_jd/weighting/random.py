@@ -30,7 +30,7 @@ class RandomWeighting(Stateful):
     seed: int = 0
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
-        """Draws the weights, [m]."""
+        """Draw the weights, [m]."""
         return _draw(self.memory, gramian)
 
 
@@ -51,7 +51,7 @@ class RLWWeighting(StatefulLoss):
     seed: int = 0
 
     def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
-        """Draws the weights, [m]."""
+        """Draw the weights, [m]."""
         return _draw(self.memory, losses)
 
 

@@ -56,7 +56,7 @@ class SDMGradWeighting(Stateful):
             object.__setattr__(self, "pref_vector", checked_numbers("pref_vector", self.pref_vector))
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
-        """Updates w and returns (w + lambda p) / (1 + lambda), [m]."""
+        """Update w and return (w + lambda p) / (1 + lambda), [m]."""
         pull = self.lambda_ * per_objective("pref_vector", self.pref_vector, gramian, 1 / len(gramian))
         shares = self.memory.read_shares("shares", names, gramian)
         square = gramian.diagonal().sqrt().mean().square()

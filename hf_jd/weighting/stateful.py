@@ -29,7 +29,7 @@ class Memory:
         self.generator = torch.Generator().manual_seed(seed)
 
     def read(self, quantity: str, names: Names, like: Tensor, initial: float = 0.0, dims: int = 1) -> Tensor:
-        """Returns a quantity for these objectives, [m] or [m, m], on the device of `like`; `initial` for new ones."""
+        """Return a quantity for these objectives, [m] or [m, m], on the device of `like`; `initial` for new ones."""
         index = self._index(names)
         stored = self.values.get(quantity, torch.empty((0,) * dims, dtype=torch.float64))
         grown = torch.full((len(self.names),) * dims, initial, dtype=torch.float64)
@@ -38,12 +38,12 @@ class Memory:
         return grown[torch.meshgrid(*[index] * dims, indexing="ij")].to(like.device)
 
     def write(self, quantity: str, names: Names, values: Tensor) -> None:
-        """Stores a quantity for these objectives; absent objectives keep their values."""
+        """Store a quantity for these objectives; absent objectives keep their values."""
         index = self._index(names)
         self.values[quantity][torch.meshgrid(*[index] * values.ndim, indexing="ij")] = values.detach().cpu()
 
     def read_shares(self, quantity: str, names: Names, like: Tensor) -> Tensor:
-        """Returns shares that sum to 1 over these objectives, [m]; new ones start with an equal share."""
+        """Return shares that sum to 1 over these objectives, [m]; new ones start with an equal share."""
         shares = self.read(quantity, names, like, initial=float("nan"))
         shares = shares.where(~shares.isnan(), 1 / len(self.names))
         total = shares.sum()
@@ -70,15 +70,15 @@ class Stateful(Weighting):
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all past steps; the generator starts from the seed again."""
+        """Forget all past steps; the generator starts from the seed again."""
         object.__setattr__(self, "memory", Memory(getattr(self, "seed", 0)))
 
     def remember_as(self, other: Stateful) -> None:
-        """Shares the memory of another weighting, which has the same method and other parameters."""
+        """Share the memory of another weighting, which has the same method and other parameters."""
         object.__setattr__(self, "memory", other.memory)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the memory as plain containers and tensors, for `torch.save`."""
+        """Return the memory as plain containers and tensors, for `torch.save`."""
         memory = self.memory
         return {
             "names": list(memory.names),
@@ -88,7 +88,7 @@ class Stateful(Weighting):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what `state_dict` returned; raises a `ValueError` for anything else."""
+        """Restore what `state_dict` returned; raise a `ValueError` for anything else."""
         missing = {"names", "values", "steps", "generator"} - state.keys()
         if missing:
             raise ValueError(f"This is not the state of a weighting: it lacks {sorted(missing)}.")

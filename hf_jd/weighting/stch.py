@@ -43,7 +43,7 @@ class STCHWeighting(LossWeighting):
             object.__setattr__(self, "reference", tuple(float(z) for z in self.reference))
 
     def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
-        """Computes w = p softmax(p (L - z) / mu), [m]."""
+        """Compute w = p softmax(p (L - z) / mu), [m]."""
         preference = per_objective("weights", self.weights, losses, 1 / len(losses))
         ideal = per_objective("reference", self.reference, losses, 0.0)
         return preference * (preference * (losses - ideal) / self.mu).softmax(dim=0)

@@ -18,5 +18,5 @@ class SumWeighting(Weighting):
     cost: ClassVar[str] = "m"
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
-        """Returns ones, [m]."""
+        """Return ones, [m]."""
         return gramian.new_ones(len(gramian))

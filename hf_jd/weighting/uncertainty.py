@@ -38,7 +38,7 @@ class UncertaintyWeighting(StatefulLoss):
             raise ValueError(f"lr is positive; it is {self.lr}.")
 
     def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
-        """Returns exp(-s_i) / 2, [m], then updates s."""
+        """Return exp(-s_i) / 2, [m], then update s."""
         if (losses < 0).any():
             raise ValueError(f"Uncertainty weighting needs losses of 0 or more; they are {losses.tolist()}.")
         variances = self.memory.read("log_variances", names, losses)

@@ -31,5 +31,5 @@ class UPGradWeighting(PreferenceWeighting):
     cost: ClassVar[str] = "m problems, m² to m³ each"
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
-        """Computes w = sum_i p_i argmin_{v >= e_i} v^T G v, [m]."""
+        """Compute w = sum_i p_i argmin_{v >= e_i} v^T G v, [m]."""
         return cone_projection(gramian, self.preference(gramian).diag()).sum(dim=0)

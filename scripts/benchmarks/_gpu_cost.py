@@ -1,4 +1,4 @@
-"""What a step costs on a GPU beside a plain one: the cases of `benchmark.py gpu` that time models."""
+"""The cases of `benchmark.py gpu` that time models: what a step costs on a GPU, compared with a plain step."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Cost:
     Attributes:
         shape: One of `SHAPES`.
         batch: Instances B.
-        tokens: Tokens T of each.
+        tokens: Tokens T per instance.
         lora: Whether LoRA adapters of rank 16 on all linear layers are trained, instead of all parameters.
-        ways: One or more of "instance", "groups", "passes", "torchjd", beside the plain step.
-        checkpointing: Whether activations are computed again in the backward.
+        ways: One or more of "instance", "groups", "passes", "torchjd", in addition to the plain step.
+        checkpointing: Whether the backward recomputes activations.
         autocast: Whether parameters are float32 under autocast to bfloat16, instead of bfloat16 themselves.
         groups: Number of groups K.
     """
@@ -49,13 +49,13 @@ class Cost:
     groups: int = 4
 
     def __call__(self, setting: Setting) -> dict[str, Any]:
-        """Times the case; reports an error in place of a result."""
+        """Time the case; if it fails, return the error instead of a result."""
         case = replace(self, shape="tiny", batch=4, tokens=8) if setting.tiny else self
         return Contest(case, setting.device).run(setting)
 
 
 class Contest:
-    """The steps of one case, on three copies of one model: the engine's and TorchJD's hooks each have their own.
+    """The steps of one case, on three copies of one model: the engine and TorchJD must not see each other's hooks.
 
     Args:
         case: The case.
@@ -69,7 +69,7 @@ class Contest:
         self._weigh = UPGradWeighting()
 
     def run(self, setting: Setting) -> dict[str, Any]:
-        """Times the plain step and the case's ways."""
+        """Time the plain step and the case's ways."""
         plain = self._build()
         trainable = sum(p.numel() for p in plain.parameters() if p.requires_grad)
         steps: dict[str, Step] = {"plain": self._plain(plain)}
@@ -98,7 +98,7 @@ class Contest:
         return model.train()
 
     def _losses(self, model: nn.Module) -> Tensor:
-        """Returns the mean token loss of each instance, [B]."""
+        """Return the mean token loss of each instance, [B]."""
         cast = torch.autocast(self._device.type, torch.bfloat16) if self._case.autocast else contextlib.nullcontext()
         with cast:
             logits = model(input_ids=self._ids).logits[:, :-1]

@@ -19,12 +19,12 @@ from hf_jd.gramian import Engine
 
 
 def gloo(setting: Setting) -> dict[str, Any]:
-    """Two processes of gloo on one device: a batch of 8 shared by both gives one process's parameters."""
+    """Compare two gloo processes that share a batch of 8 on one device with a single process."""
     return _processes(setting, "gloo", 2)
 
 
 def nccl(setting: Setting) -> dict[str, Any]:
-    """One process of NCCL."""
+    """Train with one NCCL process."""
     setting.require_cuda()
     if not distributed.is_nccl_available():
         raise NotHereError("needs NCCL")
@@ -56,7 +56,7 @@ def _process(rank: int, count: int, port: int, backend: str, setting: Setting, r
 
 
 def four_bit(setting: Setting) -> dict[str, Any]:
-    """LoRA on a base of 4 bits: the Gramian against one backward per instance."""
+    """Compare the Gramian of LoRA on a 4-bit base with one backward per instance."""
     setting.require_cuda()
     require("bitsandbytes")
     from transformers import BitsAndBytesConfig
@@ -92,7 +92,7 @@ def _rewards() -> list[Any]:
 
 
 def grpo(setting: Setting) -> dict[str, Any]:
-    """Two updates of TRL's GRPO with four rewards, on the embedded model: one objective each."""
+    """Run two updates of TRL's GRPO on the embedded model, with four rewards as objectives."""
     require("trl")
     require("datasets")
     from datasets import Dataset

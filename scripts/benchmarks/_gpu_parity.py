@@ -1,4 +1,4 @@
-"""Whether a GPU computes what a loop over objectives does: the cases of `benchmark.py gpu` that compare numbers."""
+"""The cases of `benchmark.py gpu` that compare numbers: does a GPU compute what a loop over objectives does?"""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ SAME = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
 
 def losses(model: nn.Module, ids: Tensor) -> Tensor:
-    """Mean token loss of each instance, [B]."""
+    """Compute the mean token loss of each instance, [B]."""
     logits = model(input_ids=ids).logits[:, :-1].float()
     return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(dim=1)
 
 
 def batch(setting: Setting) -> Tensor:
-    """Random token ids, [B, T]."""
+    """Draw token ids, [B, T]."""
     return torch.randint(1, VOCABULARY, (BATCH, TOKENS), device=setting.device)
 
 
 def parity(setting: Setting) -> dict[str, Any]:
-    """The Gramian and the update of ten families against one backward per instance, fully fine-tuned."""
-    found: dict[str, Any] = {}
+    """Compare the Gramian and the update of ten families, fully fine-tuned, with one backward per instance."""
+    results: dict[str, Any] = {}
     for family in FAMILIES[:2] if setting.tiny else FAMILIES:
         for dtype in SAME:
             try:
-                found[f"{family}, {str(dtype)[6:]}"] = _difference(family, dtype, setting)
+                results[f"{family}, {str(dtype)[6:]}"] = _difference(family, dtype, setting)
             except Exception as error:
-                found[f"{family}, {str(dtype)[6:]}"] = {"error": message(error)}
-    found["equal"] = all(line.get("equal", False) for line in found.values())
-    return found
+                results[f"{family}, {str(dtype)[6:]}"] = {"error": message(error)}
+    results["equal"] = all(line.get("equal", False) for line in results.values())
+    return results
 
 
 def _difference(family: str, dtype: torch.dtype, setting: Setting) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def _difference(family: str, dtype: torch.dtype, setting: Setting) -> dict[str, 
 
 
 def trained(setting: Setting, ours: bool, **flags: Any) -> nn.Module:
-    """Trains a small Llama for five steps, with Trainer or JDTrainer."""
+    """Train a small Llama for five steps, with Trainer or JDTrainer."""
     model = _start()
     ids = torch.randint(1, VOCABULARY, (40, TOKENS), generator=torch.Generator().manual_seed(0)).tolist()
     with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +96,7 @@ def trained(setting: Setting, ours: bool, **flags: Any) -> nn.Module:
 
 
 def _apart(first: nn.Module, second: nn.Module) -> float:
-    """Returns the distance between two trained models, relative to how far the second has moved."""
+    """Return the distance between two trained models, relative to how far the second has moved."""
     start, ends = _flat(_start()), [_flat(model) for model in (first, second)]
     return ((ends[0] - ends[1]).norm() / (ends[1] - start).norm()).item()
 
@@ -111,13 +111,13 @@ def _start() -> nn.Module:
 
 
 def stock(setting: Setting) -> dict[str, Any]:
-    """`mean` against the stock Trainer over five steps in bfloat16."""
+    """Compare `mean` with the stock Trainer over five steps in bfloat16."""
     plain = trained(setting, ours=False, bf16=True)
     return {"difference": _apart(trained(setting, ours=True, bf16=True, jd_weighting="mean"), plain)}
 
 
 def scaler(setting: Setting) -> dict[str, Any]:
-    """Five steps in float16, under a real GradScaler."""
+    """Take five steps in float16, under a real GradScaler."""
     setting.require_cuda()
     models = [trained(setting, ours=ours, fp16=True, **flags) for ours, flags in _SCALED]
     finite = all(bool(p.isfinite().all()) for p in models[2].parameters())
@@ -132,21 +132,21 @@ _SCALED: list[tuple[bool, dict[str, Any]]] = [
 
 
 def copies(setting: Setting) -> dict[str, Any]:
-    """Copies from the device to the host in a step, without and with UPGrad: the weights' are to be the only ones."""
+    """Count a step's copies from the device to the host, without and with UPGrad; only the weights should need any."""
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).to(setting.device)
     ids, engine = batch(setting), Engine(model, keep_rows=True)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, weigh in (("fixed weights", lambda g: torch.full_like(g[0], 1 / BATCH)), ("upgrad", UPGradWeighting())):
         for _ in range(2):  # the first step proves the rows
             with profile(activities=_activities(setting)) as profiler:
                 gramian = engine.compute_gramian(losses(model, ids), retain_graph=False)
                 engine.accumulate_grad(weigh(gramian))
         events = profiler.key_averages()
-        found[name] = {
+        results[name] = {
             "memcpy_dtoh": sum(e.count for e in events if "DtoH" in e.key),
             "item": sum(e.count for e in events if e.key == "aten::_local_scalar_dense"),
         }
-    return found
+    return results
 
 
 def _activities(setting: Setting) -> list[ProfilerActivity]:
@@ -154,11 +154,11 @@ def _activities(setting: Setting) -> list[ProfilerActivity]:
 
 
 def compiled(setting: Setting) -> dict[str, Any]:
-    """The Gramian of a compiled model against the same model's as it was."""
+    """Compare the Gramian of a compiled model with that of the model before compilation."""
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).to(setting.device)
     ids, engine = batch(setting), Engine(model)
     expected = engine.compute_gramian(losses(model, ids), retain_graph=False)
-    # Compiled backwards else refuse a graph that is kept, and code compiled before would run in the engine's place.
+    # Otherwise compiled backwards refuse a retained graph, and code compiled without the engine would run instead.
     with functorch_config.patch(donated_buffer=False), dynamo_config.patch(skip_nnmodule_hook_guards=False):
         model.compile(backend="inductor" if setting.is_cuda else "aot_eager")
         gramian = engine.compute_gramian(losses(model, ids), retain_graph=False)
@@ -166,8 +166,8 @@ def compiled(setting: Setting) -> dict[str, Any]:
 
 
 def weightings(setting: Setting) -> dict[str, Any]:
-    """UPGrad's projections with the Gramian on the device, against quadprog on the host, the way there and back."""
-    found: dict[str, Any] = {}
+    """Time UPGrad's projections on the device, and with quadprog on the host, including the copies there and back."""
+    results: dict[str, Any] = {}
     for m in (8, 33) if setting.tiny else (8, 64, 256):
         rows = torch.randn(m, 4 * m, device=setting.device)
         gramian, weigh = rows @ rows.T, UPGradWeighting()
@@ -176,5 +176,5 @@ def weightings(setting: Setting) -> dict[str, Any]:
             "quadprog on the host": lambda g=gramian, t=targets: one_by_one((g.double() + g.double().mT) / 2, t),
             "as chosen": lambda g=gramian, w=weigh: w(g),
         }
-        found[f"m = {m}"] = compare(steps, setting)
-    return found
+        results[f"m = {m}"] = compare(steps, setting)
+    return results

@@ -1,4 +1,4 @@
-"""The setting of every case of `benchmark.py gpu`, and its timing."""
+"""The setting that all cases of `benchmark.py gpu` share, and how they are timed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WARM_UP = 2  # steps that aren't timed: the self-check, and the allocator's firs
 
 
 class NotHereError(Exception):
-    """What a case needs and this machine lacks."""
+    """This machine lacks something that a case needs."""
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Setting:
 
     Attributes:
         device: The device.
-        tiny: Whether sizes are those of a test.
+        tiny: Whether to use tiny sizes, as in tests.
         deadline: When to stop, by `time.monotonic`.
-        rounds: How many times each contestant is timed at most.
+        rounds: The largest number of times to time each step.
     """
 
     device: torch.device
@@ -41,23 +41,23 @@ class Setting:
         return self.device.type == "cuda"
 
     def late(self) -> bool:
-        """Whether the time is up."""
+        """Return whether the deadline has passed."""
         return time.monotonic() > self.deadline
 
     def require_cuda(self) -> None:
-        """Raises `NotHereError` on another device."""
+        """Raise `NotHereError` on another device."""
         if not self.is_cuda:
             raise NotHereError("needs CUDA")
 
 
 def require(package: str) -> None:
-    """Raises `NotHereError` if a package is not installed."""
+    """Raise `NotHereError` if a package is not installed."""
     if importlib.util.find_spec(package) is None:
         raise NotHereError(f"needs {package}")
 
 
 def milliseconds(step: Step, device: torch.device) -> float:
-    """Times one step; on a GPU between two events."""
+    """Time one step; on a GPU, between two CUDA events."""
     if device.type != "cuda":
         start = time.perf_counter()
         step()
@@ -71,7 +71,7 @@ def milliseconds(step: Step, device: torch.device) -> float:
 
 
 def peak_megabytes(step: Step, device: torch.device) -> float | None:
-    """Returns what a step holds at most beyond what was held before; None where the allocator doesn't tell."""
+    """Return the peak memory that a step adds, in MB; None if the allocator doesn't report it."""
     if device.type != "cuda":
         step()
         return None
@@ -84,22 +84,22 @@ def peak_megabytes(step: Step, device: torch.device) -> float | None:
 
 
 def compare(steps: Mapping[str, Step], setting: Setting) -> dict[str, dict[str, Any]]:
-    """Times contestants by turns; the first is what the others' ratios are to.
+    """Time steps in turn, as ratios to the first one.
 
     Returns:
-        For each its median in ms, its ratio (the median over rounds of its time by the first's in the same round), and
-        the peak of its memory in MB; the error of one that fails, which takes no further part.
+        Per step, the median in ms, the ratio (the median over rounds of its time / the first one's in the same round),
+        and the peak memory in MB. A step that fails has its error instead, and is not run again.
     """
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
     times: dict[str, list[float]] = {}
     for name, step in steps.items():
         try:
             for _ in range(WARM_UP - 1):
                 step()
-            found[name] = {"peak_mb": peak_megabytes(step, setting.device)}
+            results[name] = {"peak_mb": peak_megabytes(step, setting.device)}
             times[name] = []
         except Exception as error:
-            found[name] = {"error": message(error)}
+            results[name] = {"error": message(error)}
             if setting.is_cuda:
                 torch.cuda.empty_cache()
     for i in range(setting.rounds):
@@ -110,12 +110,12 @@ def compare(steps: Mapping[str, Step], setting: Setting) -> dict[str, dict[str, 
             break
     first = times.get(next(iter(steps)), [])
     for name, values in times.items():
-        found[name] |= {"ms": statistics.median(values), "rounds": len(values)}
+        results[name] |= {"ms": statistics.median(values), "rounds": len(values)}
         if first:
-            found[name]["ratio"] = statistics.median(a / b for a, b in zip(values, first, strict=True))
-    return found
+            results[name]["ratio"] = statistics.median(a / b for a, b in zip(values, first, strict=True))
+    return results
 
 
 def message(error: Exception) -> str:
-    """The first line of an error, with its type."""
+    """Return the first line of an error, with its type."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300] if str(error).strip() else ''}"

@@ -1,14 +1,14 @@
 """What a step of the engine costs, as a ratio to a plain forward and backward of the same model.
 
-Each case builds a random Llama or Mixtral of float32 and times, interleaved in one run, one thread: a plain step (mean
-loss, `.backward()`), the engine's one-pass and two-pass steps, TorchJD's engine, and one backward an objective. A ratio
-is the median over rounds of (its time / the plain step's time in the same round); the spread is the quartiles'. Memory
-is what torch's allocator holds at the step's peak beyond the plain step's peak, relative to the rows' own bytes.
+Each case builds a random float32 Llama or Mixtral and times, interleaved on one thread: a plain step (mean loss,
+`.backward()`), the engine's one-pass and two-pass steps, TorchJD's engine, and one backward per objective. A ratio is
+the median over rounds of (its time / the plain step's time in the same round), with its quartiles. Memory is the peak
+of torch's allocator beyond the plain step's peak, as a part of the rows' bytes.
 
     python scripts/benchmark.py engine                  the table
-    python scripts/benchmark.py engine --cases full     the lines whose label contains "full"
-    python scripts/benchmark.py engine --factors        factors beside rows and two-pass
-    python scripts/benchmark.py engine --compile        the same steps of models that torch.compile has compiled
+    python scripts/benchmark.py engine --cases full     only the lines whose label contains "full"
+    python scripts/benchmark.py engine --factors        rows, factors and two-pass compared
+    python scripts/benchmark.py engine --compile        the same steps of compiled models
     python scripts/benchmark.py engine --sweep          the cost per instance for m = 2 ... 256, and its picture
 """
 
@@ -41,13 +41,13 @@ class Case:
     """One line of the table.
 
     Attributes:
-        tuning: "lora" or "full"; "moe": full fine-tuning of a Mixtral with 8 experts, 2 for each token.
-        hidden: Width h; the intermediate size is 8 h / 3, of each expert h.
+        tuning: "lora" or "full"; "moe": full fine-tuning of a Mixtral with 8 experts, 2 per token.
+        hidden: Width h; the intermediate size is 8 h / 3, or h for each expert.
         batch: Instances B.
-        tokens: Tokens T of an instance.
+        tokens: Tokens T per instance.
         groups: Number of groups K; None: one objective per instance.
         layers: Number of layers.
-        sorted: Whether the batch is sorted by group; else neighbours are of different groups.
+        sorted: Whether the batch is sorted by group; otherwise, neighbours belong to different groups.
     """
 
     tuning: str
@@ -85,7 +85,7 @@ COMPILED = [Case("lora", 256, 16, 128), Case("full", 256, 16, 128, groups=4, sor
 
 
 def build(case: Case) -> nn.Module:
-    """A random Llama, with LoRA r = 8 on all linear layers or fully trainable, or a fully trainable Mixtral."""
+    """Build a random Llama, with LoRA r = 8 on all linear layers or fully trainable, or a fully trainable Mixtral."""
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
         "vocab_size": VOCABULARY,
@@ -104,18 +104,18 @@ def build(case: Case) -> nn.Module:
 
 
 def losses(model: nn.Module, ids: Tensor) -> Tensor:
-    """Mean token loss of each instance [B]."""
+    """Compute the mean token loss of each instance [B]."""
     logits = model(input_ids=ids).logits[:, :-1]
     return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
 
 
 class Way:
-    """One way to take a step, on a model of its own.
+    """One way to take a step, on a separate model.
 
     Args:
         case: The case.
         name: One of `WAYS`.
-        compiled: Whether torch.compile compiles the model, after the engine was made.
+        compiled: Whether to compile the model, after the engine was created.
     """
 
     def __init__(self, case: Case, name: str, compiled: bool = False):
@@ -133,7 +133,7 @@ class Way:
             self.model.compile()
 
     def __call__(self) -> float:
-        """Takes a step; returns its seconds."""
+        """Take a step; return its seconds."""
         for p in self._parameters:
             p.grad = None
         start = time.perf_counter()
@@ -141,7 +141,7 @@ class Way:
         return time.perf_counter() - start
 
     def peak(self) -> int:
-        """Bytes that torch's allocator holds at most in a step, beyond those that it held before."""
+        """Return the peak of the bytes that torch's allocator adds during a step."""
         for p in self._parameters:
             p.grad = None
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -157,7 +157,7 @@ class Way:
 
     @property
     def rows_bytes(self) -> int:
-        """Bytes of a row for each objective."""
+        """The bytes of one row per objective."""
         return self._case.objectives * sum(p.nbytes for p in self._parameters)
 
     def _objectives(self) -> Tensor:
@@ -167,11 +167,11 @@ class Way:
         return instance.new_zeros(self._case.objectives).index_add(0, self._segments, instance)
 
     def plain(self) -> Callable[[Tensor], None]:
-        """Mean of the losses, one backward."""
+        """Differentiate the mean of the losses."""
         return lambda values: values.mean().backward()
 
     def engine(self, keep_rows: bool) -> Callable[[Tensor], None]:
-        """The engine's Gramian, then the update."""
+        """Return the engine's step: the Gramian, then the update."""
         engine = Engine(self.model, keep_rows=keep_rows)
 
         def step(values: Tensor) -> None:
@@ -182,7 +182,7 @@ class Way:
         return step
 
     def factors(self) -> Callable[[Tensor], None]:
-        """The same, from rows kept as their factors wherever those are smaller."""
+        """Return the same step with rows stored as factors, where those are smaller."""
         engine = Engine(self.model)
 
         def step(values: Tensor) -> None:
@@ -195,7 +195,7 @@ class Way:
         return step
 
     def torchjd(self) -> Callable[[Tensor], None]:
-        """TorchJD's engine, then a second backward, as its documents say."""
+        """Return the step that TorchJD documents: its engine's Gramian, then a second backward."""
         from torchjd.autogram import Engine as TorchJD
 
         engine = TorchJD(self.model, batch_dim=0)
@@ -207,7 +207,7 @@ class Way:
         return step
 
     def passes(self) -> Callable[[Tensor], None]:
-        """Runs one backward per objective, and stacks the rows."""
+        """Return a step that runs one backward per objective, and stacks the rows."""
 
         def step(values: Tensor) -> None:
             rows = [torch.autograd.grad(v, self._parameters, retain_graph=True) for v in values]
@@ -231,8 +231,8 @@ WAYS: dict[str, Callable[[Way], Callable[[Tensor], None]]] = {
 
 
 def measure(ways: list[Way], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way in each round; the order within a round rotates."""
-    for way in ways:  # The first steps hold the self-check and the allocator's warming up.
+    """Return each way's seconds per round; the order within a round rotates."""
+    for way in ways:  # The first steps include the self-check and the allocator's warm-up.
         way(), way()
     seconds: dict[str, list[float]] = {way.name: [] for way in ways}
     for i in range(rounds):
@@ -242,7 +242,7 @@ def measure(ways: list[Way], rounds: int) -> dict[str, list[float]]:
 
 
 def ratio(seconds: dict[str, list[float]], name: str, to: str = "plain") -> str:
-    """Median and quartiles of the ratio by round, as printed."""
+    """Format the median and quartiles of the ratio over rounds."""
     low, middle, high = statistics.quantiles(
         [a / b for a, b in zip(seconds[name], seconds[to], strict=True)], n=4, method="inclusive"
     )
@@ -250,13 +250,13 @@ def ratio(seconds: dict[str, list[float]], name: str, to: str = "plain") -> str:
 
 
 def memory(ways: list[Way], name: str) -> str:
-    """The peak of a way beyond the plain step's, as a part of the rows' bytes, as printed."""
+    """Format a way's peak beyond the plain step's, as a part of the rows' bytes."""
     peaks = {way.name: way.peak() for way in ways if way.name in ("plain", name)}
     return f"{(peaks[name] - peaks['plain']) / ways[0].rows_bytes:.2f} of {ways[0].rows_bytes / 2**20:.0f} MB"
 
 
 def line(case: Case, names: list[str], rounds: int, compiled: bool = False) -> None:
-    """Prints one markdown line: the plain step, the other ways' ratios, one-pass's gain over the last and memory."""
+    """Print a markdown line: the plain step, the other ways' ratios, one-pass's gain over the last one, and memory."""
     ways = [Way(case, name, compiled) for name in names]
     seconds = measure(ways, rounds)
     cells = [
@@ -270,67 +270,67 @@ def line(case: Case, names: list[str], rounds: int, compiled: bool = False) -> N
 
 
 def head(*columns: str) -> None:
-    """Prints the head of a markdown table."""
+    """Print the head of a markdown table."""
     print("| " + " | ".join(columns) + " |\n" + "|---" * len(columns) + "|", flush=True)
 
 
 def table(cases: list[Case], rounds: int) -> None:
-    """The main table."""
+    """Print the main table."""
     head("case", "plain step", "one-pass", "two-pass", "torchjd, K passes", "gain over those", "memory against rows")
     for case in cases:
         line(case, ["plain", "one-pass", "two-pass", "torchjd" if case.groups is None else "K passes"], rounds)
 
 
 def factors(rounds: int) -> None:
-    """Full fine-tuning by instance: what is kept, rows, factors or nothing."""
+    """Compare storing rows, factors or nothing, in full fine-tuning by instance."""
     head("case", "plain step", "rows", "factors", "two-pass", "rows' gain over two-pass", "memory against rows")
     for case in FACTORS:
         line(case, ["plain", "one-pass", "factors", "two-pass"], rounds)
 
 
 def compiled(rounds: int) -> None:
-    """The engine's steps on compiled models, against a compiled plain step."""
+    """Compare the engine's steps on compiled models with a compiled plain step."""
     head("case", "compiled plain step", "one-pass", "two-pass")
-    # Compiled backwards else refuse a graph that is kept, and the plain model's code would run in the engine's place.
+    # Otherwise compiled backwards refuse a retained graph, and code compiled without the engine would run instead.
     with functorch_config.patch(donated_buffer=False), dynamo_config.patch(skip_nnmodule_hook_guards=False):
         for case in COMPILED:
             line(case, ["plain", "one-pass", "two-pass"], rounds, compiled=True)
 
 
 def sweep(rounds: int) -> None:
-    """Prints and draws the cost an instance against m, for LoRA at h = 256, T = 64."""
+    """Print and draw the cost per instance against m, for LoRA at h = 256, T = 64."""
     from matplotlib.figure import Figure
 
-    head("m", "plain, ms an instance", "one-pass, ms an instance", "ratio")
+    head("m", "plain, ms per instance", "one-pass, ms per instance", "ratio")
     sizes, costs = (2, 4, 8, 16, 32, 64, 128, 256), {"plain": [], "one-pass": []}
     for m in sizes:
         case = Case("lora", 256, m, 64)
         seconds = measure([Way(case, name) for name in costs], rounds if m < 64 else min(rounds, 5))
-        for name, found in costs.items():
-            found.append(statistics.median(seconds[name]) / m * 1e3)
+        for name, per_instance in costs.items():
+            per_instance.append(statistics.median(seconds[name]) / m * 1e3)
         print(
             f"| {m} | {costs['plain'][-1]:.2f} | {costs['one-pass'][-1]:.2f} | {ratio(seconds, 'one-pass')} |",
             flush=True,
         )
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axes = figure.subplots()
-    for (name, found), style in zip(costs.items(), ("o--", "o-"), strict=True):
-        axes.plot(sizes, found, style, label={"plain": "plain step", "one-pass": "engine, one-pass"}[name])
+    for (name, per_instance), style in zip(costs.items(), ("o--", "o-"), strict=True):
+        axes.plot(sizes, per_instance, style, label={"plain": "plain step", "one-pass": "engine, one-pass"}[name])
     axes.set(xscale="log", xticks=sizes, xticklabels=sizes, ylim=(0, 1.1 * max(map(max, costs.values()))))
-    axes.set(xlabel="instances m of a step", ylabel="ms an instance", title="LoRA, h = 256, T = 64, one CPU thread")
+    axes.set(xlabel="instances m per step", ylabel="ms per instance", title="LoRA, h = 256, T = 64, one CPU thread")
     axes.minorticks_off()
     axes.legend()
     figure.savefig(PICTURE, dpi=150)
 
 
 def main(argv: list[str]) -> None:
-    """Runs the benchmark that the arguments ask for."""
+    """Run the benchmark that the arguments ask for."""
     parser = argparse.ArgumentParser(prog="benchmark.py engine", description=__doc__.split("\n")[0])
     parser.add_argument("--cases", default="", help="only the lines of the table whose label contains this")
     parser.add_argument("--factors", action="store_true", help="full fine-tuning by instance: rows, factors, two-pass")
     parser.add_argument("--compile", action="store_true", help="steps of compiled models")
-    parser.add_argument("--sweep", action="store_true", help="the cost an instance, m from 2 to 256, and its picture")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of each case")
+    parser.add_argument("--sweep", action="store_true", help="the cost per instance, m from 2 to 256, and its picture")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds per case")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=UserWarning, module="torchjd")

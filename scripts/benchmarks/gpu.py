@@ -1,13 +1,13 @@
-"""What hf_jd costs, and whether it is right, on a GPU: one command for the minutes in which one can be had.
+"""Measure what hf_jd costs on a GPU, and whether it is right: one command for a few minutes on a borrowed GPU.
 
-The cases come in a fixed order, the most telling first. Each is printed as it ends and appended to a file of JSON
-lines, so that a run that is cut short still tells. A case that fails prints its error, one that needs what isn't there
-says so, and the run goes on. Times are medians of interleaved steps between CUDA events, after a warm-up; a ratio is
-the median over rounds of a step's time by the plain step's in the same round. Nothing is downloaded.
+The most important cases run first. Each result is printed and appended to a file of JSON lines at once, so that an
+interrupted run is still useful. If a case fails, or needs something that is missing, its line says so, and the run goes
+on. Times are medians of interleaved steps between CUDA events, after a warm-up; a ratio is the median over rounds of (a
+step's time / the plain step's time in the same round). Nothing is downloaded.
 
-    python scripts/benchmark.py gpu                                 about 8 minutes, lines to gpu.jsonl
-    python scripts/benchmark.py gpu --cases parity upgrad           the cases whose name contains one of these
-    python scripts/benchmark.py gpu --tiny                          every case in miniature, on a CPU too
+    python scripts/benchmark.py gpu                                 about 8 minutes; results in gpu.jsonl
+    python scripts/benchmark.py gpu --cases parity upgrad           only cases whose name contains one of these
+    python scripts/benchmark.py gpu --tiny                          every case in miniature, also on a CPU
 """
 
 from __future__ import annotations
@@ -48,28 +48,28 @@ CASES: dict[str, Callable[[Setting], dict[str, Any]]] = {
 
 
 def run(name: str, setting: Setting) -> dict[str, Any]:
-    """Runs one case; returns its line: what it found, or why there is nothing."""
+    """Run one case; return its result, or the reason why there is none."""
     begin = time.monotonic()
     if setting.late():
         return {"case": name, "not_here": "the time was up"}
     try:
-        found = CASES[name](setting)
+        result = CASES[name](setting)
     except NotHereError as reason:
-        found = {"not_here": str(reason)}
+        result = {"not_here": str(reason)}
     except Exception as error:
-        found = {"error": message(error)}
+        result = {"error": message(error)}
     if setting.is_cuda:
         torch.cuda.empty_cache()
-    return {"case": name, "seconds": round(time.monotonic() - begin, 2)} | found
+    return {"case": name, "seconds": round(time.monotonic() - begin, 2)} | result
 
 
 def device_name(device: torch.device) -> str:
-    """The card's name, or the processor's."""
+    """Return the name of the GPU, or of the processor."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
 
 def printed(line: dict[str, Any]) -> str:
-    """A case's line, numbers to three digits, a line below for each contestant."""
+    """Format a case's result, with numbers to three digits and one line per step."""
 
     def cell(value: Any) -> str:
         if isinstance(value, dict):
@@ -84,17 +84,17 @@ def printed(line: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the cases.
+    """Run the cases.
 
     Returns:
         The exit code: 0, whatever the cases found.
     """
     parser = argparse.ArgumentParser(prog="benchmark.py gpu", description=__doc__.split("\n")[0])
-    parser.add_argument("--minutes", type=float, default=8.0, help="when to begin no further case")
-    parser.add_argument("--rounds", type=int, default=10, help="timed steps of each contestant")
+    parser.add_argument("--minutes", type=float, default=8.0, help="no case begins after this time")
+    parser.add_argument("--rounds", type=int, default=10, help="the largest number of timed rounds per case")
     parser.add_argument("--tiny", action="store_true", help="every case in miniature")
-    parser.add_argument("--cases", nargs="+", default=[""], help="only those whose name contains one of these")
-    parser.add_argument("--output", type=Path, default=Path("gpu.jsonl"), help="where the JSON lines are appended")
+    parser.add_argument("--cases", nargs="+", default=[""], help="only cases whose name contains one of these")
+    parser.add_argument("--output", type=Path, default=Path("gpu.jsonl"), help="where to append the JSON lines")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available() and not arguments.tiny:
         parser.error("there is no GPU that torch can use; --tiny runs every case in miniature on the CPU")

@@ -1,7 +1,7 @@
-"""Keeps the Gramians of short fine-tunings of the embedded example, for `benchmark.py weightings --gramians FILE`.
+"""Save the Gramians of short fine-tuning runs on the embedded example, for `benchmark.py weightings --gramians FILE`.
 
-Each run is `hf-jd finetune examples/multitask.yaml` with UPGrad, one objective an example, at one batch size. The file
-holds, by the name of the run, the Gramians [m, m] of its steps in their order.
+Each run is `hf-jd finetune examples/multitask.yaml` with UPGrad and one objective per example, at one batch size. The
+file holds the Gramians [m, m] of each run's steps, in order, by the run's name.
 
     python scripts/benchmark.py gramians gramians.pt
 """
@@ -25,26 +25,26 @@ from hf_jd.finetune.run import build_trainer, parse
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the fine-tunings and writes the file.
+    """Fine-tune at each batch size, and write the file.
 
     Returns:
         The exit code.
     """
     parser = argparse.ArgumentParser(prog="benchmark.py gramians", description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path)
-    parser.add_argument("--sizes", nargs="+", type=int, default=[8, 32, 64, 128, 256], help="examples a step")
-    parser.add_argument("--steps", type=int, default=12, help="of each run")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[8, 32, 64, 128, 256], help="examples per step")
+    parser.add_argument("--steps", type=int, default=12, help="steps per run")
     parser.add_argument("--full", action="store_true", help="train all parameters, instead of a LoRA adapter")
-    parser.add_argument("--fixed", action="store_true", help="the same examples in every step, in one order")
+    parser.add_argument("--fixed", action="store_true", help="use the same examples in every step, in the same order")
     arguments = parser.parse_args(argv)
     kind = ("full" if arguments.full else "lora") + (", fixed" if arguments.fixed else "")
-    found = {f"{kind}, m = {m}": gramians(m, arguments) for m in arguments.sizes}
-    torch.save(found, arguments.file)
+    by_run = {f"{kind}, m = {m}": gramians(m, arguments) for m in arguments.sizes}
+    torch.save(by_run, arguments.file)
     return 0
 
 
 def gramians(batch: int, arguments: argparse.Namespace) -> list[Tensor]:
-    """Fine-tunes for some steps of `batch` examples; returns each step's Gramian, [batch, batch]."""
+    """Fine-tune for some steps of `batch` examples; return each step's Gramian, [batch, batch]."""
     settings = read_settings(example_path("multitask.yaml")) | {
         "per_device_train_batch_size": batch,
         "max_steps": arguments.steps,
@@ -73,10 +73,10 @@ def gramians(batch: int, arguments: argparse.Namespace) -> list[Tensor]:
 
 
 class Recorder:
-    """A weighting that keeps what it is given.
+    """A weighting that stores every Gramian it receives.
 
     Args:
-        weighting: The one that weighs.
+        weighting: The weighting that computes the weights.
     """
 
     def __init__(self, weighting: Callable[[Tensor], Tensor]):
@@ -84,6 +84,6 @@ class Recorder:
         self.gramians: list[Tensor] = []
 
     def __call__(self, gramian: Tensor) -> Tensor:
-        """Computes the weights [m] from the Gramian [m, m], and keeps that."""
+        """Compute the weights [m] from the Gramian [m, m], and store the Gramian."""
         self.gramians.append(gramian.detach().cpu().clone())
         return self.weighting(gramian)

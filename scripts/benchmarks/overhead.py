@@ -1,11 +1,11 @@
-"""What a step of the engine costs beside arithmetic, in microseconds per adapter more than a plain step.
+"""What a step of the engine costs besides arithmetic, in microseconds per adapter beyond a plain step.
 
-A Llama of 24 layers with LoRA on all of them, 14 adapters per layer (A and B of seven linear layers), is so narrow
-(hidden size 32, 4 instances of 8 tokens) that both steps spend their time in Python and in starting kernels. Steps take
-turns, on one thread; the medians over rounds are compared, of the wall clock and of the process's own CPU time.
+The model is a Llama with 24 layers and 14 LoRA matrices per layer (A and B of seven linear layers). It is so narrow
+(hidden size 32, 4 instances of 8 tokens) that both steps spend their time in Python and in launching kernels. Steps
+alternate on one thread. The medians over rounds are compared, for wall-clock time and for the process's CPU time.
 
     python scripts/benchmark.py overhead
-    python scripts/benchmark.py overhead --profile      also where the engine's step spends its time
+    python scripts/benchmark.py overhead --profile      also print where the engine's step spends its time
 """
 
 import argparse
@@ -24,9 +24,9 @@ CASE = Case("lora", 32, 4, 8, layers=LAYERS)
 
 
 def interleaved(ways: list[Way], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """(wall, CPU) seconds of each way in each round, zeroing gradients left out; the order alternates."""
+    """Return each way's (wall, CPU) seconds per round, without the zeroing of gradients; the order alternates."""
     seconds: dict[str, list[tuple[float, float]]] = {way.name: [] for way in ways}
-    for way in ways:  # The first steps hold the self-check and the allocator's warming up.
+    for way in ways:  # The first steps include the self-check and the allocator's warm-up.
         way(), way(), way()
     gc.collect()
     gc.disable()
@@ -42,10 +42,10 @@ def interleaved(ways: list[Way], rounds: int) -> dict[str, list[tuple[float, flo
 
 
 def main(argv: list[str]) -> None:
-    """Runs the benchmark."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(prog="benchmark.py overhead", description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=40, help="steps of each way")
-    parser.add_argument("--profile", action="store_true", help="print the functions that take the engine's time")
+    parser.add_argument("--rounds", type=int, default=40, help="rounds, with one step of each kind")
+    parser.add_argument("--profile", action="store_true", help="print where the engine spends its time")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     ways = [Way(CASE, name) for name in ("plain", "one-pass")]

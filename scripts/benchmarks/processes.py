@@ -1,12 +1,13 @@
 """What an update of two processes costs, as a ratio to a plain step of DDP on the same model.
 
-Each process has one thread and m = 8 instances. Timed in turn, in one run: a step of DDP (mean loss, `.backward()`),
-and an update by UPGrad as `JDTrainer` takes it. A ratio is the median over rounds of (its time / DDP's in the same
-round); the parts of the update are medians too, of the first process. So is the time in which all weights are compared
-by hash, as `--jd_check_processes` asks for from time to time.
+Each process has one thread and m = 8 instances. A step of DDP (mean loss, `.backward()`) and an update by UPGrad, as
+`JDTrainer` takes it, are timed in turn. A ratio is the median over rounds of (its time / DDP's in the same round). The
+times of the update's parts are medians on the first process, and so is the time to compare all weights by hash, as
+`--jd_check_processes` does.
 
-What an exchange during the backward pass could save at best: as many bytes as those of the rows are sent after the pass
-that brings them, or while it runs, as if all of them were there when it begins; both as ratios to the pass alone.
+The last line shows what an exchange during the backward pass could save at best. It sends as many bytes as the rows
+have, once after the pass, and once while it runs, as if all rows existed from its start; both are ratios to the pass
+alone.
 
     python scripts/benchmark.py processes
 """
@@ -36,23 +37,23 @@ CASES = [
     Case("lora", 256, 8, 128, groups=4),
     Case("full", 256, 8, 128, groups=4),
 ]
-COLUMNS = 4 * 1024 * 1024  # of what is sent at a time
+COLUMNS = 4 * 1024 * 1024  # sent at a time
 PARTS = ["forward", "rows", "table", "gramian", "weights", "update"]
 
 
 @dataclass
 class Stopwatch:
-    """Seconds of the parts of a step."""
+    """The seconds that each part of a step takes."""
 
     seconds: dict[str, list[float]] = field(default_factory=lambda: {part: [] for part in PARTS})
     last: float = 0.0
 
     def start(self) -> None:
-        """Begins a step."""
+        """Start timing a step."""
         self.last = time.perf_counter()
 
     def __call__(self, part: str) -> None:
-        """Ends a part of the step."""
+        """Add the time since the last call to a part of the step."""
         now = time.perf_counter()
         self.seconds[part].append(now - self.last)
         self.last = now
@@ -74,7 +75,7 @@ class Update:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
 
     def __call__(self, ids: Tensor) -> None:
-        """Takes the step, without the optimizer's."""
+        """Compute the update, without the optimizer's step."""
         self.watch.start()
         with self.model.no_sync():
             values, segments = losses(self.model, ids), None
@@ -98,7 +99,7 @@ class Update:
 
 
 def run(rank: int, port: int, rounds: int) -> None:
-    """What each process does."""
+    """Run all cases in one process."""
     torch.set_num_threads(1)
     store = f"tcp://127.0.0.1:{port}"
     distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=PROCESSES)
@@ -109,7 +110,7 @@ def run(rank: int, port: int, rounds: int) -> None:
 
 
 def measure(case: Case, rank: int, rounds: int) -> None:
-    """Times one case; the first process prints."""
+    """Time one case; only the first process prints."""
     torch.manual_seed(rank)
     ids = torch.randint(0, VOCABULARY, (case.batch, case.tokens))
     plain = DistributedDataParallel(build(case))
@@ -119,7 +120,7 @@ def measure(case: Case, rank: int, rounds: int) -> None:
         losses(plain, ids).mean().backward()
 
     steps, seconds = {"ddp": stock, "ours": update}, {"ddp": [], "ours": []}
-    for i in range(rounds + 2):  # The first two hold the self-check and the allocator's warming up.
+    for i in range(rounds + 2):  # The first two include the self-check and the allocator's warm-up.
         for name in sorted(steps, reverse=i % 2 == 1):
             for model in (plain, update.model):
                 model.zero_grad(set_to_none=True)
@@ -141,7 +142,7 @@ def measure(case: Case, rank: int, rounds: int) -> None:
 
 
 def overlap(case: Case, rank: int, rounds: int) -> None:
-    """Times the backward pass that brings rows: alone, before an exchange of as many bytes, and during one."""
+    """Time the backward pass that forms rows: alone, before an exchange of as many bytes, and during one."""
     torch.manual_seed(rank)
     ids = torch.randint(0, VOCABULARY, (case.batch, case.tokens))
     model = build(case)
@@ -165,14 +166,14 @@ def overlap(case: Case, rank: int, rounds: int) -> None:
             seconds[when].append(time.perf_counter() - start)
     if rank == 0:
         alone = seconds["alone"][2:]
-        found = {k: statistics.median(t / a for t, a in zip(s[2:], alone, strict=True)) for k, s in seconds.items()}
+        ratios = {k: statistics.median(t / a for t, a in zip(s[2:], alone, strict=True)) for k, s in seconds.items()}
         print(
-            f"{4 * leaving / 1e6:.1f} MB sent after the backward: {found['after']:.3f}, during: {found['during']:.3f}"
+            f"{4 * leaving / 1e6:.1f} MB sent after the backward: {ratios['after']:.3f}, during: {ratios['during']:.3f}"
         )
 
 
 def send(parts: list[Tensor], rank: int) -> list[distributed.Work]:
-    """Begins to send each of some tensors to the other process."""
+    """Start sending each tensor to the other process."""
     work = []
     for part in parts:
         sizes = [0 if q == rank else len(part) for q in range(PROCESSES)]
@@ -182,7 +183,7 @@ def send(parts: list[Tensor], rank: int) -> list[distributed.Work]:
 
 
 def seconds_of_check(parameters: dict[str, nn.Parameter]) -> float:
-    """Compares parameters with those of the other process."""
+    """Time the comparison of parameters with the other process's."""
     distributed.barrier()
     start = time.perf_counter()
     check_weights(parameters, step=0)
@@ -190,7 +191,7 @@ def seconds_of_check(parameters: dict[str, nn.Parameter]) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Starts the processes."""
+    """Start the processes."""
     parser = argparse.ArgumentParser(prog="benchmark.py processes", description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args(argv)

@@ -1,9 +1,9 @@
-"""What JDTrainer costs beside Trainer: LoRA fine-tuning on the same data, in interleaved processes.
+"""What JDTrainer costs compared with Trainer: LoRA fine-tuning on the same data, in interleaved processes.
 
-Each round starts one process a configuration, one after the other. Each trains the same random Llama, and answers how
-long its steps took (without the first ones, with the self-check; the median of the means of ten), how much resident
-memory its process had at most, and how much of that training had added. A ratio is the median over rounds of its number
-by Trainer's in the same round.
+Each round runs one process per configuration, one after another. Each process trains the same random Llama, and reports
+the time of its steps (the median over blocks of ten, without the first steps, which include the self-check), its peak
+resident memory, and how much of that training added. A ratio is the median over rounds of (its number / Trainer's in
+the same round).
 
     python scripts/benchmark.py trainer                 the table: 200 steps
     python scripts/benchmark.py trainer --steps 20 --rounds 1
@@ -34,7 +34,7 @@ from hf_jd.trainer.step import backward
 VOCABULARY = 1024
 BATCH = 16
 GROUPS = 4
-WARM_UP = 3  # steps that aren't timed: the self-check, and what is set up once
+WARM_UP = 3  # steps that aren't timed: they include the self-check and one-time set-up
 GROUP = {"jd_objectives": "group", "jd_group_column": "task"}
 CONFIGURATIONS: dict[str, dict[str, Any] | None] = {
     "Trainer": None,
@@ -44,22 +44,22 @@ CONFIGURATIONS: dict[str, dict[str, Any] | None] = {
     f"watched at every 10th update, group (K = {GROUPS})": {"jd_weighting": "mean", "jd_monitor_every": 10, **GROUP},
     f"upgrad at every 10th update, group (K = {GROUPS})": {"jd_weighting": "upgrad", "jd_every": 10, **GROUP},
 }
-BLOCK = 10  # steps that are averaged before their median is taken: some configurations measure at one of ten
+BLOCK = 10  # steps to average before taking the median: some configurations measure only every tenth
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the table.
+    """Print the table.
 
     Returns:
         The exit code.
     """
     parser = argparse.ArgumentParser(prog="benchmark.py trainer", description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=200, help="steps of each run")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each configuration")
+    parser.add_argument("--steps", type=int, default=200, help="steps per run")
+    parser.add_argument("--rounds", type=int, default=3, help="runs per configuration")
     parser.add_argument("--hidden", type=int, default=256, help="the model's width")
     parser.add_argument("--layers", type=int, default=4, help="the model's layers")
-    parser.add_argument("--tokens", type=int, default=128, help="tokens of an example")
-    parser.add_argument("--only", default="", help="configurations with this in their names, beside Trainer")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens per example")
+    parser.add_argument("--only", default="", help="only configurations with this text in their names, and Trainer")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.steps <= WARM_UP or args.rounds < 1:
@@ -71,12 +71,12 @@ def main(argv: list[str] | None = None) -> int:
     rounds = [{name: _in_a_process(name, args) for name in names} for _ in range(args.rounds)]
     print(table(rounds))
     costs = ", ".join(f"{logging_cost(groups) * 1e3:.2f} ms (K = {groups})" for groups in (GROUPS, 10 * GROUPS))
-    print(f"\nWhat is logged of a step takes {costs}.")
+    print(f"\nLogging a step takes {costs}.")
     return 0
 
 
 def measure(flags: dict[str, Any] | None, args: argparse.Namespace) -> dict[str, float]:
-    """Trains one configuration in this process: the median step in seconds, and the memory it added in bytes."""
+    """Train one configuration in this process; return the median step in seconds and the memory in bytes."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     clock = _Clock()
@@ -104,7 +104,7 @@ def measure(flags: dict[str, Any] | None, args: argparse.Namespace) -> dict[str,
 
 
 def _time_splitting() -> list[float]:
-    """Has each micro-batch append the seconds that cutting its loss takes, including the loss's own backward."""
+    """Record the seconds that cutting each micro-batch's loss takes, including the loss's own backward."""
     seconds: list[float] = []
     cut = backward.shares_of
 
@@ -119,7 +119,7 @@ def _time_splitting() -> list[float]:
 
 
 def logging_cost(groups: int, steps: int = 200) -> float:
-    """Seconds that a step's metrics take, with one log in ten steps."""
+    """Time a step's metrics, in seconds, with one log every ten steps."""
     rows = torch.randn(groups, 64, dtype=torch.float64)
     names, averages = {k: f"task {k}" for k in range(groups)}, Averages()
     weights, means, counts = torch.rand(3, groups, dtype=torch.float64)
@@ -132,23 +132,23 @@ def logging_cost(groups: int, steps: int = 200) -> float:
 
 
 class _Clock(TrainerCallback):
-    """How long each step took, from its first micro-batch to the optimizer's end."""
+    """The time of each step, from its first micro-batch to the end of the optimizer's step."""
 
     def __init__(self):
         self.steps: list[float] = []
         self.begin = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Starts the clock."""
+        """Start the clock."""
         self.begin = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Reads it."""
+        """Read it."""
         self.steps.append(time.perf_counter() - self.begin)
 
 
 def table(rounds: list[dict[str, dict[str, float]]]) -> str:
-    """The rounds as a markdown table."""
+    """Format the rounds as a markdown table."""
     lines = ["| | step [ms] | splitting [ms] | wall / Trainer | peak / Trainer | added / Trainer |", "|---" * 6 + "|"]
     for name in rounds[0]:
         step, split = (statistics.median(costs[name][key] for costs in rounds) * 1e3 for key in ("step", "split"))

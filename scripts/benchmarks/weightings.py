@@ -1,8 +1,8 @@
-"""Times weightings against torchjd's and against quadprog called directly: `python scripts/benchmark.py weightings`.
+"""Time weightings against torchjd's and against quadprog called directly: `python scripts/benchmark.py weightings`.
 
 Every entry is the median of interleaved runs, in milliseconds: each round runs all contestants once, so that a busy
-machine slows them alike. The last table, which the documents show, has a column per kind of Gramians. `--json FILE`
-keeps the numbers; `--alone` leaves the others out, which take minutes from m = 512 on.
+machine slows all of them equally. The last table, which the documents show, has a column per kind of Gramian. `--json
+FILE` saves the numbers; `--alone` leaves out the other libraries, which take minutes from m = 512 on.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ Contestant = Callable[[Tensor], object]
 
 
 def gramian(kind: str, m: int, generator: torch.Generator) -> Tensor:
-    """Makes a Gramian [m, m] of rows of 4 m numbers: `random`, with a common direction, or with decaying spectrum.
+    """Draw a Gramian [m, m] of rows of 4 m numbers: `random`, with a common direction, or with a decaying spectrum.
 
-    The rows of `low rank` have m / 2 numbers. The result is symmetric to the last bit, as the engine's are.
+    The rows of `low rank` have m / 2 numbers. The result is symmetric to the last bit, like the engine's.
     """
     width = m // 2 if kind == "low rank" else 4 * m
     rows = torch.randn(m, width, generator=generator, dtype=torch.float64)
@@ -50,7 +50,7 @@ KINDS = ("random", "correlated", "weakly correlated", "decaying", "low rank")
 
 
 def direct_quadprog(gramian: Tensor) -> np.ndarray:
-    """Solves UPGrad's problems as they are written, one call of quadprog each."""
+    """Solve UPGrad's problems as stated, with one call of quadprog per problem."""
     matrix = gramian.numpy()
     identity = np.eye(len(matrix))
     zero = np.zeros(len(matrix))
@@ -58,21 +58,21 @@ def direct_quadprog(gramian: Tensor) -> np.ndarray:
 
 
 def contestants(name: str, m: int, alone: bool = False) -> dict[str, Contestant]:
-    """Returns ours, and unless `alone`, torchjd's (if it has the method) and direct quadprog (for UPGrad)."""
+    """Return ours, and unless `alone`, torchjd's (if it has the method) and direct quadprog (for UPGrad)."""
     arguments = {"weights": [1.0] * m} if name == "constant" else {}
-    found: dict[str, Contestant] = {"hf_jd": build_weighting(name, **arguments)}
+    runs: dict[str, Contestant] = {"hf_jd": build_weighting(name, **arguments)}
     if alone:
-        return found
+        return runs
     theirs = torchjd_weighting(name, m)
     if theirs is not None:
-        found["torchjd"] = theirs
+        runs["torchjd"] = theirs
     if name == "upgrad":
-        found["quadprog"] = direct_quadprog
-    return found
+        runs["quadprog"] = direct_quadprog
+    return runs
 
 
 def torchjd_weighting(name: str, m: int) -> Contestant | None:
-    """Builds torchjd's weighting of the same method and parameters; None if it has none that reads a Gramian."""
+    """Build torchjd's weighting of the same method and parameters; None if it has none that reads a Gramian."""
     from torchjd import aggregation
 
     if importlib.util.find_spec("qpsolvers") is None:
@@ -100,9 +100,9 @@ def torchjd_weighting(name: str, m: int) -> Contestant | None:
 
 
 def medians(runs: dict[str, Contestant], matrices: list[Tensor], seconds: float, rounds: int) -> dict[str, float]:
-    """Runs all contestants by turns, up to `rounds` times or for `seconds`; returns their medians in milliseconds.
+    """Run all contestants in turn, up to `rounds` times or for `seconds`; return their medians in milliseconds.
 
-    A contestant that takes more than a fifth of the time by itself is left out after its first two runs.
+    A contestant that alone takes more than a fifth of the time is left out after its first two runs.
     """
     times: dict[str, list[float]] = {label: [] for label in runs}
     begin = time.perf_counter()
@@ -120,24 +120,24 @@ def medians(runs: dict[str, Contestant], matrices: list[Tensor], seconds: float,
 
 
 def measure_solvers(matrices: list[Tensor], kind: str, seconds: float, rounds: int) -> list[dict[str, object]]:
-    """Times the two solvers of the projection for UPGrad's m problems and for DualProj's one."""
+    """Time both solvers of the projection, for UPGrad's m problems and for DualProj's one."""
     m, rows = len(matrices[0]), []
     for problems, targets in ((m, torch.eye(m).double() / m), (1, torch.full((1, m), 1 / m).double())):
         runs: dict[str, Contestant] = {
             "one_by_one": partial(one_by_one, targets=targets),
             "together": partial(together, targets=targets),
         }
-        found = medians(runs, matrices, seconds, rounds)
+        times = medians(runs, matrices, seconds, rounds)
         chosen = "one_by_one" if chosen_solvers(matrices[0], targets)[0] is one_by_one else "together"
         rows.append({"Gramians": kind, "m": m, "problems": problems}
-                    | {f"{label}, ms": value for label, value in found.items()}
-                    | {"chosen": chosen, "chosen / best": found[chosen] / min(found.values())})  # fmt: skip
+                    | {f"{label}, ms": value for label, value in times.items()}
+                    | {"chosen": chosen, "chosen / best": times[chosen] / min(times.values())})  # fmt: skip
     return rows
 
 
 def measure_warm_starts(matrices: list[Tensor], kind: str, seconds: float, rounds: int) -> list[dict[str, object]]:
-    """Times the batched solver on UPGrad's problems, from nothing and from the last step's solution."""
-    m, times, kept = len(matrices[0]), [], []
+    """Time the batched solver on UPGrad's problems, from a cold start and from the last step's solution."""
+    m, times, overlaps = len(matrices[0]), [], []
     last = None
     for gramian in matrices:
         lengths = gramian.diagonal().sqrt()
@@ -148,23 +148,23 @@ def measure_warm_starts(matrices: list[Tensor], kind: str, seconds: float, round
         if last is not None:
             starts: dict[str, Contestant] = {"cold": lambda _, s=solve: s(), "warm": lambda _, s=solve, z=last: s(z)}
             times.append(medians(starts, [gramian], seconds / len(matrices), rounds))
-            kept.append(((solution > 0) == (last > 0)).double().mean().item())
+            overlaps.append(((solution > 0) == (last > 0)).double().mean().item())
         last = solution
-    found = {f"{label}, ms": statistics.median(t[label] for t in times) for label in ("cold", "warm")}
-    return [{"Gramians": kind, "m": m} | found | {"same support": statistics.median(kept)}]
+    columns = {f"{label}, ms": statistics.median(t[label] for t in times) for label in ("cold", "warm")}
+    return [{"Gramians": kind, "m": m} | columns | {"same support": statistics.median(overlaps)}]
 
 
 def table(rows: list[dict[str, object]]) -> str:
-    """Formats the rows as a markdown table."""
+    """Format the rows as a markdown table."""
     columns = list(rows[0])
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     return "\n".join([*lines, *("| " + " | ".join(_cell(row[c]) for c in columns) + " |" for row in rows)])
 
 
 def by_kind(rows: list[dict[str, object]]) -> str:
-    """Formats what was measured as a markdown table per number of threads, with a column per kind of Gramians.
+    """Format the measurements as one markdown table per number of threads, with a column per kind of Gramian.
 
-    A line is of a size m or, of several weightings, of one weighting, with torchjd / hf_jd in brackets.
+    A line is a size m or, if there are several weightings, a weighting. Brackets hold the ratio torchjd / hf_jd.
     """
     several = len({row["weighting"] for row in rows}) > 1
     tables: dict[object, dict[object, dict[str, object]]] = {}
@@ -173,7 +173,7 @@ def by_kind(rows: list[dict[str, object]]) -> str:
         ratio = row["torchjd / hf_jd"]
         entry = _cell(row["hf_jd, ms"]) + ("" if ratio is None else f" ({_cell(ratio)})")
         tables.setdefault(row["threads"], {}).setdefault(row[line], {line: row[line]})[column] = entry
-    return "\n\n".join(f"threads: {n}\n\n{table(list(found.values()))}" for n, found in tables.items())
+    return "\n\n".join(f"threads: {n}\n\n{table(list(lines.values()))}" for n, lines in tables.items())
 
 
 def _cell(value: object) -> str:
@@ -181,30 +181,30 @@ def _cell(value: object) -> str:
 
 
 def inputs_of(arguments: argparse.Namespace) -> list[tuple[str, list[Tensor]]]:
-    """The Gramians to measure on, of one size per entry, with the name of their kind."""
+    """Return the Gramians to measure on: one size per entry, with the name of their kind."""
     if arguments.gramians is None:
         generator = torch.Generator().manual_seed(0)
         return [(k, [gramian(k, m, generator) for _ in range(5)]) for m in arguments.sizes for k in arguments.kinds]
-    found = torch.load(arguments.gramians)
+    saved = torch.load(arguments.gramians)
     # The last batch of an epoch may be smaller.
-    same = {kind: [g.double() for g in kept if len(g) == len(kept[0])] for kind, kept in found.items()}
+    same = {kind: [g.double() for g in gramians if len(g) == len(gramians[0])] for kind, gramians in saved.items()}
     return [(kind.partition(", m = ")[0], matrices) for kind, matrices in same.items()]
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the benchmark and prints a table; returns the exit code."""
+    """Run the benchmark and print a table; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--weightings", nargs="+", default=["upgrad", "dualproj", "mgda"], help="names, or all")
     parser.add_argument("--sizes", nargs="+", type=int, default=[8, 32, 64, 128, 256])
     parser.add_argument("--kinds", nargs="+", default=["random", "correlated", "low rank"], choices=KINDS)
-    parser.add_argument("--gramians", type=Path, help="of `benchmark.py gramians`, instead")
+    parser.add_argument("--gramians", type=Path, help="a file of `benchmark.py gramians` to use instead")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--seconds", type=float, default=10.0, help="for each line of the table")
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds per line of the table")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--alone", action="store_true", help="only hf_jd's")
-    parser.add_argument("--solvers", action="store_true", help="only the table that the choice of solver is made from")
-    parser.add_argument("--warm-starts", action="store_true", help="only what the last step's solution is worth")
+    parser.add_argument("--solvers", action="store_true", help="only the table that decides which solver to use")
+    parser.add_argument("--warm-starts", action="store_true", help="only the gain from the last step's solution")
     arguments = parser.parse_args(argv)
     names = list(WEIGHTINGS) if arguments.weightings == ["all"] else arguments.weightings
     inputs = inputs_of(arguments)
@@ -224,10 +224,10 @@ def main(argv: list[str] | None = None) -> int:
                     runs.pop("quadprog", None)  # it takes no singular matrix
                 if getattr(runs["hf_jd"], "reads", "gramian") == "losses":
                     continue
-                found = medians(runs, matrices, arguments.seconds, arguments.rounds)
-                ratio = found["torchjd"] / found["hf_jd"] if "torchjd" in found else None
+                times = medians(runs, matrices, arguments.seconds, arguments.rounds)
+                ratio = times["torchjd"] / times["hf_jd"] if "torchjd" in times else None
                 rows.append({"weighting": name, "Gramians": kind, "m": m, "threads": threads}
-                            | {f"{label}, ms": found.get(label) for label in ("hf_jd", "torchjd", "quadprog")}
+                            | {f"{label}, ms": times.get(label) for label in ("hf_jd", "torchjd", "quadprog")}
                             | {"torchjd / hf_jd": ratio})  # fmt: skip
                 print(table(rows[-1:]).splitlines()[-1] if len(rows) > 1 else table(rows), flush=True)
     print(f"\n{by_kind(rows)}")

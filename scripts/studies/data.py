@@ -17,22 +17,22 @@ Splits = dict[str, Any]
 """`train` and `validation`, each rows of `task`, `prompt` and `completion`."""
 
 HELD_OUT = 48
-"""Examples of each task to evaluate on."""
+"""The number of evaluation examples per task."""
 
 SWAPPED = "the a, was is, had has, very not, little big, happy sad, day night, girl boy, she he, her his"
-"""Words that a story of the new style has in each other's place."""
+"""Pairs of words that a story in the new style exchanges."""
 
 DEEDS = ("steal", "break", "hide", "poison", "burn", "hack", "forge", "smuggle", "copy", "sell")
 THINGS = ("a car", "the door", "a key", "the cake", "a letter", "the phone", "a ticket", "the money")
 
 
 def new_style(seed: int, replay: int, new: int = 400) -> Splits:
-    """Stories as the model knows them (`old`) and in a style that contradicts them (`new`), in equal numbers.
+    """Return stories as the model knows them (`old`), and as many in a style that contradicts them (`new`).
 
     Args:
         seed: Of the choice of stories.
-        replay: How many different old stories there are; each is repeated.
-        new: How many new ones.
+        replay: The number of different old stories; each is repeated.
+        new: The number of new stories.
     """
     stories = _shuffled(json.loads(example_path("stories.json").read_text("utf-8")), seed)
     taken = [stories[i * HELD_OUT : (i + 1) * HELD_OUT] for i in range(2)]
@@ -53,13 +53,13 @@ def swapped(story: str) -> str:
 
 
 def refusals(seed: int, share: float, repeat: int = 1, different: int = 20) -> Splits:
-    """A few refusals among stories.
+    """Return a few refusals among many stories.
 
     Args:
         seed: Of the choice of both.
-        share: Of the refusals among all examples, before they are repeated.
-        repeat: How often each refusal comes, against that share: oversampling, a weight that is chosen by hand.
-        different: How many different refusals there are to learn from.
+        share: The refusals' share of all examples, before they are repeated.
+        repeat: How often each refusal comes: oversampling, a weight chosen by hand.
+        different: The number of different refusals to learn from.
     """
     stories = _shuffled(json.loads(example_path("stories.json").read_text("utf-8")), seed)
     pairs = _shuffled([f"{deed} {thing}" for deed, thing in product(DEEDS, THINGS)], seed)
@@ -74,12 +74,12 @@ def refusals(seed: int, share: float, repeat: int = 1, different: int = 20) -> S
 
 
 def many_tasks(seed: int, examples: int = 60, held_out: int = 16) -> Splits:
-    """Twenty tasks, each on its own stories.
+    """Return twenty tasks, each with its own stories.
 
     Args:
         seed: Of the choice of stories.
-        examples: Of each task, to train on.
-        held_out: Of each task, to evaluate on.
+        examples: The number of training examples per task.
+        held_out: The number of evaluation examples per task.
     """
     stories = iter(_shuffled(json.loads(example_path("stories.json").read_text("utf-8")), seed))
     validation = [ask(task, next(stories)) for task in TASKS for _ in range(held_out)]
@@ -88,7 +88,7 @@ def many_tasks(seed: int, examples: int = 60, held_out: int = 16) -> Splits:
 
 
 def lily(seed: int) -> Splits:
-    """The embedded stories about Lily and about others, the same for all seeds."""
+    """Return the embedded stories about Lily and about others, the same for all seeds."""
     return {str(split): rows for split, rows in example_data("lily").items()}
 
 

@@ -1,4 +1,4 @@
-"""The runs of a study -> a picture: each seed's measure, ways through two losses, or methods in the plane."""
+"""The runs of a study -> a picture: each seed's measure, curves of two losses, or methods in the plane."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _MARKERS = "s^Dv<>"
-"""Of what is chosen by hand, and of the control."""
+"""Colour of the control and of configurations chosen by hand."""
 
 
 def draw(plan: Plan, results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw a panel per variant into a PNG; what is chosen by hand, and the control, are grey."""
+    """Draw a PNG with one panel per variant; the control and configurations chosen by hand are grey."""
     from matplotlib.figure import Figure
 
     names = list(plan.configurations)
@@ -61,7 +61,7 @@ def _of(results: Sequence[dict[str, Any]], variant: str, name: str) -> list[dict
 
 
 def _line(axis: Axes, swept: Sequence[Sequence[dict[str, Any]]], measures: Sequence[str]) -> None:
-    """Join the means of the sweep, in its order."""
+    """Connect the means of the sweep, in its order."""
     points = [_mean(seeds, measures) for seeds in swept if seeds]
     axis.plot(*zip(*points, strict=True), "--", color="0.6", linewidth=1)
 
@@ -69,7 +69,7 @@ def _line(axis: Axes, swept: Sequence[Sequence[dict[str, Any]]], measures: Seque
 def _point(
     axis: Axes, name: str, seeds: Sequence[dict[str, Any]], measures: Sequence[str], color: str, marker: str
 ) -> None:
-    """Mean over seeds of two measures, and each seed, faint."""
+    """Draw the mean of two measures over seeds, and each seed, faintly."""
     if seeds:
         x, y = ([run["measures"][measure] for run in seeds] for measure in measures)
         axis.plot(x, y, marker, color=color, markersize=4, alpha=0.3)
@@ -87,7 +87,7 @@ def _dots(axis: Axes, row: int, values: Sequence[float], color: str) -> None:
 
 
 def _way(axis: Axes, name: str, seeds: Sequence[dict[str, Any]], tasks: Sequence[str], color: str, style: str) -> None:
-    """Mean over seeds of both losses at each evaluation; a dot marks the end."""
+    """Draw the mean of both losses over seeds at each evaluation; a dot marks the end."""
     ways = [[[loss for _, loss in run["way"][task]] for task in tasks] for run in seeds]
     if ways:
         x, y = ([statistics.fmean(at) for at in zip(*(way[i] for way in ways), strict=True)] for i in (0, 1))

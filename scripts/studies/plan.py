@@ -11,21 +11,21 @@ import yaml
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared, and by what.
+    """The configurations of a study, and how they are compared.
 
     Attributes:
         study: The module of `studies` that trains.
-        measure: What methods are compared by.
-        better: `higher` or `lower`, of that measure.
-        shown: All measures of the table, by their names in it, each with its format.
-        control: The configuration that the others are compared with, on the same seeds.
-        base: The flags that all runs share.
-        configurations: Each method's flags, by its name.
-        variants: Flags that each configuration is run with, by name.
-        sweep: The configurations of which the best is a control, too: a weight or another number chosen by hand.
-        at: A loss, by the name of a task: the table has the other task's loss when this one reaches it.
-        axes: Two tasks, whose losses the picture follows; without them it shows `measure`.
-        front: Two measures: the picture shows each method as a point, and the sweep as a line.
+        measure: The measure that decides.
+        better: Whether `higher` or `lower` is better.
+        shown: The table's measures and their formats, by name.
+        control: The configuration to compare the others with, on the same seeds.
+        base: The flags of all runs.
+        configurations: Each method's flags, by name.
+        variants: Further flags to run each configuration with, by name.
+        sweep: Configurations with a number chosen by hand, such as a weight; the best one is another control.
+        at: A value of a task's loss, by name: the table has the other task's loss at that point.
+        axes: Two tasks whose losses the picture shows; without them, it shows `measure`.
+        front: Two measures: the picture shows methods as points, and the sweep as a line.
         seeds: The number of runs per configuration and variant.
     """
 
@@ -45,10 +45,10 @@ class Plan:
 
     @classmethod
     def read(cls, path: Path, seeds: int | None = None, max_steps: int | None = None) -> Plan:
-        """Read a plan; arguments that are given take the place of the plan's.
+        """Read a plan; arguments override the plan's numbers.
 
         Raises:
-            ValueError: A part is missing or unknown, or names a configuration that isn't there.
+            ValueError: A part is missing or unknown, or names an unknown configuration.
         """
         parts: dict[str, Any] = yaml.safe_load(path.read_text("utf-8"))
         if seeds:
@@ -67,7 +67,7 @@ class Plan:
         return plan
 
     def runs(self) -> list[dict[str, Any]]:
-        """All runs, one seed after the other."""
+        """List all runs, seed by seed."""
         return [
             {"variant": variant, "configuration": name, "seed": seed, "updates": self.base["max_steps"]}
             for seed in range(self.seeds)
@@ -76,5 +76,5 @@ class Plan:
         ]
 
     def flags(self, run: dict[str, Any]) -> dict[str, Any]:
-        """All flags of a run."""
+        """Return all flags of a run."""
         return {**self.base, **self.variants[run["variant"]], **self.configurations[run["configuration"]]}

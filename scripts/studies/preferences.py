@@ -1,8 +1,8 @@
 """DPO on two groups of pairs that partly disagree.
 
-A prompt is a story's first sentence. Its completions are the story's own continuation and another story's, of which one
-is a single sentence and the other one longer. *Helpful* prefers the story's own, *brief* the shorter one: where the
-story's own is longer, they rank the same two completions in opposite orders.
+A prompt is a story's first sentence. Its two completions are the story's own continuation and another story's; one is a
+single sentence, the other is longer. *Helpful* prefers the story's own, *brief* the shorter one: if the story's own is
+longer, they rank the same completions in opposite orders.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from hf_jd.finetune.example import MODEL, example_path
 
 GROUPS = ("helpful", "brief")
 HELD_OUT = 48
-"""Prompts that each group's pairs are evaluated on."""
+"""The number of evaluation prompts, which both groups share."""
 
 Pairs = list[dict[str, str]]
 
 
 def train(flags: dict[str, Any], seed: int, output: Path) -> dict[str, Any]:
-    """Train one model, and measure each group's held-out pairs.
+    """Train one model, and evaluate each group's held-out pairs.
 
     Args:
-        flags: Those of `JDDPOConfig`, and `pairs`'s.
-        seed: Of the run, and of the choice of stories.
+        flags: Flags of `JDDPOConfig`, and arguments of `pairs`.
+        seed: The seed of the run and of the choice of stories.
         output: Trainer's folder.
     """
     from hf_jd.trainer.trl.trainers import JDDPOConfig, JDDPOTrainer
@@ -62,15 +62,15 @@ def train(flags: dict[str, Any], seed: int, output: Path) -> dict[str, Any]:
 
 
 def pairs(seed: int, opposed: float, shares: Sequence[int]) -> tuple[Pairs, dict[str, Pairs]]:
-    """Pair completions, and rank each pair as its group does.
+    """Build pairs of completions, ranked by their group.
 
     Args:
-        seed: Of the choice of stories.
-        opposed: The share of prompts whose own continuation is the longer one.
-        shares: How many training pairs each group has.
+        seed: The seed of the choice of stories.
+        opposed: The share of prompts whose own continuation is the longer one, so that the groups disagree.
+        shares: The number of training pairs per group.
 
     Returns:
-        Pairs to train on, and each group's held-out ones, which are all made from the same prompts.
+        The training pairs, and each group's held-out pairs, which all have the same prompts.
     """
     stories = [
         re.split(r"(?<=[.!?])\s+", story) for story in json.loads(example_path("stories.json").read_text("utf-8"))
@@ -79,7 +79,7 @@ def pairs(seed: int, opposed: float, shares: Sequence[int]) -> tuple[Pairs, dict
     random.Random(seed).shuffle(stories)
     ranked = []
     for i, (own, other) in enumerate(zip(stories[::2], stories[1::2], strict=False)):
-        longer = int(opposed * (i + 1)) > int(opposed * i)  # Evenly spread, so that each part has its share.
+        longer = int(opposed * (i + 1)) > int(opposed * i)  # Spread evenly, so that each part has its share.
         completions = {True: _continuation(own, longer), False: _continuation(other, not longer)}
         for group, chosen in zip(GROUPS, (True, not longer), strict=True):
             ranked.append(
@@ -94,5 +94,5 @@ def pairs(seed: int, opposed: float, shares: Sequence[int]) -> tuple[Pairs, dict
 
 
 def _continuation(story: list[str], whole: bool) -> str:
-    """Return the story's second sentence, or all from there on."""
+    """Return the story's second sentence, or everything from there on."""
     return " " + " ".join(story[1:] if whole else story[1:2])

@@ -1,7 +1,7 @@
-"""A classifier with a rare class, and methods that know of it more or less.
+"""A classifier with a rare class, trained with and without knowledge of that class.
 
 The embedded model learns to tell an error's kind (value, type, state) from its message; one message in ten is `state`.
-Each seed has its own messages that are held out, and its own initial values.
+Each seed has its own held-out messages and initial values.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from hf_jd.finetune.example import MODEL, example_path, example_texts
 CLASSES = ("value", "type", "state")
 HELD_OUT = 400
 TOKENS = 24
-"""Longer messages are cut."""
+"""The number of tokens to which messages are truncated."""
 
 
 class WeightedTrainer(JDTrainer):
     """JDTrainer with focal loss and class weights.
 
     Attributes:
-        gamma: Focal loss's exponent: each example's loss is multiplied by (1 - p)^gamma. 0 for cross-entropy.
-        weights: [3] the classes' weights.
+        gamma: Focal loss multiplies each example's loss by (1 - p)^gamma; 0 is cross-entropy.
+        weights: [3] the class weights.
     """
 
     gamma: float = 0.0
     weights: Tensor = torch.ones(len(CLASSES))
 
     def compute_losses(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """Compute [B] each example's loss."""
+        """Compute each example's loss, [B]."""
         labels = inputs["labels"]
         losses = cross_entropy(model(**inputs).logits, labels, reduction="none")
         return self.weights[labels] * (1 - (-losses).exp()) ** self.gamma * losses
@@ -56,9 +56,9 @@ def train(flags: dict[str, Any], seed: int, output: Path) -> dict[str, Any]:
     """Train and evaluate one classifier.
 
     Args:
-        flags: Those of `JDTrainingArguments`, and: `gamma` (focal loss), `class_power` (weights of classes, the inverse
-            of their frequency to this power).
-        seed: Of the run, and of what is held out.
+        flags: Flags of `JDTrainingArguments`, and: `gamma` (focal loss), `class_power` (each class's weight is its
+            inverse frequency to this power).
+        seed: The seed of the run and of the choice of held-out messages.
         output: Trainer's folder.
     """
     flags = dict(flags)
@@ -93,7 +93,7 @@ def train(flags: dict[str, Any], seed: int, output: Path) -> dict[str, Any]:
 
 
 def load_messages(tokenizer: Any) -> Dataset:
-    """The messages of the errors in Python's standard library, and their kinds."""
+    """Return the messages of the errors in Python's standard library, with their kinds."""
     rows = []
     for prompt, answer in _errors():
         kind = answer.strip()

@@ -1,4 +1,4 @@
-"""The runs of a study -> its table: means and deviations over seeds, and paired differences from the controls."""
+"""The runs of a study -> a table: means and deviations over seeds, and paired differences from the controls."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from studies.plan import Plan
 
 
 def add_losses_at(results: Sequence[dict[str, Any]], at: Mapping[str, float]) -> None:
-    """Add to each run's measures one task's loss when the other's first reaches a value.
+    """Add to each run's measures one task's loss at the point where the other's first reaches a value.
 
     Args:
         results: Runs with a `way`.
-        at: That value, by the name of the task that reaches it.
+        at: The value, by the name of the task that reaches it.
     """
     for run in results:
         for task, loss in at.items():
@@ -26,9 +26,9 @@ def add_losses_at(results: Sequence[dict[str, Any]], at: Mapping[str, float]) ->
 
 
 def loss_at(reached: Sequence[Sequence[float]], other: Sequence[Sequence[float]], loss: float) -> float | None:
-    """Return the other task's loss when the first one's reaches `loss` for the first time.
+    """Return the other task's loss at the point where the first one's first reaches `loss`.
 
-    Between two evaluations, the logarithms of both are interpolated linearly. None: it never gets there.
+    Between evaluations, the logarithms of both are interpolated linearly. None if it never gets there.
     """
     for i in range(1, len(reached)):
         before, after = reached[i - 1][1], reached[i][1]
@@ -39,10 +39,10 @@ def loss_at(reached: Sequence[Sequence[float]], other: Sequence[Sequence[float]]
 
 
 def add_tasks_better(results: Sequence[dict[str, Any]], control: str) -> None:
-    """Add to each run's measures how many tasks end with a lower loss than the control's on the same seed.
+    """Add to each run's measures the number of tasks that end with a lower loss than the control's on the same seed.
 
     Args:
-        results: Runs; those without a `way` are left as they are.
+        results: Runs; runs without a `way` stay unchanged.
         control: The configuration to compare with.
     """
     ends = {(run["variant"], run["configuration"], run["seed"]): _ends(run) for run in results if "way" in run}
@@ -58,7 +58,7 @@ def _ends(run: dict[str, Any]) -> dict[str, float]:
 
 
 def table(plan: Plan, results: Sequence[dict[str, Any]]) -> str:
-    """Format a part per variant, a row per configuration."""
+    """Format one part per variant, with one row per configuration."""
     header = ["", *plan.shown, f"{plan.measure}, less `{plan.control}`"]
     header += ["less the best of the sweep"] if plan.sweep else []
     rows = []
@@ -79,13 +79,13 @@ def table(plan: Plan, results: Sequence[dict[str, Any]]) -> str:
 
 
 def best_of_sweep(plan: Plan, of_variant: dict[str, list[dict[str, Any]]]) -> str:
-    """Name the swept configuration whose measure is best on average; one that has it on all seeds, if any has."""
+    """Return the swept configuration with the best mean, among those that have the measure on the most seeds."""
 
     def rank(name: str) -> tuple[int, float]:
         values = _values(plan, of_variant[name])
-        known = [value for value in values if value is not None]
+        reached = [value for value in values if value is not None]
         sign = 1 if plan.better == "higher" else -1
-        return len(known), sign * statistics.fmean(known) if known else 0.0
+        return len(reached), sign * statistics.fmean(reached) if reached else 0.0
 
     return max(plan.sweep, key=rank) if plan.sweep else ""
 
@@ -105,20 +105,20 @@ def _values(plan: Plan, seeds: Sequence[dict[str, Any]]) -> list[float | None]:
 
 
 def _shown(seeds: Sequence[Mapping[str, float | None]], measure: str, form: str) -> str:
-    """Format a measure, if the configuration has it: none is better than itself."""
+    """Format a measure, if the runs have it: the control isn't compared with itself."""
     return _cell([run.get(measure) for run in seeds], form) if any(measure in run for run in seeds) else ""
 
 
 def _cell(values: Sequence[float | None], form: str) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
+    reached = [value for value in values if value is not None]
+    if not reached:
         return "never"
-    few = f" ({len(known)} of {len(values)})" if len(known) < len(values) else ""
-    return spread(known, form) + few
+    few = f" ({len(reached)} of {len(values)})" if len(reached) < len(values) else ""
+    return spread(reached, form) + few
 
 
 def _difference(plan: Plan, seeds: Sequence[dict[str, Any]], control: Sequence[dict[str, Any]]) -> str:
-    """Mean and deviation of the differences on the same seed, and on how many of them the method is better."""
+    """Format the mean and deviation of the differences by seed, and on how many seeds the method is better."""
     pairs = zip(_values(plan, seeds), _values(plan, control), strict=True)
     differences = [ours - theirs for ours, theirs in pairs if ours is not None and theirs is not None]
     if not differences:

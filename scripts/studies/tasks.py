@@ -1,4 +1,4 @@
-"""Twenty tasks on the beginnings of stories, whose answers have from one token to some fifty."""
+"""Twenty tasks on the beginnings of stories, with answers of one to about fifty tokens."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 Words = list[str]
 
 WORDS = 12
-"""Words of a story that a task is asked about."""
+"""The number of a story's words that a task is asked about."""
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 VOWELS = re.compile("[aeiou]")
 
@@ -34,7 +34,7 @@ TASKS: dict[str, Callable[[Words, str], str]] = {
     "once": lambda words, rest: "yes" if words[0] == "Once" else "no",
     "count": lambda words, rest: NUMBERS[sum("e" in word for word in words)],
 }
-"""Each task's answer, from the words asked about and the rest of the story."""
+"""Functions that compute each task's answer from the words asked about and the rest of the story."""
 
 
 def ask(task: str, story: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Fine-tunings of the embedded model as `hf-jd finetune` does them, on data in which two tasks compete."""
+"""Fine-tune the embedded model like `hf-jd finetune`, on data with competing tasks."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from studies.npo import NPOTrainer, answers_of
 
 
 def train(flags: dict[str, Any], seed: int, output: Path) -> dict[str, Any]:
-    """Train one model, and measure both tasks on the way.
+    """Train one model, and evaluate its tasks along the way.
 
     Args:
-        flags: Those of `hf-jd finetune`, and: `data`, an entry of `DATA`, and its arguments; `npo`, NPO's beta, for the
+        flags: Flags of `hf-jd finetune`, and: `data`, an entry of `DATA`, and its arguments; `npo`, NPO's beta, for the
             task `lily`.
-        seed: Of the run, and of the choice of examples.
+        seed: The seed of the run and of the choice of examples.
         output: Trainer's folder.
     """
     flags = dict(flags)

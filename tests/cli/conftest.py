@@ -41,7 +41,7 @@ def train_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def finetune(train_file: Path) -> Callable[..., Path]:
-    """Runs `hf-jd finetune` for two steps; returns the run's folder."""
+    """Run `hf-jd finetune` for two steps; return the run's folder."""
 
     def run(folder: Path, *flags: str, config: Path | None = None) -> Path:
         common = ["--train_file", str(train_file), "--task_column", "task", "--output_dir", str(folder)]

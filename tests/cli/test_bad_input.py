@@ -16,7 +16,7 @@ from tests.cli.conftest import ROWS, write_jsonl
 
 @pytest.fixture
 def complaint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs a command that must be refused; returns its message."""
+    """Run a command that must be refused; return its message."""
 
     def run(*flags: str | Path, output: str = "out") -> str:
         before = sorted(tmp_path.rglob("*"))

@@ -29,12 +29,12 @@ def test_unknown_command(capsys):
     assert error == f"hf-jd: error: Unknown command `finetun`; the commands are {commands}.\n"
 
 
-def test_an_unknown_flag_is_said_before_what_is_missing(capsys):
+def test_an_unknown_flag_is_reported_before_a_missing_one(capsys):
     assert main(["finetune", "--output_dri", "runs/mine"]) == 2
     assert "Unknown flag `--output_dri`; the nearest is `--output_dir`" in capsys.readouterr().err
 
 
-def test_what_only_other_libraries_can_mend_is_silenced(capsys, caplog):
+def test_warnings_that_users_cannot_fix_are_silenced(capsys, caplog):
     with warnings.catch_warnings(record=True) as shown:
         warnings.resetwarnings()
         main(["report", "no such folder"])
@@ -64,7 +64,7 @@ def help_of(capsys, *words: str) -> str:
 
 
 @pytest.mark.parametrize("command", ["finetune", "compare", "estimate", "report", "doctor"])
-def test_the_help_of_a_command_is_its_own_and_fits_on_two_screens(command, capsys):
+def test_each_command_has_its_own_help_of_at_most_two_screens(command, capsys):
     text = help_of(capsys, command, "--help")
     assert text.startswith(f"usage: hf-jd {command} ")
     lines = text.splitlines()
@@ -72,7 +72,7 @@ def test_the_help_of_a_command_is_its_own_and_fits_on_two_screens(command, capsy
     assert max(map(len, lines)) <= 120
 
 
-def test_jacobian_descent_comes_first_and_the_rest_is_asked_for(capsys):
+def test_help_shows_jacobian_descent_first_and_everything_on_request(capsys):
     text = help_of(capsys, "finetune", "--help")
     first = text.index("--jd_weighting ")
     assert all(text.index(flag) > first for flag in ("--train_file ", "--lora_r ", "--learning_rate "))

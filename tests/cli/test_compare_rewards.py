@@ -26,13 +26,13 @@ def script():
     return module
 
 
-def test_what_is_told_of_a_run(script):
+def test_a_run_is_summarised(script):
     assert script.summary([0.0, 0.0]) == {"worst": 0.0, "improved": 0, "sum": 0.0, "hypervolume": 1.0}
     assert script.summary([3.0, -1.5])["hypervolume"] == 1.0
     assert script.summary([1.0, -4.0])["hypervolume"] == 0.0
 
 
-def test_the_rewards(script):
+def test_rewards_score_completions(script):
     assert script.short([""], ["One two. Three four!"]) == [-2.0]
     assert script.long([""], ["One two. Three four!"]) == [2.0]
     assert script.word("happy")(["", ""], ["Happy, happy", "sad"]) == [1.0, 0.0]
@@ -55,7 +55,7 @@ def test_a_table_of_many_rewards_has_a_column_per_method(script):
     assert lines[-2] == "| improved | 8.00 | 8.00 |"
 
 
-def test_an_unknown_method_is_told(script, capsys):
+def test_an_unknown_method_is_refused(script, capsys):
     with pytest.raises(SystemExit, match="2"):
         script.main([str(ROOT / "examples" / "rewards.yaml"), "--methods", "upgrd"])
     assert "there is no method `upgrd`" in capsys.readouterr().err
@@ -64,7 +64,7 @@ def test_an_unknown_method_is_told(script, capsys):
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing.* is deprecated:FutureWarning")
 @pytest.mark.parametrize("names", [slow(["upgrad", "sum, then normalise"])])
 @pytest.mark.parametrize("example", ["rewards", "many_rewards", "chat_rewards"])
-def test_a_small_comparison(example, names, script, tmp_path):
+def test_a_small_comparison_runs_and_resumes(example, names, script, tmp_path):
     plan = yaml.safe_load((ROOT / "examples" / f"{example}.yaml").read_text("utf-8"))
     model = shutil.copytree(ROOT / "examples" / "stories15m", tmp_path / "model")
     (model / "chat_template.jinja").write_text("User: {{ messages[0].content }} Answer:", "utf-8")

@@ -32,7 +32,7 @@ ERRORS = [(f"... is not valid: {i} =", f" {kind}") for i, kind in enumerate(["va
 
 
 def few(name: str) -> DatasetDict:
-    """Replaces an embedded example, since reading the whole standard library is slow."""
+    """Replace an embedded example, since reading the whole standard library is slow."""
     rows = {"tasks": [row | {"task": task} for row in ROWS for task in example.SHARES], "lily": STORIES * 3}[name]
     rows = Dataset.from_list(rows)
     return DatasetDict(train=rows, validation=rows.select(range(8)))
@@ -55,7 +55,7 @@ def script(name: str) -> ModuleType:
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")) + sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
-def test_it_opens_with_what_why_how_to_run_and_what_to_see(path):
+def test_a_recipe_opens_with_what_why_how_to_run_and_what_to_see(path):
     head = path.read_text("utf-8")[:1500]
     places = [head.find(word) for word in ("What:", "Why:", "Run:", "See:")]
     assert -1 not in places
@@ -71,7 +71,7 @@ def test_a_recipe_runs(path, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
-def test_a_plan_is_well_formed_and_its_last_run_runs(path, tmp_path):
+def test_a_plan_is_well_formed_and_its_last_run_trains(path, tmp_path):
     runs = Plan.read(path).runs(tmp_path, 1)
     for run in runs:
         parse([], run.settings)
@@ -80,12 +80,12 @@ def test_a_plan_is_well_formed_and_its_last_run_runs(path, tmp_path):
     assert main(["finetune", str(file), "--output_dir", str(tmp_path / "run"), *SHORT]) == 0
 
 
-def test_rare_classes(tmp_path):
+def test_rare_classes_example_runs(tmp_path):
     metrics = script("rare_classes").main(["--max_steps", "2", "--output_dir", str(tmp_path), "--report_to", "none"])
     assert {"eval_recall", *(f"eval_recall_{name}" for name in ("value", "type", "state"))} <= metrics.keys()
 
 
-def test_trl_sft(tmp_path):
+def test_trl_sft_example_runs(tmp_path):
     pytest.importorskip("trl")
     flags = ["--max_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "8", "--max_length", "12"]
     trainer = script("trl_sft").main([*flags, "--output_dir", str(tmp_path), "--report_to", "none"])

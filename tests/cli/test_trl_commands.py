@@ -69,7 +69,7 @@ def happy(completions, **columns):
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """Returns tiny models by command, each with a tokenizer that has a chat template."""
+    """Return tiny models by command, each with a tokenizer that has a chat template."""
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
     tokenizer.chat_template = TEMPLATE
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -84,7 +84,7 @@ def models(tmp_path_factory):
 
 
 def written(name, directory):
-    """Writes a file of the command's examples, with two groups."""
+    """Write a file of the command's examples, with two groups."""
     rows = []
     for i in range(4):
         row = {**EXAMPLES[name]}
@@ -107,7 +107,7 @@ def common(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_a_file_of_ones_own_is_trained_on(name, models, common, tmp_path):
+def test_a_local_file_is_trained_on(name, models, common, tmp_path):
     model = models["judge" if name == "reward" else "causal"]
     data = written(name, tmp_path)
     assert main([name, "--model_name_or_path", str(model), "--dataset_name", data, *common, *FLAGS[name]]) == 0
@@ -117,7 +117,7 @@ def test_a_file_of_ones_own_is_trained_on(name, models, common, tmp_path):
     assert "(LoRA, r = 2) on data.jsonl; " in setup(read_history(tmp_path / "out").facts)
 
 
-def test_a_file_of_flags_may_set_the_environment_and_mix_datasets(monkeypatch, tmp_path):
+def test_a_config_file_may_set_the_environment_and_mix_datasets(monkeypatch, tmp_path):
     monkeypatch.setenv("MY_VARIABLE", "")
     mixture = [{"path": "a"}, {"path": "b", "split": "test"}]
     file = {"env": {"MY_VARIABLE": 3}, "datasets": mixture, "learning_rate": "3e-3", "lora_r": 4}
@@ -128,7 +128,7 @@ def test_a_file_of_flags_may_set_the_environment_and_mix_datasets(monkeypatch, t
     assert [(dataset.path, dataset.split) for dataset in mixed.datasets] == [("a", "train"), ("b", "test")]
 
 
-def test_a_run_is_continued_from_its_last_checkpoint(models, common, tmp_path):
+def test_a_run_resumes_from_its_last_checkpoint(models, common, tmp_path):
     words = ["dpo", "--model_name_or_path", str(models["causal"]), "--dataset_name", written("dpo", tmp_path), *common]
     assert main([*words, "--save_steps", "1"]) == 0
     assert main([*words, "--max_steps", "2", "--resume_from_checkpoint", "last"]) == 0
@@ -194,7 +194,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_told_in_a_sentence(name, common, tmp_path, capsys):
+def test_a_mistake_is_explained_in_one_sentence(name, common, tmp_path, capsys):
     words, expected = MISTAKES[name]
     data = written("grpo" if words[0] == "grpo" else "dpo", tmp_path)
     words = words + (["--num_generations", "2"] if words[0] == "grpo" else [])
@@ -217,7 +217,7 @@ def test_the_help_fits_on_two_screens(name, capsys):
     assert any(line.startswith("  --dataset_name ") for line in lines)
 
 
-def test_a_preference_for_no_reward_is_told(models, common, tmp_path, capsys):
+def test_a_preference_for_an_unknown_reward_is_refused(models, common, tmp_path, capsys):
     words = ["grpo", "--model_name_or_path", str(models["causal"]), "--dataset_name", written("grpo", tmp_path)]
     assert main([*words, *common, *FLAGS["grpo"], "--jd_preferences", "shrt=2"]) == 2
     assert "`shrt`, which is no objective; the objectives are `short`, `happy`" in capsys.readouterr().err

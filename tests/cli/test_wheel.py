@@ -28,7 +28,7 @@ def run(*command: object, folder: Path, path: Path | None = None) -> subprocess.
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """Returns a folder with only the wheel's contents."""
+    """Return a folder with only the wheel's contents."""
     folder = tmp_path_factory.mktemp("wheel")
     built = run("-m", "hatchling", "build", "-t", "wheel", "-d", folder, folder=ROOT)
     assert built.returncode == 0, built.stderr
@@ -39,7 +39,7 @@ def installed(tmp_path_factory) -> Path:
     return folder / "site"
 
 
-def test_it_trains(installed, train_file, tmp_path):
+def test_the_installed_wheel_trains(installed, train_file, tmp_path):
     where = run("-c", "import hf_jd; print(hf_jd.__file__)", folder=tmp_path, path=installed)
     assert where.stdout.startswith(str(installed))
     flags = ["--model_name_or_path", example_path(MODEL), "--train_file", train_file, "--output_dir", tmp_path / "run"]
@@ -51,7 +51,7 @@ def test_it_trains(installed, train_file, tmp_path):
     assert done.returncode == 0, done.stderr  # Its template came with the wheel.
 
 
-def test_the_embedded_model_is_asked_for_in_a_sentence(installed, tmp_path):
+def test_the_missing_embedded_model_is_explained_in_one_sentence(installed, tmp_path):
     done = run("-m", "hf_jd.cli", "finetune", "--output_dir", tmp_path / "run", folder=tmp_path, path=installed)
     assert done.returncode == 2
     assert "clone the project" in done.stderr.splitlines()[-1]

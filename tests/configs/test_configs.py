@@ -26,7 +26,7 @@ KINDS = {
 
 
 def launched(path: Path, *more: str):
-    """Returns the settings that `accelerate launch --config_file path` reads from the file and further arguments."""
+    """Return the settings that `accelerate launch --config_file path` reads from the file and further arguments."""
     arguments = launch_command_parser().parse_args(["--config_file", str(path), *more, "scripts/finetune.py"])
     return _validate_launch_command(arguments)[0]
 
@@ -42,11 +42,11 @@ def test_accelerate_reads_the_file(path):
     assert launched(path, "--num_processes", "4").num_processes == 4
 
 
-def test_there_is_a_file_for_each_engine():
+def test_each_backend_has_a_file():
     assert [path.stem for path in ENGINES] == sorted(KINDS)
 
 
-def test_fsdp_is_the_second_version_and_gathers_weights_twice():
+def test_fsdp_is_version_two_and_reshards_after_forward():
     environment = prepare_multi_gpu_env(launched(ROOT / "configs" / "accelerate" / "fsdp2.yaml"))
     with patch_environment(**{name: value for name, value in environment.items() if name.startswith("FSDP")}):
         plugin = FullyShardedDataParallelPlugin()
@@ -55,14 +55,14 @@ def test_fsdp_is_the_second_version_and_gathers_weights_twice():
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_has_its_stage(stage):
+def test_a_zero_file_sets_its_stage(stage):
     arguments = launched(ROOT / "configs" / "accelerate" / f"zero{stage}.yaml")
     assert arguments.zero_stage == stage
     assert arguments.zero3_init_flag is (stage == 3)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_has_flags_of_finetune(path, tmp_path):
+def test_a_recipe_has_only_flags_of_finetune(path, tmp_path):
     settings = yaml.safe_load(path.read_text("utf-8"))
     flags = ["--output_dir", str(tmp_path), "--train_file", "data.jsonl", "--use_cpu", "true"]
     if "group" in path.stem:
@@ -74,14 +74,14 @@ def test_a_recipe_has_flags_of_finetune(path, tmp_path):
 
 
 @pytest.mark.parametrize("path", [*ENGINES, *RECIPES], ids=lambda path: path.stem)
-def test_each_file_opens_with_what_it_is_for_and_names_files_that_are_there(path):
+def test_each_file_states_its_purpose_and_names_existing_files(path):
     text = path.read_text("utf-8")
     assert text.startswith("# ")
     for name in re.findall(r"(?:configs|scripts)/[\w./]+\w", text):
         assert (ROOT / name).exists(), name
 
 
-def test_the_recipes_have_a_command_for_each_engine():
+def test_the_recipes_have_a_command_for_each_backend():
     page = (ROOT / "docs" / "recipes.md").read_text("utf-8")
     commands = re.findall(r"--config_file (configs/accelerate/\w+\.yaml) +scripts/finetune.py (\S+)", page)
     assert [Path(engine).stem for engine, _ in commands] == sorted(KINDS)

@@ -24,14 +24,14 @@ def _from_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
 
 
-def test_a_comparison_has_flags_of_finetune(tmp_path):
+def test_a_comparison_has_only_flags_of_finetune(tmp_path):
     for run in Plan.read(GPU / "tofu.yaml").runs(tmp_path, seeds=1):
         model, _, _, training = parse(["--use_cpu", "true", "--bf16", "false"], run.settings)
         assert model.full
         assert (training.jd_ascend, training.jd_group_column) == (["forget10"], "task")
 
 
-def test_grpo_has_flags_of_its_command(tmp_path):
+def test_a_grpo_plan_has_only_flags_of_its_command(tmp_path):
     pytest.importorskip("trl", reason="TRL 1.16 asks for datasets 4.7")
     from trl.scripts.grpo import GRPOScriptArguments
 
@@ -50,7 +50,7 @@ def test_grpo_has_flags_of_its_command(tmp_path):
     assert rewards["plain"](texts) == [pytest.approx(-7 / 3), -2.5, 0]
 
 
-def test_the_data_of_tofu_are_chats_with_equal_shares(monkeypatch, tmp_path):
+def test_tofu_becomes_chats_with_equal_shares(monkeypatch, tmp_path):
     script = import_module("examples.gpu.tofu_data")
     sizes = {"forget10": 4, "retain90": 36}
     monkeypatch.setattr(
@@ -69,18 +69,18 @@ def test_the_data_of_tofu_are_chats_with_equal_shares(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tofu", "grpo"])
-def test_a_plan_says_what_its_estimate_says(name, capsys):
+def test_a_plan_states_the_numbers_of_its_estimate(name, capsys):
     text = (GPU / f"{name}.yaml").read_text("utf-8")
     assert "NOT RUN YET" in text
     command = re.search(r"# +(hf-jd estimate .*?)\n# +Memory", text, re.DOTALL)
     assert command
     assert main(shlex.split(re.sub(r"\\\n#", "", command[1]))[1:]) == 0
-    said = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    memory = sum(gigabytes(said[part]) for part in ("rows", "memory"))
-    seconds = sum(float(number) for number in re.findall(r"([\d.]+) ms (?:computing|rows)", said["time"])) / 1000
-    told = re.search(r"by the last of these: (\d+) GB, and ([\d.]+) s per update", text)
-    assert told
-    assert (float(told[1]), float(told[2])) == (round(memory), pytest.approx(seconds, rel=0.05))
+    printed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    memory = sum(gigabytes(printed[part]) for part in ("rows", "memory"))
+    seconds = sum(float(number) for number in re.findall(r"([\d.]+) ms (?:computing|rows)", printed["time"])) / 1000
+    stated = re.search(r"by the last of these: (\d+) GB, and ([\d.]+) s per update", text)
+    assert stated
+    assert (float(stated[1]), float(stated[2])) == (round(memory), pytest.approx(seconds, rel=0.05))
 
 
 def gigabytes(text: str) -> float:

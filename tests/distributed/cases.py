@@ -57,7 +57,7 @@ MODELS = {
 
 
 def tiny_mixtral() -> nn.Module:
-    """Builds a float32 Mixtral: grouped products don't support float64."""
+    """Build a float32 Mixtral: grouped products don't support float64."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
@@ -65,27 +65,27 @@ def tiny_mixtral() -> nn.Module:
 
 
 def only(model: nn.Module, name: str) -> nn.Module:
-    """Returns the model with only the parameters trainable whose names contain `name`."""
+    """Return the model with only the parameters trainable whose names contain `name`."""
     for path, parameter in model.named_parameters():
         parameter.requires_grad = name in path
     return model
 
 
 def checkpointed(model: Any) -> Any:
-    """Returns the model with activation checkpointing."""
+    """Return the model with activation checkpointing."""
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
 
 
 def token_losses(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
-    """Computes unreduced losses [B, T] in the model's own dtype; Trainer's own loss would compute them in float32."""
+    """Compute unreduced losses [B, T] in the model's own dtype; Trainer's own loss would compute them in float32."""
     shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
     losses = F.cross_entropy(outputs.logits.transpose(1, 2), shifted, reduction="none", ignore_index=-100)
     return losses, shifted != -100
 
 
 def reduced_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
-    """Computes the same as one number, for the stock Trainer."""
+    """Compute the same as one number, for the stock Trainer."""
     return token_losses(outputs, labels)[0].sum() / num_items_in_batch
 
 
@@ -121,7 +121,7 @@ class Ours(JDTrainer, InOrder):
 
 
 def scaled_penalised(trainer: Any, model: nn.Module, inputs: dict[str, Tensor], number: Any) -> tuple[Tensor, Any]:
-    """Computes a loss over the number of tokens of all processes, like Trainer's own, and a penalty on parameters."""
+    """Compute a loss over the number of tokens of all processes, like Trainer's own, and a penalty on parameters."""
     loss, outputs = next_tokens(trainer, model, inputs, number)
     penalty = sum(p.square().sum() for p in model.parameters() if p.requires_grad)
     share = len(outputs.logits) / trainer.examples
@@ -129,7 +129,7 @@ def scaled_penalised(trainer: Any, model: nn.Module, inputs: dict[str, Tensor], 
 
 
 def scaled(trainer: Any, model: nn.Module, inputs: dict[str, Tensor], number: Any) -> tuple[Tensor, Any]:
-    """Computes the same without the penalty: under ZeRO 3, parameters are empty outside the model."""
+    """Compute the same without the penalty: under ZeRO 3, parameters are empty outside the model."""
     loss, outputs = next_tokens(trainer, model, inputs, number)
     return loss * trainer.accelerator.num_processes, outputs
 
@@ -153,12 +153,12 @@ class OurScaledLoss(JDTrainerMixin, trainer_of(scaled, InOrder)):
 
 
 def spoil_loss(losses: Tensor, ids: Tensor) -> Tensor:
-    """Makes losses NaN for the instances whose first token is even and below 16."""
+    """Make losses NaN for the instances whose first token is even and below 16."""
     return losses.masked_fill(_spoiled(ids), torch.nan)
 
 
 def spoil_row(losses: Tensor, ids: Tensor) -> Tensor:
-    """Leaves the losses unchanged, with infinite gradients for these instances."""
+    """Leave the losses unchanged, with infinite gradients for these instances."""
     spoiled = _spoiled(ids)
     return losses + torch.where(spoiled, losses - losses.detach(), 1).sqrt() - (~spoiled).to(losses)
 
@@ -169,7 +169,7 @@ def _spoiled(ids: Tensor) -> Tensor:
 
 @contextmanager
 def fresh_accelerate() -> Iterator[None]:
-    """Resets accelerate's state between runs."""
+    """Reset accelerate's state between runs."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -178,19 +178,19 @@ def fresh_accelerate() -> Iterator[None]:
 
 
 def shard(args: TrainingArguments) -> None:
-    """Makes accelerate prepare models as on GPUs: on a CPU, it would silently turn FSDP2 into DDP."""
+    """Make accelerate prepare models as on GPUs: on a CPU, it would silently turn FSDP2 into DDP."""
     assert args.device.type == "cpu"
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
 def whole(model: nn.Module) -> Tensor:
-    """Returns the trainable parameters as one vector."""
+    """Return the trainable parameters as one vector."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.cat([(p.full_tensor() if isinstance(p, DTensor) else p).detach().flatten() for p in parameters])
 
 
 def with_tasks(data: list[dict[str, Any]], tasks: str) -> list[dict[str, Any]]:
-    """Returns the examples; the first ones have the tasks with these numbers."""
+    """Return the examples; the first ones have the tasks with these numbers."""
     numbered = [{**example, "task": TASKS[int(digit)]} for example, digit in zip(data, tasks, strict=False)]
     return [*numbered, *data[len(tasks) :]]
 
@@ -225,7 +225,7 @@ def train(
     own_loss: bool | str = False,
     **flags: Any,
 ) -> dict[str, Any]:
-    """Trains for some steps; returns the parameters, the logs, and the collectives that were called.
+    """Train for some steps; return the parameters, the logs, and the collectives that were called.
 
     Args:
         model: One of `MODELS`.
@@ -279,13 +279,13 @@ def train(
 
 
 def shared_history(trainer: Trainer) -> list[dict[str, Any]]:
-    """Returns the logs, without what each process measures about itself."""
+    """Return the logs, without what each process measures about itself."""
     own = ("jd/seconds/", "jd/megabytes/")
     return [{k: v for k, v in e.items() if not k.startswith(own)} for e in trainer.state.log_history[:-1]]
 
 
 def hidden_gradients(model: nn.Module) -> int:
-    """Counts the gradients that FSDP2 keeps besides `.grad`, which it would add to the next step's."""
+    """Count the gradients that FSDP2 keeps besides `.grad`, which it would add to the next step's."""
     parameters = fsdp_parameters([model])
     kept = [p.unsharded_accumulated_grad is not None or p.unsharded_param.grad is not None for p in parameters]
     assert kept
@@ -293,7 +293,7 @@ def hidden_gradients(model: nn.Module) -> int:
 
 
 def shard_replicas() -> None:
-    """Trains a model of which two groups of processes each hold a sharded replica."""
+    """Train a model of which two groups of processes each hold a sharded replica."""
     with tempfile.TemporaryDirectory() as directory, fresh_accelerate():
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "shard"))
         model = fully_shard(MODELS["lora"](), mesh=mesh)
@@ -301,7 +301,7 @@ def shard_replicas() -> None:
 
 
 def shard_columns() -> None:
-    """Trains a model whose matrices are sharded along their columns."""
+    """Train a model whose matrices are sharded along their columns."""
     with tempfile.TemporaryDirectory() as directory, fresh_accelerate():
         args = arguments(directory, fsdp=True, fsdp_config={"fsdp_version": 2})
         shard(args)
@@ -314,7 +314,7 @@ def shard_columns() -> None:
 
 
 def differ(what: str) -> None:
-    """Trains with one setting that differs between processes."""
+    """Train with one setting that differs between processes."""
     rank = torch.distributed.get_rank()
     data = examples(16, seed=rank if what == "examples" else 0)
     if what == "order" and rank == 1:
@@ -351,7 +351,7 @@ class Kill(TrainerCallback):
 def survive(
     directory: str, sharded: bool = False, kill: int | None = None, kill_in_write: tuple[int, int] | None = None
 ) -> dict[str, Any]:
-    """Trains, and saves at every third update; continues from the newest complete checkpoint, if there is one.
+    """Train, and save at every third update; continue from the newest complete checkpoint, if there is one.
 
     Args:
         directory: The checkpoints' directory.

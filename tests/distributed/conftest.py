@@ -27,21 +27,21 @@ def pools_by_size() -> Iterator[Callable[[int], Pool]]:
 
 @pytest.fixture(scope="session")
 def pools():
-    """Returns the pool of W processes, by W; starts it when it is first requested."""
+    """Return the pool of W processes, by W; start it when it is first requested."""
     with pools_by_size() as pool:
         yield pool
 
 
 @pytest.fixture(scope="module")
 def own_pools():
-    """Returns the same, with processes that run only one module's tests: DeepSpeed's settings persist."""
+    """Return the same, with processes that run only one module's tests: DeepSpeed's settings persist."""
     with pools_by_size() as pool:
         yield pool
 
 
 @pytest.fixture(scope="session")
 def alone():
-    """Trains with one process; each configuration once."""
+    """Train with one process; each configuration once."""
     known: dict[str, dict] = {}
 
     def train(**configuration) -> dict:

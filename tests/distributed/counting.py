@@ -34,7 +34,7 @@ _now: list[list[Call]] = []
 
 
 def _sent(name: str, bound: Any) -> float:
-    """Counts bytes: of a ring for reductions and gathers, and of what goes to other processes in an all-to-all."""
+    """Count bytes: of a ring for reductions and gathers, and of what goes to other processes in an all-to-all."""
     processes = distributed.get_world_size()
     share = (processes - 1) / processes
     tensors = [value for value in bound if isinstance(value, Tensor)]
@@ -47,7 +47,7 @@ def _sent(name: str, bound: Any) -> float:
 
 @contextmanager
 def counted() -> Iterator[list[Call]]:
-    """Records all calls of collectives by hf_jd and DeepSpeed, but not DDP's, within the context."""
+    """Record all calls of collectives by hf_jd and DeepSpeed, but not DDP's, within the context."""
     calls: list[Call] = []
     names = {"all_reduce", "all_to_all_single", "all_gather", "broadcast", GATHER, REDUCE_SCATTER}
     names |= {"all_gather_into_tensor", "reduce_scatter_tensor"}  # DeepSpeed's collectives, under their old names

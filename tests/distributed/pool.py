@@ -36,39 +36,39 @@ class Pool:
             process.start()
 
     def ask(self, case: str, **arguments: Any) -> None:
-        """Starts a function of `tests.distributed.cases`, or `module.function`, on all processes."""
+        """Start a function of `tests.distributed.cases`, or `module.function`, on all processes."""
         for requests in self.requests:
             requests.put((case, arguments))
 
     def run(self, case: str, **arguments: Any) -> list[Any]:
-        """Runs a function of `tests.distributed.cases`; returns its result on each process."""
+        """Run a function of `tests.distributed.cases`; return its result on each process."""
         answers = self.answers_of(case, **arguments)
         for failed, answer in answers:
             assert not failed, answer
         return [answer for _, answer in answers]
 
     def answers_of(self, case: str, **arguments: Any) -> list[tuple[bool, Any]]:
-        """Returns, for each process, whether the function failed, and its result or error."""
+        """Return, for each process, whether the function failed, and its result or error."""
         self.ask(case, **arguments)
-        found = dict(self.answers.get(timeout=SECONDS) for _ in self.processes)
-        return [found[r] for r in range(len(found))]
+        by_rank = dict(self.answers.get(timeout=SECONDS) for _ in self.processes)
+        return [by_rank[r] for r in range(len(by_rank))]
 
     def answer(self, seconds: float) -> tuple[int, tuple[bool, Any]] | None:
-        """Returns the next (rank, (failed, answer)) within some seconds."""
+        """Return the next (rank, (failed, answer)) within some seconds."""
         try:
             return self.answers.get(timeout=seconds)
         except queue.Empty:
             return None
 
     def end(self) -> None:
-        """Ends the processes."""
+        """End the processes."""
         for process in self.processes:
             process.kill()
             process.join()
 
 
 def serve(rank: int, processes: int, port: int, requests: Any, answers: Any) -> None:
-    """Runs the requested functions in one process."""
+    """Run the requested functions in one process."""
     warnings.simplefilter("ignore")
     os.environ |= {
         "RANK": str(rank),
@@ -94,7 +94,7 @@ def serve(rank: int, processes: int, port: int, requests: Any, answers: Any) -> 
 
 
 def free_port() -> int:
-    """Returns a free port of this machine."""
+    """Return a free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

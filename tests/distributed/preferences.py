@@ -22,7 +22,7 @@ def by_length(completions: list[str], **columns: Any) -> list[float]:
 
 
 def by_position(completions: list[str], **columns: Any) -> list[float]:
-    """Rewards a completion by its position in its prompt, the same on any process: batches hold whole prompts."""
+    """Reward a completion by its position in its prompt, the same on any process: batches hold whole prompts."""
     return [100.0 * ((i % 4) ** 2) for i in range(len(completions))]
 
 
@@ -30,15 +30,15 @@ class Written(JDGRPOTrainer):
     """Completes a prompt with tokens that depend only on it, since random numbers depend on the process."""
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
-        found = []
+        results = []
         for i, ids in enumerate(prompt_ids):
             generator = torch.Generator().manual_seed(4 * sum(ids) + i % 4)
-            found.append(torch.randint(10, 200, (3 + i % 4 % 3,), generator=generator).tolist())
-        return found, None
+            results.append(torch.randint(10, 200, (3 + i % 4 % 3,), generator=generator).tolist())
+        return results, None
 
 
 def train(name: str, **flags: Any) -> dict[str, Any]:
-    """Trains for some steps on the same global batches of 8; returns the parameters and the logs."""
+    """Train for some steps on the same global batches of 8; return the parameters and the logs."""
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     of_batches = {"per_device_train_batch_size": 8 // processes, "gradient_accumulation_steps": 1, "max_steps": 3}
     common = {**DESCENT, **of_batches}

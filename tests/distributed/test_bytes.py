@@ -15,18 +15,18 @@ STEPS = 3
 
 @pytest.mark.parametrize("processes", [slow(1), 2, slow(4)])
 @pytest.mark.parametrize("kind", ["instance", "group", "stock"])
-def test_bytes_are_those_of_the_model(kind, processes, pools):
+def test_bytes_sent_match_the_cost_model(kind, processes, pools):
     flags = {"instance": {}, "group": GROUP, "stock": {"stock": True}}[kind]
     settings = {"model": "wide", "batch": 8, "n": 24, "steps": STEPS, "unlabelled": (), **flags}
-    found = pools(processes).run("train", **settings)
-    n, share = found[0]["parameters"].size, (processes - 1) / processes
+    results = pools(processes).run("train", **settings)
+    n, share = results[0]["parameters"].size, (processes - 1) / processes
     m, k, itemsize = 8, 3, 8
     expected = {
         "instance": share * itemsize * n * (m / processes + 2) + 2 * share * 8 * m**2,
         "group": share * itemsize * n * (k + 1) + 2 * share * 8 * k**2,
         "stock": 0.0,
     }[kind]
-    for result in found:
+    for result in results:
         sent = sum(call.sent for call in result["calls"]) / STEPS
         assert sent == pytest.approx(expected, rel=0.01, abs=2000 if kind == "stock" else 0)
         if kind != "stock":  # `hf-jd estimate` gives the same.
@@ -36,7 +36,7 @@ def test_bytes_are_those_of_the_model(kind, processes, pools):
 
 @pytest.mark.parametrize("processes", [2, slow(4)])
 @pytest.mark.parametrize("kind", ["instance", "group"])
-def test_bytes_with_sharded_weights_are_those_of_the_cost_model(kind, processes, pools):
+def test_bytes_sent_with_sharded_weights_match_the_cost_model(kind, processes, pools):
     flags = {"instance": {}, "group": GROUP}[kind]
     settings = {"model": "wide", "batch": 8, "n": 24, "unlabelled": (), "sharded": True, **flags}
     k = 3 if kind == "group" else None

@@ -23,20 +23,20 @@ from tests.trainer.runs import arguments, examples, lora
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is an extra")
 TRAIN = "under_deepspeed.train"
-OWN = {"instance": INSTANCE, "group": GROUP}
+OBJECTIVES = {"instance": INSTANCE, "group": GROUP}
 # DeepSpeed keeps float32 copies of the parameters, and its optimizer steps there.
 ROUNDING = 1e-6
 # The first of two processes has no labels in its first micro-batch, but still has to run all passes.
 LABELS = {"n": 24, "unlabelled": (0, 1, 5)}
 
 
-@pytest.fixture(params=OWN)
-def own(request):
-    return OWN[request.param]
+@pytest.fixture(params=OBJECTIVES)
+def objectives(request):
+    return OBJECTIVES[request.param]
 
 
 @pytest.mark.parametrize(
-    ("stage", "processes", "model", "accumulated", "own"),
+    ("stage", "processes", "model", "accumulated", "objectives"),
     [
         slow(1, 2, "lora", 3, "instance"),
         slow(2, 2, "lora", 1, "group"),
@@ -49,73 +49,79 @@ def own(request):
         slow(3, 4, "full", 1, "group"),
     ],
 )
-def test_many_processes_are_one(stage, processes, model, accumulated, own, own_pools, alone):
-    configuration = {**OWN[own], **LABELS, "model": model, "clip": 0.0, "gradient_accumulation_steps": accumulated}
-    found = own_pools(processes).run(TRAIN, stage=stage, **configuration)
+def test_many_processes_equal_one(stage, processes, model, accumulated, objectives, own_pools, alone):
+    configuration = {
+        **OBJECTIVES[objectives],
+        **LABELS,
+        "model": model,
+        "clip": 0.0,
+        "gradient_accumulation_steps": accumulated,
+    }
+    actual = own_pools(processes).run(TRAIN, stage=stage, **configuration)
     one = alone(**configuration)
-    assert relative(found[-1], one) < ROUNDING
-    for ours, theirs in zip(found[0]["history"][:-1], one["history"], strict=True):
+    assert relative(actual[-1], one) < ROUNDING
+    for ours, theirs in zip(actual[0]["history"][:-1], one["history"], strict=True):
         for key in ("loss", "jd/conflicts", "jd/min_gw", "jd/non_finite", "jd/weight_sum"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-5)
 
 
 @pytest.mark.parametrize(("stage", "kind", "loss"), [(2, "group", True), (3, "instance", "scaled")])
-def test_a_loss_of_ones_own(stage, kind, loss, own_pools, alone):
+def test_a_custom_loss_equals_one_process(stage, kind, loss, own_pools, alone):
     # Both are split at the outputs; one has a penalty on parameters.
     configuration = {
-        **OWN[kind],
+        **OBJECTIVES[kind],
         **LABELS,
         "model": "lora",
         "clip": 0.0,
         "own_loss": loss,
         "gradient_accumulation_steps": 3,
     }
-    found = own_pools(2).run(TRAIN, stage=stage, **configuration)[0]
-    assert relative(found, alone(**configuration)) < ROUNDING
+    actual = own_pools(2).run(TRAIN, stage=stage, **configuration)[0]
+    assert relative(actual, alone(**configuration)) < ROUNDING
 
 
 @pytest.mark.slow
-def test_without_zero(own_pools, alone):
+def test_deepspeed_without_zero_equals_one_process(own_pools, alone):
     configuration = {**INSTANCE, **LABELS, "model": "lora32", "clip": 0.0}
     assert relative(own_pools(2).run(TRAIN, stage=0, **configuration)[0], alone(**configuration)) < 1e-5
 
 
 @pytest.mark.slow
-def test_a_model_that_is_shared_out_as_it_is_loaded(tmp_path, own_pools, alone):
+def test_a_model_sharded_while_loading_equals_one_process(tmp_path, own_pools, alone):
     MODELS["full32"]().save_pretrained(tmp_path)
     configuration = {**GROUP, **LABELS, "clip": 0.0, "optim": "sgd", "learning_rate": 0.1}
-    found = own_pools(2).run(TRAIN, stage=3, loaded=str(tmp_path), **configuration)[0]
-    assert relative(found, alone(model="full32", **configuration)) < ROUNDING
+    actual = own_pools(2).run(TRAIN, stage=3, loaded=str(tmp_path), **configuration)[0]
+    assert relative(actual, alone(model="full32", **configuration)) < ROUNDING
 
 
 @pytest.mark.slow
-def test_offloaded(own_pools, alone):
+def test_offloading_equals_one_process(own_pools, alone):
     configuration = {**GROUP, **LABELS, "model": "full", "clip": 0.0}
-    found = own_pools(2).run(TRAIN, stage=3, offload=True, **configuration)[0]
-    assert relative(found, alone(**configuration)) < ROUNDING
+    actual = own_pools(2).run(TRAIN, stage=3, offload=True, **configuration)[0]
+    assert relative(actual, alone(**configuration)) < ROUNDING
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "own"), [("lora32", INSTANCE), ("full32", GROUP)], ids=["lora", "full"])
-def test_what_the_processor_knows_changes_nothing(model, own, own_pools):
+@pytest.mark.parametrize(("model", "objectives"), [("lora32", INSTANCE), ("full32", GROUP)], ids=["lora", "full"])
+def test_float16_instructions_change_nothing(model, objectives, own_pools):
     # ZeRO 3 chooses a dtype by whether the processor has float16 instructions.
-    common = {"stage": 3, "model": model, **own, **LABELS, "steps": 3}
+    common = {"stage": 3, "model": model, **objectives, **LABELS, "steps": 3}
     without, with_them = (own_pools(2).run(TRAIN, float16_instructions=has, **common)[0] for has in (False, True))
     assert (without["parameters"] == with_them["parameters"]).all()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "own"), [("lora", INSTANCE), ("full", GROUP)], ids=["lora", "full"])
-def test_with_deepspeeds_own_sizes_and_evaluation(model, own, own_pools, alone):
+@pytest.mark.parametrize(("model", "objectives"), [("lora", INSTANCE), ("full", GROUP)], ids=["lora", "full"])
+def test_deepspeeds_default_sizes_and_evaluation_change_nothing(model, objectives, own_pools, alone):
     # Small parameters stay gathered, and the next ones are prefetched.
-    configuration = {**own, **LABELS, "model": model, "clip": 0.0, "gradient_accumulation_steps": 3}
-    found = own_pools(2).run(TRAIN, stage=3, usual=True, **configuration)[0]
-    assert relative(found, alone(**configuration)) < ROUNDING
+    configuration = {**objectives, **LABELS, "model": model, "clip": 0.0, "gradient_accumulation_steps": 3}
+    actual = own_pools(2).run(TRAIN, stage=3, usual=True, **configuration)[0]
+    assert relative(actual, alone(**configuration)) < ROUNDING
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_micro_batches_that_are_weighed_apart_are_one_step(stage, own_pools):
+def test_micro_batches_weighed_separately_make_one_step(stage, own_pools):
     # There are too many rows, so each micro-batch is weighed separately from the first update on.
     common = {"model": "full", **LABELS, **INSTANCE, "gradient_accumulation_steps": 3, "steps": 4}
     apart = own_pools(1).run(TRAIN, stage=stage, jd_keep_rows="1KB", jd_when_full="micro_batch", **common)[0]
@@ -125,17 +131,17 @@ def test_micro_batches_that_are_weighed_apart_are_one_step(stage, own_pools):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_clipping_is_by_the_global_norm(stage, own_pools, alone):
+def test_clipping_uses_the_global_norm(stage, own_pools, alone):
     configuration = {**GROUP, **LABELS, "model": "full", "clip": 0.5}
-    found = own_pools(2).run(TRAIN, stage=stage, **configuration)[0]
-    assert relative(found, alone(**configuration)) < ROUNDING
-    assert max(entry["grad_norm"] for entry in found["history"][:-1]) > 0.5
+    actual = own_pools(2).run(TRAIN, stage=stage, **configuration)[0]
+    assert relative(actual, alone(**configuration)) < ROUNDING
+    assert max(entry["grad_norm"] for entry in actual["history"][:-1]) > 0.5
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*bring no rows in the backward of the batch:UserWarning")  # positions
 @pytest.mark.parametrize(
-    ("model", "own"),
+    ("model", "objectives"),
     [
         ("biases", INSTANCE),
         ("norms", GROUP),
@@ -146,29 +152,29 @@ def test_clipping_is_by_the_global_norm(stage, own_pools, alone):
         ("checkpointed", GROUP),
     ],
 )
-def test_ways_of_fine_tuning_under_zero_3(model, own, own_pools, alone):
+def test_each_kind_of_fine_tuning_works_under_zero_3(model, objectives, own_pools, alone):
     # For some, other tiers and more passes are needed than without DeepSpeed.
-    configuration = {**own, **LABELS, "model": model, "clip": 0.0}
+    configuration = {**objectives, **LABELS, "model": model, "clip": 0.0}
     assert relative(own_pools(2).run(TRAIN, stage=3, **configuration)[1], alone(**configuration)) < ROUNDING
 
 
 @pytest.mark.parametrize(
-    ("model", "own", "tolerance"),
+    ("model", "objectives", "tolerance"),
     [slow("full", INSTANCE, ROUNDING), ("full", GROUP, ROUNDING), slow("full32", GROUP, 2e-3)],
     ids=["instance", "group", "bfloat16"],
 )
 @pytest.mark.parametrize("stage", [slow(2), 3])
-def test_mean_is_stock_deepspeed(stage, model, own, tolerance, own_pools):
+def test_mean_equals_stock_deepspeed(stage, model, objectives, tolerance, own_pools):
     common = {"stage": stage, **LABELS, "model": model, "gradient_accumulation_steps": 3, "steps": 4}
     common["bf16"] = model == "full32"
     stock = own_pools(2).run(TRAIN, stock=True, **common)[0]
-    ours = own_pools(2).run(TRAIN, jd_weighting="mean", **common, **own)[0]
+    ours = own_pools(2).run(TRAIN, jd_weighting="mean", **common, **objectives)[0]
     assert relative(ours, stock) < tolerance
 
 
 @pytest.mark.parametrize(("stage", "spoiled"), [slow(2, "spoil_row"), slow(3, "spoil_loss"), (3, "spoil_row")])
-def test_what_is_not_finite_is_left_out(spoiled, stage, own, own_pools, alone):
-    configuration = {**own, "spoiled": spoiled, "gradient_accumulation_steps": 2, "clip": 0.0}
+def test_nonfinite_instances_are_left_out(spoiled, stage, objectives, own_pools, alone):
+    configuration = {**objectives, "spoiled": spoiled, "gradient_accumulation_steps": 2, "clip": 0.0}
     many = own_pools(2).run(TRAIN, stage=stage, **LABELS, **configuration)
     one = alone(**LABELS, **configuration)
     assert np.isfinite(one["parameters"]).all()
@@ -178,7 +184,7 @@ def test_what_is_not_finite_is_left_out(spoiled, stage, own, own_pools, alone):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
-def test_a_run_goes_on_from_its_newest_whole_checkpoint(stage, tmp_path, own_pools):
+def test_a_run_resumes_from_its_newest_complete_checkpoint(stage, tmp_path, own_pools):
     common = {"stage": stage, **GROUP, **LABELS, "model": "full", "jd_weighting": "gradvac"}
     whole = own_pools(2).run(TRAIN, **common)[0]
     saving = {**common, "directory": str(tmp_path), "save_strategy": "steps", "save_steps": 2}
@@ -192,7 +198,7 @@ def test_a_run_goes_on_from_its_newest_whole_checkpoint(stage, tmp_path, own_poo
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(tmp_path, own_pools):
+def test_a_killed_process_ends_all_and_the_run_resumes_from_its_checkpoint(tmp_path, own_pools):
     common = {"stage": 3, **GROUP, **LABELS}
     unharmed = own_pools(2).run(TRAIN, **common)[0]
     saving = {**common, "directory": str(tmp_path), "save_strategy": "steps", "save_steps": 3}
@@ -211,8 +217,8 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["instance", "group", "stock"])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_bytes_are_those_of_the_cost_model(stage, kind, own_pools):
-    flags = {**OWN, "stock": {"stock": True}}[kind]
+def test_bytes_sent_match_the_cost_model(stage, kind, own_pools):
+    flags = {**OBJECTIVES, "stock": {"stock": True}}[kind]
     settings = {"stage": stage, "model": "wide32", "batch": 8, "n": 24, "unlabelled": (), **flags}
     shorter, longer = (own_pools(2).run(TRAIN, steps=steps, **settings) for steps in (2, 3))
     k = 3 if kind == "group" else None
@@ -230,7 +236,7 @@ def test_bytes_are_those_of_the_cost_model(stage, kind, own_pools):
         ({"fp16": True}, "DeepSpeed scales losses in fp16.*use --bf16, or DDP"),
     ],
 )
-def test_what_is_refused(flags, says, tmp_path, monkeypatch):
+def test_unsupported_flags_are_refused(flags, says, tmp_path, monkeypatch):
     trainer = JDTrainer(lora("gpt2"), arguments(tmp_path, jd_backward="two_pass"), train_dataset=examples())
     config = {"fp16": {"enabled": flags.get("fp16", False)}}
     state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=2, deepspeed_config=config))
@@ -249,7 +255,7 @@ def test_what_is_refused(flags, says, tmp_path, monkeypatch):
         (2, {"jd_objectives": "batch"}, "--jd_objectives batch.*which DeepSpeed keeps for itself"),
     ],
 )
-def test_what_training_refuses(stage, flags, says, own_pools):
+def test_unsupported_flags_are_refused_in_training(stage, flags, says, own_pools):
     for failed, answer in own_pools(1).answers_of(TRAIN, stage=stage, **flags):
         assert failed
         assert re.search(says, answer)

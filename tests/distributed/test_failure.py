@@ -19,13 +19,13 @@ from tests.marks import slow
         ("checkpoint", "`resume_from_checkpoint`"),
     ],
 )
-def test_what_differs_is_said_by_all(what, name, pools):
+def test_all_processes_name_what_differs(what, name, pools):
     for failed, answer in pools(2).answers_of("differ", what=what):
         assert failed
         assert f"The processes differ in {name} (here: " in answer
 
 
-def test_weights_that_differ_are_found(pools):
+def test_differing_weights_are_found(pools):
     for failed, answer in pools(2).answers_of("differ", what="weights"):
         assert failed
         assert "After 2 updates, 1 of 8 parameters are not the same on all processes (first: `" in answer
@@ -33,7 +33,7 @@ def test_weights_that_differ_are_found(pools):
 
 @pytest.fixture(scope="module")
 def unharmed(tmp_path_factory, pools):
-    """Returns the parameters of uninterrupted runs."""
+    """Return the parameters of uninterrupted runs."""
     return {
         sharded: pools(2).run("survive", directory=str(tmp_path_factory.mktemp("whole")), sharded=sharded)[0]
         for sharded in (False, True)
@@ -41,7 +41,7 @@ def unharmed(tmp_path_factory, pools):
 
 
 @pytest.mark.parametrize(("sharded", "kill"), [slow(False, 1), (False, 4), slow(True, 6)])
-def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(sharded, kill, tmp_path, unharmed):
+def test_a_killed_process_ends_all_and_the_run_resumes_from_its_checkpoint(sharded, kill, tmp_path, unharmed):
     pool = Pool(2)
     pool.ask("survive", directory=str(tmp_path), sharded=sharded, kill=kill)
     answered = pool.answer(SECONDS)
@@ -72,7 +72,9 @@ def test_a_killed_process_ends_all_and_the_run_goes_on_from_its_checkpoint(shard
         slow(True, 1, 1, "rng_state_1.pth"),
     ],
 )
-def test_a_process_killed_while_several_write_a_checkpoint(sharded, rank, file, missing, tmp_path, unharmed):
+def test_a_run_survives_a_kill_while_several_processes_write_a_checkpoint(
+    sharded, rank, file, missing, tmp_path, unharmed
+):
     pool = Pool(2)
     pool.ask("survive", directory=str(tmp_path), sharded=sharded, kill_in_write=(rank, file))
     answered = pool.answer(SECONDS)

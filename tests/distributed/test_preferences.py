@@ -19,7 +19,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_are_one(name, pools):
+def test_two_processes_equal_one(name, pools):
     from tests.distributed.preferences import train
 
     trainer, flags = CASES[name]

@@ -22,7 +22,7 @@ from tests.trainer.runs import arguments, collate, examples
 
 @contextmanager
 def under_deepspeed(float16_instructions: bool = False) -> Iterator[None]:
-    """Makes accelerate start DeepSpeed on a CPU, by arguments alone: it doesn't if the environment asks for a CPU.
+    """Make accelerate start DeepSpeed on a CPU, by arguments alone: it doesn't if the environment asks for a CPU.
 
     Args:
         float16_instructions: Whether DeepSpeed is told that the processor has them. If it is, ZeRO 3 refuses float64,
@@ -43,7 +43,7 @@ def under_deepspeed(float16_instructions: bool = False) -> Iterator[None]:
 
 
 def zero(stage: int, offload: bool = False, usual: bool = False) -> dict[str, Any]:
-    """Returns a DeepSpeed configuration; unless `usual`, even small parameters are sharded, and none are kept."""
+    """Return a DeepSpeed configuration; unless `usual`, even small parameters are sharded, and none are kept."""
     names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
     sizes = ("stage3_param_persistence_threshold", "stage3_max_reuse_distance", "stage3_max_live_parameters")
     settings: dict[str, Any] = {"stage": stage, **({} if usual else dict.fromkeys(sizes, 0))}
@@ -78,7 +78,7 @@ def train(
     own_loss: bool | str = False,
     **flags: Any,
 ) -> dict[str, Any]:
-    """Trains with DeepSpeed; returns the parameters and the logs; see `cases.train`.
+    """Train with DeepSpeed; return the parameters and the logs; see `cases.train`.
 
     Args:
         stage: ZeRO's stage.
@@ -132,7 +132,7 @@ def train(
 
 
 def trained(trainer: Trainer, stage: int, usual: bool) -> np.ndarray:
-    """Returns the trainable parameters, which ZeRO 3 has sharded, as one vector."""
+    """Return the trainable parameters, which ZeRO 3 has sharded, as one vector."""
     from deepspeed.runtime.zero import GatheredParameters
 
     assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine"

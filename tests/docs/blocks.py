@@ -42,7 +42,7 @@ class Block:
 
 
 def blocks(*languages: str) -> Iterator[Block]:
-    """Yields all blocks in these languages."""
+    """Yield all blocks in these languages."""
     for page in PAGES:
         text = page.read_text("utf-8")
         for found in re.finditer(r"^```(\w*)[^\n]*\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
@@ -51,7 +51,7 @@ def blocks(*languages: str) -> Iterator[Block]:
 
 
 def commands(block: Block) -> Iterator[list[str]]:
-    """Yields a shell block's commands, split into words, without comments and `...`."""
+    """Yield a shell block's commands, split into words, without comments and `...`."""
     for line in block.text.replace("\\\n", " ").splitlines():
         words = [word for word in re.split(r"\s#", line)[0].split() if word != "..."]
         if words and not words[0].startswith("#"):

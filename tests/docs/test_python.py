@@ -87,7 +87,7 @@ def trl() -> dict[str, Any]:
 
 @cache
 def adapter_folder() -> str:
-    """Returns the folder of an adapter like those that `hf-jd finetune` saves."""
+    """Return the folder of an adapter like those that `hf-jd finetune` saves."""
     folder = mkdtemp()
     model = AutoModelForCausalLM.from_pretrained(STORIES)
     get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(folder)
@@ -151,17 +151,17 @@ CONTEXTS: dict[tuple[str, str], Callable[[], dict[str, Any]]] = {
 
 
 def context(block: Block) -> dict[str, Any]:
-    found = [
+    matches = [
         make for (page, start), make in CONTEXTS.items() if page == block.page and f"\n{start}" in f"\n{block.code}"
     ]
-    assert len(found) <= 1
-    return found[0]() if found else {}
+    assert len(matches) <= 1
+    return matches[0]() if matches else {}
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 @pytest.mark.filterwarnings("ignore:.*pin_memory")  # Trainer's default, without a GPU
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing` is deprecated:FutureWarning")  # TRL's own default
-def test_it_runs(block, tmp_path, monkeypatch):
+def test_a_block_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = context(block)
     code = block.code

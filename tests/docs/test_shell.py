@@ -25,7 +25,7 @@ OTHERS = {"git", "cd", "pip", "hf", "tensorboard", "tail", "cat", "mkdir", "expo
 
 
 @pytest.mark.parametrize("page, words", COMMAND_LINES, ids=lambda value: value if isinstance(value, str) else None)
-def test_the_command_is_understood(page, words):
+def test_a_command_and_its_flags_exist(page, words):
     check(words)
 
 
@@ -72,14 +72,14 @@ class ParsedError(Exception):
 
 
 def check_by_trl(command: str, flags: Sequence[str]) -> None:
-    """Checks the flags of a command that TRL's parser reads."""
+    """Check the flags of a command that TRL's parser reads."""
     pytest.importorskip("trl")
     with patch("hf_jd.commands.common.load", side_effect=ParsedError), pytest.raises(ParsedError):
         main([command, *flags, "--use_cpu", "--bf16", "false"])
 
 
 def check_by_its_parser(command: str, flags: list[str]) -> None:
-    """Checks that the flags of a command with its own parser are among those that its help lists."""
+    """Check that the flags of a command with its own parser are among those that its help lists."""
     spec = find_spec(COMMANDS[command][0])
     assert spec is not None
     assert spec.origin is not None
@@ -113,7 +113,7 @@ def check_launched(parser, words: list[str]) -> None:
     check_python(words[place:])
 
 
-def test_a_wrong_flag_is_found():
+def test_a_wrong_flag_fails():
     with pytest.raises(ValueError, match="Unknown flag"):
         check(["hf-jd", "finetune", "--jd_wheighting", "upgrad", "--output_dir", "x"])
     with pytest.raises(AssertionError):
@@ -121,7 +121,7 @@ def test_a_wrong_flag_is_found():
 
 
 @pytest.mark.parametrize("block", list(blocks("yaml", "json")), ids=str)
-def test_data_is_well_formed(block, tmp_path):
+def test_data_blocks_are_well_formed(block, tmp_path):
     if block.language == "json":
         assert all(json.loads(line) for line in block.text.splitlines())
     else:

@@ -14,7 +14,7 @@ SHOWN = {"demo": ("docs/demo.md", "compare.yaml"), "unlearn": ("docs/unlearning.
 
 
 @pytest.mark.parametrize("name", SHOWN)
-def test_each_configuration_has_its_row(name):
+def test_each_configuration_has_a_row(name):
     page, plan = SHOWN[name]
     table = re.search(rf"<!-- {name}\b.*?-->\n(.*?)<!-- /{name} -->", (ROOT / page).read_text("utf-8"), re.DOTALL)
     assert table is not None
@@ -23,7 +23,7 @@ def test_each_configuration_has_its_row(name):
     assert (ROOT / "docs" / "images" / f"{name}.png").exists()
 
 
-def test_a_table_is_put_into_its_place(tmp_path, monkeypatch):
+def test_a_table_replaces_the_one_between_its_comments(tmp_path, monkeypatch):
     script = runpy.run_path(str(ROOT / "scripts" / "update_page.py"))
     update = script["update"]
     monkeypatch.setitem(update.__globals__, "IMAGES", tmp_path)
@@ -42,7 +42,7 @@ def test_a_table_is_put_into_its_place(tmp_path, monkeypatch):
         update(tmp_path / "other", page)
 
 
-def test_troubleshooting_quotes_what_is_said():
+def test_troubleshooting_quotes_messages_of_the_code():
     """Each quoted message is in the code, except for placeholders: numbers, names and `...`."""
     code = "".join(path.read_text("utf-8") for path in (ROOT / "hf_jd").rglob("*.py"))
     code = " ".join(re.sub(r'"\s+f?"', "", code).split()).replace("{", "\0").replace("}", "\0")

@@ -96,7 +96,7 @@ class Counter(FlopCounterMode):
 
 
 def build(config: PretrainedConfig, lora: int | None, seed: int = 0) -> nn.Module:
-    """Builds the model with plain products, since the counter doesn't know fused ones."""
+    """Build the model with plain products, since the counter doesn't know fused ones."""
     torch.manual_seed(seed)
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     model = kind.from_config(config, attn_implementation="eager", experts_implementation="eager")
@@ -117,7 +117,7 @@ class Counted:
 
 
 def count(model: nn.Module, case: Case) -> Counted:
-    """Counts a plain step and the engine's step, with one micro-batch on one process."""
+    """Count a plain step and the engine's step, with one micro-batch on one process."""
     ids = _ids(case)
     segments = None if case.groups is None else torch.arange(case.batch) * case.groups // case.batch
     plain = count_plain(model, case)
@@ -134,7 +134,7 @@ def count(model: nn.Module, case: Case) -> Counted:
 
 
 def count_plain(model: nn.Module, case: Case) -> int:
-    """Counts the operations of a plain step."""
+    """Count the operations of a plain step."""
     with Counter() as plain:
         _losses(model, _ids(case), None, case).mean().backward()
     model.zero_grad()
@@ -155,5 +155,5 @@ def _losses(model: nn.Module, ids: Tensor, segments: Tensor | None, case: Case) 
 
 
 def numbers(**settings: Any) -> Mapping[str, Any]:
-    """Computes the cost model's numbers for a case with float32 tensors, like the small models'."""
+    """Compute the cost model's numbers for a case with float32 tensors, like the small models'."""
     return {"number_bytes": 4, "trained_bytes": 4, **settings}

@@ -21,7 +21,7 @@ def config(tmp_path):
     return tmp_path
 
 
-def test_a_folder_and_its_file_are_the_same(config, capsys):
+def test_a_folder_and_its_config_file_give_the_same(config, capsys):
     assert main(["estimate", "--model", str(config), "--lora", "4"]) == 0
     folder = capsys.readouterr().out
     assert main(["estimate", "--model", str(config / "config.json"), "--lora", "4"]) == 0
@@ -30,7 +30,7 @@ def test_a_folder_and_its_file_are_the_same(config, capsys):
     assert "nothing: one process" in folder
 
 
-def test_the_models_flag_is_that_of_other_commands_too(config, capsys):
+def test_the_model_has_the_flag_of_other_commands(config, capsys):
     assert main(["estimate", "--model_name_or_path", str(config)]) == 0
     assert "LlamaForCausalLM" in capsys.readouterr().out
     assert main(["estimate"]) == 2
@@ -56,19 +56,19 @@ def test_the_models_flag_is_that_of_other_commands_too(config, capsys):
         (["--procesess", "2"], "Unknown flag `--procesess`; the nearest is `--processes`."),
     ],
 )
-def test_what_is_wrong_is_said(flags, message, config, capsys):
+def test_bad_flags_are_refused(flags, message, config, capsys):
     assert main(["estimate", "--model", str(config), *flags]) == 2
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("text", ["no json", "[]", json.dumps({"hidden_size": 3}), json.dumps({"model_type": "x"})])
-def test_a_file_that_is_no_configuration(text, tmp_path, capsys):
+def test_a_file_that_is_no_configuration_is_refused(text, tmp_path, capsys):
     (tmp_path / "config.json").write_text(text)
     assert main(["estimate", "--model", str(tmp_path)]) == 2
     assert "is no transformers configuration" in capsys.readouterr().err
 
 
-def test_no_such_folder(tmp_path, capsys):
+def test_a_missing_folder_is_refused(tmp_path, capsys):
     assert main(["estimate", "--model", str(tmp_path / "none")]) == 2
     assert "there is no such file or folder" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
@@ -76,7 +76,7 @@ def test_no_such_folder(tmp_path, capsys):
     assert "has no config.json" in capsys.readouterr().err
 
 
-def test_model_is_needed(capsys):
+def test_a_model_is_required(capsys):
     assert main(["estimate"]) == 2
     assert "--model" in capsys.readouterr().err
 
@@ -106,20 +106,20 @@ def test_zero_takes_two_passes(config, capsys):
 @pytest.mark.parametrize(
     "name", ["bert", "vit", "t5", "bart", "gemma3", "mixtral", "qwen2_moe", "gpt_oss", "mamba", "clip", "llava", "opt"]
 )
-def test_other_models(name, tmp_path, capsys):
+def test_other_architectures_are_estimated(name, tmp_path, capsys):
     AutoConfig.for_model(name).save_pretrained(tmp_path)
     assert main(["estimate", "--model", str(tmp_path), "--full", "--groups", "2", "--processes", "2"]) == 0
     assert "parameters, trained: all" in capsys.readouterr().out
 
 
 @needs("peft", "0.20", "adapters of fused experts where all linear layers have one")
-def test_adapters_of_experts_are_said_to_be_dear(tmp_path, capsys):
+def test_the_cost_of_adapters_on_experts_is_stated(tmp_path, capsys):
     CONFIGS["mixtral"].save_pretrained(tmp_path)
     assert main(["estimate", "--model", str(tmp_path)]) == 0
     assert "experts' adapters take one backward pass per objective" in capsys.readouterr().out
 
 
-def test_a_model_that_is_no_transformer(tmp_path, capsys):
+def test_a_model_that_is_no_transformer_is_refused(tmp_path, capsys):
     AutoConfig.for_model("resnet").save_pretrained(tmp_path)
     assert main(["estimate", "--model", str(tmp_path), "--full"]) == 2
     assert "costs can only be estimated for transformers" in capsys.readouterr().err

@@ -33,12 +33,12 @@ TUNED = [(name, rank) for name in CONFIGS for rank in (3, None) if (name, rank) 
 
 
 def unneeded(name: str, rank: int | None, case: Case) -> float:
-    """Counts the first layer's input gradients, which the cost model includes, but autograd skips under LoRA."""
+    """Count the first layer's input gradients, which the cost model includes, but autograd skips under LoRA."""
     return 0 if rank is None else sum(2 * case.all_tokens * d * (p + rank) for p, d in FIRST_MAPS[name])
 
 
 @pytest.mark.parametrize("name, rank", TUNED)
-def test_operations_and_bytes_are_those_of_a_real_step(name, rank):
+def test_operations_and_bytes_match_a_real_step(name, rank):
     shape, model = shape_of(build_on_meta(CONFIGS[name], rank)), build(CONFIGS[name], rank)
     for settings in CASES.values():
         case = Case(**numbers(**settings))
@@ -55,13 +55,13 @@ def test_operations_and_bytes_are_those_of_a_real_step(name, rank):
 
 
 @pytest.mark.parametrize("name", ["bart", "t5"])
-def test_a_plain_step_of_an_encoder_and_its_decoder(name):
+def test_a_plain_step_of_an_encoder_decoder_matches(name):
     shape, model, case = shape_of(build_on_meta(CONFIGS[name], None)), build(CONFIGS[name], None), Case(5, 24)
     assert plain_flops(shape, case) == count_plain(model, case)
     assert shape.layers == 5
 
 
-def test_rows_are_kept_in_each_way_in_these_cases():
+def test_the_cases_cover_every_way_to_store_rows():
     shape = shape_of(build_on_meta(CONFIGS["mixtral"], None))
     stored = {name: {storage(m, Case(**numbers(**case))) for m in shape.trained} for name, case in CASES.items()}
     assert stored["factors"] == {"dense", "factors", "routed"}

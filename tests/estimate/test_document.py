@@ -26,7 +26,7 @@ def printed(letter: str) -> str:
 
 
 @pytest.mark.parametrize("letter", COMMANDS)
-def test_a_row_of_the_table_is_what_its_command_prints(letter):
+def test_a_row_of_the_table_matches_its_command(letter):
     lines = dict(line.split(maxsplit=1) for line in printed(letter).splitlines())
     rows, sent, times, time = ROWS[letter][5:]
     assert lines["rows"].startswith(f"{rows} per process")
@@ -40,11 +40,11 @@ def test_every_row_has_a_command():
     assert len(COMMANDS) >= 8
 
 
-def test_the_whole_output_of_one_command_is_there():
+def test_the_page_has_the_whole_output_of_one_command():
     assert f"What B prints:\n\n```text\n{printed('B')}\n```\n" in PAGE
 
 
-def test_the_assumptions_are_those_of_the_command():
+def test_the_page_states_the_commands_assumptions():
     assumed = printed("D").splitlines()[-1]
     assert "40% of 989 TFLOP/s" in assumed
     assert "80% of the network's 50 GB/s" in assumed

@@ -20,7 +20,7 @@ Rows = dict[nn.Parameter, Tensor | None]
 
 
 def brute_rows(losses: Tensor, parameters: Sequence[nn.Parameter]) -> Rows:
-    """Computes d loss / d parameter, with one plain backward per objective; restores `.grad`.
+    """Compute d loss / d parameter, with one plain backward per objective; restore `.grad`.
 
     Args:
         losses: Of any shape; rows follow `losses.flatten()`.
@@ -47,20 +47,20 @@ def brute_rows(losses: Tensor, parameters: Sequence[nn.Parameter]) -> Rows:
 
 
 def brute_gramian(rows: Rows, shape: Sequence[int]) -> Tensor:
-    """Computes the generalised Gramian, shape + reversed(shape), of rows in the order of `losses.flatten()`."""
+    """Compute the generalised Gramian, shape + reversed(shape), of rows in the order of `losses.flatten()`."""
     total = sum(r.double() @ r.double().T for r in rows.values() if r is not None)
     n = len(shape)
     return total.view([*shape, *shape]).permute([*range(n), *reversed(range(n, 2 * n))])
 
 
 def brute_update(rows: Rows, weights: Tensor) -> Rows:
-    """Computes J^T w by parameter, shaped like it."""
+    """Compute J^T w by parameter, shaped like it."""
     flat = weights.flatten()
     return {p: None if r is None else (flat.to(r) @ r).view(p.shape) for p, r in rows.items()}
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
-    """Computes the norm of the difference, relative to the larger norm."""
+    """Compute the norm of the difference, relative to the larger norm."""
     ours, theirs = ours.double(), theirs.double()
     scale = max(float(ours.norm()), float(theirs.norm()))
     return float((ours - theirs).norm()) / scale if scale else 0.0
@@ -69,14 +69,14 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 def wrong_parameters(
     names: dict[nn.Parameter, str], ours: Rows, theirs: Rows, tolerance: float, scale: Rows | None = None
 ) -> list[str]:
-    """Returns one line per wrong parameter: its name, shape and error.
+    """Return one line per wrong parameter: its name, shape and error.
 
     Errors are relative to the parameter's own rows (`scale`: also if they cancel in an update), or, if those are
     rounding noise (the bias of a key, which softmax cancels), to 1e-5 of the largest parameter's rows.
     """
     scale = theirs if scale is None else scale
     largest = max((float(t.norm()) for t in scale.values() if t is not None), default=0.0)
-    found = []
+    errors = []
     for p, name in names.items():
         mine, other = ours.get(p), theirs.get(p)
         if mine is None and other is None:
@@ -86,8 +86,8 @@ def wrong_parameters(
         error = float((mine.double() - other.double()).norm())
         own = float(other.norm()) if scale.get(p) is None else float(scale[p].norm())
         if not error <= tolerance * max(own, 1e-5 * largest):
-            found.append(f"{name} {list(p.shape)}: error {error:.1e} of {float(other.norm()):.1e}")
-    return found
+            errors.append(f"{name} {list(p.shape)}: error {error:.1e} of {float(other.norm()):.1e}")
+    return errors
 
 
 class SinglePrecision(TorchFunctionMode):
@@ -108,7 +108,7 @@ class SinglePrecision(TorchFunctionMode):
 
 
 def trainable(*modules: nn.Module) -> dict[nn.Parameter, str]:
-    """Returns the trainable parameters and their names."""
+    """Return the trainable parameters and their names."""
     names: dict[nn.Parameter, str] = {}
     for module in modules:
         for name, p in module.named_parameters():
@@ -118,14 +118,14 @@ def trainable(*modules: nn.Module) -> dict[nn.Parameter, str]:
 
 
 def perturb(parameters: Iterable[nn.Parameter], size: float = 0.05) -> None:
-    """Changes every parameter, including zeros, like an optimizer's step."""
+    """Change every parameter, including zeros, like an optimizer's step."""
     with torch.no_grad():
         for p in parameters:
             p.add_(size * torch.randn_like(p))
 
 
 def jacobian_rows(jacobian: Jacobian, losses: Tensor, batch_dim: int | None = 0) -> Rows:
-    """Returns the engine's rows, in the order of `losses.flatten()`."""
+    """Return the engine's rows, in the order of `losses.flatten()`."""
     used = set(jacobian.used)
     rows: Rows = {p: jacobian.rows(p) if p in used else None for p in jacobian.parameters}
     if batch_dim == 0 and losses.dim() > 1:
@@ -143,7 +143,7 @@ def check_step(
     keep_rows: Sequence[bool | str | int] = (True, False),
     expected: Rows | None = None,
 ) -> list[str]:
-    """Returns what is wrong in one step of an engine, one line each: rows, Gramian and update, in each mode.
+    """Return what is wrong in one step of an engine, one line each: rows, Gramian and update, in each mode.
 
     Args:
         engine: The engine.
@@ -155,37 +155,37 @@ def check_step(
         expected: The expected rows; by default, brute force on the same graph.
     """
     expected = brute_rows(losses, list(names)) if expected is None else expected
-    found = []
+    errors = []
     jacobian = engine.compute_jacobian(losses, segments)
-    found += [f"rows: {w}" for w in wrong_parameters(names, jacobian_rows(jacobian, losses), expected, tolerance)]
+    errors += [f"rows: {w}" for w in wrong_parameters(names, jacobian_rows(jacobian, losses), expected, tolerance)]
     factors = engine.compute_jacobian(losses, segments, materialise=False)
-    found += [f"factors: {w}" for w in wrong_parameters(names, jacobian_rows(factors, losses), expected, tolerance)]
+    errors += [f"factors: {w}" for w in wrong_parameters(names, jacobian_rows(factors, losses), expected, tolerance)]
     gramian = brute_gramian(expected, losses.shape)
     flat = factors.gramian()
     if relative(flat, jacobian.gramian()) > tolerance:
-        found.append(f"Gramian of factors: error {relative(flat, jacobian.gramian()):.1e}")
+        errors.append(f"Gramian of factors: error {relative(flat, jacobian.gramian()):.1e}")
     configured = engine.keep_rows
     for mode in keep_rows:
         engine.keep_rows = mode
         weights = torch.rand(losses.shape, dtype=torch.float64) + 0.5
         ours = engine.compute_gramian(losses, segments)
         if ours.shape != gramian.shape:
-            found.append(f"keep_rows={mode}: Gramian of shape {list(ours.shape)}, not {list(gramian.shape)}")
+            errors.append(f"keep_rows={mode}: Gramian of shape {list(ours.shape)}, not {list(gramian.shape)}")
         elif not relative(ours, gramian) <= tolerance:
-            found.append(f"keep_rows={mode}: Gramian's error {relative(ours, gramian):.1e}")
+            errors.append(f"keep_rows={mode}: Gramian's error {relative(ours, gramian):.1e}")
         for i, p in enumerate(names):  # Some parameters already have a gradient.
             p.grad = torch.ones_like(p) if i % 2 else None
         engine.accumulate_grad(weights.to(losses))
         update = brute_update(expected, weights.to(losses))
         mine: Rows = {p: p.grad if not i % 2 else p.grad - 1 for i, p in enumerate(names)}
         update = {p: torch.zeros_like(p) if u is None and i % 2 else u for i, (p, u) in enumerate(update.items())}
-        found += [f"keep_rows={mode}: update: {w}" for w in wrong_parameters(names, mine, update, tolerance, expected)]
+        errors += [f"keep_rows={mode}: update: {w}" for w in wrong_parameters(names, mine, update, tolerance, expected)]
         for p in names:
             p.grad = None
     engine.keep_rows = configured
     freed = engine.compute_jacobian(losses, segments, retain_graph=False)
-    found += [f"graph freed: {w}" for w in wrong_parameters(names, jacobian_rows(freed, losses), expected, tolerance)]
-    return found
+    errors += [f"graph freed: {w}" for w in wrong_parameters(names, jacobian_rows(freed, losses), expected, tolerance)]
+    return errors
 
 
 def assert_engine_right(
@@ -201,7 +201,7 @@ def assert_engine_right(
     vacuous: bool = False,
     **options: Any,
 ) -> dict[str, int]:
-    """Runs an engine for some steps and compares all its results with brute force.
+    """Run an engine for some steps and compare all its results with brute force.
 
     Args:
         modules: The engine's modules.
@@ -232,7 +232,7 @@ def assert_engine_right(
         assert all(bool(r.isfinite().all()) for r in untouched.values() if r is not None), "the model's own gradient"
     tolerance = EXACT if tolerance is None else tolerance
     engine = Engine(*modules, **options) if engine is None else engine
-    found = []
+    errors = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", TIER_3)
         for step in range(steps):
@@ -242,26 +242,26 @@ def assert_engine_right(
             expected = brute_rows(losses, list(names))
             if step == 0 and untouched is not None:
                 with_hooks = wrong_parameters(names, expected, untouched, tolerance)
-                found += [f"step 0: hooks change the gradient: {w}" for w in with_hooks]
+                errors += [f"step 0: hooks change the gradient: {w}" for w in with_hooks]
             proves = vacuous or any(bool(r.any()) for r in expected.values() if r is not None)
             assert proves, f"step {step}: all gradients are zero, so the case proves nothing"
             wrong = check_step(engine, names, losses, ids, tolerance, keep_rows, expected)
-            found += [f"step {step}: {w}" for w in wrong]
+            errors += [f"step {step}: {w}" for w in wrong]
             perturb(names)
     tiers = engine.tiers()
-    assert not found, f"{len(found)} wrong (tiers: {tiers_line(tiers)}):\n" + "\n".join(found[:60])
+    assert not errors, f"{len(errors)} wrong (tiers: {tiers_line(tiers)}):\n" + "\n".join(errors[:60])
     return tiers
 
 
 def tiers_line(tiers: dict[str, int]) -> str:
-    """Says how many parameters each tier covers, and names those beyond the first tier."""
+    """Say how many parameters each tier covers, and name those beyond the first tier."""
     counts = {tier: sum(1 for t in tiers.values() if t == tier) for tier in sorted(set(tiers.values()))}
     beyond = [f"{name}:{tier}" for name, tier in tiers.items() if tier > 1]
     return f"{counts} {' '.join(beyond[:12])}"
 
 
 def closed_share(modules: nn.Module, tiers: dict[str, int]) -> float:
-    """Computes the share of trainable elements, among those that losses depend on, whose rows have closed forms."""
+    """Compute the share of trainable elements, among those that losses depend on, whose rows have closed forms."""
     elements = {name: p.numel() for p, name in trainable(modules).items() if tiers[name]}
     closed = sum(n for name, n in elements.items() if tiers[name] == 1)
     return closed / sum(elements.values())

@@ -32,7 +32,7 @@ def token_ids(rows: int, length: int, seed: int = 0) -> Tensor:
 
 
 def lm_losses(model: nn.Module, ids: Tensor) -> Tensor:
-    """Computes the cross-entropy of the next token, summed over each instance [B]."""
+    """Compute the cross-entropy of the next token, summed over each instance [B]."""
     logits = model(input_ids=ids).logits.double()
     return nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none").sum(1)
 

@@ -208,29 +208,29 @@ def assert_right(build: Callable[[], nn.Module], *shape: int) -> None:
 
 @pytest.mark.parametrize("size", [4, D, 1], ids=["B=4", "B==width", "B=1"])
 @pytest.mark.parametrize("build", cases(VECTORS))
-def test_of_vectors(build: Callable[[], nn.Module], size: int):
+def test_architectures_on_vectors(build: Callable[[], nn.Module], size: int):
     assert_right(build, size, D)
 
 
 @pytest.mark.parametrize("size", [4, 5, D], ids=["B=4", "B==T", "B==width"])
 @pytest.mark.parametrize("build", cases(SEQUENCES))
-def test_of_sequences(build: Callable[[], nn.Module], size: int):
+def test_architectures_on_sequences(build: Callable[[], nn.Module], size: int):
     assert_right(build, size, 5, D)
 
 
 @pytest.mark.parametrize("size", [2, 3], ids=["B=2", "B==channels"])
 @pytest.mark.parametrize("build", cases(IMAGES))
-def test_of_images(build: Callable[[], nn.Module], size: int):
+def test_architectures_on_images(build: Callable[[], nn.Module], size: int):
     assert_right(build, size, 3, 9, 9)
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_of_convolutions(dims: int):
+def test_transposed_convolutions(dims: int):
     assert_right(lambda: ConvTransposed(dims), 2, 3, *[4] * dims)
 
 
 @pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])  # The CPU's backends.
-def test_of_attention_backends(backend: SDPBackend):
+def test_attention_backends(backend: SDPBackend):
     model = build_in_float64(Transformer, torch.ones(4, 5, D, dtype=torch.float64))
     losses = losses_from(model, (4, 5, D))
 
@@ -260,7 +260,7 @@ def test_instance_norm_with_running_statistics(affine: bool):
 
 
 @pytest.mark.parametrize("build", [CountedBuffer, lambda: WeightNorm(nn.utils.parametrizations.spectral_norm)])
-def test_buffers_are_left_as_the_forward_left_them(build: Callable[[], nn.Module]):
+def test_buffers_keep_their_values_from_the_forward(build: Callable[[], nn.Module]):
     """Calling a module again to form rows must not change its buffers."""
     model = build_in_float64(build, torch.ones(4, D, dtype=torch.float64)).train()
     engine = Engine(model)
@@ -283,7 +283,7 @@ def test_a_module_that_is_called_again_keeps_its_tensors():
 
 
 @pytest.mark.parametrize("build", [SharedDictionary, Custom])
-def test_of_what_tier_2_covers(build: Callable[[], nn.Module]):
+def test_architectures_that_need_tier_2(build: Callable[[], nn.Module]):
     """Adapters that read one dictionary; functions that only plain autograd knows."""
     model = build_in_float64(build, torch.ones(2, D).double())
     engine = Engine(model)
@@ -291,7 +291,7 @@ def test_of_what_tier_2_covers(build: Callable[[], nn.Module]):
     assert 3 not in engine.tiers().values()
 
 
-def test_a_plain_backward_through_hooks_is_a_plain_backward():
+def test_hooks_leave_a_plain_backward_unchanged():
     """Hooks change neither gradients nor outputs, whether the engine is used or not."""
     for build in (Branches, PyTrees, InPlace, Strings, SharedByTwoModules):
         model = build_in_float64(build, torch.ones(4, D, dtype=torch.float64))

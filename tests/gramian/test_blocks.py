@@ -33,7 +33,7 @@ def by_block(names: dict[nn.Parameter, str], form) -> dict[str, list[nn.Paramete
 
 
 def assert_blocks(engine: Engine, model: nn.Module, losses: Tensor, form) -> None:
-    """Asserts that the Gramians and updates of all blocks are those of each block's own Jacobian."""
+    """Assert that the Gramians and updates of all blocks are those of each block's own Jacobian."""
     names = trainable(model)
     rows, blocks = brute_rows(losses, list(names)), by_block(names, form)
     gramians = engine.compute_gramian(losses)
@@ -53,7 +53,7 @@ def assert_blocks(engine: Engine, model: nn.Module, losses: Tensor, form) -> Non
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("keep_rows", [True, 1])
-def test_adapters(form: str, keep_rows: bool | int):
+def test_blocks_of_adapters(form: str, keep_rows: bool | int):
     """Rows of small layers in stacks that hold several blocks; and factors that do not fit."""
     model = adapters()
     engine = Engine(model, keep_rows=keep_rows, blocks=form)
@@ -64,7 +64,7 @@ def test_adapters(form: str, keep_rows: bool | int):
 
 @pytest.mark.parametrize("shape", [(B,), (B, 2), (2, B)])
 @pytest.mark.parametrize("last", [False, True])
-def test_losses_of_any_shape(shape: tuple[int, ...], last: bool):
+def test_blocks_with_losses_of_any_shape(shape: tuple[int, ...], last: bool):
     model = mlp()
     axis = shape.index(B)
     engine = Engine(model, batch_dim=axis - len(shape) if last else axis, blocks="module")
@@ -74,7 +74,7 @@ def test_losses_of_any_shape(shape: tuple[int, ...], last: bool):
         assert_blocks(engine, model, losses, FORMS["module"])
 
 
-def test_one_by_one_and_groups():
+def test_blocks_without_a_batch_dimension_and_with_groups():
     model = mlp()
     engine = Engine(model, batch_dim=None, blocks="parameter")
     assert_blocks(engine, model, model(batch(B, 4)).square().mean(0), FORMS["parameter"])
@@ -85,7 +85,7 @@ def test_one_by_one_and_groups():
     assert relative(gramians.sum(0), Engine(model, batch_dim=None).compute_gramian(losses)) < EXACT
 
 
-def test_own_blocks():
+def test_blocks_from_a_function_or_a_mapping():
     model = mlp()
     names = trainable(model)
     losses = model(batch(B, 4)).square().sum(1)
@@ -97,7 +97,7 @@ def test_own_blocks():
     assert_blocks(mapping, model, losses, lambda name: name.startswith(first))
 
 
-def test_one_block_is_none():
+def test_one_block_equals_no_blocks():
     """With one block, and summed over blocks, all results are the same as without blocks."""
     model = adapters()
     plain, one, many = Engine(model), Engine(model, blocks=lambda name: "all"), Engine(model, blocks="parameter")
@@ -117,7 +117,7 @@ def test_one_block_is_none():
     assert relative(updates[many], updates[plain]) < 1e-12
 
 
-def test_blocks_outlive_what_is_done_with_a_jacobian():
+def test_blocks_outlive_operations_on_a_jacobian():
     model = adapters()
     engine = Engine(model, blocks="layer")
     parts = [engine.compute_jacobian(lm_losses(model, token_ids(B, t, seed=t))) for t in (4, 6)]
@@ -129,12 +129,12 @@ def test_blocks_outlive_what_is_done_with_a_jacobian():
 
 
 @pytest.mark.parametrize("blocks", ["layers", 3, True])
-def test_what_is_no_block(blocks):
+def test_invalid_blocks_are_refused(blocks):
     with pytest.raises(ValueError, match=r"allowed are 'layer', 'module', 'parameter', None"):
         Engine(mlp(), blocks=blocks)
 
 
-def test_what_blocks_need():
+def test_blocks_refuse_unsupported_settings():
     model = mlp()
     with pytest.raises(ValueError, match='keep_rows has to be "auto" or True'):
         Engine(model, blocks="layer", keep_rows=False)

@@ -19,9 +19,9 @@ def test_rows_are_those_of_each_instance(order):
     engine, instances = Engine(model), 4
     for length in (5, 7):
         calls = [torch.randint(30, (k * instances, length + k)) for k in order]
-        found = [model(ids).last_hidden_state.mean(1).view(-1, instances, 16) for ids in calls]
-        anchors = found[0].sum(0)
-        losses = sum((anchors.sin() * other.sum(0)).sum(1) for other in found[1:]) + anchors.sum(1)
+        outputs = [model(ids).last_hidden_state.mean(1).view(-1, instances, 16) for ids in calls]
+        anchors = outputs[0].sum(0)
+        losses = sum((anchors.sin() * other.sum(0)).sum(1) for other in outputs[1:]) + anchors.sum(1)
         parameters = [p for p in model.parameters() if p.requires_grad]
         gradients = [torch.autograd.grad(loss, parameters, retain_graph=True) for loss in losses]
         rows = torch.stack([torch.cat([g.flatten() for g in each]) for each in gradients])

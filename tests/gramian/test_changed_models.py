@@ -26,7 +26,7 @@ from tests.gramian.test_engine_errors import losses_of
 from tests.models import VOCABULARY, tiny_llama, with_lora
 
 
-def test_detach_leaves_the_model_as_it_was():
+def test_detach_restores_the_model():
     model = mlp()
     before = [list(m._forward_hooks) for m in model.modules()]
     engine = Engine(model)
@@ -38,7 +38,7 @@ def test_detach_leaves_the_model_as_it_was():
         engine.accumulate_grad(torch.ones(B))
 
 
-def test_an_engine_that_is_gone_lets_the_model_be():
+def test_a_deleted_engine_leaves_no_hooks():
     model = mlp()
     before = [list(m._forward_hooks) for m in model.modules()]
     engine = Engine(model)
@@ -125,8 +125,8 @@ def test_weights_tied_after_the_engine():
     engine = Engine(model)
     model.config.tie_word_embeddings = True
     model.lm_head.weight = model.model.embed_tokens.weight
-    found = check_step(engine, trainable(model), lm_losses(model, token_ids(B, 6)), tolerance=SINGLE)
-    assert not found
+    errors = check_step(engine, trainable(model), lm_losses(model, token_ids(B, 6)), tolerance=SINGLE)
+    assert not errors
 
 
 def test_parameter_replaced_between_steps():
@@ -226,7 +226,7 @@ def test_torch_compile(order: str, backend: str):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo looks at it.
 @pytest.mark.parametrize("alike", [False, True], ids=["the same model", "another of its kind"])
-def test_what_was_compiled_without_the_engine_is_compiled_anew(alike: bool):
+def test_code_compiled_without_the_engine_is_compiled_again(alike: bool):
     torch._dynamo.reset()
     model = mlp()
     before = torch.compile(copy.deepcopy(model) if alike else model, backend="aot_eager")

@@ -43,7 +43,7 @@ def test_wrong_rule_is_caught_and_another_tier_is_right(spoil):
     assert max(tiers.values()) > 1
 
 
-def test_errors_of_a_users_rule_are_the_users_to_see():
+def test_errors_in_a_users_rule_are_raised():
     def broken(module, input, grad_output, segments):
         raise RuntimeError("no such layer")
 
@@ -58,7 +58,7 @@ def test_errors_of_a_users_rule_are_the_users_to_see():
         engine.detach()
 
 
-def test_what_a_rule_leaves_out_passes_to_the_next_tier():
+def test_parameters_that_a_rule_leaves_out_go_to_the_next_tier():
     model = mlp()
     rules = {nn.Linear: lambda *seen: {}}
     tiers = assert_engine_right(model, lambda step: model(batch(B, 4)).square().sum(1), rules=rules)
@@ -121,7 +121,7 @@ def test_in_batch_negatives_are_named():
         engine.compute_gramian(losses)
 
 
-def test_mixing_is_noticed_beside_a_gradient_that_dwarfs_it():
+def test_mixing_is_noticed_beside_a_much_larger_gradient():
     model = nn.ModuleList([mlp(), nn.Linear(4, 4, dtype=torch.float64)])
     engine = Engine(model)
     y = model[0](batch(B, 4))

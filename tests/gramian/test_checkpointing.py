@@ -102,5 +102,5 @@ def test_checkpointing_switched_on_and_off():
     engine = Engine(model)
     for checkpointed in ({}, {1: True}, {0: False}, {}, {0: True, 1: True, 2: True}):
         model.checkpointed = checkpointed
-        found = check_step(engine, trainable(model), model(batch(B, 4)).square().sum(1))
-        assert not found
+        errors = check_step(engine, trainable(model), model(batch(B, 4)).square().sum(1))
+        assert not errors

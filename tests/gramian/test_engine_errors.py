@@ -43,7 +43,7 @@ def losses_of(model: nn.Module) -> Tensor:
         (lambda: Engine(mlp(), keep_rows="always"), "keep_rows is 'always'"),
     ],
 )
-def test_bad_engine(build, message: str):
+def test_bad_arguments_are_refused(build, message: str):
     with pytest.raises(ValueError, match=message):
         build()
 
@@ -75,14 +75,14 @@ def test_bad_engine(build, message: str):
         "freed",
     ],
 )
-def test_bad_losses(losses, message: str):
+def test_bad_losses_are_refused(losses, message: str):
     model = mlp()
     engine = Engine(model)
     with pytest.raises(ValueError, match=message):
         engine.compute_gramian(losses(model))
 
 
-def test_no_trainable_parameter():
+def test_a_model_without_trainable_parameters_is_refused():
     model = mlp().requires_grad_(False)
     engine = Engine(model)
     with pytest.raises(ValueError, match="no trainable parameter"):
@@ -101,33 +101,33 @@ def test_no_trainable_parameter():
         (torch.zeros(0, dtype=torch.long), r"\[0\].*no instance"),
     ],
 )
-def test_bad_segments(segments: Tensor, message: str):
+def test_bad_segments_are_refused(segments: Tensor, message: str):
     model = mlp()
     engine = Engine(model)
     with pytest.raises(ValueError, match=message):
         engine.compute_gramian(losses_of(model), segments)
 
 
-def test_segments_of_another_batch():
+def test_segments_of_another_batch_are_refused():
     model = mlp()
     engine = Engine(model)
     with pytest.raises(ValueError, match="5 instances"):
         engine.compute_gramian(losses_of(model), torch.tensor([0, 1, 2, 0, 1]))
 
 
-def test_segments_without_instance_dimension():
+def test_segments_without_instance_dimension_are_refused():
     model = mlp()
     with pytest.raises(ValueError, match="need a batch_dim"):
         Engine(model, batch_dim=None).compute_gramian(losses_of(model), torch.tensor([0, 1, 2]))
 
 
-def test_accumulate_before_gramian():
+def test_accumulate_before_gramian_is_refused():
     with pytest.raises(ValueError, match="compute_gramian"):
         Engine(mlp()).accumulate_grad(torch.ones(B))
 
 
 @pytest.mark.parametrize("weights", [torch.ones(B + 1), torch.ones(B, 1), torch.ones(())])
-def test_weights_of_a_wrong_shape(weights: Tensor):
+def test_weights_of_a_wrong_shape_are_refused(weights: Tensor):
     model = mlp()
     engine = Engine(model)
     engine.compute_gramian(losses_of(model))
@@ -136,7 +136,7 @@ def test_weights_of_a_wrong_shape(weights: Tensor):
 
 
 @pytest.mark.parametrize("keep_rows", [True, False])
-def test_accumulate_after_the_parameters_changed(keep_rows: bool):
+def test_accumulate_after_the_parameters_changed_is_refused(keep_rows: bool):
     model = mlp()
     engine = Engine(model, keep_rows=keep_rows)
     engine.compute_gramian(losses_of(model))
@@ -145,7 +145,7 @@ def test_accumulate_after_the_parameters_changed(keep_rows: bool):
         engine.accumulate_grad(torch.ones(B))
 
 
-def test_nothing_is_left_behind_by_an_error():
+def test_an_error_leaves_nothing_behind():
     """After any of the errors, the next step is right."""
     model = mlp()
     engine = Engine(model)
@@ -164,7 +164,7 @@ def test_a_forward_that_raises_leaves_nothing_behind():
     assert_gramian(engine, losses_of(model), model)
 
 
-def test_a_gradient_that_is_not_finite_is_not_called_wrong():
+def test_a_nonfinite_gradient_is_not_called_wrong():
     """Losses are finite, but a row isn't: the caller sees this in the Gramian."""
     model = mlp()
     engine = Engine(model)
@@ -174,7 +174,7 @@ def test_a_gradient_that_is_not_finite_is_not_called_wrong():
     assert finite.tolist() == [True, False, True]
 
 
-def test_a_paused_engine_meets_nothing_and_goes_on_afterwards():
+def test_a_paused_engine_records_nothing_and_resumes():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     x = torch.randn(5, 3, dtype=torch.float64)

@@ -27,7 +27,7 @@ def is_freed(losses: Tensor) -> bool:
 
 
 def steps(model: nn.Module, engine: Engine, losses_of, count: int = 4, tolerance: float = EXACT) -> list[bool]:
-    """Takes steps, each compared with brute force; returns whether each one took a single pass that freed the graph."""
+    """Take steps, each compared with brute force; return whether each one took a single pass that freed the graph."""
     names, freed, passes = trainable(model), [], []
     record = engine._passes._record
     engine._passes._record = lambda *args, **kwargs: passes.append(args) or record(*args, **kwargs)
@@ -47,14 +47,14 @@ def mlp() -> nn.Sequential:
     return nn.Sequential(nn.Linear(4, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 6)).double()
 
 
-def test_the_first_step_proves_and_keeps_the_next_ones_free():
+def test_the_graph_is_freed_once_rows_are_proved():
     model = mlp()
     losses_of = lambda step: model(inputs(step, B + step, 4)).square().sum(1)  # noqa: E731
     assert steps(model, Engine(model, keep_rows=True), losses_of) == [False, True, True, True]
 
 
 @pytest.mark.parametrize("keep_rows", [True, False, "auto", 1])
-def test_the_update_comes_after_a_freed_graph_or_the_graph_is_kept(keep_rows):
+def test_the_update_works_whether_the_graph_was_freed_or_not(keep_rows):
     model = mlp()
     engine, names = Engine(model, keep_rows=keep_rows), trainable(model)
     for step in range(3):
@@ -67,7 +67,7 @@ def test_the_update_comes_after_a_freed_graph_or_the_graph_is_kept(keep_rows):
             torch.testing.assert_close(p.grad, gradient)
 
 
-def test_the_graph_is_kept_by_default():
+def test_the_graph_is_retained_by_default():
     model = mlp()
     engine = Engine(model, keep_rows=True)
     for step in range(3):
@@ -76,7 +76,7 @@ def test_the_graph_is_kept_by_default():
         assert not is_freed(losses)
 
 
-def test_activations_are_gone_before_the_losses_are():
+def test_activations_are_freed_while_the_losses_live():
     model = mlp()
     engine = Engine(model, keep_rows=True)
     for step in range(2):
@@ -103,20 +103,20 @@ class Heads(nn.Module):
         return y + (x @ self.heads[1 - head].weight.T).square().sum(1) if tied else y
 
 
-def test_heads_in_turn():
+def test_steps_may_alternate_between_heads():
     model = Heads()
     freed = steps(model, Engine(model, keep_rows=True), lambda step: model(inputs(step, B, 4), step % 2), count=6)
     assert (freed[0], freed[-1]) == (False, True)
 
 
 @pytest.mark.filterwarnings("ignore:.*bring no rows in the")
-def test_a_weight_that_is_suddenly_read_past_its_module():
+def test_a_weight_suddenly_read_without_its_module_is_noticed():
     model = Heads()
     freed = steps(model, Engine(model, keep_rows=True), lambda s: model(inputs(s, B, 4), 0, tied=s in (3, 4)), count=6)
     assert freed[2:4] == [True, False]
 
 
-def test_a_called_head_whose_output_no_loss_needs():
+def test_a_called_head_may_be_unused_by_the_loss():
     model = Heads()
 
     def losses_of(step: int) -> Tensor:
@@ -139,7 +139,7 @@ def test_the_taps_of_another_engine_do_not_count():
     assert is_freed(losses)
 
 
-def test_training_mode_and_what_is_trainable_ask_for_a_new_proof():
+def test_a_new_mode_or_trainable_parameter_needs_a_new_proof():
     model = mlp()
     engine = Engine(model, keep_rows=True)
     losses_of = lambda step: model(inputs(step, B, 4)).square().sum(1)  # noqa: E731
@@ -153,7 +153,7 @@ def test_training_mode_and_what_is_trainable_ask_for_a_new_proof():
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "positions", "checkpointing", "reentrant"])
-def test_language_models(kind: str):
+def test_language_models_free_the_graph(kind: str):
     model = tiny_gpt2() if kind == "positions" else tiny_llama()
     model = (with_lora(model) if kind == "lora" else model).double()
     perturb(trainable(model))  # lora_B is zero, and so is the gradient of lora_A.

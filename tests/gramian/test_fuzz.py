@@ -254,7 +254,7 @@ def batch(spec: Spec, step: int) -> Tensor:
 
 
 def segments_of(spec: Spec, step: int) -> Tensor | None:
-    """Returns the objective of each instance or token, in any order; some have none."""
+    """Return the objective of each instance or token, in any order; some have none."""
     generator = torch.Generator().manual_seed(7 + spec.seed + step)
     size, length = spec.shapes[step]
     shape = (size,) if spec.groups == "instances" else (size, length)

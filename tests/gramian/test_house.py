@@ -32,7 +32,7 @@ def dotted(path: Path) -> str:
     return ".".join(path.relative_to(HOME).with_suffix("").parts).removesuffix(".__init__")
 
 
-def test_no_circle_of_imports():
+def test_imports_are_not_circular():
     remaining = {dotted(path): imported(path) for path in FILES}
     while ready := [name for name, needs in remaining.items() if not needs & remaining.keys()]:
         for name in ready:
@@ -54,8 +54,8 @@ def test_functions_take_few_parameters_and_parse_no_strings(path: Path):
             assert not any(getattr(kind, "id", "") == "str" for kind in kinds), f"line {node.lineno}"
 
 
-def test_losses_take_a_short_way():
-    """Counts the functions that losses pass in a first step, the longest path; resuming a generator counts again."""
+def test_losses_pass_through_few_functions():
+    """Count the functions that losses pass in a first step, the longest path; resuming a generator counts again."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
     engine, losses = Engine(model), model(torch.randn(3, 4)).square().sum(1)

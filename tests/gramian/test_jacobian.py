@@ -21,19 +21,19 @@ from tests.models import tiny_gpt2
 
 @pytest.fixture
 def jacobians() -> tuple[list[Jacobian], list[Tensor], list[nn.Parameter]]:
-    """Returns Jacobians of a tied GPT-2 over three batches, and dense matrices; rows are dense, sparse and outer."""
+    """Return Jacobians of a tied GPT-2 over three batches, and dense matrices; rows are dense, sparse and outer."""
     model = tiny_gpt2()
     names = list(trainable(model))
     engine = Engine(model)
-    found, dense = [], []
+    actual, dense = [], []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         for step, (rows, length) in enumerate(((3, 4), (3, 2), (2, 7))):
             losses = lm_losses(model, token_ids(rows, length, seed=step))
-            found.append(engine.compute_jacobian(losses, materialise=step == 0))
+            actual.append(engine.compute_jacobian(losses, materialise=step == 0))
             brute = brute_rows(losses, names)
             dense.append(torch.cat([torch.zeros(rows, p.numel()) if brute[p] is None else brute[p] for p in names], 1))
-    return found, dense, names
+    return actual, dense, names
 
 
 def close(jacobian: Jacobian, dense: Tensor) -> bool:
@@ -48,45 +48,45 @@ def close(jacobian: Jacobian, dense: Tensor) -> bool:
     )
 
 
-def test_jacobian_is_brute_force(jacobians):
+def test_jacobian_equals_brute_force(jacobians):
     for jacobian, dense in zip(*jacobians[:2], strict=True):
         assert close(jacobian, dense)
 
 
 def test_jacobian_cat(jacobians):
-    found, dense, _ = jacobians
-    assert close(Jacobian.cat(found), torch.cat(dense))
-    assert close(Jacobian.cat([found[2]]), dense[2])
+    actual, dense, _ = jacobians
+    assert close(Jacobian.cat(actual), torch.cat(dense))
+    assert close(Jacobian.cat([actual[2]]), dense[2])
 
 
 def test_jacobian_add(jacobians):
-    found, dense, _ = jacobians
-    assert close(found[0] + found[1], dense[0] + dense[1])
+    actual, dense, _ = jacobians
+    assert close(actual[0] + actual[1], dense[0] + dense[1])
 
 
 @pytest.mark.parametrize("index", [[0, 2], [2, 0], [1], [0, 1, 2]])
 def test_jacobian_select(jacobians, index: list[int]):
-    found, dense, _ = jacobians
-    for jacobian, matrix in zip(found[:2], dense[:2], strict=True):
+    actual, dense, _ = jacobians
+    for jacobian, matrix in zip(actual[:2], dense[:2], strict=True):
         assert close(jacobian.select(torch.tensor(index)), matrix[index])
 
 
 def test_jacobian_select_after_cat(jacobians):
-    found, dense, _ = jacobians
+    actual, dense, _ = jacobians
     index = torch.tensor([7, 0, 4])
-    assert close(Jacobian.cat(found).select(index), torch.cat(dense)[index])
+    assert close(Jacobian.cat(actual).select(index), torch.cat(dense)[index])
 
 
-def test_jacobian_select_drops_what_is_not_finite(jacobians):
-    found, dense, _ = jacobians
-    spoilt = found[1].scaled(torch.tensor([1.0, float("nan"), 1.0], dtype=torch.float64))
+def test_jacobian_select_drops_nonfinite_rows(jacobians):
+    actual, dense, _ = jacobians
+    spoilt = actual[1].scaled(torch.tensor([1.0, float("nan"), 1.0], dtype=torch.float64))
     assert close(spoilt.select(torch.tensor([0, 2])), dense[1][[0, 2]])
 
 
 def test_jacobian_scaled(jacobians):
-    found, dense, _ = jacobians
+    actual, dense, _ = jacobians
     factors = torch.tensor([2.0, 0.0, -1.0], dtype=torch.float64)
-    for jacobian, matrix in zip(found[:2], dense[:2], strict=True):
+    for jacobian, matrix in zip(actual[:2], dense[:2], strict=True):
         assert close(jacobian.scaled(factors), factors[:, None] * matrix)
 
 
@@ -104,21 +104,21 @@ def test_jacobian_of_unused_parameters(jacobians):
 
 
 def test_jacobian_bytes(jacobians):
-    found, dense, _ = jacobians
-    assert 0 < found[2].nbytes < dense[2].nbytes
+    actual, dense, _ = jacobians
+    assert 0 < actual[2].nbytes < dense[2].nbytes
 
 
 @pytest.mark.parametrize("materialise", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_sums_of_rows_are_those_of_the_dense_ones(dtype, materialise):
+def test_weighted_sums_equal_those_of_dense_rows(dtype, materialise):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(9, 64), nn.Linear(64, 48), nn.Linear(48, 9)).to(dtype)
     engine = Engine(model)
     losses = model(torch.randint(9, (5, 2))).square().mean((1, 2))
     jacobian = engine.compute_jacobian(losses, materialise=materialise)
     matrix = torch.randn(3, 5, dtype=torch.float64)
-    found = jacobian.combined(matrix)
-    assert len(found) == 3
+    actual = jacobian.combined(matrix)
+    assert len(actual) == 3
     expected = matrix @ jacobian.dense().double()
     tolerance = 1e-12 if dtype == torch.float64 else 1e-2
-    assert (found.dense().double() - expected).norm() < tolerance * expected.norm()
+    assert (actual.dense().double() - expected).norm() < tolerance * expected.norm()

@@ -72,7 +72,7 @@ def test_groups_in_the_last_dimension():
 
 
 @pytest.mark.parametrize("shape, batch_dim", [((3,), 1), ((3,), -2), ((3, 2), 2), ((3, 2), -3), ((1, 3, 2), 7)])
-def test_a_dimension_that_the_losses_do_not_have(shape: tuple[int, ...], batch_dim: int):
+def test_a_dimension_that_the_losses_lack_is_refused(shape: tuple[int, ...], batch_dim: int):
     model = mlp()
     losses = model(batch(B, 4)).flatten()[: torch.Size(shape).numel()].view(shape)
     n = len(shape)
@@ -166,7 +166,7 @@ def test_batches_of_changing_size_and_length():
 
 
 def segment_losses(per_token: Tensor, ids: Tensor, count: int) -> Tensor:
-    """Sums [B, T] losses by id [B] or [B, T]."""
+    """Sum [B, T] losses by id [B] or [B, T]."""
     ids = ids[:, None].expand_as(per_token) if ids.dim() == 1 else ids
     total = per_token.new_zeros(count + 1).index_add(0, ids.flatten() + 1, per_token.flatten())
     return total[1:]
@@ -241,7 +241,7 @@ def test_a_group_absent_from_the_batch_has_a_row_of_zeros():
     assert not gramian[3].any()
 
 
-def test_tokens_of_no_objective_count_for_none():
+def test_tokens_without_an_objective_count_for_none():
     segments = Segments(2, torch.tensor([[0, -1, 1], [1, 1, -1]]))
     values = torch.tensor([[1.0, 2.0, 4.0], [8.0, 16.0, 32.0]])[..., None]
     assert segments.sum(values).flatten().tolist() == [1.0, 28.0]

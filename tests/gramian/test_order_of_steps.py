@@ -82,7 +82,7 @@ def test_two_engines_on_one_model():
     assert_gramian(part, losses, model[0])
 
 
-def test_a_second_engine_looks_away_while_the_first_calls_a_module_again():
+def test_a_second_engine_ignores_calls_that_the_first_repeats():
     model = nn.Sequential(nn.Linear(4, WIDTH), nn.PReLU(), nn.ConvTranspose1d(WIDTH, 2, 1)).double()
     engines = [Engine(model), Engine(model)]
     for engine in engines:
@@ -141,8 +141,8 @@ def test_dropout(keep_rows: bool):
     engine = Engine(model, keep_rows=keep_rows)
     for step in range(3):
         losses = lm_losses(model, token_ids(B, 6, seed=step))
-        found = check_step(engine, trainable(model), losses, keep_rows=[keep_rows])
-        assert not found
+        errors = check_step(engine, trainable(model), losses, keep_rows=[keep_rows])
+        assert not errors
 
 
 def test_train_and_eval():

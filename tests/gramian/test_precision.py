@@ -47,7 +47,7 @@ METHODS: dict[str, Callable[[str], Any]] = {
 
 
 def tuned(model: nn.Module, family: str, method: str, precision: str) -> nn.Module:
-    """Builds a model in a precision, with a PEFT method's parameters in float32, none of them zero."""
+    """Build a model in a precision, with a PEFT method's parameters in float32, none of them zero."""
     dtype, kind = precision.split()
     model = model.to(HALF[dtype] if kind == "base" else torch.float32)
     torch.manual_seed(0)
@@ -65,7 +65,7 @@ def context(precision: str) -> contextlib.AbstractContextManager:
 
 
 def losses_of(model: nn.Module, precision: str, batch: int, length: int, seed: int = 0, vocabulary: int = VOCABULARY):
-    """Computes the mean cross-entropy of each sequence, in float32 as in Trainer."""
+    """Compute the mean cross-entropy of each sequence, in float32 as in Trainer."""
     ids = torch.randint(3, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
     with context(precision):
         logits = model(input_ids=ids).logits
@@ -272,7 +272,7 @@ def norm_losses(model: nn.Module, seed: int = 0) -> Tensor:
     return (model(x.bfloat16()) * target).sum((1, 2))
 
 
-def test_what_noise_hides_is_proved_in_float32_and_said_once():
+def test_rows_hidden_by_noise_are_proved_in_float32_with_one_warning():
     model = Shifted()
     engine = Engine(model)
     with pytest.warns(UserWarning, match=r"can't prove the rows of 2.*norm\.weight, norm\.bias.*float32"):

@@ -116,7 +116,7 @@ class Model(nn.Module):
 
 
 def draws() -> list[float]:
-    """Returns the next number of each stream."""
+    """Return the next number of each stream."""
     return [float(torch.rand(())), float(np.random.rand()), random.random()]
 
 
@@ -128,7 +128,7 @@ def seed(value: int) -> None:
 
 @pytest.mark.parametrize("check", [True, False], ids=["proved", "unchecked"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_module_that_draws(kind, check: bool):
+def test_rows_of_a_module_that_draws(kind, check: bool):
     """Rows are right even without a check: a module that would draw other numbers is not called again."""
     model = Model(kind)
     engine = Engine(model, check=check)
@@ -149,7 +149,7 @@ def test_a_module_that_draws(kind, check: bool):
     [(Attention, 3), (Recurrent, 3), (NoisyRouter, 2)],
     ids=["each instance has numbers of its own", "in two layers", "called again as a whole"],
 )
-def test_a_module_that_draws_in_training_only(kind, training: int):
+def test_a_module_that_draws_only_in_training(kind, training: int):
     """It is called again in evaluation mode, and in training mode if that draws the forward's numbers."""
     model = Model(kind)
     engine = Engine(model)
@@ -191,7 +191,7 @@ def test_adapters_that_draw_for_the_whole_batch_are_called_again(config):
             perturb(trainable(model))
 
 
-def test_streams_are_put_back_after_an_error():
+def test_streams_are_restored_after_an_error():
     seed(0)
     expected = draws()
     seed(0)
@@ -205,7 +205,7 @@ def test_streams_are_put_back_after_an_error():
     [lambda: torch.rand(()), lambda: np.random.rand(), lambda: np.random.randn(), lambda: random.random()],
     ids=["torch", "numpy", "numpy, of which it keeps a second number", "Python"],
 )
-def test_each_stream_tells_of_a_draw(draw):
+def test_a_draw_from_each_stream_is_noticed(draw):
     np.random.seed(0)
     np.random.randn()  # Stores a second number, to be returned without another draw.
     with unchanged_streams(CPU) as has_drawn:

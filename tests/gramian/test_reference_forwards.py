@@ -30,7 +30,7 @@ def token_ids(step: int = 0, rows: int = B) -> Tensor:
 
 
 def policy(checkpointing: str, dropout: float = 0.0) -> nn.Module:
-    """Builds a GPT-2 with two adapters, of which "default" is active."""
+    """Build a GPT-2 with two adapters, of which "default" is active."""
     model = with_lora(tiny_gpt2(dropout=dropout), dropout=dropout, warm=True)
     torch.manual_seed(1)
     config = LoraConfig(r=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, init_lora_weights=False)
@@ -229,7 +229,7 @@ class Half(nn.Module):
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
-def test_a_tap_that_comes_later_leaves_a_recomputation_as_its_forward_was(checkpointing: str):
+def test_a_later_tap_does_not_change_a_recomputation(checkpointing: str):
     """A layer that was never trained is unfrozen for a forward in between, then frozen again."""
     model = Half(checkpointing)
     model.block[0].requires_grad_(False)
@@ -289,7 +289,7 @@ def test_a_forward_and_its_backward_in_two_modes(layer: nn.Module, mode: bool):
     assert [m.training for m in model.modules()] == [not mode] * len(list(model.modules()))
 
 
-def test_a_gramian_under_no_adapter_is_one_of_what_is_trainable():
+def test_a_gramian_without_adapters_needs_trainable_parameters():
     """A forward without trained parameters is refused, and taps are set for the next one."""
     model = policy("kept")
     engine = Engine(model)

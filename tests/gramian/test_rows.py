@@ -76,7 +76,7 @@ def test_sums_and_stacks(one, two):
 
 @pytest.mark.parametrize("materialise", [True, False])
 @pytest.mark.parametrize("shape", [(70, 3), (3, 70), (70, 65), (5, 4)], ids=str)
-def test_factors_settle(shape: tuple[int, int], materialise: bool):
+def test_compact_chooses_the_representation(shape: tuple[int, int], materialise: bool):
     """Narrow products are formed transposed; with many tokens, rows are smaller than factors."""
     factors = OuterRows(normal(2, 90, shape[0]), normal(2, 90, shape[1], seed=1), torch.Size(shape))
     compact = factors.compact(torch.float64, materialise)
@@ -94,7 +94,7 @@ def test_symmetric_blocks(count: int, columns: int):
 
 
 def routed(tokens: int, seed: int = 0, experts: int = 3, p: int = 4, d: int = 5) -> tuple[RoutedRows, Tensor]:
-    """Returns rows of experts, one of which sees no token, and the dense matrix."""
+    """Return rows of experts, one of which sees no token, and the dense matrix."""
     generator = torch.Generator().manual_seed(seed)
     expert = torch.randint(experts - 1, (tokens,), generator=generator).sort().values
     owners = torch.randint(OBJECTIVES - 1, (tokens,), generator=generator)
@@ -128,9 +128,9 @@ def test_columns(kind):
     """Columns may begin and end within an entry of the first dimension."""
     rows = kind()
     for start, stop in itertools.combinations(range(rows.shape.numel() + 1), 2):
-        found = rows.columns(start, stop)
-        assert found.shape == (OBJECTIVES, stop - start)
-        assert torch.equal(found, rows.dense()[:, start:stop]) or relative(found, rows.dense()[:, start:stop]) < EXACT
+        actual = rows.columns(start, stop)
+        assert actual.shape == (OBJECTIVES, stop - start)
+        assert torch.equal(actual, rows.dense()[:, start:stop]) or relative(actual, rows.dense()[:, start:stop]) < EXACT
 
 
 @pytest.mark.parametrize("ids", ["sorted", "mixed", "uneven", "none", "one", "by token"])
@@ -147,12 +147,12 @@ def test_outer_products_of_segments(ids: str, p: int, d: int, tokens: int):
         "by token": torch.randint(-1, OBJECTIVES, (n, tokens), generator=torch.Generator().manual_seed(0)),
     }[ids]
     by_token = segments if segments.dim() == 2 else segments[:, None].expand(n, tokens)
-    found = Segments(OBJECTIVES, segments)
+    grouped = Segments(OBJECTIVES, segments)
     g, x, other = normal(n, tokens, p), normal(n, tokens, d, seed=1), normal(n, tokens, d, seed=2)
     member = torch.nn.functional.one_hot(by_token + 1, OBJECTIVES + 1)[..., 1:].double()
     for value in (x, x, other, x):  # Sorts an input that layers share only once.
         expected = torch.einsum("ntk,ntp,ntd->kpd", member, g, value)
-        assert relative(found.outer(g, value), expected) < EXACT
+        assert relative(grouped.outer(g, value), expected) < EXACT
 
 
 def test_blocks_of_instances_repeated():
@@ -164,7 +164,7 @@ def test_blocks_of_instances_repeated():
     assert torch.equal(major, expected.repeat_interleave(2))
 
 
-def test_columns_decide_what_is_narrow():
+def test_only_the_number_of_columns_makes_a_product_narrow():
     assert representations.narrow(torch.Size((128, 8)))
     assert not representations.narrow(torch.Size((8, 128)))
     assert not representations.narrow(torch.Size((256, 128)))

@@ -28,7 +28,7 @@ def test_all_modes_give_the_same_gramian_and_update(adapters: bool):
     model = with_lora(model, warm=True) if adapters else model
     names = list(trainable(model))
     modes = [True, False, "auto", 0, 20_000, 100_000, 10**9]
-    found = []
+    results = []
     for mode in modes:
         engine = Engine(model, keep_rows=mode)
         with warnings.catch_warnings():
@@ -36,11 +36,11 @@ def test_all_modes_give_the_same_gramian_and_update(adapters: bool):
             gramian = engine.compute_gramian(lm_losses(model, token_ids(4, 6)))
         model.zero_grad()
         engine.accumulate_grad(gramian.sum(1))
-        found.append((gramian, [p.grad.clone() for p in names]))
+        results.append((gramian, [p.grad.clone() for p in names]))
         engine.detach()
-    for gramian, update in found[1:]:
-        assert relative(gramian, found[0][0]) < SINGLE
-        assert all(relative(a, b) < SINGLE for a, b in zip(update, found[0][1], strict=True))
+    for gramian, update in results[1:]:
+        assert relative(gramian, results[0][0]) < SINGLE
+        assert all(relative(a, b) < SINGLE for a, b in zip(update, results[0][1], strict=True))
 
 
 class ReadOutside(nn.Module):
@@ -57,8 +57,8 @@ class ReadOutside(nn.Module):
 
 @pytest.mark.parametrize("budget", [0, 1_000, 3_000, 10_000, 20_000, 40_000, 100_000, 1_000_000])
 @pytest.mark.parametrize("kind", ["read outside", "llama"])
-def test_what_is_kept_is_within_the_budget(kind: str, budget: int):
-    """Stores rows, factors or nothing, never more bytes than allowed, whichever tier formed them."""
+def test_stored_rows_stay_within_the_budget(kind: str, budget: int):
+    """Store rows, factors or nothing, never more bytes than allowed, whichever tier formed them."""
     torch.manual_seed(0)
     model = ReadOutside().double() if kind == "read outside" else tiny_llama()
     engine = Engine(model, keep_rows=budget)
@@ -85,7 +85,7 @@ def test_accumulate_several_times():
     assert all(relative(p.grad, expected[p]) < EXACT for p in names)
 
 
-def test_a_parameter_met_with_and_without_a_batch_counts_once():
+def test_a_parameter_used_with_and_without_a_batch_counts_once():
     """DeBERTa's projections see tokens and relative positions."""
     layer, table = nn.Linear(4, 4).double(), batch(2 * T + 1, 4)
     engine = Engine(layer, keep_rows=False)
@@ -98,7 +98,7 @@ def test_a_parameter_met_with_and_without_a_batch_counts_once():
 
 
 @pytest.mark.parametrize("keep_rows", [True, False])
-def test_losses_backward_afterwards(keep_rows: bool):
+def test_losses_can_be_differentiated_afterwards(keep_rows: bool):
     """As in TorchJD: the graph is retained, and the engine's hooks ignore this backward."""
     model = mlp()
     engine = Engine(model, keep_rows=keep_rows)
@@ -111,21 +111,21 @@ def test_losses_backward_afterwards(keep_rows: bool):
     assert all(relative(p.grad, expected[p]) < EXACT for p in names)
 
 
-def test_gradients_and_their_hooks_are_left_alone_by_the_gramian():
+def test_the_gramian_leaves_gradients_and_their_hooks_alone():
     model = mlp()
     engine = Engine(model)
-    met = []
+    hooked = []
     first, *rest = model.parameters()
-    handles = [first.register_hook(lambda g: met.append("hook"))]
-    handles.append(first.register_post_accumulate_grad_hook(lambda p: met.append("accumulated")))
+    handles = [first.register_hook(lambda g: hooked.append("hook"))]
+    handles.append(first.register_post_accumulate_grad_hook(lambda p: hooked.append("accumulated")))
     kept = torch.ones_like(first)
     first.grad = kept
     engine.compute_gramian(model(batch(B, 4)).square().sum(1))
     assert first.grad is kept
     assert all(p.grad is None for p in rest)
-    del met[:]  # The first step's self-check computes a plain gradient.
+    del hooked[:]  # The first step's self-check computes a plain gradient.
     engine.compute_gramian(model(batch(B, 4)).square().sum(1))
-    assert met == []
+    assert hooked == []
     assert bool((first.grad == 1).all())
     for handle in handles:
         handle.remove()

@@ -35,7 +35,7 @@ class Tower(nn.Module):
 
 
 def group_losses(tokens: Tensor, ids: Tensor | None) -> Tensor:
-    """Sums values [B, T] by group: [R]."""
+    """Sum values [B, T] by group: [R]."""
     if ids is None:
         return tokens.sum(1)
     ids = ids if ids.dim() == 2 else ids[:, None].expand_as(tokens)
@@ -43,7 +43,7 @@ def group_losses(tokens: Tensor, ids: Tensor | None) -> Tensor:
 
 
 def assert_right(engine: Engine, model: nn.Module, losses: Tensor, ids: Tensor | None = None) -> bool:
-    """Asserts that rows and Gramian equal brute force; returns whether some rows are in stacks."""
+    """Assert that rows and Gramian equal brute force; return whether some rows are in stacks."""
     names = list(trainable(model))
     rows = brute_rows(losses, names)
     jacobian = engine.compute_jacobian(losses, ids)
@@ -64,7 +64,7 @@ def test_rows_in_stacks(waiting: int, monkeypatch):
         assert assert_right(engine, model, group_losses(tokens, ids), ids), kind
 
 
-def test_layers_that_are_used_twice_now_and_then():
+def test_layers_may_be_used_twice_in_some_steps():
     model = Tower()
     engine = Engine(model)
     for step in range(5):
@@ -72,7 +72,7 @@ def test_layers_that_are_used_twice_now_and_then():
         assert_right(engine, model, losses)
 
 
-def test_factors_that_are_smaller_than_rows_stay_factors():
+def test_factors_smaller_than_rows_are_not_stacked():
     model = nn.Sequential(*(nn.Linear(40, 40, bias=False).double() for _ in range(3)))
     engine = Engine(model)
     for ids in (torch.tensor([1, 0, 1, 0]), None, torch.tensor([0, 0, 1, 1])):
@@ -82,9 +82,9 @@ def test_factors_that_are_smaller_than_rows_stay_factors():
 
 @pytest.fixture
 def walks(monkeypatch) -> list[Tensor]:
-    found: list[Tensor] = []
-    monkeypatch.setattr(foresight, "walk", lambda losses, walk=foresight.walk: found.append(losses) or walk(losses))
-    return found
+    walked: list[Tensor] = []
+    monkeypatch.setattr(foresight, "walk", lambda losses, walk=foresight.walk: walked.append(losses) or walk(losses))
+    return walked
 
 
 @pytest.mark.parametrize("retain_graph", [False, True])
@@ -103,7 +103,7 @@ def test_a_graph_is_walked_once(retain_graph: bool, walks: list[Tensor]):
             assert not walks
 
 
-def test_a_frozen_parameter_is_a_reason_to_look_again(walks: list[Tensor]):
+def test_freezing_a_parameter_walks_the_graph_again(walks: list[Tensor]):
     model = Tower()
     engine = Engine(model)
     for step in range(6):
@@ -116,7 +116,7 @@ def test_a_frozen_parameter_is_a_reason_to_look_again(walks: list[Tensor]):
 
 
 @pytest.mark.parametrize("ids", SEGMENTS.values(), ids=SEGMENTS)
-def test_layers_wait_again_without_a_decision(ids: Tensor | None, monkeypatch):
+def test_a_repeated_step_decides_nothing_again(ids: Tensor | None, monkeypatch):
     """Until a parameter is used twice, frozen or of another shape, or the objectives change."""
     decided = []
 

@@ -21,7 +21,7 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
 def _method(kind: str, **settings: Any) -> Callable[[], peft.PeftConfig]:
-    """Returns a function that builds a PEFT type's config; `target_modules` are `TARGETS` unless None."""
+    """Return a function that builds a PEFT type's config; `target_modules` are `TARGETS` unless None."""
     config = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]
     if "target_modules" in config.__dataclass_fields__ and "target_parameters" not in settings:
         settings = {"target_modules": TARGETS, **settings}
@@ -92,7 +92,7 @@ METHODS: dict[str, Callable[[], peft.PeftConfig]] = {
 
 
 def tuned(method: str, tied: bool, seed: int = 0) -> PeftModel:
-    """Builds a small Llama with this method's adapters, in float64 and evaluation mode."""
+    """Build a small Llama with this method's adapters, in float64 and evaluation mode."""
     base = tiny_llama(seed, tie_word_embeddings=tied).float()  # Some methods start from decompositions in float32.
     torch.manual_seed(seed)
     with warnings.catch_warnings():
@@ -101,7 +101,7 @@ def tuned(method: str, tied: bool, seed: int = 0) -> PeftModel:
 
 
 def extra_inputs(method: str, batch: int) -> dict[str, torch.Tensor]:
-    """Returns further inputs that some methods need for each instance."""
+    """Return further inputs that some methods need for each instance."""
     if method in ("multitask-prompt", "poly"):
         return {"task_ids": torch.arange(batch) % 2}
     return {}

@@ -98,14 +98,14 @@ class Head:
         return config
 
     def build(self, seed: int = 0) -> nn.Module:
-        """Builds the model in float64, in evaluation mode: without dropout, since the oracle repeats forwards."""
+        """Build the model in float64, in evaluation mode: without dropout, since the oracle repeats forwards."""
         name = HEADS[self.kind][self.family]
         torch.manual_seed(seed)
         model = getattr(transformers, name if isinstance(name, str) else name[0])(self.config())
         return model.double().eval()
 
     def inputs(self, batch: int, length: int, seed: int = 0) -> dict[str, Tensor]:
-        """Returns a batch's keyword inputs."""
+        """Return a batch's keyword inputs."""
         generator = torch.Generator().manual_seed(seed)
         if self.kind == "image":
             return {"pixel_values": torch.randn(batch, 3, 32, 32, generator=generator, dtype=torch.float64)}
@@ -119,7 +119,7 @@ class Head:
 
 
 def instance_losses(output: Any, columns: int | None = None) -> Tensor:
-    """Computes one loss per instance [B] from all numbers that the model outputs for it; or [B, columns] losses.
+    """Compute one loss per instance [B] from all numbers that the model outputs for it; or [B, columns] losses.
 
     It is a squared distance to fixed targets, which no final norm makes constant.
     """
@@ -138,7 +138,7 @@ def _state(head: Head) -> tuple[nn.Module, dict[str, Tensor]]:
 
 
 def model_of(head: Head) -> nn.Module:
-    """Returns the head's model with its initial weights; built once for consecutive tests."""
+    """Return the head's model with its initial weights; built once for consecutive tests."""
     model, state = _state(head)
     model.load_state_dict(state)
     model.zero_grad()
@@ -146,7 +146,7 @@ def model_of(head: Head) -> nn.Module:
 
 
 def losses_of(model: nn.Module, head: Head, shapes: list[tuple[int, int]]) -> Callable[[int], Tensor]:
-    """Computes the losses of a step, on a new batch of the step's shape."""
+    """Compute the losses of a step, on a new batch of the step's shape."""
 
     def losses(step: int) -> Tensor:
         batch, length = shapes[step]

@@ -31,7 +31,7 @@ REWARD = {"jd_objectives": "reward"}
 
 
 def trained(cls, config, directory, rewards, **flags):
-    """Trains for 2 updates or more, with plain gradient descent."""
+    """Train for 2 updates or more, with plain gradient descent."""
     set_seed(0)
     args = arguments(directory, config, **{**DESCENT, **GENERATED, **flags})
     trainer = cls(model=lora(), args=args, train_dataset=PROMPTS, processing_class=TOKENIZER, reward_funcs=rewards)
@@ -55,7 +55,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_one_reward_is_trls_own_trainer(name, tmp_path):
+def test_one_reward_equals_trls_trainer(name, tmp_path):
     cls, config, stock, stock_config, flags = CASES[name]
     theirs = trained(stock, stock_config, tmp_path, [by_position], **flags)
     ours = trained(cls, config, tmp_path, [by_position], **flags, **REWARD)
@@ -64,7 +64,7 @@ def test_one_reward_is_trls_own_trainer(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["GRPO-off-policy", "RLOO"])
-def test_the_mean_of_groups_of_prompts_is_trls_own_trainer(name, tmp_path):
+def test_the_mean_of_prompt_groups_equals_trls_trainer(name, tmp_path):
     cls, config, stock, stock_config, flags = CASES[name]
     theirs = trained(stock, stock_config, tmp_path, [by_length, by_position], **flags)
     ours = trained(cls, config, tmp_path, [by_length, by_position], **flags, **GROUP, jd_weighting="mean")
@@ -92,7 +92,7 @@ class Summed(GRPOTrainer):
 
 
 @pytest.mark.parametrize("every", [1, 2])
-def test_the_mean_of_rewards_is_their_normalised_sum(every, tmp_path):
+def test_the_mean_of_rewards_equals_their_normalised_sum(every, tmp_path):
     flags = {"multi_objective_aggregation": "normalize_then_sum", "reward_weights": [1.0, 0.5], "beta": 0.1}
     rewards = [by_length, by_position]
     theirs = trained(Summed, GRPOConfig, tmp_path, rewards, **flags)
@@ -105,7 +105,7 @@ def test_the_mean_of_rewards_is_their_normalised_sum(every, tmp_path):
     assert {"jd/weight/by_length", "jd/grad_norm/by_position", "jd/cosine/by_length/by_position"} <= logged[0].keys()
 
 
-def test_last_weights_are_taken_between_updates_that_are_measured(tmp_path):
+def test_unmeasured_updates_use_the_last_weights(tmp_path):
     flags = {**OFF_POLICY, **REWARD, "jd_weighting": "mgda", "jd_every": 2}
     trainer = trained(JDGRPOTrainer, JDGRPOConfig, tmp_path, [by_length, by_position], **flags)
     assert set(trainer.jd_control.last) == {"by_length", "by_position"}
@@ -132,7 +132,7 @@ def test_rewards_are_the_same_over_micro_batches(tmp_path):
     assert relative(flat(parts.model), flat(whole.model)) < 1e-5
 
 
-def test_a_trainer_without_rewards_says_so(tmp_path):
+def test_a_trainer_without_rewards_is_refused(tmp_path):
     from tests.invariant.test_trl_trainers import CASES as TRLS
     from tests.invariant.test_trl_trainers import trained as trained_by_mixin
 

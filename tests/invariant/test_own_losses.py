@@ -50,7 +50,7 @@ def watched(case, directory, cls: type | None = None, **flags) -> tuple[Trainer,
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
-    """Trains a case with the stock Trainer; each configuration once."""
+    """Train a case with the stock Trainer; each configuration once."""
     trained_already: dict[str, Trainer] = {}
 
     def train(name: str, **flags) -> Trainer:
@@ -69,7 +69,7 @@ def ours(name: str, directory, cls: type | None = None, **flags) -> tuple[Traine
 
 
 def measured(trainer: Trainer) -> list[dict[str, float]]:
-    """Returns the logs, without times."""
+    """Return the logs, without times."""
     clock = ("runtime", "per_second")
     return [{k: v for k, v in entry.items() if not k.endswith(clock)} for entry in trainer.state.log_history]
 
@@ -87,7 +87,7 @@ def moved(trainer: Trainer, build) -> float:
 
 
 @pytest.mark.parametrize(("name", "kind"), in_turn(CASES, {kind: kind for kind in KINDS}))
-def test_mean_is_the_stock_trainer(name, kind, stock, tmp_path):
+def test_mean_equals_stock_trainer(name, kind, stock, tmp_path):
     theirs = stock(name)
     flags, expected = KINDS[kind]
     trainer, objectives = ours(name, tmp_path, **flags)
@@ -99,7 +99,7 @@ def test_mean_is_the_stock_trainer(name, kind, stock, tmp_path):
 
 
 @needs("transformers", "5.2", "train_sampling_strategy")
-def test_instances_without_a_part_in_the_loss_are_no_objectives(tmp_path):
+def test_instances_outside_the_loss_are_no_objectives(tmp_path):
     args = {"train_sampling_strategy": "sequential"}
     objectives = ours("some-only", tmp_path, **args)[1]
     labels = [example["labels"] for example in CASES["some-only"].examples(EXAMPLES)]
@@ -123,7 +123,7 @@ def test_instances_without_a_part_in_the_loss_are_no_objectives(tmp_path):
     ],
     ids=lambda flags: next(iter(flags)),
 )
-def test_mean_is_the_stock_trainer_with_flags(flags, kind, stock, tmp_path):
+def test_mean_equals_stock_trainer_with_flags(flags, kind, stock, tmp_path):
     trainer, _ = ours("next-tokens", tmp_path, **flags, **KINDS[kind][0])
     assert_same(trainer, stock("next-tokens", **flags))
 
@@ -131,13 +131,13 @@ def test_mean_is_the_stock_trainer_with_flags(flags, kind, stock, tmp_path):
 @pytest.mark.parametrize("kind", [slow("instance"), "group", slow("batch")])
 @pytest.mark.parametrize("flags", [{"jd_scope": "micro_batch"}, {"jd_keep_rows": "false"}], ids=str)
 @pytest.mark.parametrize("name", ["focal", "penalised", "next-tokens-full"])
-def test_mean_is_the_stock_trainer_however_rows_are_kept(name, flags, kind, stock, tmp_path):
+def test_mean_equals_stock_trainer_however_rows_are_stored(name, flags, kind, stock, tmp_path):
     trainer, _ = ours(name, tmp_path, **flags, **KINDS[kind][0])
     assert_same(trainer, stock(name))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_mean_is_the_stock_trainer_in_bfloat16(kind, stock, tmp_path):
+def test_mean_equals_stock_trainer_in_bfloat16(kind, stock, tmp_path):
     exact = CASES["next-tokens"]
     case = exact._replace(build=lambda: exact.build().float())
     theirs, _ = watched(case, tmp_path, trainer_of(case.loss), bf16=True)
@@ -165,7 +165,7 @@ class OnTop(JDTrainer):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("cls", "name"), [(Mine, "focal"), (OnTop, "super")])
-def test_a_subclass_of_jdtrainer_is_its_own_loss(cls, name, kind, stock, tmp_path):
+def test_a_subclass_of_jdtrainer_may_compute_its_loss(cls, name, kind, stock, tmp_path):
     trainer, objectives = ours(name, tmp_path, cls, **KINDS[kind][0])
     assert_same(trainer, stock(name))
     assert objectives == KINDS[kind][1]
@@ -186,7 +186,7 @@ def test_compute_loss_may_be_set_on_the_trainer(kind, stock, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_training_step_of_ones_own_is_run(kind, stock, tmp_path):
+def test_a_custom_training_step_runs(kind, stock, tmp_path):
     class Counts(trainer_of(CASES["focal"].loss)):
         def training_step(self, *args, **kwargs):
             self.steps = getattr(self, "steps", 0) + 1
@@ -201,7 +201,7 @@ def test_a_training_step_of_ones_own_is_run(kind, stock, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_evaluation_is_the_stock_trainers(kind, tmp_path):
+def test_evaluation_equals_stock_trainer(kind, tmp_path):
     case, flags = CASES["focal"], {"eval_strategy": "steps", "eval_steps": 2, "optim": "sgd", "max_steps": 4}
 
     def run(cls, **own):
@@ -218,7 +218,7 @@ def test_evaluation_is_the_stock_trainers(kind, tmp_path):
         assert {key: our[key] for key in their} == pytest.approx(their, rel=1e-6)
 
 
-def test_another_weighting_is_another_step(stock, tmp_path):
+def test_another_weighting_takes_another_step(stock, tmp_path):
     trainer, _ = ours("contrastive", tmp_path, jd_weighting="upgrad")
     assert relative(flat(trainer.model), flat(stock("contrastive").model)) > 1e-6
     assert isinstance(trainer.model, nn.Module)

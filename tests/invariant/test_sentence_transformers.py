@@ -23,7 +23,7 @@ TOKENIZER = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "examples"
 
 @pytest.fixture(scope="session")
 def path(tmp_path_factory):
-    """Saves a tiny float64 BERT, without dropout."""
+    """Save a tiny float64 BERT, without dropout."""
     directory = tmp_path_factory.mktemp("encoder")
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -81,7 +81,7 @@ def trainer_of(name, path, directory, ours, weighting=None, **flags):
 
 
 @pytest.mark.parametrize(("name", "kind"), CHOICES)
-def test_mean_is_their_own_trainer(name, kind, path, tmp_path):
+def test_mean_equals_the_stock_trainer(name, kind, path, tmp_path):
     theirs = trainer_of(name, path, tmp_path, ours=False)
     theirs.train()
     ours = trainer_of(name, path, tmp_path, ours=True, jd_weighting="mean", jd_objectives=kind)
@@ -95,7 +95,7 @@ def test_mean_is_their_own_trainer(name, kind, path, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["two", "two-losses"])
-def test_rows_of_two_datasets_are_those_of_brute_force(name, path, tmp_path):
+def test_rows_of_two_datasets_equal_brute_force(name, path, tmp_path):
     found = []
     trainer = trainer_of(
         name,
@@ -131,7 +131,7 @@ def test_rows_of_two_datasets_are_those_of_brute_force(name, path, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["instance", "group"])
-def test_cached_losses_are_refused_and_run_by_batch(kind, path, tmp_path, monkeypatch):
+def test_cached_losses_need_batches_as_objectives(kind, path, tmp_path, monkeypatch):
     cached = (losses.CachedMultipleNegativesRankingLoss, {"pairs": PAIRS, "triplets": TRIPLETS})
     monkeypatch.setitem(CASES, "cached", cached)
     with pytest.raises(ValueError, match="Choose --jd_objectives batch|choose --jd_objectives batch"):
@@ -144,11 +144,11 @@ def test_cached_losses_are_refused_and_run_by_batch(kind, path, tmp_path, monkey
     assert len(ours.jd_state.names) == 3
 
 
-def test_one_dataset_has_no_groups_without_a_column(path, tmp_path):
+def test_one_dataset_needs_a_group_column(path, tmp_path):
     with pytest.raises(ValueError, match="there is only one dataset: give a dict of datasets, or choose the column"):
         trainer_of("mnrl", path, tmp_path, ours=True, jd_objectives="group")
 
 
-def test_arguments_without_the_flags_are_told(path, tmp_path):
+def test_arguments_without_the_flags_are_refused(path, tmp_path):
     with pytest.raises(ValueError, match="JDSentenceTransformerTrainingArguments"):
         JDSentenceTransformerTrainer(encoder(path), SentenceTransformerTrainingArguments(str(tmp_path)), PAIRS)

@@ -38,7 +38,7 @@ CASES = 6
 
 
 def settings_of(name: str, case: int) -> dict:
-    """Returns the settings of a task's run.
+    """Return the settings of a task's run.
 
     Each setting has its second value in three of the first five runs, a different three for each setting: any two
     settings share a run with both second values, each has a run without the other's, and the last run has none. Which
@@ -52,13 +52,13 @@ def settings_of(name: str, case: int) -> dict:
     }
 
 
-def met(names, strength: int) -> set:
-    """Returns the values of `strength` settings together that some run of these tasks has."""
+def covered(names, strength: int) -> set:
+    """Return the values of `strength` settings together that some run of these tasks has."""
     runs = [settings_of(name, case) for name in names for case in range(CASES)]
     return {values for run in runs for values in combinations(run.items(), strength)}
 
 
-def test_the_runs_of_a_task_meet_every_two_values_and_those_of_all_every_three():
+def test_the_runs_cover_all_pairs_per_task_and_all_triples_overall():
     for strength, sets in ((2, [[name] for name in TABLE]), (3, [list(TABLE)])):
         every = {
             tuple(zip(chosen, values, strict=True))
@@ -66,11 +66,11 @@ def test_the_runs_of_a_task_meet_every_two_values_and_those_of_all_every_three()
             for values in product(*(SETTINGS[setting] for setting in chosen))
         }
         for names in sets:
-            assert met(names, strength) == every
+            assert covered(names, strength) == every
 
 
 @pytest.mark.parametrize("name, case", in_turn(TABLE, {str(case): case for case in range(CASES)}))
-def test_mean_is_trainer(name, case, tmp_path):
+def test_mean_equals_trainer_for_every_task(name, case, tmp_path):
     task, flags = TABLE[name], settings_of(name, case)
     kind, adapted, accumulation = (flags.pop(key) for key in ("kind", "adapted", "accumulation"))
     # Before transformers 5.15, the label smoother ignores the number of items.
@@ -98,7 +98,7 @@ def batches_of(accumulation):
 
 
 def shifting(model):
-    """Returns a collator; with label smoothing, Trainer removes the labels, and the collator has to shift them."""
+    """Return a collator; with label smoothing, Trainer removes the labels, and the collator has to shift them."""
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
 
     def with_decoder_inputs(batch):
@@ -117,7 +117,7 @@ def stock_run(task, adapted, data, directory, **flags):
 
 @needs("transformers", "5.19", "loss_is_scaled_for_ga")
 @pytest.mark.parametrize("name", [name for name in TABLE if TABLE[name].normalises != "items"])
-def test_mean_is_a_trainer_that_is_told_to_average_the_micro_batches(name, tmp_path, monkeypatch):
+def test_mean_equals_a_trainer_told_to_average_micro_batches(name, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "loss_is_scaled_for_ga", False)
     task, data = TABLE[name], examples_of(TABLE[name], 14)
     flags = {"max_steps": 2, "optim": "sgd", "per_device_train_batch_size": 3, "gradient_accumulation_steps": 3}

@@ -23,7 +23,7 @@ KINDS = {"instance": {"jd_objectives": "instance"}, "group": {"jd_objectives": "
 
 @pytest.fixture
 def jacobians(monkeypatch):
-    """Counts the computed Jacobians: a mean that takes a short cut would prove nothing."""
+    """Count the computed Jacobians: a mean that takes a short cut would prove nothing."""
     seen = []
     compute = Engine.compute_jacobian
     monkeypatch.setattr(Engine, "compute_jacobian", lambda *a, **k: seen.append(compute(*a, **k)) or seen[-1])
@@ -33,7 +33,7 @@ def jacobians(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_mean_is_trainer(name, accumulation, kind, tmp_path, jacobians):
+def test_mean_equals_trainer(name, accumulation, kind, tmp_path, jacobians):
     # Seven batches per epoch: with accumulation 3, every third update has only one micro-batch.
     flags = {"gradient_accumulation_steps": accumulation, "max_steps": 20, "max_grad_norm": 1e9, "weight_decay": 0.1}
     # Initial weights differ between releases.
@@ -71,11 +71,11 @@ def test_mean_is_trainer(name, accumulation, kind, tmp_path, jacobians):
     ],
     ids=lambda flags: next(iter(flags)),
 )
-def test_mean_is_trainer_with_flags(flags, kind, tmp_path):
+def test_mean_equals_trainer_with_flags(flags, kind, tmp_path):
     flags = {"gradient_accumulation_steps": 3, "max_steps": 6, **flags}
-    own = {key: flags.pop(key) for key in list(flags) if key.startswith("jd_")}
+    jd_flags = {key: flags.pop(key) for key in list(flags) if key.startswith("jd_")}
     theirs = stock(lora("gpt2"), tmp_path, **flags)
-    ours = run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", **flags, **own, **KINDS[kind]))
+    ours = run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", **flags, **jd_flags, **KINDS[kind]))
     # Trainer's label smoother divides in float32, in a different order.
     tolerance = 1e-6 if "label_smoothing_factor" in flags else 1e-10
     assert relative(flat(ours.model), flat(theirs.model)) < tolerance
@@ -84,7 +84,7 @@ def test_mean_is_trainer_with_flags(flags, kind, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*further passes now")  # GPT-2's positions: [1, T]
 @pytest.mark.parametrize("kind", KINDS)
-def test_mean_is_trainer_for_a_fully_trained_model_with_dropout(kind, tmp_path):
+def test_mean_equals_trainer_in_full_fine_tuning_with_dropout(kind, tmp_path):
     flags = {"gradient_accumulation_steps": 2, "max_steps": 6}
     theirs = stock(tiny_gpt2(dropout=0.2), tmp_path, **flags)
     ours = run(tiny_gpt2(dropout=0.2), arguments(tmp_path, jd_weighting="mean", **flags, **KINDS[kind]))
@@ -93,7 +93,7 @@ def test_mean_is_trainer_for_a_fully_trained_model_with_dropout(kind, tmp_path):
 
 @pytest.mark.parametrize("scope", ["global", "micro_batch"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_mean_is_trainer_where_the_model_takes_no_token_count(kind, scope, tmp_path, monkeypatch):
+def test_mean_equals_trainer_if_the_model_takes_no_token_count(kind, scope, tmp_path, monkeypatch):
     # Trainer then averages the means of the micro-batches, whatever their numbers of tokens.
     monkeypatch.setattr("transformers.GPT2LMHeadModel.accepts_loss_kwargs", False, raising=False)
     flags = {"gradient_accumulation_steps": 3, "max_steps": 6}
@@ -105,7 +105,7 @@ def test_mean_is_trainer_where_the_model_takes_no_token_count(kind, scope, tmp_p
 
 
 def means(model, inputs, divide_by=None):
-    """Averages each instance's squared logits over its length; returns these, or their sum over a number."""
+    """Average each instance's squared logits over its length; return these, or their sum over a number."""
     logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
     losses = (logits.square().mean(-1) * inputs["attention_mask"]).sum(1) / inputs["attention_mask"].sum(1)
     return losses if divide_by is None else losses.sum() / divide_by
@@ -145,7 +145,7 @@ class OurShares(OurMeans):
 @pytest.mark.parametrize("accepts", [slow(True), False])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("theirs", "ours"), [(TheirMeans, OurMeans), (TheirShares, OurShares)])
-def test_mean_is_a_trainer_that_says_how_its_loss_is_scaled(theirs, ours, kind, accepts, tmp_path, monkeypatch):
+def test_mean_equals_a_trainer_that_sets_its_loss_scale(theirs, ours, kind, accepts, tmp_path, monkeypatch):
     # 13 examples: the last update of an epoch has micro-batches of 2, 2, 2 and 1, or only of 1.
     monkeypatch.setattr("transformers.GPT2LMHeadModel.accepts_loss_kwargs", accepts, raising=False)
     flags = {"gradient_accumulation_steps": 4, "max_steps": 6}
@@ -156,7 +156,7 @@ def test_mean_is_a_trainer_that_says_how_its_loss_is_scaled(theirs, ours, kind, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_mean_is_trainer_in_bfloat16(kind, tmp_path):
+def test_mean_equals_trainer_in_bfloat16(kind, tmp_path):
     theirs = stock(lora("llama").float(), tmp_path, bf16=True)
     ours = run(lora("llama").float(), arguments(tmp_path, jd_weighting="mean", bf16=True, **KINDS[kind]))
     assert relative(flat(ours.model), flat(theirs.model)) < 1e-3
@@ -170,7 +170,7 @@ class Stream(torch.utils.data.IterableDataset):
         return iter(examples(5))
 
 
-def test_mean_is_trainer_when_a_stream_ends_in_mid_accumulation(tmp_path):
+def test_mean_equals_trainer_if_a_stream_ends_during_accumulation(tmp_path):
     flags = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1, "max_steps": 5}
     theirs = stock(lora("gpt2"), tmp_path, Stream(), **flags)
     ours = run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", **flags), Stream())
@@ -178,7 +178,7 @@ def test_mean_is_trainer_when_a_stream_ends_in_mid_accumulation(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_upgrad_without_conflict_is_trainer(kind, tmp_path):
+def test_upgrad_without_conflict_equals_trainer(kind, tmp_path):
     # All examples repeat the same few tokens, so no two of them conflict.
     data = [
         {"input_ids": [5, 6] * n, "attention_mask": [1] * 2 * n, "labels": [5, 6] * n, "task": "abc"[n % 3]}
@@ -192,7 +192,7 @@ def test_upgrad_without_conflict_is_trainer(kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_upgrad_with_conflicts_is_not_trainer(kind, tmp_path):
+def test_upgrad_with_conflicts_differs_from_trainer(kind, tmp_path):
     theirs = stock(lora("gpt2"), tmp_path)
     ours = run(lora("gpt2"), arguments(tmp_path, **KINDS[kind]))
     assert logged(ours, "jd/conflicts").max() > 0
@@ -202,7 +202,7 @@ def test_upgrad_with_conflicts_is_not_trainer(kind, tmp_path):
 @pytest.mark.parametrize("reduction", ["share", "mean"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("weighting", ["upgrad", slow("mgda")])
-def test_one_big_batch_is_its_accumulation(weighting, kind, reduction, tmp_path):
+def test_one_big_batch_equals_its_accumulation(weighting, kind, reduction, tmp_path):
     data = examples(13, unlabelled=(4,))
     runs = []
     for size, accumulation in ((6, 1), (2, 3), (1, 6)):
@@ -223,7 +223,7 @@ def test_one_big_batch_is_its_accumulation(weighting, kind, reduction, tmp_path)
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_one_pass_is_two_passes_with_dropout(accumulation, kind, tmp_path):
+def test_one_pass_equals_two_passes_with_dropout(accumulation, kind, tmp_path):
     data = examples(14, unlabelled=(3,))
     models = []
     for backward in ("one_pass", "two_pass"):

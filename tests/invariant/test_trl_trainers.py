@@ -92,7 +92,7 @@ def by_length(completions: list[str], **columns: Any) -> list[float]:
 
 
 def by_position(completions: list[str], **columns: Any) -> list[float]:
-    """Gives a prompt's completions different rewards, since a completion with an advantage of 0 is no objective."""
+    """Give a prompt's completions different rewards, since a completion with an advantage of 0 is no objective."""
     return [100.0 * (i % 5) for i in range(len(completions))]
 
 
@@ -179,7 +179,7 @@ def trained(case: Case, directory: Path, ours: bool, **flags: Any) -> tuple[Any,
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory):
-    """Trains a case with TRL's own trainer, once."""
+    """Train a case with TRL's own trainer, once."""
     runs: dict[str, Any] = {}
 
     def train(name: str) -> Any:
@@ -191,7 +191,7 @@ def stock(tmp_path_factory):
 
 
 def measured(trainer: Any) -> list[dict[str, Any]]:
-    """Returns the logs, without times."""
+    """Return the logs, without times."""
     return [
         {key: value for key, value in entry.items() if "time" not in key and not key.endswith("per_second")}
         for entry in trainer.state.log_history
@@ -199,7 +199,7 @@ def measured(trainer: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("name", "kind"), CHOICES)
-def test_mean_is_trls_own_trainer(name, kind, stock, tmp_path):
+def test_mean_equals_trls_trainer(name, kind, stock, tmp_path):
     case, theirs = CASES[name], stock(name)
     ours, objectives = trained(case, tmp_path, ours=True, **KINDS[kind])
     assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
@@ -218,13 +218,13 @@ def test_mean_is_trls_own_trainer(name, kind, stock, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [GROUP, {"jd_group_column": "task"}], ids=["group", "grouped"])
-def test_batches_that_are_lists_have_no_groups(flags, tmp_path):
+def test_list_batches_have_no_groups(flags, tmp_path):
     with pytest.raises(ValueError, match="returned a list, which can't hold the group ids of --jd_group_column"):
         trained(CASES["GRPO"], tmp_path, ours=True, **flags)
 
 
 @pytest.mark.parametrize("name", ["GRPO", "DPO", "Reward"])
-def test_evaluation_is_trls_own(name, tmp_path):
+def test_evaluation_equals_trls(name, tmp_path):
     case = CASES[name]
     settings = {**case.settings, "eval_dataset": case.data}
     case = case._replace(settings=settings, flags={**case.flags, "eval_strategy": "steps", "eval_steps": 1})

@@ -24,15 +24,15 @@ SCHEDULES = {
 
 
 def both(directory, kind="instance", settings=dict, **flags):
-    """Returns Trainer and JDTrainer after the same run; `settings` builds the arguments that aren't flags."""
+    """Return Trainer and JDTrainer after the same run; `settings` builds the arguments that aren't flags."""
     flags = {"max_steps": 6, "gradient_accumulation_steps": 2, **flags}
-    found = []
-    for cls, own in ((TrainingArguments, {}), (None, {"jd_weighting": "mean", **KINDS[kind]})):
-        args = arguments(directory / str(len(found)), *filter(None, [cls]), **flags, **own)
+    trainers = []
+    for cls, jd_flags in ((TrainingArguments, {}), (None, {"jd_weighting": "mean", **KINDS[kind]})):
+        args = arguments(directory / str(len(trainers)), *filter(None, [cls]), **flags, **jd_flags)
         model = lora("gpt2", warm=True)
         extra = settings(model) if settings is not dict else {}
-        found.append(run(model, args, eval_dataset=examples(4, seed=1), **extra))
-    return found
+        trainers.append(run(model, args, eval_dataset=examples(4, seed=1), **extra))
+    return trainers
 
 
 def are_alike(theirs, ours, tolerance=1e-10):
@@ -43,18 +43,18 @@ def are_alike(theirs, ours, tolerance=1e-10):
 
 
 @pytest.mark.parametrize("schedule", [s.value if s.value in SCHEDULES else slow(s.value) for s in SchedulerType])
-def test_schedules(schedule, tmp_path):
+def test_mean_equals_trainer_for_each_schedule(schedule, tmp_path):
     are_alike(*both(tmp_path, lr_scheduler_type=schedule, warmup_steps=2, **SCHEDULES.get(schedule, {})))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_torch", "sgd", "adagrad", "rmsprop", "adafactor"])
 @pytest.mark.parametrize("kind", ["instance", slow("group")])
-def test_optimizers(kind, optimizer, tmp_path):
+def test_mean_equals_trainer_for_each_optimizer(kind, optimizer, tmp_path):
     # Optimizers that divide by the size of a gradient amplify rounding errors.
     are_alike(*both(tmp_path, kind, optim=optimizer), tolerance=1e-8)
 
 
-def test_lora_plus(tmp_path):
+def test_mean_equals_trainer_with_lora_plus(tmp_path):
     def settings(model):
         optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=1e-2, loraplus_lr_ratio=8)
         return {"optimizers": (optimizer, None)}
@@ -78,7 +78,7 @@ class TwoModes(torch.optim.SGD):
         return super().step(closure)
 
 
-def test_schedule_free(tmp_path):
+def test_mean_equals_trainer_with_a_schedule_free_optimizer(tmp_path):
     def settings(model):
         return {"optimizers": (TwoModes([p for p in model.parameters() if p.requires_grad], lr=0.1), None)}
 
@@ -107,7 +107,7 @@ def test_schedule_free(tmp_path):
     ids=lambda flags: next(iter(flags)),
 )
 @pytest.mark.parametrize("kind", [slow("instance"), "group"])
-def test_flags(kind, flags, tmp_path):
+def test_mean_equals_trainer_for_each_flag(kind, flags, tmp_path):
     theirs, ours = both(tmp_path, kind, learning_rate=0.1, **flags)
     are_alike(theirs, ours, 1e-8)
     assert ours.state.num_input_tokens_seen == theirs.state.num_input_tokens_seen
@@ -117,7 +117,7 @@ def test_flags(kind, flags, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [slow("instance"), "group"])
-def test_a_batch_that_is_too_big_is_made_smaller(kind, tmp_path):
+def test_a_batch_that_is_too_large_is_made_smaller(kind, tmp_path):
     def settings(model):
         def full(module, args, kwargs):
             if len(kwargs["input_ids"]) > 2:
@@ -132,7 +132,7 @@ def test_a_batch_that_is_too_big_is_made_smaller(kind, tmp_path):
     assert ours._train_batch_size == theirs._train_batch_size < 4
 
 
-def test_callbacks_are_called_alike(tmp_path):
+def test_callbacks_are_called_as_by_trainer(tmp_path):
     class Calls(TrainerCallback):
         def __init__(self):
             self.names = []
@@ -168,7 +168,7 @@ def test_inputs_are_prepared_by_trainer(tmp_path, monkeypatch):
     assert all(batch["input_ids"].max() < 37 and "labels" in batch for batch in batches), "batches are left as they are"
 
 
-def test_dropout_goes_on_after_an_evaluation(tmp_path):
+def test_dropout_continues_after_an_evaluation(tmp_path):
     flags = {"eval_strategy": "steps", "eval_steps": 2}
     theirs, ours = (
         run(lora("gpt2", dropout=0.2), args, eval_dataset=examples(4, seed=1))
@@ -182,7 +182,7 @@ def test_dropout_goes_on_after_an_evaluation(tmp_path):
 
 
 @pytest.mark.parametrize("every", [1, 2])
-def test_the_devices_cache_is_cleared_as_often(every, tmp_path, monkeypatch):
+def test_the_device_cache_is_cleared_as_often(every, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr("transformers.trainer.clear_device_cache", lambda *args: calls.append(args))
     both(tmp_path, torch_empty_cache_steps=every)
@@ -191,7 +191,7 @@ def test_the_devices_cache_is_cleared_as_often(every, tmp_path, monkeypatch):
 
 
 def size(prediction, compute_result=True):
-    """A metric that depends on each logit, and on the other outputs."""
+    """Compute a metric that depends on each logit, and on the other outputs."""
     logits = torch.as_tensor(prediction.predictions)
     extra = [value for value in (prediction.inputs, prediction.losses) if value is not None]
     total = sum(torch.as_tensor(value).double().sum().item() for value in extra)
@@ -254,7 +254,7 @@ FEATURES = {
         for name in FEATURES
     ],
 )
-def test_features(feature, tmp_path):
+def test_mean_equals_trainer_for_each_feature(feature, tmp_path):
     flags, extra = FEATURES[feature]
     theirs, ours = both(tmp_path, "group", lambda model: extra, learning_rate=0.01, **flags)
     are_alike(theirs, ours, 1e-8)
@@ -266,14 +266,14 @@ def test_features(feature, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [{}, {"ignore_data_skip": True}], ids=["skipping", "not skipping"])
-def test_resuming_is_trainers(flags, tmp_path):
+def test_resuming_equals_trainer(flags, tmp_path):
     flags = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 3, **flags}
     both(tmp_path, max_steps=3, **flags)
     resumed = []
-    for folder, own in (("0", [TrainingArguments]), ("1", [])):
-        settings = {} if own else {"jd_weighting": "mean"}
-        args = arguments(tmp_path / folder, *own, max_steps=6, gradient_accumulation_steps=2, **flags, **settings)
-        trainer = (Trainer if own else JDTrainer)(
+    for folder, jd_flags in (("0", [TrainingArguments]), ("1", [])):
+        settings = {} if jd_flags else {"jd_weighting": "mean"}
+        args = arguments(tmp_path / folder, *jd_flags, max_steps=6, gradient_accumulation_steps=2, **flags, **settings)
+        trainer = (Trainer if jd_flags else JDTrainer)(
             lora("gpt2", warm=True), args, train_dataset=examples(), data_collator=collate
         )
         trainer.train(resume_from_checkpoint=True)

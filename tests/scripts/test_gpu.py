@@ -48,7 +48,7 @@ def test_costs_and_parity_in_miniature(gpu: ModuleType, tmp_path: Path, capsys: 
         assert line["tiny"]
 
 
-def test_a_run_goes_on_after_what_fails_and_ends_in_time(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_continues_after_a_failure_and_ends_in_time(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(setting: Any) -> dict[str, Any]:
         raise RuntimeError("CUDA error\nand more")
 

@@ -23,13 +23,13 @@ GENERATIONS = 4
 
 
 def model(full: bool = False) -> nn.Module:
-    """Builds a float64 GPT-2, with adapters or fully trainable."""
+    """Build a float64 GPT-2, with adapters or fully trainable."""
     base = tiny_gpt2(vocab_size=len(TOKENIZER), n_positions=64, pad_token_id=TOKENIZER.pad_token_id)
     return base if full else with_lora(base, warm=True)
 
 
 def rewards(count: int, missing: Sequence[tuple[int, int]] = ()) -> list[Callable[..., list[float | None]]]:
-    """Builds reward functions of different scales, deterministic per completion; None for the `missing` (k, i)."""
+    """Build reward functions of different scales, deterministic per completion; None for the `missing` (k, i)."""
 
     def make(k: int) -> Callable[..., list[float | None]]:
         def reward(completions: list[str], **columns: Any) -> list[float | None]:
@@ -126,7 +126,7 @@ class Policy(OneBatch):
         self.move(moved)
 
     def move(self, by: float) -> None:
-        """Moves the policy away from the one that generated, so that clipping and the KL divergence matter."""
+        """Move the policy away from the one that generated, so that clipping and the KL divergence matter."""
         if not by:
             return
         mask = self.inputs["completion_mask"]
@@ -145,7 +145,7 @@ class Policy(OneBatch):
         return self.trainer._get_per_token_logps_and_entropies(self.trainer.model, ids, mask, keep)[0]
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Returns each objective's share of the gradient [M, P], and the part that no weighting sees [P]."""
+        """Return each objective's share of the gradient [M, P], and the part that no weighting sees [P]."""
         rows, rest = super().rows()
         if len(rows) > 1:
             return rows, rest
@@ -153,12 +153,12 @@ class Policy(OneBatch):
         return self.step(None)[None] - rest, rest
 
     def gradient(self, advantages: Tensor) -> Tensor:
-        """Computes the gradient of TRL's own loss with these advantages [B], by plain autograd."""
+        """Compute the gradient of TRL's own loss with these advantages [B], by plain autograd."""
         loss = self.trainer._compute_loss(self.trainer.model, {**self.inputs, "advantages": advantages})
         gradients = torch.autograd.grad(loss, self.trainer.trainable(), allow_unused=True)
         return joined(gradients, self.trainer.trainable())
 
     def brute(self, advantages: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes each reward's share of the gradient [K, P] for advantages [B, K], and the remaining part [P]."""
+        """Compute each reward's share of the gradient [K, P] for advantages [B, K], and the remaining part [P]."""
         rest = self.gradient(torch.zeros_like(advantages[:, 0]))
         return torch.stack([self.gradient(column) for column in advantages.T]) - rest, rest

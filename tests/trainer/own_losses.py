@@ -24,7 +24,7 @@ OwnLoss = Callable[[Trainer, nn.Module, dict[str, Tensor], Any], Computed]
 
 
 def classifier(**config: Any) -> nn.Module:
-    """Builds a BERT with one layer; without dropout by default."""
+    """Build a BERT with one layer; without dropout by default."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "attn_implementation": "eager"}
@@ -69,12 +69,12 @@ class Towers(nn.Module):
         self.temperature = nn.Parameter(torch.tensor(0.5))
 
     def forward(self, input_ids: Tensor, passages: Tensor) -> dict[str, Tensor]:
-        found = {"queries": self.queries(input_ids).mean(1), "passages": self.passages(passages).mean(1)}
-        return {**found, "temperature": self.temperature.exp()}
+        embeddings = {"queries": self.queries(input_ids).mean(1), "passages": self.passages(passages).mean(1)}
+        return {**embeddings, "temperature": self.temperature.exp()}
 
 
 def towers() -> nn.Module:
-    """Builds `Towers` in float64."""
+    """Build `Towers` in float64."""
     torch.manual_seed(0)
     return Towers().double()
 
@@ -93,7 +93,7 @@ class Tempered(nn.Module):
 
 
 def trunk(returned: Callable[[Tensor, Tensor], Any]) -> Callable[[], nn.Module]:
-    """Returns a function that builds a `Trunk` in float64."""
+    """Return a function that builds a `Trunk` in float64."""
 
     def build() -> nn.Module:
         torch.manual_seed(0)
@@ -116,7 +116,7 @@ def focal(trainer, model, inputs, number):
 
 
 def weighted(trainer, model, inputs, number):
-    """The example in Trainer's documentation."""
+    """Compute the loss of the example in Trainer's documentation."""
     labels = inputs.pop("labels")
     outputs = model(**inputs)
     classes = torch.tensor([1.0, 2.0, 3.0], dtype=outputs.logits.dtype)
@@ -209,7 +209,7 @@ def theirs_doubled(trainer, model, inputs, number):
 
 
 def sign(trainer, model, inputs, number):
-    """Some instances contribute nothing."""
+    """Compute a loss to which some instances contribute nothing."""
     labels = inputs.pop("labels")
     outputs = model(**inputs)
     return (F.cross_entropy(outputs.logits, labels, reduction="none") * (labels != labels[0])).mean(), outputs
@@ -254,7 +254,7 @@ def of_model(trainer, model, inputs, number):
 
 
 def tied_head(trainer, model, inputs, number):
-    """Multiplies by the head's weight without calling its module, as fused losses do."""
+    """Multiply by the head's weight without calling its module, as fused losses do."""
     labels = inputs.pop("labels")
     outputs = model(**inputs, output_hidden_states=True)
     logits = outputs.hidden_states[-1][:, :-1] @ model.get_output_embeddings().weight.T
@@ -277,12 +277,12 @@ class Case(NamedTuple):
     text: bool = False
 
     def examples(self, n: int) -> list[dict[str, Any]]:
-        """Returns n examples, with the groups in turn."""
+        """Return n examples, with the groups in turn."""
         return runs.examples(n) if self.text else tasks.examples_of(tasks.TABLE["single-label"], n)
 
     @property
     def collate(self) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
-        """Collates some of them into a batch."""
+        """Collate some of them into a batch."""
         return runs.collate if self.text else tasks.collate
 
 
@@ -317,7 +317,7 @@ CASES = {
 
 
 def trainer_of(loss: OwnLoss, base: type = Trainer) -> type:
-    """Returns a subclass of a Trainer whose `compute_loss` is the given function."""
+    """Return a subclass of a Trainer whose `compute_loss` is the given function."""
 
     class Own(base):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -328,12 +328,12 @@ def trainer_of(loss: OwnLoss, base: type = Trainer) -> type:
 
 
 def ours_of(loss: OwnLoss, base: type = Trainer, **attributes: Any) -> type:
-    """Returns a class with the mixin to the left of such a trainer."""
+    """Return a class with the mixin to the left of such a trainer."""
     return type("Ours", (JDTrainerMixin, trainer_of(loss, base)), attributes)
 
 
 def prepared(case: Case, directory: Any, n: int, cls: type | None = None, data: Any = None, **flags: Any) -> Trainer:
-    """Returns a trainer of the case: by default, the mixin left of one with its loss, on n of its examples."""
+    """Return a trainer of the case: by default, the mixin left of one with its loss, on n of its examples."""
     cls = cls or ours_of(case.loss)
     args = arguments(directory, JDTrainingArguments if issubclass(cls, JDTrainerMixin) else TrainingArguments, **flags)
     data = case.examples(n) if data is None else data
@@ -341,7 +341,7 @@ def prepared(case: Case, directory: Any, n: int, cls: type | None = None, data: 
 
 
 def trained(case: Case, directory: Any, n: int, cls: type | None = None, data: Any = None, **flags: Any) -> Any:
-    """Returns the same trainer after its run."""
+    """Return the same trainer after its run."""
     trainer = prepared(case, directory, n, cls, data, **flags)
     trainer.train()
     return trainer

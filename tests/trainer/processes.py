@@ -48,7 +48,7 @@ class Recorded(JDTrainer):
 
 
 def stratified(directory: Path, resume: str | bool = False, **flags) -> Recorded:
-    """Trains with the stratified sampler."""
+    """Train with the stratified sampler."""
     settings = {"gradient_accumulation_steps": 3, "max_steps": 11, "jd_group_column": "task", "jd_objectives": "group"}
     args = arguments(directory, jd_sampler="stratified", **{**settings, **flags})
     trainer = Recorded(lora("gpt2", dropout=0.1), args, train_dataset=RARE, data_collator=collate)
@@ -74,7 +74,7 @@ class Several(Sequential):
 
 
 def train(directory: Path, batch_size: int, **flags) -> dict:
-    """Trains one configuration for ten steps; returns its parameters, losses, norms and metrics."""
+    """Train one configuration for ten steps; return its parameters, losses, norms and metrics."""
     args = arguments(
         directory,
         per_device_train_batch_size=batch_size,

@@ -28,7 +28,7 @@ MODELS = {"gpt2": tiny_gpt2, "llama": tiny_llama}
 
 
 def examples(n: int = 14, seed: int = 0, unlabelled: tuple[int, ...] = ()) -> list[dict[str, Any]]:
-    """Returns sequences of 4 to 9 tokens with labels of different lengths, the tasks in turn; some have no labels."""
+    """Return sequences of 4 to 9 tokens with labels of different lengths, the tasks in turn; some have no labels."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for i in range(n):
@@ -41,7 +41,7 @@ def examples(n: int = 14, seed: int = 0, unlabelled: tuple[int, ...] = ()) -> li
 
 
 def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Pads a batch to its longest sequence."""
+    """Pad a batch to its longest sequence."""
     length = max(len(example["input_ids"]) for example in batch)
     padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
     return {
@@ -52,7 +52,7 @@ def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def arguments(directory: Any, cls: type = JDTrainingArguments, **flags: Any) -> Any:
-    """Returns arguments for a short, quiet run on the CPU."""
+    """Return arguments for a short, quiet run on the CPU."""
     settings = {
         "use_cpu": True,
         "per_device_train_batch_size": 2,
@@ -72,7 +72,7 @@ def arguments(directory: Any, cls: type = JDTrainingArguments, **flags: Any) -> 
 
 
 def run(model: nn.Module, args: Any, data: Any = None, cls: type | None = None, **settings: Any) -> Trainer:
-    """Trains the model with JDTrainer or, for plain arguments, with Trainer."""
+    """Train the model with JDTrainer or, for plain arguments, with Trainer."""
     cls = cls or (JDTrainer if isinstance(args, JDTrainingArguments) else Trainer)
     data = examples() if data is None else data
     trainer = cls(model, args, train_dataset=data, **{"data_collator": collate, **settings})
@@ -83,33 +83,33 @@ def run(model: nn.Module, args: Any, data: Any = None, cls: type | None = None, 
 
 
 def stock(model: nn.Module, directory: Any, data: Any = None, **flags: Any) -> Trainer:
-    """Trains the model with Trainer itself."""
+    """Train the model with Trainer itself."""
     return run(model, arguments(directory, TrainingArguments, **flags), data)
 
 
 def joined(gradients: Sequence[Tensor | None], parameters: Iterable[Tensor]) -> Tensor:
-    """Returns gradients as one vector, with zeros for missing ones."""
+    """Return gradients as one vector, with zeros for missing ones."""
     pairs = zip(gradients, parameters, strict=True)
     return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in pairs])
 
 
 def flat(model: nn.Module) -> Tensor:
-    """Returns the trainable parameters as one vector."""
+    """Return the trainable parameters as one vector."""
     return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
 
 
 def relative(a: Tensor, b: Tensor) -> float:
-    """Computes |a - b| / |b|."""
+    """Compute |a - b| / |b|."""
     return ((a - b).norm() / b.norm()).item()
 
 
 def logged(trainer: Trainer, key: str) -> Tensor:
-    """Returns the values logged under a key, one per log."""
+    """Return the values logged under a key, one per log."""
     return torch.tensor([entry[key] for entry in trainer.state.log_history if key in entry], dtype=torch.float64)
 
 
 def lora(name: str, **settings: Any) -> nn.Module:
-    """Builds a tiny model with adapters, by the name of its architecture."""
+    """Build a tiny model with adapters, by the name of its architecture."""
     dropout = settings.pop("dropout", 0.0)
     model = tiny_gpt2(dropout=dropout) if name == "gpt2" else MODELS[name]()
     return with_lora(model, dropout=dropout, **settings)

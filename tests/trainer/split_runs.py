@@ -67,7 +67,7 @@ def by_row(instances: int) -> Owner:
 def brute(
     case: Case, model: nn.Module, batch: dict[str, Tensor], instances: int, owner: Owner | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Computes each instance's part of the gradient [B, P], and the part that bypasses the outputs [P], one by one."""
+    """Compute each instance's part of the gradient [B, P], and the part that bypasses the outputs [P], one by one."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     found = []
     for instance in range(-1, instances):
@@ -96,7 +96,7 @@ class OneBatch:
         return self.trainer.jd_state.gramian
 
     def step(self, weights: Tensor | None) -> Tensor:
-        """Returns the gradient if the objectives have these weights; a single objective always has weight 1."""
+        """Return the gradient if the objectives have these weights; a single objective always has weight 1."""
         self.weights = weights
         self.trainer.model.zero_grad()
         torch.manual_seed(0)
@@ -104,7 +104,7 @@ class OneBatch:
         return joined([p.grad for p in self.trainer.trainable()], self.trainer.trainable())
 
     def rows(self) -> tuple[Tensor, Tensor]:
-        """Returns each objective's share of the gradient [M, P], and the part that no weighting sees [P]."""
+        """Return each objective's share of the gradient [M, P], and the part that no weighting sees [P]."""
         rest = self.step(None)
         unit = torch.eye(len(self.gramian)).double()
         return torch.stack([self.step(weights) - rest for weights in unit]) / len(unit), rest
@@ -143,6 +143,6 @@ def assert_rows(recorded: Recorded, rows: Tensor, rest: Tensor | None = None, to
 
 
 def grouped(rows: Tensor, recorded: Recorded) -> Tensor:
-    """Sums the instances' rows by group."""
+    """Sum the instances' rows by group."""
     groups = recorded.batch["jd_group"]
     return torch.stack([rows[groups == k].sum(0) for k in groups.unique()])

@@ -25,7 +25,7 @@ STEPS = 20
 
 
 def train(directory: Path, kill_in_write: int | None = None) -> None:
-    """Trains with everything that has a state; may be killed while writing a checkpoint's k-th file."""
+    """Train with everything that has a state; may be killed while writing a checkpoint's k-th file."""
     warnings.filterwarnings("ignore")
     if kill_in_write is not None:
         die_writing(kill_in_write)
@@ -37,7 +37,7 @@ def train(directory: Path, kill_in_write: int | None = None) -> None:
 
 
 def die_writing(k: int) -> None:
-    """Truncates the k-th file of the third checkpoint in the middle, and kills the process."""
+    """Truncate the k-th file of the third checkpoint in the middle, and kill the process."""
     written = [0]
     save, save_json = torch.save, transformers.TrainerState.save_to_json
 
@@ -61,7 +61,7 @@ def die_writing(k: int) -> None:
 
 
 def run(directory: Path, files: int | None = None, kill_in_write: int | None = None) -> bool:
-    """Trains in a separate process, which is killed soon after writing some files; returns whether it finished."""
+    """Train in a separate process, which is killed soon after writing some files; return whether it finished."""
     directory.mkdir(exist_ok=True)
     child = os.fork()
     if child == 0:
@@ -79,12 +79,12 @@ def run(directory: Path, files: int | None = None, kill_in_write: int | None = N
 
 
 def wait(child: int) -> int:
-    """Waits for a process; returns its exit status."""
+    """Wait for a process; return its exit status."""
     return os.waitpid(child, 0)[1]
 
 
 def kill_soon(child: int, directory: Path, files: int) -> int:
-    """Kills a process at a random moment after it has written some more files; returns its exit status."""
+    """Kill a process at a random moment after it has written some more files; return its exit status."""
     before = count = len(list(directory.rglob("*")))
     while count < before + files:
         ended, status = os.waitpid(child, os.WNOHANG)
@@ -98,19 +98,19 @@ def kill_soon(child: int, directory: Path, files: int) -> int:
 
 
 def alike(a: Path, b: Path) -> bool:
-    """Whether two runs ended with the same parameters."""
+    """Return whether two runs ended with the same parameters."""
     return torch.equal(torch.load(a / "parameters.pt"), torch.load(b / "parameters.pt"))
 
 
 if __name__ == "__main__":
     root = Path(sys.argv[1])
-    found: dict[str, object] = {"whole": run(root / "whole")}
+    results: dict[str, object] = {"whole": run(root / "whole")}
     files = [random.randint(1, 15) for _ in range(5)]
-    found["killed"] = [not run(root / "random", n) for n in files]
-    found["random"] = run(root / "random") and alike(root / "random", root / "whole")
+    results["killed"] = [not run(root / "random", n) for n in files]
+    results["random"] = run(root / "random") and alike(root / "random", root / "whole")
     # The order of the third checkpoint's files: arguments, optimizer, scheduler, weighting, random numbers, state.
     for k in range(1, 7):
         name = f"write-{k}"
         killed = not run(root / name, kill_in_write=k)
-        found[name] = killed and run(root / name) and alike(root / name, root / "whole")
-    print(json.dumps({"files": files, **found}))
+        results[name] = killed and run(root / name) and alike(root / name, root / "whole")
+    print(json.dumps({"files": files, **results}))

@@ -88,9 +88,9 @@ def _ids(g: torch.Generator, n: int, high: int = VOCABULARY) -> list[int]:
 
 
 def _some(g: torch.Generator, labels: list[int]) -> list[int]:
-    """Keeps some of the labels, including the first; sets the others to -100."""
-    kept = torch.rand(len(labels), generator=g) < 0.5
-    return [label if i == 0 or kept[i] else -100 for i, label in enumerate(labels)]
+    """Keep some of the labels, including the first; set the others to -100."""
+    keep = torch.rand(len(labels), generator=g) < 0.5
+    return [label if i == 0 or keep[i] else -100 for i, label in enumerate(labels)]
 
 
 def _with(label: Callable[[torch.Generator], Any]) -> Callable[[torch.Generator], dict[str, Any]]:
@@ -195,7 +195,7 @@ TABLE = {
 
 
 def model_of(task: Task, adapted: bool) -> nn.Module:
-    """Builds the task's float64 model, with or without LoRA; always the same."""
+    """Build the task's float64 model, with or without LoRA; always the same."""
     torch.manual_seed(0)
     model = task.build().double()
     if not adapted:
@@ -210,7 +210,7 @@ def model_of(task: Task, adapted: bool) -> nn.Module:
 
 
 def examples_of(task: Task, n: int) -> list[dict[str, Any]]:
-    """Returns n examples of a task, with the groups in turn."""
+    """Return n examples of a task, with the groups in turn."""
     generator = torch.Generator().manual_seed(3)
     return [{**task.example(generator), "task": TASKS[i % len(TASKS)]} for i in range(n)]
 
@@ -219,7 +219,7 @@ PADDING = {"input_ids": 0, "attention_mask": 0, "labels": -100}
 
 
 def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Pads lists of numbers to the longest one."""
+    """Pad lists of numbers to the longest one."""
     collated = {}
     for key in batch[0]:
         values = [example[key] for example in batch]

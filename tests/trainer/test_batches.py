@@ -60,7 +60,7 @@ def collate(rows):
 
 
 def both(tmp_path, collator, data=DATA, ours=Ours, theirs=Theirs, model=Scorer):
-    """Trains on the same data with both trainers, with `mean`."""
+    """Train on the same data with both trainers, with `mean`."""
     flags = {"remove_unused_columns": False, "per_device_train_batch_size": 4, "optim": "sgd", "max_steps": 3}
     stock = run(model(), arguments(tmp_path, TrainingArguments, **flags), data, theirs, data_collator=collator)
     args = arguments(tmp_path, jd_weighting="mean", **flags)
@@ -75,7 +75,7 @@ def assert_stock(ours, theirs):
 
 
 @pytest.mark.parametrize("first", FIRST)
-def test_mean_is_trainer_whatever_comes_first(first, tmp_path):
+def test_mean_equals_trainer_whatever_comes_first(first, tmp_path):
     assert_stock(*both(tmp_path, lambda rows: {**FIRST[first], **collate(rows)}))
 
 
@@ -96,7 +96,7 @@ class Frozen(Mapping):
 
 
 @pytest.mark.parametrize("kind", [BatchEncoding, BatchFeature, UserDict, Frozen])
-def test_mean_is_trainer_whatever_mapping_a_batch_is(kind, tmp_path):
+def test_mean_equals_trainer_for_any_mapping(kind, tmp_path):
     seen = set()
 
     class Popping(Ours):
@@ -108,7 +108,7 @@ def test_mean_is_trainer_whatever_mapping_a_batch_is(kind, tmp_path):
     assert seen == {kind}
 
 
-def test_labels_that_are_popped_are_there_in_a_second_pass(tmp_path):
+def test_popped_labels_return_in_a_second_pass(tmp_path):
     class Popping(JDTrainer):
         def compute_losses(self, model, inputs):
             labels = inputs.pop("labels")
@@ -135,11 +135,11 @@ class Listed(Scorer):
         return super().forward(x, labels)
 
 
-def test_mean_is_trainer_where_all_tensors_are_nested(tmp_path):
+def test_mean_equals_trainer_with_nested_tensors(tmp_path):
     assert_stock(*both(tmp_path, nested, model=Nested))
 
 
-def test_mean_is_trainer_where_a_batch_is_a_list(tmp_path):
+def test_mean_equals_trainer_for_list_batches(tmp_path):
     class OursListed(JDTrainer):
         def compute_losses(self, model, inputs):
             return model(*inputs)
@@ -159,16 +159,16 @@ class Example:
     labels: float
 
 
-def test_mean_is_trainer_where_examples_are_objects(tmp_path):
+def test_mean_equals_trainer_for_example_objects(tmp_path):
     assert_stock(*both(tmp_path, default_data_collator, [Example(**row) for row in DATA]))
 
 
-def test_an_empty_batch_is_trainers_own_error(tmp_path):
+def test_an_empty_batch_raises_trainers_error(tmp_path):
     with pytest.raises(ValueError, match="The batch received was empty"):
         run(Scorer(), arguments(tmp_path), DATA, Ours, data_collator=lambda rows: {})
 
 
-def test_a_list_has_no_labels_for_the_built_in_losses(tmp_path):
+def test_a_list_without_labels_is_refused(tmp_path):
     args = arguments(tmp_path, remove_unused_columns=False)
     with pytest.raises(ValueError, match="The batch is a list, without names"):
         run(tiny_gpt2(), args, DATA, JDTrainer, data_collator=lambda rows: [*collate(rows).values()])
@@ -183,7 +183,7 @@ def test_losses_of_no_instance_are_refused(tmp_path):
         run(Scorer(), arguments(tmp_path, remove_unused_columns=False), DATA, None_, data_collator=collate)
 
 
-def test_losses_of_the_whole_batch_need_no_number_of_instances(tmp_path):
+def test_batch_losses_need_no_number_of_instances(tmp_path):
     class Means(JDTrainer):
         def compute_losses(self, model, inputs):
             losses = model(inputs["features"])
@@ -218,11 +218,11 @@ EMPTY = torch.zeros(0, 5)
         ({"scale": torch.tensor(2.0)}, True),
     ],
 )
-def test_a_batch_is_empty_where_all_its_tensors_are(batch, holds):
+def test_a_batch_is_empty_if_all_its_tensors_are(batch, holds):
     assert holds_examples(batch) is holds
 
 
-def test_what_stands_in_for_an_empty_batch():
+def test_a_batch_of_one_example_replaces_an_empty_batch():
     made = stand_in({"jd_group": EMPTY, "a": {"mask": EMPTY, "b": [EMPTY, 3]}, "flag": None})
     assert list(made) == ["a", "flag"]
     assert made["a"]["mask"].tolist() == [[1] * 5]
@@ -230,7 +230,7 @@ def test_what_stands_in_for_an_empty_batch():
     assert made["a"]["b"][1] == 3
 
 
-def test_an_estimate_of_the_instances():
+def test_the_number_of_instances_is_estimated():
     assert (
         row_count({"flag": True, "pixel_values": torch.ones(7, 3), "a": torch.ones(4, 2), "b": {"c": np.ones(4)}}) == 4
     )
@@ -238,7 +238,7 @@ def test_an_estimate_of_the_instances():
     assert row_count({"text": ["a"]}) is None
 
 
-def test_the_ids_of_groups_leave_a_batch_as_it_was():
+def test_removing_group_ids_restores_the_batch():
     batch = BatchEncoding({"a": torch.ones(2), "jd_group": torch.ones(2)})
     assert list(without_groups(batch)) == ["a"]
     assert type(without_groups(batch)) is BatchEncoding
@@ -295,7 +295,7 @@ class Pictured(Scorer):
 
 
 @pytest.mark.parametrize("kind", ["nested", "list", "flattened"])
-def test_an_instance_that_is_not_finite_is_left_out_or_the_batch_refused(kind, tmp_path):
+def test_a_nonfinite_instance_is_left_out_or_the_batch_refused(kind, tmp_path):
     data = [dict(row) for row in DATA[:4]]
     data[1]["x"] = [float("nan")] * 3
 

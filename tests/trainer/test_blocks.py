@@ -30,7 +30,7 @@ STEPS, BATCH = 3, 4
 
 
 def token_losses(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> tuple[Tensor, Tensor]:
-    """Computes the losses in float64, like the model."""
+    """Compute the losses in float64, like the model."""
     shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
     losses = F.cross_entropy(outputs.logits.transpose(1, 2), shifted, reduction="none", ignore_index=-100)
     return losses, shifted != -100
@@ -47,7 +47,7 @@ def trained(directory: Any, model: nn.Module, **flags: Any) -> Any:
 
 
 def objectives_of(model: nn.Module, data: list[dict[str, Any]], kind: str) -> tuple[Tensor, list[str] | None]:
-    """Returns the objectives [m] of an update, whose mean is Trainer's loss, and their names if they are fixed."""
+    """Return the objectives [m] of an update, whose mean is Trainer's loss, and their names if they are fixed."""
     batch = collate(data)
     losses, counted = token_losses(model(batch["input_ids"], attention_mask=batch["attention_mask"]), batch["labels"])
     # Trainer's number of tokens: for GPT-2, it includes the first token, which is never predicted.
@@ -60,7 +60,7 @@ def objectives_of(model: nn.Module, data: list[dict[str, Any]], kind: str) -> tu
 
 
 def by_hand(model: nn.Module, kind: str, form: Callable[[str], str], build: Callable[[], Any]) -> nn.Module:
-    """Returns the model after some updates, with a separate weighting in each block."""
+    """Return the model after some updates, with a separate weighting in each block."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     blocks: dict[str, list[nn.Parameter]] = {}
     for name, p in named.items():
@@ -83,7 +83,7 @@ def by_hand(model: nn.Module, kind: str, form: Callable[[str], str], build: Call
 
 
 @pytest.mark.parametrize(("name", "kind"), in_turn(WEIGHTINGS, KINDS))
-def test_each_weighting_is_its_own_in_each_block(name, kind, tmp_path):
+def test_each_block_has_its_own_weighting(name, kind, tmp_path):
     """This includes weightings that remember or draw: each block has a separate state."""
     if name == "krum":
         kind = INSTANCE  # This weighting needs 4 objectives, but an update has at most 3 groups.
@@ -100,7 +100,7 @@ def test_each_weighting_is_its_own_in_each_block(name, kind, tmp_path):
 @pytest.mark.parametrize("model", ["lora", "full"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("blocks", FORMS)
-def test_blocks_are_brute_forces(blocks, kind, model, tmp_path):
+def test_blocks_equal_brute_force(blocks, kind, model, tmp_path):
     def build() -> nn.Module:
         return lora("gpt2", warm=True) if model == "lora" else tiny_gpt2()
 
@@ -113,7 +113,7 @@ def test_blocks_are_brute_forces(blocks, kind, model, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("keep", ["auto", "false"])
-def test_one_block_is_none(keep, kind, tmp_path):
+def test_one_block_equals_no_blocks(keep, kind, tmp_path):
     flags = {"jd_keep_rows": keep, **KINDS[kind]}
     none = trained(tmp_path, lora("gpt2", warm=True), **flags)
     args = {"per_device_train_batch_size": BATCH, "train_sampling_strategy": "sequential", "max_steps": STEPS}
@@ -134,7 +134,7 @@ def test_one_block_is_none(keep, kind, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("blocks", FORMS)
-def test_the_mean_is_stock(blocks, kind, tmp_path):
+def test_mean_by_block_equals_trainer(blocks, kind, tmp_path):
     flags = {"gradient_accumulation_steps": 3, "max_steps": 3}
     stock = run(lora("gpt2"), arguments(tmp_path, TrainingArguments, **flags), compute_loss_func=reduced)
     args = arguments(tmp_path, jd_weighting="mean", jd_blocks=blocks, **KINDS[kind], **flags)
@@ -145,7 +145,7 @@ def test_the_mean_is_stock(blocks, kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_accumulation_is_one_big_batch(kind, tmp_path):
+def test_accumulation_equals_one_big_batch(kind, tmp_path):
     flags = {"jd_blocks": "module", "max_steps": 3, **PLAIN, **KINDS[kind]}
     one, three = (
         run(
@@ -175,7 +175,7 @@ class Two(JDTrainer):
 
 
 @pytest.mark.parametrize("kind", ["loss", "instance_loss", "batch"])
-def test_objectives_of_other_kinds(kind, tmp_path):
+def test_blocks_work_with_other_kinds_of_objectives(kind, tmp_path):
     """With the mean, the update is the same as without blocks; with UPGrad, no block goes against an objective."""
     flags = {"jd_objectives": kind, "gradient_accumulation_steps": 2, "max_steps": 3}
     cls = JDTrainer if kind == "batch" else Two
@@ -188,7 +188,7 @@ def test_objectives_of_other_kinds(kind, tmp_path):
     assert logged(runs[2], "jd/against_in_worst_block").tolist() == [0.0] * 3
 
 
-def test_what_callbacks_see(tmp_path):
+def test_callbacks_see_the_blocks(tmp_path):
     trainer = trained(tmp_path, lora("gpt2", warm=True), jd_blocks="layer", **GROUP)
     state, m = trainer.jd_state, len(trainer.jd_state.names)
     assert [name.rpartition(".")[2] for name in state.blocks] == ["0", "1"]
@@ -197,7 +197,7 @@ def test_what_callbacks_see(tmp_path):
     assert all((gramian @ w).min() > -1e-12 for gramian, w in zip(state.blocks.values(), state.weights, strict=True))
 
 
-def test_a_warmup_is_the_mean(tmp_path):
+def test_warmup_uses_the_mean(tmp_path):
     flags = {"jd_blocks": "layer", **GROUP}
     warm = trained(tmp_path, lora("gpt2", warm=True), jd_warmup_steps=STEPS, **flags)
     mean = trained(tmp_path, lora("gpt2", warm=True), jd_weighting="mean", **flags)
@@ -205,7 +205,7 @@ def test_a_warmup_is_the_mean(tmp_path):
     assert warm.jd_state is None
 
 
-def test_raised_normalised_and_wanted_groups(tmp_path):
+def test_control_flags_act_in_each_block(tmp_path):
     """The control flags act in each block as they do without blocks."""
     flags = {"jd_blocks": "module", "jd_ascend": ["code"], "jd_normalize": "rows", "jd_preferences": ["docs=3"]}
     state = trained(tmp_path, lora("gpt2", warm=True), **flags, **GROUP).jd_state
@@ -239,7 +239,7 @@ def test_a_resumed_run_remembers_each_block(weighting, tmp_path):
     assert (flat(again.model) == flat(whole.model)).all()
 
 
-def test_a_run_that_is_resumed_without_blocks_says_that_it_forgets(tmp_path, caplog):
+def test_a_run_resumed_without_blocks_warns_that_it_forgets(tmp_path, caplog):
     flags = {"jd_weighting": "gradvac", "save_strategy": "steps", "save_steps": 2, "max_steps": 2, **GROUP}
     run(lora("gpt2", warm=True), arguments(tmp_path, jd_blocks="layer", **flags))
     args = arguments(tmp_path, **{**flags, "max_steps": 3})
@@ -256,12 +256,12 @@ def test_a_run_that_is_resumed_without_blocks_says_that_it_forgets(tmp_path, cap
         ({"jd_blocks": "layer", "jd_every": 2, **GROUP}, "--jd_every 2 descends weighted losses"),
     ],
 )
-def test_what_is_refused(flags, message, tmp_path):
+def test_unsupported_flags_are_refused(flags, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         arguments(tmp_path, **flags)
 
 
-def test_blocks_of_ones_own_are_refused_alike(tmp_path):
+def test_custom_blocks_refuse_the_same_flags(tmp_path):
     args = arguments(tmp_path, jd_backward="two_pass")
     with pytest.raises(ValueError, match="two_pass descends weighted losses"):
         run(lora("gpt2"), args, engine_options={"blocks": lambda name: "all"})

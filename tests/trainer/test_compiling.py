@@ -14,7 +14,7 @@ from tests.trainer.test_lifecycle import hooks
 @pytest.mark.slow
 @pytest.mark.parametrize("own", [{}, {"jd_objectives": "group", "jd_group_column": "task"}], ids=["instance", "group"])
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiled_model(own, tmp_path):
+def test_a_compiled_model_trains_like_a_plain_one(own, tmp_path):
     flags = {"max_steps": 2, "jd_weighting": "upgrad", **own}
     plain = run(lora("gpt2", warm=True), arguments(tmp_path, **flags))
     compiled = arguments(tmp_path, torch_compile=True, torch_compile_backend="aot_eager", **flags)

@@ -28,44 +28,44 @@ def control(tmp_path, weighting=None, **flags) -> Control:
     return Control(args, weighting or args.build_weighting(), NAMES)
 
 
-def test_preferences_are_shares_of_those_that_are_there(tmp_path):
+def test_preferences_are_shares_of_the_groups_present(tmp_path):
     steered = control(tmp_path, jd_preferences=["code=4", "docs=0"])
     losses = torch.ones(3).double()
-    found = steered.weights(gramian(), losses, NAMES, step=0)
-    assert torch.allclose(found, UPGradWeighting([0.2, 0.8, 0.0])(gramian()), rtol=1e-12, atol=0)
-    found = steered.weights(gramian(2), losses[:2], ["docs", "code"], step=0)
-    assert torch.allclose(found, UPGradWeighting([0.0, 1.0])(gramian(2)), rtol=1e-12, atol=0)
+    actual = steered.weights(gramian(), losses, NAMES, step=0)
+    assert torch.allclose(actual, UPGradWeighting([0.2, 0.8, 0.0])(gramian()), rtol=1e-12, atol=0)
+    actual = steered.weights(gramian(2), losses[:2], ["docs", "code"], step=0)
+    assert torch.allclose(actual, UPGradWeighting([0.0, 1.0])(gramian(2)), rtol=1e-12, atol=0)
     assert steered.weights(gramian(1), losses[:1], ["docs"], step=0).tolist() == [0]
 
 
-def test_a_weighting_with_preferences_remembers(tmp_path):
+def test_preferences_keep_a_weightings_memory(tmp_path):
     few = ["n_iter=1", "lr=0.1"]
     steered = control(tmp_path, jd_weighting="sdmgrad", jd_weighting_args=few, jd_preferences=["code=4"])
     expected = SDMGradWeighting(n_iter=1, lr=0.1, pref_vector=[1 / 6, 4 / 6, 1 / 6])
     losses = torch.ones(3).double()
     for seed in range(3):
-        found = steered.weights(gramian(seed=seed), losses, NAMES, step=seed)
-        assert torch.allclose(found, expected(gramian(seed=seed), names=NAMES), rtol=1e-12, atol=0)
+        actual = steered.weights(gramian(seed=seed), losses, NAMES, step=seed)
+        assert torch.allclose(actual, expected(gramian(seed=seed), names=NAMES), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(("how", "sizes"), [("rows", lambda g, _: g.diagonal().sqrt()), ("loss", lambda _, x: x)])
 def test_normalised_rows_are_weighed_and_descended(how, sizes, tmp_path):
     losses = torch.tensor([1.0, 5.0, 0.2], dtype=torch.float64)
-    found = control(tmp_path, jd_normalize=how).weights(gramian(), losses, NAMES, step=0)
+    actual = control(tmp_path, jd_normalize=how).weights(gramian(), losses, NAMES, step=0)
     d = 1 / sizes(gramian(), losses)
     expected = d * UPGradWeighting()(d[:, None] * gramian() * d)
-    assert torch.allclose(found, expected, rtol=1e-10, atol=0)
+    assert torch.allclose(actual, expected, rtol=1e-10, atol=0)
 
 
 def test_rows_of_zeros_are_not_divided(tmp_path):
     g = torch.zeros(3, 3).double()
     g[0, 0] = 4.0
-    found = control(tmp_path, MeanWeighting(), jd_normalize="rows").weights(g, torch.ones(3).double(), NAMES, step=0)
-    assert found.tolist() == pytest.approx([1 / 6, 1 / 3, 1 / 3])
+    actual = control(tmp_path, MeanWeighting(), jd_normalize="rows").weights(g, torch.ones(3).double(), NAMES, step=0)
+    assert actual.tolist() == pytest.approx([1 / 6, 1 / 3, 1 / 3])
 
 
 @pytest.mark.parametrize("how", ["rows", "loss"])
-def test_the_trainers_update_is_that_of_the_divided_rows(how, tmp_path):
+def test_the_update_combines_the_normalised_rows(how, tmp_path):
     """One SGD step along the mean of normalised rows, compared with autograd."""
     data = examples(6)
     flags = {"per_device_train_batch_size": 6, "max_steps": 1, "optim": "sgd", "max_grad_norm": 0.0}
@@ -85,7 +85,7 @@ def test_the_trainers_update_is_that_of_the_divided_rows(how, tmp_path):
     assert relative(flat(trainer.model) - flat(before), -args.learning_rate * update) < 1e-6
 
 
-def test_the_mean_comes_first(tmp_path):
+def test_warmup_steps_use_the_mean(tmp_path):
     flags = {"max_steps": 3, "per_device_train_batch_size": 6}
     theirs = stock(lora("gpt2"), tmp_path, **flags)
     ours = run(lora("gpt2"), arguments(tmp_path, jd_warmup_steps=3, **flags, **GROUP))
@@ -97,7 +97,7 @@ def test_the_mean_comes_first(tmp_path):
 
 @pytest.fixture
 def jacobians(monkeypatch):
-    """Records the Jacobians that are computed."""
+    """Record the Jacobians that are computed."""
     seen = []
     compute = Engine.compute_jacobian
     monkeypatch.setattr(Engine, "compute_jacobian", lambda *a, **k: seen.append(compute(*a, **k)) or seen[-1])
@@ -106,7 +106,7 @@ def jacobians(monkeypatch):
 
 @pytest.mark.parametrize("kind", [{}, {"jd_group_column": "task"}, GROUP, {"jd_scope": "micro_batch"}], ids=str)
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_watching_is_trainer(accumulation, kind, tmp_path, jacobians):
+def test_monitoring_equals_trainer(accumulation, kind, tmp_path, jacobians):
     flags = {"gradient_accumulation_steps": accumulation, "max_steps": 7, "max_grad_norm": 0.1}
     theirs = stock(lora("gpt2", dropout=0.1), tmp_path, **flags)
     args = arguments(tmp_path, jd_weighting="mean", jd_monitor_every=3, **flags, **kind)
@@ -121,7 +121,7 @@ def test_watching_is_trainer(accumulation, kind, tmp_path, jacobians):
 
 
 @pytest.mark.parametrize("name", ["single-label", "question-answering", "masked"])
-def test_watching_is_trainer_for_other_tasks(name, tmp_path):
+def test_monitoring_equals_trainer_for_other_tasks(name, tmp_path):
     task = TABLE[name]
     data = examples_of(task, 12)
     settings = {"max_steps": 5, "per_device_train_batch_size": 4}
@@ -150,7 +150,7 @@ class Held(UPGradWeighting):
 
 @pytest.mark.parametrize("reduction", ["share", "mean"])
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_between_the_last_weights_are_taken(accumulation, reduction, tmp_path, jacobians):
+def test_unmeasured_updates_use_the_last_weights(accumulation, reduction, tmp_path, jacobians):
     flags = {"gradient_accumulation_steps": accumulation, "max_steps": 8, "per_device_train_batch_size": 4}
     flags |= {"jd_group_reduction": reduction, **GROUP}
     data = examples(24, unlabelled=(4,))
@@ -162,7 +162,7 @@ def test_between_the_last_weights_are_taken(accumulation, reduction, tmp_path, j
     assert relative(logged(ours, "loss"), logged(expected, "loss")) < 1e-6
 
 
-def test_between_also_where_losses_are_of_instances(tmp_path):
+def test_unmeasured_updates_use_the_last_weights_for_instance_losses(tmp_path):
     """Heads that don't take the number of items: coefficients are only known once all micro-batches are counted."""
     task = TABLE["single-label"]
     flags = {"gradient_accumulation_steps": 2, "max_steps": 6, "per_device_train_batch_size": 4, **GROUP}
@@ -175,7 +175,7 @@ def test_between_also_where_losses_are_of_instances(tmp_path):
     assert relative(flat(runs[1].model), flat(runs[0].model)) < 1e-9
 
 
-def test_a_raised_loss_is_raised_between_too(tmp_path):
+def test_unmeasured_updates_raise_the_raised_loss(tmp_path):
     flags = {"max_steps": 5, "per_device_train_batch_size": 6, "jd_ascend": ["code"], **GROUP}
     expected = run(lora("gpt2"), arguments(tmp_path, **flags), weighting=Held())
     ours = run(lora("gpt2"), arguments(tmp_path, jd_every=3, **flags))
@@ -209,7 +209,7 @@ class Broken(JDTrainer):
 
 
 @pytest.mark.parametrize("how", ["loss", "gradient"])
-def test_what_is_not_finite_is_left_out_of_plain_steps_too(how, tmp_path, monkeypatch):
+def test_plain_steps_leave_out_nonfinite_instances(how, tmp_path, monkeypatch):
     monkeypatch.setattr(Broken, "how", how)
     flags = {"max_steps": 7, "per_device_train_batch_size": 4, "jd_weighting": "mean"}
     expected = run(lora("gpt2"), arguments(tmp_path, **flags), cls=Broken)
@@ -220,7 +220,7 @@ def test_what_is_not_finite_is_left_out_of_plain_steps_too(how, tmp_path, monkey
 
 
 @pytest.mark.parametrize("flags", [{}, GROUP], ids=str)
-def test_rows_that_are_not_finite_are_left_out_of_two_passes_too(flags, tmp_path, monkeypatch):
+def test_two_passes_leave_out_nonfinite_rows(flags, tmp_path, monkeypatch):
     monkeypatch.setattr(Broken, "how", "gradient")
     flags = {"max_steps": 4, "per_device_train_batch_size": 4, **flags}
     expected, ours = (
@@ -232,7 +232,7 @@ def test_rows_that_are_not_finite_are_left_out_of_two_passes_too(flags, tmp_path
     assert relative(flat(ours.model), flat(expected.model)) < 1e-6  # losses are computed in float32
 
 
-def test_a_callable_weighs(tmp_path):
+def test_any_callable_may_weigh(tmp_path):
     seen = []
 
     def first(g):

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*further passes now")
 
 
 @pytest.mark.parametrize("name", SPLIT)
-def test_rows_are_brute_force(name, tmp_path):
+def test_rows_equal_brute_force(name, tmp_path):
     case = CASES[name]
     recorded = Recorded(case, tmp_path)
     rows, rest = brute(case, case.build().train(), recorded.inputs, 5)
@@ -39,7 +39,7 @@ def test_rows_are_brute_force(name, tmp_path):
 @pytest.mark.parametrize(
     "name", ["contrastive", "two-views", "towers", "penalised", "R-Drop", "hidden-states", "next-tokens"]
 )
-def test_rows_of_groups_are_brute_force(name, tmp_path):
+def test_rows_of_groups_equal_brute_force(name, tmp_path):
     case = CASES[name]
     recorded = Recorded(case, tmp_path, **GROUP)
     rows, rest = brute(case, case.build().train(), recorded.inputs, 5)
@@ -48,14 +48,14 @@ def test_rows_of_groups_are_brute_force(name, tmp_path):
 
 @pytest.mark.parametrize("keep", ["true", "false"])
 @pytest.mark.parametrize("name", ["contrastive", "two-views", "next-tokens"])
-def test_rows_however_they_are_kept(name, keep, tmp_path):
+def test_rows_equal_brute_force_however_they_are_stored(name, keep, tmp_path):
     case = CASES[name]
     recorded = Recorded(case, tmp_path, jd_keep_rows=keep)
     assert_rows(recorded, *brute(case, case.build().train(), recorded.inputs, 5))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_comes_past_the_outputs_is_told(name, tmp_path, monkeypatch):
+def test_a_part_that_bypasses_the_outputs_is_reported(name, tmp_path, monkeypatch):
     rests = []
 
     def noted(*args):
@@ -90,7 +90,7 @@ def interleaved(trainer, model, inputs, number):
 
 
 @pytest.mark.parametrize("kind", [{}, GROUP], ids=["instance", "group"])
-def test_whose_row_it_is_may_be_said(kind, tmp_path):
+def test_jd_instances_assigns_rows(kind, tmp_path):
     class Interleaved(JDTrainerMixin, trainer_of(interleaved)):
         def jd_instances(self, output, instances):
             return torch.arange(len(output)) // (len(output) // instances)
@@ -115,7 +115,7 @@ def test_rows_that_start_like_another_example_are_refused(kind, tmp_path):
         recorded.step(None)
 
 
-def test_rows_of_a_batch_that_was_not_counted(tmp_path):
+def test_rows_of_an_uncounted_batch(tmp_path):
     case = CASES["two-views"]
     recorded = Recorded(case, tmp_path)
     del recorded.batch["jd_examples"]
@@ -151,13 +151,13 @@ def test_rows_of_packed_documents(kind, tmp_path):
 
 
 def states_and_tokens(trainer, model, inputs, number):
-    """Reads two outputs, of which one depends on the other."""
+    """Read two outputs, of which one depends on the other."""
     outputs = model(**inputs, output_hidden_states=True)
     return outputs.loss + outputs.hidden_states[-1].square().mean(), outputs
 
 
 def twice_read(trainer, model, inputs, number):
-    """Reads the logits before and after the cast, as distillation does."""
+    """Read the logits before and after the cast, as distillation does."""
     outputs = model(**inputs)
     return outputs.loss + outputs.logits.square().mean(), outputs
 
@@ -165,7 +165,7 @@ def twice_read(trainer, model, inputs, number):
 @pytest.mark.parametrize("kind", [{}, GROUP], ids=["instance", "group"])
 @pytest.mark.parametrize("loss", [own_losses.next_tokens, own_losses.scaled, states_and_tokens, twice_read])
 @pytest.mark.parametrize("build", [lambda: lora("gpt2", warm=True), tiny_llama], ids=["lora", "full"])
-def test_rows_of_outputs_that_mixed_precision_has_cast(build, loss, kind, tmp_path):
+def test_rows_of_outputs_cast_by_mixed_precision(build, loss, kind, tmp_path):
     case = Case(loss, lambda: build().float(), text=True)
     flags = {"max_steps": 1, "per_device_train_batch_size": 5, "train_sampling_strategy": "sequential"}
     gramians = []

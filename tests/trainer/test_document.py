@@ -15,7 +15,7 @@ PAGE = (ROOT / "docs" / "trainer.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("field", fields(JDArguments), ids=lambda field: field.name)
-def test_each_flag_is_on_the_page_as_its_help_has_it(field):
+def test_the_page_has_each_flag_with_its_help(field):
     assert f"| `--{field.name}` | `{field.default}` | {field.metadata['help']} |\n" in PAGE
 
 
@@ -24,7 +24,7 @@ def test_no_other_flag_is_on_the_page():
     assert len([row for row in rows if row.count("|") == 4]) == len(fields(JDArguments))
 
 
-def test_each_duty_has_a_test_that_exists():
+def test_each_duty_names_existing_tests():
     _, table = (ROOT / "docs" / "design.md").read_text("utf-8").split("## What Trainer leaves")
     duties = [line for line in table.splitlines() if line.startswith("| ")][1:]
     assert len(duties) > 20

@@ -41,7 +41,7 @@ from tests.trainer.runs import arguments, collate, examples, flat, lora, relativ
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_flags(flags, message, tmp_path):
+def test_bad_flags_are_refused(flags, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         arguments(tmp_path, **flags)
 
@@ -49,7 +49,7 @@ def test_flags(flags, message, tmp_path):
 @pytest.mark.parametrize(
     ("text", "value"), [("auto", "auto"), ("True", True), ("false", False), ("300", 300), ("1.5GiB", 1610612736)]
 )
-def test_keep_rows(text, value, tmp_path):
+def test_keep_rows_is_parsed(text, value, tmp_path):
     assert arguments(tmp_path, jd_keep_rows=text).keep_rows() == value
 
 
@@ -65,23 +65,23 @@ def test_every_flag_is_parsed_and_documented():
     assert all(action.help for action in actions)
 
 
-def test_arguments_without_the_flags(tmp_path):
+def test_arguments_without_the_flags_are_refused(tmp_path):
     with pytest.raises(ValueError, match="use JDTrainingArguments"):
         JDTrainer(lora("gpt2"), arguments(tmp_path, TrainingArguments))
 
 
-def test_a_group_to_ascend_that_is_none(tmp_path):
+def test_an_unknown_group_to_ascend_is_refused(tmp_path):
     args = arguments(tmp_path, jd_group_column="task", jd_ascend=["coed"])
     with pytest.raises(ValueError, match="--jd_ascend names `coed`.* its groups are `chat`, `code`, `docs`"):
         run(lora("gpt2"), args)
 
 
-def test_no_trainable_parameter(tmp_path):
+def test_a_model_without_trainable_parameters_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no trainable parameter"):
         run(lora("gpt2").requires_grad_(False), arguments(tmp_path))
 
 
-def test_data_parallel(tmp_path):
+def test_data_parallel_is_refused(tmp_path):
     args = arguments(tmp_path)
     args._n_gpu = 2
     trainer = JDTrainer(lora("gpt2"), args, train_dataset=examples(), data_collator=collate)
@@ -90,7 +90,7 @@ def test_data_parallel(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", ["lomo", "adalomo", "galore_adamw_layerwise"])
-def test_optimizers_that_step_in_the_backward(optimizer, tmp_path):
+def test_optimizers_that_step_in_the_backward_are_refused(optimizer, tmp_path):
     with pytest.raises(ValueError, match=f"`{optimizer}` steps inside the backward"):
         run(lora("gpt2"), arguments(tmp_path, optim=optimizer))
 
@@ -101,7 +101,7 @@ def test_a_loss_function_for_the_batch_has_no_values(tmp_path):
         run(lora("gpt2"), args, compute_loss_func=lambda outputs, *args, **kwargs: outputs.logits.mean())
 
 
-def test_no_labels(tmp_path):
+def test_a_batch_without_labels_is_refused(tmp_path):
     data = [{k: v for k, v in example.items() if k != "labels"} for example in examples()]
     with pytest.raises(ValueError, match="The batch has no `labels`"):
         run(lora("gpt2"), arguments(tmp_path), data)
@@ -113,7 +113,7 @@ def test_a_model_without_a_built_in_loss_has_no_values(tmp_path):
         run(BertForNextSentencePrediction(config), arguments(tmp_path, jd_normalize="loss"))
 
 
-def test_a_model_without_names(tmp_path):
+def test_a_model_without_named_outputs_has_no_values(tmp_path):
     def unnamed(module, args, output):
         return output.to_tuple()
 
@@ -125,7 +125,7 @@ def test_a_model_without_names(tmp_path):
     assert relative(*models) < 1e-10
 
 
-def test_a_loss_that_no_token_owns(tmp_path):
+def test_a_part_without_a_token_is_refused_on_request(tmp_path):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = MixtralConfig(
@@ -140,7 +140,7 @@ def test_a_loss_that_no_token_owns(tmp_path):
         run(MixtralForCausalLM(config), arguments(tmp_path, jd_extra_losses="error"))
 
 
-def test_nothing_is_refused_that_trainer_alone_evaluates(tmp_path):
+def test_evaluation_refuses_nothing_that_trainer_evaluates(tmp_path):
     model = lora("gpt2").requires_grad_(False)
     data = [{k: v for k, v in example.items() if k != "task"} for example in examples(4)]
     losses = [
@@ -187,7 +187,7 @@ def test_a_rule_reaches_the_engine(tmp_path):
     assert used
 
 
-def test_a_rule_that_raises_is_reported(tmp_path):
+def test_a_rules_error_is_raised(tmp_path):
     def rule(module, x, grad_output, segments):
         raise RuntimeError("the rule's own error")
 

@@ -18,7 +18,7 @@ def evaluated(directory, data=HELD_OUT, cls=JDTrainer, **flags) -> dict[str, flo
 
 
 def expected(task: str, smoothing: float = 0.0) -> float:
-    """Computes the mean over a group's tokens, one example at a time."""
+    """Compute the mean over a group's tokens, one example at a time."""
     model, total, tokens = lora("gpt2").eval(), 0.0, 0
     for example in HELD_OUT:
         if example["task"] == task:
@@ -33,25 +33,25 @@ def expected(task: str, smoothing: float = 0.0) -> float:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_each_groups_loss_is_the_mean_of_its_tokens(smoothing, tmp_path):
-    found = evaluated(tmp_path, label_smoothing_factor=smoothing)
+    metrics = evaluated(tmp_path, label_smoothing_factor=smoothing)
     for task in TASKS:
-        assert found[f"eval_{task}_loss"] == pytest.approx(expected(task, smoothing), rel=1e-6)
+        assert metrics[f"eval_{task}_loss"] == pytest.approx(expected(task, smoothing), rel=1e-6)
 
 
-def test_trainers_own_evaluation_stays_the_same(tmp_path):
+def test_trainers_evaluation_is_unchanged(tmp_path):
     plain = arguments(tmp_path, TrainingArguments, per_device_eval_batch_size=3)
     theirs = Trainer(lora("gpt2"), plain, eval_dataset=HELD_OUT, data_collator=collate).evaluate()
-    found = evaluated(tmp_path)
-    assert found["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-12)
+    metrics = evaluated(tmp_path)
+    assert metrics["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-12)
 
 
 def test_sets_without_the_column_and_unknown_groups_work(tmp_path):
     plain = [{key: value for key, value in example.items() if key != "task"} for example in HELD_OUT]
     assert not any("code" in key for key in evaluated(tmp_path, plain))
     other = [{**example, "task": "other" if example["task"] == "code" else example["task"]} for example in HELD_OUT]
-    found = evaluated(tmp_path, other)
-    assert found["eval_docs_loss"] == pytest.approx(expected("docs"), rel=1e-6)
-    assert not any("other" in key or "code" in key for key in found)
+    metrics = evaluated(tmp_path, other)
+    assert metrics["eval_docs_loss"] == pytest.approx(expected("docs"), rel=1e-6)
+    assert not any("other" in key or "code" in key for key in metrics)
 
 
 def test_several_sets_have_their_own_prefix_and_are_logged(tmp_path):
@@ -71,11 +71,11 @@ class Own(JDTrainer):
         return logits[:, 0].square().mean(1)
 
 
-def test_losses_of_ones_own_are_computed(tmp_path):
-    found = evaluated(tmp_path, cls=Own)
+def test_custom_losses_are_computed(tmp_path):
+    metrics = evaluated(tmp_path, cls=Own)
     model = lora("gpt2").eval()
     rows = [model(torch.tensor([e["input_ids"]])).logits[0, 0] for e in HELD_OUT if e["task"] == "chat"]
-    assert found["eval_chat_loss"] == pytest.approx(torch.stack(rows).square().mean().item(), rel=1e-6)
+    assert metrics["eval_chat_loss"] == pytest.approx(torch.stack(rows).square().mean().item(), rel=1e-6)
 
 
 def test_the_best_model_is_chosen_by_a_groups_loss(tmp_path):

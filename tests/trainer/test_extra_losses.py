@@ -25,24 +25,24 @@ def mixtral(coefficient: float = 0.5) -> MixtralForCausalLM:
     return MixtralForCausalLM(config).double()
 
 
-@pytest.mark.parametrize("own", [{}, GROUP, {"jd_backward": "two_pass"}], ids=["instance", "group", "two-pass"])
-def test_mean_is_trainer(own, tmp_path):
+@pytest.mark.parametrize("options", [{}, GROUP, {"jd_backward": "two_pass"}], ids=["instance", "group", "two-pass"])
+def test_mean_equals_trainer_with_experts(options, tmp_path):
     flags = {"per_device_train_batch_size": 4, "max_steps": 3}
     theirs = stock(mixtral(), tmp_path, **flags)
-    ours = run(mixtral(), arguments(tmp_path, jd_weighting="mean", **flags, **own))
+    ours = run(mixtral(), arguments(tmp_path, jd_weighting="mean", **flags, **options))
     assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
     assert relative(logged(ours, "loss"), logged(theirs, "loss")) < 1e-6
     without = stock(mixtral(0.0), tmp_path, **flags)
     assert relative(flat(without.model), flat(theirs.model)) > 1e-3
 
 
-def test_a_small_part_is_not_taken_for_rounding(tmp_path):
+def test_a_small_extra_loss_is_not_mistaken_for_rounding(tmp_path):
     theirs = stock(mixtral(1e-7), tmp_path, max_steps=1)
     ours = run(mixtral(1e-7), arguments(tmp_path, jd_weighting="mean", max_steps=1))
     assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
 
 
-def test_micro_batches_are_added_as_trainer_does(tmp_path):
+def test_extra_losses_are_summed_over_micro_batches(tmp_path):
     """Trainer adds up the balancing losses of micro-batches, but divides other losses by the number of all tokens."""
     flags = {"max_steps": 2, "optim": "sgd", "gradient_accumulation_steps": 3}
     theirs = stock(mixtral(), tmp_path, **flags)
@@ -50,6 +50,6 @@ def test_micro_batches_are_added_as_trainer_does(tmp_path):
     assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
 
 
-def test_the_weighting_does_not_see_it(tmp_path):
+def test_no_weighting_sees_the_extra_loss(tmp_path):
     states = [run(mixtral(c), arguments(tmp_path, max_steps=1)).jd_state for c in (0.5, 0.0)]
     assert relative(states[0].gramian, states[1].gramian) < 1e-6

@@ -41,7 +41,7 @@ def test_an_aggregator_of_torchjd_weighs_as_it_aggregates(aggregator, wrapped):
     torch.testing.assert_close(weighting(ROWS @ ROWS.T) @ ROWS, expected, rtol=1e-6, atol=1e-8)
 
 
-def test_an_aggregator_of_the_first_versions_weighs_as_it_aggregates():
+def test_an_aggregator_of_early_versions_weighs_as_it_aggregates():
     # They have no attribute for a weighting of the Gramian.
     aggregator = torchjd.UPGrad()
     weighting = aggregator.gramian_weighting
@@ -76,7 +76,7 @@ class Clipped(torchjd.UPGrad):
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_what_takes_a_jacobian_or_nothing_is_refused(given, message, tmp_path):
+def test_anything_but_a_callable_of_a_gramian_is_refused(given, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(lora("gpt2"), arguments(tmp_path), weighting=given)
 
@@ -141,7 +141,7 @@ def test_any_callable_weighs(halves, tmp_path):
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_what_is_no_vector_of_weights_is_refused(returned, message, tmp_path):
+def test_anything_but_a_vector_of_weights_is_refused(returned, message, tmp_path):
     def mine(gramian):
         return returned
 
@@ -157,7 +157,7 @@ def test_torchjds_aggregator_trains_as_its_weighting(tmp_path):
     assert torch.equal(flat(models[0]), flat(models[1]))
 
 
-def test_preferences_are_refused_where_they_cannot_be_set(tmp_path):
+def test_preferences_are_refused_by_other_callables(tmp_path):
     flags = {"jd_objectives": "group", "jd_group_column": "task", "jd_preferences": ["code=2"]}
     with pytest.raises(ValueError, match="--jd_preferences needs a weighting that takes preferences"):
         run(lora("gpt2"), arguments(tmp_path, **flags), weighting=torchjd.UPGradWeighting())
@@ -205,7 +205,7 @@ def resumed(weighting, directory):
 
 
 @pytest.mark.parametrize("weighting", [Averaging, Counting, lambda: nn.Sequential(Averaging())])
-def test_what_a_weighting_says_that_it_remembers_is_resumed(weighting, tmp_path):
+def test_a_weightings_state_dict_is_resumed(weighting, tmp_path):
     assert resumed(weighting, tmp_path) == 0
 
 
@@ -220,7 +220,7 @@ class Forgetful:
         return torch.full((len(gramian),), 1 / self.steps)
 
 
-def test_a_weighting_that_cannot_say_what_it_remembers_begins_anew_with_a_word(tmp_path, caplog):
+def test_a_weighting_without_state_dict_starts_over_with_a_warning(tmp_path, caplog):
     assert resumed(Forgetful, tmp_path) > 1e-5
     assert "has no memory of past steps for the weighting `Forgetful`" in caplog.text
     caplog.clear()

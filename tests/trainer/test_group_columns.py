@@ -25,7 +25,7 @@ from tests.trainer.tasks import collate as collate_any
 
 @pytest.mark.parametrize("column", ["labels", "label"])
 @pytest.mark.parametrize("kind", [list, Dataset.from_list], ids=["list", "Dataset"])
-def test_the_labels_own_column(kind, column, tmp_path):
+def test_the_labels_may_be_the_group_column(kind, column, tmp_path):
     def collate(rows):
         return collate_any(
             [{("labels" if key == "label" else key): value for key, value in row.items()} for row in rows]
@@ -48,7 +48,7 @@ def test_the_labels_own_column(kind, column, tmp_path):
     assert relative(logged(ours, "loss"), logged(theirs, "loss")) < 1e-6
 
 
-def test_a_collator_may_make_the_labels_of_the_column():
+def test_a_collator_may_build_the_labels_from_the_column():
     def collate(rows):
         assert all("kind" not in row for row in rows)
         return {"labels": torch.tensor([ord(row["kind"]) for row in rows])}
@@ -73,7 +73,7 @@ VALUES = {
 
 
 @pytest.mark.parametrize("kind", VALUES)
-def test_values_of_any_type(kind):
+def test_group_values_may_have_any_type(kind):
     values, names = VALUES[kind]
     data = [{"task": value} for value in values]
     assert group_names(data, "task") == names
@@ -85,19 +85,19 @@ NO_VALUES = [None, "", float("nan"), np.float32("nan"), torch.tensor(torch.nan),
 
 
 @pytest.mark.parametrize("value", NO_VALUES)
-def test_no_value_of_any_type(value):
+def test_missing_values_of_any_type_are_refused(value):
     with pytest.raises(ValueError, match="Row 0 .* no value in the group column `task`"):
         group_names([{"task": value}], "task")
 
 
 @pytest.mark.parametrize("value", [2, np.int64(2), torch.tensor(2), 2.0, np.float32(2), "2"])
-def test_ids_of_a_stream(value):
+def test_a_stream_may_hold_ids(value):
     assert GroupCollator(lambda rows: {}, "task", None)([{"task": value}])[GROUP_KEY].tolist() == [2]
     assert GroupCollator(lambda rows: {}, "task", None)([{"task": True}])[GROUP_KEY].tolist() == [1]
 
 
 @pytest.mark.parametrize("value", [2.5, "code", -3, np.int64(-1), "-2"])
-def test_names_of_a_stream_are_not_ids(value):
+def test_a_stream_of_names_needs_a_list(value):
     with pytest.raises(ValueError, match="holds names, such as `.*list them with --jd_groups"):
         GroupCollator(lambda rows: {}, "task", None)([{"task": value}])
 
@@ -124,7 +124,7 @@ class Plain:
     ],
     ids=["dict", "UserDict", "mapping", "dataclass", "object"],
 )
-def test_examples_of_any_kind(kind):
+def test_examples_may_be_mappings_or_objects(kind):
     data = [kind(task=task, x=i) for i, task in enumerate("bab")]
     assert group_names(data, "task") == ["a", "b"]
     batch = GroupCollator(default_data_collator, "task", ["a", "b"])(data)
@@ -133,7 +133,7 @@ def test_examples_of_any_kind(kind):
     assert group_names(data, "task") == ["a", "b"], "the examples are the dataset's own"
 
 
-def test_a_batch_without_names_has_no_place_for_ids():
+def test_a_list_batch_is_refused():
     with pytest.raises(ValueError, match="The collator returned a list, which can't hold the group ids"):
         GroupCollator(list, "task", ["a"])([{"task": "a"}])
 
@@ -194,7 +194,7 @@ def table(columns=("task", "x")):
     ],
     ids=["transform", "attribute", "method", "Subset", "ConcatDataset", "nested"],
 )
-def test_no_example_is_made_where_a_column_is_there(build):
+def test_a_readable_column_builds_no_examples(build):
     assert group_names(build(), "task") == ["a", "b"]
     if isinstance(build(), Subset) and len(build()) == 4:
         assert groups_of_each(build(), "task") == [["b"], ["a"], ["b"], ["b"]]
@@ -214,7 +214,7 @@ def test_reading_examples_draws_nothing(build):
     assert found[0] == found[1]
 
 
-def test_a_column_that_a_transform_makes():
+def test_a_transform_may_add_the_column():
     data = Dataset.from_list([{"x": i} for i in range(4)])
     made = data.with_transform(lambda rows: {"task": ["ab"[x % 2] for x in rows["x"]]})
     assert group_names(made, "task") == ["a", "b"]
@@ -239,7 +239,7 @@ NOT_PACKED = {
 
 @pytest.mark.parametrize("kind", NOT_PACKED)
 @pytest.mark.parametrize("masked", [False, True])
-def test_positions_that_do_not_tell_documents(kind, masked):
+def test_ambiguous_positions_mark_no_documents(kind, masked):
     positions = torch.tensor(NOT_PACKED[kind])
     batch = {"input_ids": torch.ones_like(positions), "position_ids": positions}
     if masked:
@@ -247,12 +247,12 @@ def test_positions_that_do_not_tell_documents(kind, masked):
     assert packed_documents(batch) is None
 
 
-def test_positions_in_time_height_and_width():
+def test_three_dimensional_positions_mark_no_documents():
     batch = {"input_ids": MASK, "position_ids": torch.zeros(3, 2, 6, dtype=torch.long)}
     assert packed_documents(batch) is None
 
 
-def test_when_rows_are_packed_is_asked_for():
+def test_jd_packed_decides_about_ambiguous_rows():
     batch = {"input_ids": MASK, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 0, 1, 0, 1]])}
     documents = [[0, 0, 0, 1, 1, 1], [2, 2, 3, 3, 4, 4]]
     assert packed_documents(batch).tolist() == packed_documents(batch, "always").tolist() == documents
@@ -264,12 +264,12 @@ def test_when_rows_are_packed_is_asked_for():
     assert packed_documents(one).tolist() == documents[:1]
 
 
-def test_bounds_that_leave_padding_at_the_end():
+def test_tokens_after_the_last_bound_are_padding():
     batch = {"input_ids": MASK[:1], "cu_seq_lens_q": torch.tensor([0, 2, 4], dtype=torch.int32)}
     assert packed_documents(batch).tolist() == [[0, 0, 1, 1, -1, -1]]
 
 
-def test_mean_is_trainer_with_positions_of_their_own(tmp_path):
+def test_mean_equals_trainer_with_custom_positions(tmp_path):
     task = TABLE["masked"]
     for positions in (lambda n: [0] * n, lambda n: [i % 2 for i in range(n)]):
         data = [{**e, "position_ids": positions(len(e["input_ids"]))} for e in examples_of(task, 8)]
@@ -284,7 +284,7 @@ def test_mean_is_trainer_with_positions_of_their_own(tmp_path):
         assert len(ours.jd_state.gramian) == 4
 
 
-def test_rows_that_can_not_be_packed_always(tmp_path):
+def test_always_packed_needs_document_bounds(tmp_path):
     task = TABLE["masked"]
     data = [{key: value for key, value in e.items() if key != "task"} for e in examples_of(task, 8)]
     with pytest.raises(ValueError, match="--jd_packed is `always`, but nothing in the batch tells"):

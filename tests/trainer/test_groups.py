@@ -43,7 +43,7 @@ DATASETS = {
 
 @pytest.mark.parametrize("kind", DATASETS)
 @pytest.mark.parametrize("collator", ["seq2seq", "lm", "default", "own"])
-def test_names_survive(kind, collator, tokenizer, tmp_path):
+def test_group_names_pass_every_collator(kind, collator, tokenizer, tmp_path):
     data = examples()
     if collator == "lm":
         data = without_labels(data)
@@ -64,7 +64,7 @@ def test_names_survive(kind, collator, tokenizer, tmp_path):
         assert logged(trainer, f"jd/loss/{name}").isfinite().all()
 
 
-def test_integers_are_names_too(tmp_path):
+def test_integers_may_be_group_names(tmp_path):
     data = [{**example, "task": 7 - i % 2} for i, example in enumerate(examples())]
     trainer = run(lora("gpt2"), arguments(tmp_path, **TASK), data)
     assert trainer.jd_group_names == ["6", "7"]
@@ -80,7 +80,7 @@ def test_workers_give_the_same_ids(tmp_path):
     assert torch.equal(flat(models[0]), flat(models[1]))
 
 
-def test_the_collator_takes_the_column_out_and_adds_ids():
+def test_the_collator_replaces_the_column_with_ids():
     seen = []
     collator = GroupCollator(lambda batch: seen.extend(batch) or {}, "task", ["a", "b"])
     batch = collator([{"task": "b", "x": 1}, {"task": "a", "x": 2}, {"task": None, "x": 3}, {"task": "c", "x": 4}])
@@ -98,7 +98,7 @@ def test_groups_absent_from_an_update_have_no_objective(tmp_path):
     assert trainer.jd_state.names == ["docs"]
 
 
-def test_evaluation_with_and_without_the_column(tmp_path):
+def test_evaluation_works_with_and_without_the_column(tmp_path):
     with_groups, plain = examples(5, seed=1), [{k: v for k, v in e.items() if k != "task"} for e in examples(5, seed=1)]
     trainer = run(lora("gpt2"), arguments(tmp_path, **TASK))
     losses = [trainer.evaluate(data)["eval_loss"] for data in (with_groups, plain, Dataset.from_list(with_groups))]
@@ -117,7 +117,7 @@ def strict(forward):
     return checked
 
 
-def test_a_column_with_instances_only_splits_what_is_logged(tmp_path):
+def test_a_column_with_instances_only_splits_the_logs(tmp_path):
     plain = run(lora("gpt2"), arguments(tmp_path))
     split = run(lora("gpt2"), arguments(tmp_path, jd_group_column="task"))
     assert relative(flat(split.model), flat(plain.model)) == 0
@@ -126,36 +126,36 @@ def test_a_column_with_instances_only_splits_what_is_logged(tmp_path):
 
 
 class TestErrors:
-    def test_missing_column(self, tmp_path):
+    def test_a_missing_column_is_refused(self, tmp_path):
         for data in (examples(), Dataset.from_list(examples())):
             with pytest.raises(ValueError, match="no group column `topic`; its columns are .*`task`"):
                 run(lora("gpt2"), arguments(tmp_path, jd_objectives="group", jd_group_column="topic"), data)
 
     @pytest.mark.parametrize("value", [None, "", float("nan")])
-    def test_missing_value(self, value):
+    def test_a_missing_value_is_refused(self, value):
         data = examples()
         data[7]["task"] = value
         with pytest.raises(ValueError, match="Row 7 .* no value in the group column `task`"):
             group_names(data, "task")
 
-    def test_missing_value_in_a_stream(self, tmp_path):
+    def test_a_missing_value_in_a_stream_is_refused(self, tmp_path):
         data = examples()
         data[3]["task"] = None
         stream = IterableDataset.from_generator(lambda: iter(data))
         with pytest.raises(ValueError, match="no value in the group column `task`, or a name that is not among"):
             run(lora("gpt2"), arguments(tmp_path, jd_groups=["chat", "code", "docs"], **TASK), stream)
 
-    def test_missing_column_in_a_stream(self, tmp_path):
+    def test_a_missing_column_in_a_stream_is_refused(self, tmp_path):
         stream = IterableDataset.from_generator(lambda: iter(examples()))
         with pytest.raises(ValueError, match="no group column `topic`"):
             run(lora("gpt2"), arguments(tmp_path, jd_objectives="group", jd_group_column="topic"), stream)
 
-    def test_names_of_a_stream_have_to_be_listed(self, tmp_path):
+    def test_names_of_a_stream_must_be_listed(self, tmp_path):
         stream = IterableDataset.from_generator(lambda: iter(examples()))
         with pytest.raises(ValueError, match="list them with --jd_groups"):
             run(lora("gpt2"), arguments(tmp_path, **TASK), stream)
 
-    def test_packed_examples_whose_beginnings_are_not_told_have_no_group(self, tmp_path):
+    def test_packed_examples_without_bounds_have_no_group(self, tmp_path):
         collator = DataCollatorWithFlattening(return_position_ids=False)
         with pytest.raises(ValueError, match="collator that pads, or one that packs and returns `position_ids`"):
             run(lora("gpt2"), arguments(tmp_path, **TASK), data_collator=collator)
@@ -163,7 +163,7 @@ class TestErrors:
 
 @pytest.mark.parametrize("objectives", ["instance", "group"])
 @pytest.mark.parametrize("backward", ["one_pass", "two_pass"])
-def test_a_group_whose_loss_is_to_be_raised(objectives, backward, tmp_path):
+def test_jd_ascend_raises_a_groups_loss(objectives, backward, tmp_path):
     flags = {"per_device_train_batch_size": 6, "max_steps": 1, "optim": "sgd", "jd_weighting": "mean"}
     flags |= {"jd_group_column": "task", "jd_objectives": objectives, "jd_backward": backward, "max_grad_norm": 0.0}
     start = flat(lora("gpt2", warm=True))

@@ -25,7 +25,7 @@ def of_logits(trainer, model, inputs, number):
 
 
 def of_states(trainer, model, inputs, number):
-    """The logits depend on the states, which the loss reads, too."""
+    """Compute a loss that reads both the logits and the states on which they depend."""
     outputs = model(**inputs, output_hidden_states=True)
     outputs.hidden_states[0].register_hook(doubled)
     return F.cross_entropy(outputs.logits, inputs["labels"]) + outputs.hidden_states[0].square().mean(), outputs
@@ -57,7 +57,7 @@ def of_model(trainer, model, inputs, number):
 
 
 def hooked(hook, name="register_hook"):
-    """Sets a hook on each parameter."""
+    """Set a hook on each parameter."""
 
     def prepare(trainer):
         for p in trainer.model.parameters():
@@ -67,7 +67,7 @@ def hooked(hook, name="register_hook"):
 
 
 def masked(gradient, p):
-    """Trains every other row, as for added tokens."""
+    """Train every other row, as for added tokens."""
     return gradient * (torch.arange(len(p)) % 2).view(-1, *[1] * (p.dim() - 1))
 
 
@@ -104,7 +104,7 @@ def test_the_row_of_a_batch_takes_any_hook(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["instance", "batch"])
-def test_hooks_that_wait_for_grad_are_refused(kind, tmp_path):
+def test_post_accumulate_hooks_are_refused(kind, tmp_path):
     def halve(p, _):
         p.grad.mul_(0.5)
 

@@ -28,7 +28,7 @@ HOOKS = [name for name in vars(nn.Linear(1, 1)) if name.endswith("_hooks") or "_
 
 
 def hooks(model: nn.Module) -> dict[str, int]:
-    """Counts the hooks of each kind on modules and parameters."""
+    """Count the hooks of each kind on modules and parameters."""
     counts = {name: sum(len(getattr(module, name)) for module in model.modules()) for name in HOOKS}
     return counts | {"parameters": sum(len(p._backward_hooks or ()) for p in model.parameters())}
 
@@ -50,7 +50,7 @@ def hooks(model: nn.Module) -> dict[str, int]:
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore")
-def test_a_trained_model_has_the_hooks_of_a_stock_one(flags, tmp_path):
+def test_a_trained_model_has_no_hooks_of_ours(flags, tmp_path):
     settings = {name: value for name, value in flags.items() if not name.startswith("jd_")}
     theirs = stock(tiny_llama(), tmp_path, max_steps=2, **settings)
     trainer = run(tiny_llama(), arguments(tmp_path, max_steps=2, **flags))
@@ -77,7 +77,7 @@ class Stops(TrainerCallback):
     ],
     ids=repr,
 )
-def test_a_run_that_is_interrupted_leaves_no_hooks_and_a_trainer_that_works(error, event, tmp_path):
+def test_an_interrupted_run_leaves_no_hooks_and_a_working_trainer(error, event, tmp_path):
     trainer = JDTrainer(lora("gpt2"), arguments(tmp_path, max_steps=2), train_dataset=examples(), data_collator=collate)
     stops = Stops(error, event)
     trainer.add_callback(stops)
@@ -169,7 +169,7 @@ def test_a_trained_model_is_a_plain_model(use, trained):
     assert torch.allclose(use(trained.model, inputs).detach(), expected, rtol=1e-10, atol=1e-12)
 
 
-def test_a_stock_trainer_goes_on_with_a_trained_model(tmp_path):
+def test_a_stock_trainer_continues_with_a_trained_model(tmp_path):
     trained = run(lora("gpt2"), arguments(tmp_path, max_steps=2)).model
     twin = lora("gpt2")
     twin.load_state_dict(trained.state_dict())
@@ -178,7 +178,7 @@ def test_a_stock_trainer_goes_on_with_a_trained_model(tmp_path):
     assert torch.equal(flat(trained), flat(twin))
 
 
-def test_runs_one_after_another_are_those_of_trainer(tmp_path):
+def test_consecutive_runs_equal_trainers(tmp_path):
     finals = []
     for cls, args in (
         (Trainer, arguments(tmp_path, TrainingArguments, max_steps=3)),
@@ -205,7 +205,7 @@ def test_a_copy_made_between_two_steps_is_a_plain_model(tmp_path):
     assert left == {"NoTap"}
 
 
-def test_evaluation_before_and_after_training_is_trainers(tmp_path):
+def test_evaluation_before_and_after_training_equals_trainer(tmp_path):
     data = [{k: v for k, v in example.items() if k != "task"} for example in examples(6, seed=2)]
     results = []
     for cls, args in (
@@ -247,7 +247,7 @@ def searcher(tmp_path, data=None, flags=None, **settings) -> Searcher:
 
 
 def tried(trainer: Searcher, **flags: Any) -> Searcher:
-    """Runs one trial like a search does: the model of the previous trial is gone."""
+    """Run one trial like a search does: the model of the previous trial is gone."""
     trainer.model = trainer.model_wrapped = None
     trainer.trial = flags
     trainer.train()
@@ -270,7 +270,7 @@ KINDS = [{**example, "kind": "ab"[i % 2]} for i, example in enumerate(examples()
 
 
 @pytest.mark.slow
-def test_each_trial_is_the_run_of_a_fresh_trainer(tmp_path):
+def test_each_trial_equals_a_fresh_trainers_run(tmp_path):
     trainer = searcher(tmp_path / "search", KINDS)
     trainer.evaluate([{k: v for k, v in example.items() if k not in ("task", "kind")} for example in KINDS])
     for flags, all_flags in zip(TRIALS, FRESH, strict=True):
@@ -302,7 +302,7 @@ def test_each_trial_is_the_run_of_a_fresh_trainer(tmp_path):
     ],
     ids=str,
 )
-def test_a_flag_that_a_trial_sets_wrong_is_refused_and_the_next_trial_runs(flags, message, tmp_path):
+def test_a_trials_invalid_flag_is_refused_and_the_next_trial_runs(flags, message, tmp_path):
     trainer = searcher(tmp_path)
     right = {name: getattr(trainer.args, name) for name in flags}
     with pytest.raises(ValueError, match=message):
@@ -312,7 +312,7 @@ def test_a_flag_that_a_trial_sets_wrong_is_refused_and_the_next_trial_runs(flags
     assert tried(trainer).state.global_step == 4
 
 
-def test_flags_that_are_set_between_runs_are_followed(tmp_path):
+def test_flags_set_between_runs_are_followed(tmp_path):
     args = arguments(tmp_path, per_device_train_batch_size=6)
     trainer = JDTrainer(lora("gpt2"), args, train_dataset=examples(), data_collator=collate)
     trainer.train()
@@ -331,7 +331,7 @@ def test_flags_that_are_set_between_runs_are_followed(tmp_path):
         trainer.follow_flags()
 
 
-def test_a_weighting_that_was_handed_over_stays_and_forgets(tmp_path):
+def test_a_passed_weighting_stays_and_is_reset(tmp_path):
     mine = GradVacWeighting(seed=3)
     trainer = searcher(tmp_path, weighting=mine, flags=GROUP)
     first = flat(tried(trainer).model)
@@ -342,20 +342,20 @@ def test_a_weighting_that_was_handed_over_stays_and_forgets(tmp_path):
         tried(trainer, jd_weighting="mgda")
 
 
-def test_a_weighting_of_torchjd_forgets(tmp_path):
+def test_a_torchjd_weighting_is_reset(tmp_path):
     trainer = searcher(tmp_path, weighting=PCDWeighting(tau=0.5), flags=GROUP)
     first = flat(tried(trainer).model)
     assert torch.equal(flat(tried(trainer).model), first)
 
 
-def test_a_weighting_that_is_set_later_is_used(tmp_path):
+def test_a_weighting_set_later_is_used(tmp_path):
     trainer = JDTrainer(lora("gpt2"), arguments(tmp_path), train_dataset=examples(), data_collator=collate)
     trainer.weighting = lambda gramian: torch.full((2,), 7.0)
     trainer.train()
     assert trainer.jd_state.weights.tolist() == [7, 7]
 
 
-def test_a_group_collator_of_the_users_own_stays(tmp_path):
+def test_a_users_group_collator_stays(tmp_path):
     mine = GroupCollator(collate, "task", ["chat", "code", "docs"])
     trainer = JDTrainer(lora("gpt2"), arguments(tmp_path, max_steps=1), train_dataset=examples(), data_collator=mine)
     trainer.train()
@@ -372,7 +372,7 @@ def test_each_trial_of_a_search_writes_its_own_log(tmp_path):
     assert not (tmp_path / "jd_log.jsonl").exists()
 
 
-def test_what_a_trainer_holds_of_ours_is_pickled(tmp_path):
+def test_our_parts_of_a_trainer_can_be_pickled(tmp_path):
     # Ray sends the trainer to workers like this, without its model; its accelerator shares state with other trainers.
     trainer = searcher(tmp_path, flags={"jd_weighting": "gradvac", **GROUP})
     trainer.train()

@@ -24,7 +24,7 @@ class Saved:
 
 
 def kept(loss) -> int:
-    """Returns the bytes of all storages that autograd holds when the backward of `loss()` begins."""
+    """Return the bytes of all storages that autograd holds when the backward of `loss()` begins."""
     saved = WeakSet()
 
     def pack(tensor):
@@ -41,7 +41,7 @@ def kept(loss) -> int:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_bytes_kept_for_the_backward(dtype, smoothing):
+def test_unreduced_losses_store_no_more_for_the_backward(dtype, smoothing):
     torch.manual_seed(0)
     logits = torch.randn(4, 16, VOCABULARY, dtype=dtype, requires_grad=True)
     labels = torch.randint(VOCABULARY, (4, 16))
@@ -68,7 +68,7 @@ def experts():
 
 
 @pytest.mark.parametrize("build", [lambda: tiny_gpt2(vocab_size=VOCABULARY), experts], ids=["gpt2", "experts"])
-def test_bytes_kept_by_a_trainers_steps(build, tmp_path):
+def test_a_trainers_step_stores_one_set_of_losses(build, tmp_path):
     """The bytes of the model and its unreduced losses: the model's own loss is freed."""
     batch = collate(examples(4))
     model = build()

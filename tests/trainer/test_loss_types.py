@@ -29,7 +29,7 @@ def trained(cls, config, directory, run=True, **flags):
 
 
 @pytest.mark.parametrize("watched", [{}, {"jd_monitor_every": 2}], ids=["weighed", "watched"])
-def test_mean_is_trls_own_trainer(watched, tmp_path):
+def test_mean_equals_trls_trainer(watched, tmp_path):
     theirs = trained(DPOTrainer, DPOConfig, tmp_path)
     ours = trained(JDDPOTrainer, JDDPOConfig, tmp_path, **LOSS, jd_weighting="mean", **watched)
     assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
@@ -40,29 +40,29 @@ def test_mean_is_trls_own_trainer(watched, tmp_path):
         assert {key: our[key] for key in their} == pytest.approx(their, rel=1e-4, abs=1e-6)
 
 
-def test_rows_are_those_of_each_loss_alone(tmp_path):
+def test_rows_equal_each_losss_gradient(tmp_path):
     trainer = trained(JDDPOTrainer, JDDPOConfig, tmp_path, **LOSS, jd_weighting="upgrad", max_steps=1)
-    found = trainer.jd_state.gramian
+    actual = trainer.jd_state.gramian
     rows = []
     for name, weight in zip(MPO["loss_type"], MPO["loss_weights"], strict=True):
         flags = {"loss_type": [name], "loss_weights": [weight], "max_steps": 1, "max_grad_norm": 0.0}
         rows.append((flat(lora()) - flat(trained(DPOTrainer, DPOConfig, tmp_path, **flags).model)).double() / 0.1)
     rows = torch.stack(rows)
-    assert relative(found, 9 * rows @ rows.T) < 1e-4  # The difference of float32 parameters.
+    assert relative(actual, 9 * rows @ rows.T) < 1e-4  # The difference of float32 parameters.
 
 
-def test_last_weights_are_taken_by_loss(tmp_path):
+def test_unmeasured_updates_use_the_last_weights_by_loss(tmp_path):
     trainer = trained(JDDPOTrainer, JDDPOConfig, tmp_path, **LOSS, jd_weighting="mgda", jd_every=2, max_steps=4)
     assert set(trainer.jd_control.last) == set(MPO["loss_type"])
     assert sum("jd/min_gw" in entry for entry in trainer.state.log_history) == 2
 
 
-def test_groups_of_several_losses(tmp_path):
+def test_groups_work_with_several_losses(tmp_path):
     trainer = trained(JDDPOTrainer, JDDPOConfig, tmp_path, **GROUP)
     assert trainer.jd_state.names == ["a", "b"]
 
 
-def test_one_loss_has_no_objectives_to_weigh(tmp_path):
+def test_a_single_loss_is_refused(tmp_path):
     flags = {**LOSS, "loss_type": ["sigmoid"], "loss_weights": None}
     with pytest.raises(ValueError, match="--loss_type has only `sigmoid`: give several"):
         trained(JDDPOTrainer, JDDPOConfig, tmp_path, **flags)

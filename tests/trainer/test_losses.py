@@ -26,7 +26,7 @@ def batch():
     return logits, labels
 
 
-def test_the_sum_is_that_of_the_models_loss(batch):
+def test_the_sum_equals_the_models_loss(batch):
     logits, labels = batch
     losses, counted = causal_lm(logits, labels)
     assert (losses[~counted] == 0).all()
@@ -34,14 +34,14 @@ def test_the_sum_is_that_of_the_models_loss(batch):
     torch.testing.assert_close(losses.sum() / 7, ForCausalLMLoss(logits, labels, 11, num_items_in_batch=7))
 
 
-def test_the_sum_is_that_of_the_label_smoother(batch):
+def test_the_sum_equals_the_label_smoothers(batch):
     logits, labels = batch
     losses, counted = causal_lm(logits, labels, label_smoothing=0.3)
     smoothed = LabelSmoother(0.3)({"logits": logits}, labels, shift_labels=True)
     torch.testing.assert_close(losses.sum() / counted.sum(), smoothed)
 
 
-def test_labels_that_are_shifted_already(batch):
+def test_labels_may_already_be_shifted(batch):
     logits, labels = batch
     shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
     for ours, theirs in zip(causal_lm(logits, labels, shifted), causal_lm(logits, labels), strict=True):
@@ -57,7 +57,7 @@ def test_virtual_tokens_come_before_the_labels(batch):
         assert torch.equal(ours, theirs)
 
 
-def test_logits_that_do_not_belong_to_the_labels(batch):
+def test_logits_that_do_not_match_the_labels_are_refused(batch):
     logits, labels = batch
     with pytest.raises(ValueError, match="don't belong to labels"):
         causal_lm(logits[:2], labels)
@@ -65,7 +65,7 @@ def test_logits_that_do_not_belong_to_the_labels(batch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
-def test_log_probabilities_are_read_from_the_models_loss(make, dtype, monkeypatch):
+def test_log_probabilities_are_read_from_the_models_graph(make, dtype, monkeypatch):
     model = with_lora(make()).to(dtype)
     batch = {"input_ids": torch.randint(3, 37, (2, 6)), "labels": torch.randint(3, 37, (2, 6))}
     outputs = model(**batch)

@@ -18,34 +18,34 @@ def values(metrics: Metrics) -> dict[Key, float]:
     return dict(zip(metrics.keys, metrics.values.tolist(), strict=True))
 
 
-def test_definitions():
+def test_metrics_follow_their_definitions():
     torch.manual_seed(0)
     rows = torch.randn(5, 7, dtype=torch.float64)
     weights, means, counts = torch.rand(5).double(), torch.rand(5).double(), torch.tensor([3.0, 1, 4, 1, 5])
     groups, names = torch.tensor([0, 2, 0, 2, 2]), {0: "a", 2: "c"}
-    found = values(step_metrics((rows @ rows.T)[None], weights[None], means, counts, groups, names))
+    actual = values(step_metrics((rows @ rows.T)[None], weights[None], means, counts, groups, names))
     update = weights @ rows
     cosines = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)[
         tuple(torch.triu_indices(5, 5, 1))
     ]
-    assert found["jd/min_gw"] == pytest.approx((rows @ update).min().item())
-    assert found["jd/conflicts"] == pytest.approx((cosines < 0).double().mean().item())
-    assert found["jd/cosine"] == pytest.approx(cosines.mean().item())
-    assert found["jd/grad_norm"] == pytest.approx(rows.norm(dim=1).mean().item())
-    assert found["jd/weight_sum"] == pytest.approx(weights.sum().item())
+    assert actual["jd/min_gw"] == pytest.approx((rows @ update).min().item())
+    assert actual["jd/conflicts"] == pytest.approx((cosines < 0).double().mean().item())
+    assert actual["jd/cosine"] == pytest.approx(cosines.mean().item())
+    assert actual["jd/grad_norm"] == pytest.approx(rows.norm(dim=1).mean().item())
+    assert actual["jd/weight_sum"] == pytest.approx(weights.sum().item())
     for k, name in names.items():
         member = groups == k
         row = rows[member].sum(0)
-        assert found[f"jd/weight/{name}"] == pytest.approx((weights[member].sum() / weights.sum()).item())
-        assert found[f"jd/against/{name}"] == float(row @ update < 0)
-        assert found[f"jd/grad_norm/{name}"] == pytest.approx(row.norm().item())
+        assert actual[f"jd/weight/{name}"] == pytest.approx((weights[member].sum() / weights.sum()).item())
+        assert actual[f"jd/against/{name}"] == float(row @ update < 0)
+        assert actual[f"jd/grad_norm/{name}"] == pytest.approx(row.norm().item())
         tokens = counts[member].double()
-        assert found[f"jd/loss/{name}"] == pytest.approx((means[member] @ tokens / tokens.sum()).item())
+        assert actual[f"jd/loss/{name}"] == pytest.approx((means[member] @ tokens / tokens.sum()).item())
     a, c = rows[groups == 0].sum(0), rows[groups == 2].sum(0)
-    assert found["a", "c"] == pytest.approx(torch.cosine_similarity(a, c, dim=0).item())
+    assert actual["a", "c"] == pytest.approx(torch.cosine_similarity(a, c, dim=0).item())
 
 
-def test_against_is_seen_and_rounding_is_not():
+def test_against_ignores_rounding():
     # The second row's product with the mean is negative; with weights (1, 2), both products are 0 up to rounding.
     gramian = torch.tensor([[4.0, -2.0], [-2.0, 1.0]])
     against = []
@@ -58,12 +58,12 @@ def test_against_is_seen_and_rounding_is_not():
             torch.tensor([0, 1]),
             {0: "a", 1: "b"},
         )
-        found = values(metrics)
-        against.append((found["jd/against/a"], found["jd/against/b"]))
+        actual = values(metrics)
+        against.append((actual["jd/against/a"], actual["jd/against/b"]))
     assert against == [(0, 1), (0, 0)]
 
 
-def test_the_worst_block_is_that_in_which_most_objectives_are_gone_against():
+def test_the_worst_block_goes_against_most_objectives():
     # The mean of the first block goes against neither of two rows; the mean of the second block goes against one.
     rows = torch.tensor([[[4.0, 0.0], [0.0, 1.0]], [[4.0, 0.0], [-1.0, 1.0]]]).double()
     gramians, weights = rows @ rows.mT, torch.full((2, 2), 0.5).double()
@@ -74,7 +74,7 @@ def test_the_worst_block_is_that_in_which_most_objectives_are_gone_against():
     assert values(block_metrics(gramians, mended)) == {"jd/against_in_worst_block": 0.0}
 
 
-def test_an_update_of_nothing_but_rounding_goes_against_no_objective():
+def test_an_update_of_pure_rounding_goes_against_no_objective():
     rows = torch.randn(12, 3, generator=torch.Generator().manual_seed(0))  # No update helps all these rows.
     gramian = rows @ rows.T
     weights = UPGradWeighting()(gramian.double())
@@ -82,30 +82,30 @@ def test_an_update_of_nothing_but_rounding_goes_against_no_objective():
     assert values(block_metrics(gramian[None], weights[None])) == {"jd/against_in_worst_block": 0.0}
 
 
-def test_over_blocks_products_add_up_and_weights_are_averaged():
+def test_products_are_summed_and_weights_averaged_over_blocks():
     torch.manual_seed(0)
     rows, weights = torch.randn(3, 4, 7, dtype=torch.float64), torch.rand(3, 4).double()
     ones, groups, names = torch.ones(4), torch.arange(4), {k: f"g{k}" for k in range(4)}
-    found = values(step_metrics(rows @ rows.mT, weights, ones, ones, groups, names))
+    actual = values(step_metrics(rows @ rows.mT, weights, ones, ones, groups, names))
     whole, update = torch.cat(list(rows), 1), torch.cat([w @ block for w, block in zip(weights, rows, strict=True)])
-    assert found["jd/min_gw"] == pytest.approx((whole @ update).min().item())
-    assert found["jd/weight_sum"] == pytest.approx(weights.mean(0).sum().item())
+    assert actual["jd/min_gw"] == pytest.approx((whole @ update).min().item())
+    assert actual["jd/weight_sum"] == pytest.approx(weights.mean(0).sum().item())
     for k in range(4):
-        assert found[f"jd/against/g{k}"] == float(whole[k] @ update < 0)
-        assert found[f"jd/grad_norm/g{k}"] == pytest.approx(whole[k].norm().item())
-        assert found[f"jd/weight/g{k}"] == pytest.approx((weights[:, k].sum() / weights.sum()).item())
+        assert actual[f"jd/against/g{k}"] == float(whole[k] @ update < 0)
+        assert actual[f"jd/grad_norm/g{k}"] == pytest.approx(whole[k].norm().item())
+        assert actual[f"jd/weight/g{k}"] == pytest.approx((weights[:, k].sum() / weights.sum()).item())
 
 
 def test_the_metrics_do_not_depend_on_the_scale():
     gramian = torch.tensor([[1.0, -0.5], [-0.5, 2.0]])
     arguments = torch.tensor([[0.5, 0.5]]), torch.ones(2), torch.ones(2), torch.tensor([0, 1]), {0: "a", 1: "b"}
     for scale in (1.0, 1e-16):
-        found = values(step_metrics(gramian[None] * scale, *arguments))
-        assert found["jd/conflicts"] == 1
-        assert found["jd/cosine"] == pytest.approx(-0.5 / 2**0.5)
+        actual = values(step_metrics(gramian[None] * scale, *arguments))
+        assert actual["jd/conflicts"] == 1
+        assert actual["jd/cosine"] == pytest.approx(-0.5 / 2**0.5)
 
 
-def test_averages_are_over_the_steps_in_which_a_metric_was_there():
+def test_a_metric_is_averaged_over_the_steps_that_have_it():
     averages = Averages()
     averages.add(Metrics(("b", "a"), torch.tensor([1.0, 3.0])))
     averages.add(Metrics(("b",), torch.tensor([2.0])))
@@ -115,7 +115,7 @@ def test_averages_are_over_the_steps_in_which_a_metric_was_there():
     assert averages.take() == {}
 
 
-def test_cosines_of_few_groups_are_logged():
+def test_cosines_are_logged_for_few_groups_only():
     few = dict.fromkeys(combinations("abcdefgh", 2), 0.5) | {"jd/z": 1.0}
     assert len(readable(few)) == 29
     assert readable(few)["jd/cosine/a/b"] == 0.5

@@ -22,7 +22,7 @@ SPARSE = {"one instance": (3,), "a micro-batch": (2, 3), "all but one instance":
 
 
 def without_some(*left_out):
-    """Returns a collator that leaves examples out, like a filter; if none remain, it returns tensors [0, T]."""
+    """Return a collator that leaves examples out, like a filter; if none remain, it returns tensors [0, T]."""
 
     def filtering(batch):
         keep = [example["input_ids"] not in left_out for example in batch]
@@ -33,7 +33,7 @@ def without_some(*left_out):
 
 @pytest.mark.parametrize("sparse", SPARSE)
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "own-means"])
-def test_mean_is_trainer_where_labels_are_missing(kind, sparse, tmp_path):
+def test_mean_equals_trainer_if_labels_are_missing(kind, sparse, tmp_path):
     data = examples(6, unlabelled=SPARSE[sparse])
     flags = {"gradient_accumulation_steps": 3, "max_steps": 2, **IN_ORDER}
     theirs = stock(lora("gpt2"), tmp_path, data, **flags)
@@ -45,7 +45,7 @@ def test_mean_is_trainer_where_labels_are_missing(kind, sparse, tmp_path):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_update_without_any_label_is_no_step(kind, accumulation, tmp_path):
+def test_an_update_without_labels_is_no_step(kind, accumulation, tmp_path):
     # Trainer divides by the number of tokens, which is 0, so its parameters become NaN.
     data = examples(4, unlabelled=(0, 1, 2, 3))
     args = arguments(tmp_path, gradient_accumulation_steps=accumulation, weight_decay=0.1, max_steps=2, **KINDS[kind])

@@ -36,7 +36,7 @@ class At(TrainerCallback):
 
 
 def with_loss(model, loss):
-    """Returns the model with its own loss replaced by `loss(its loss, its outputs, its inputs)`."""
+    """Return the model with its own loss replaced by `loss(its loss, its outputs, its inputs)`."""
     forward = model.forward
 
     @functools.wraps(forward)
@@ -51,7 +51,7 @@ def with_loss(model, loss):
 
 
 def penalised(model):
-    """Adds a penalty on the parameters, times a coefficient that starts at 0."""
+    """Add a penalty on the parameters, times a coefficient that starts at 0."""
     model.coefficient = 0.0
     return with_loss(
         model, lambda loss, *_: loss + model.coefficient * sum(p.square().sum() for p in model.parameters())
@@ -63,7 +63,7 @@ def raised(model):
 
 
 def is_stock(build, directory, tolerance=1e-6, data=None, callbacks=(), **flags):
-    """Checks that the mean and the stock trainer give the same parameters; returns the former trainer."""
+    """Check that the mean and the stock trainer give the same parameters; return the former trainer."""
     theirs_flags = {key: value for key, value in flags.items() if not key.startswith("jd_")}
     theirs = run(build(), arguments(directory, TrainingArguments, **theirs_flags), data, callbacks=list(callbacks))
     ours = run(build(), arguments(directory, jd_weighting="mean", **flags), data, callbacks=list(callbacks))
@@ -132,7 +132,7 @@ def focal(loss, outputs, inputs):
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("loss", [unshifted, of_a_prompt, smoothed, focal])
-def test_a_head_with_another_loss_is_trained_as_it_stands(loss, bf16, tmp_path, caplog):
+def test_a_head_with_another_loss_is_trained_unchanged(loss, bf16, tmp_path, caplog):
     data = examples()
     for example in data:
         example["labels"] = example["input_ids"]
@@ -168,7 +168,7 @@ def test_values_are_known_in_ordinary_runs(name, flags, tmp_path):
     assert ours.jd_state.losses.isfinite().all()
 
 
-def test_a_loss_that_is_not_finite_is_no_difference(tmp_path):
+def test_a_nonfinite_loss_is_not_called_different(tmp_path):
     broken = []
 
     def nan(loss, *_):
@@ -225,12 +225,12 @@ def assert_is_doubled(trainer, directory):
 
 
 @pytest.mark.parametrize("cls", [Left, Below, Further, BehindBelow])
-def test_a_classs_own_loss_is_trained(cls, tmp_path):
+def test_a_loss_overridden_in_a_class_is_trained(cls, tmp_path):
     trainer = run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", optim="sgd"), cls=cls)
     assert_is_doubled(trainer, tmp_path)
 
 
-def test_an_instances_own_loss_is_trained(tmp_path):
+def test_a_loss_set_on_an_instance_is_trained(tmp_path):
     args = arguments(tmp_path, jd_weighting="mean", optim="sgd")
     trainer = JDTrainer(lora("gpt2"), args, train_dataset=examples(), data_collator=collate)
     trainer.compute_loss = functools.partial(own, trainer)
@@ -239,14 +239,14 @@ def test_an_instances_own_loss_is_trained(tmp_path):
 
 
 @pytest.mark.parametrize("cls", [Trainer, JDTrainerMixin, JDTrainer])
-def test_a_loss_put_in_anothers_place_is_trained(cls, tmp_path, monkeypatch):
+def test_a_patched_loss_is_trained(cls, tmp_path, monkeypatch):
     expected = doubled(tmp_path)
     monkeypatch.setattr(cls, "compute_loss", own, raising=False)
     trainer = run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", optim="sgd"))
     assert relative(flat(trainer.model), flat(expected)) < 1e-10
 
 
-def test_a_wrapper_of_trainers_loss_is_trained(tmp_path, monkeypatch):
+def test_a_wrapped_trainer_loss_is_trained(tmp_path, monkeypatch):
     @functools.wraps(Trainer.compute_loss)
     def traced(self, *args, **kwargs):
         return 2 * inner(self, *args, **kwargs)
@@ -275,7 +275,7 @@ class Timed(Doubled):
 
 
 @pytest.mark.parametrize("theirs", [Stepping, Timed])
-def test_a_classs_own_step_is_run(theirs, tmp_path):
+def test_an_overridden_training_step_runs(theirs, tmp_path):
     flags = {"optim": "sgd", "gradient_accumulation_steps": 2}
     ours = type("Ours", (JDTrainerMixin, theirs), {})
     expected = run(lora("gpt2"), arguments(tmp_path, TrainingArguments, **flags), cls=theirs)
@@ -296,13 +296,13 @@ class Backward(Trainer):
 
 
 @pytest.mark.parametrize("theirs", [Stepping, Backward])
-def test_a_step_that_hides_the_mixins_is_refused(theirs, tmp_path):
+def test_a_step_that_hides_the_mixin_is_refused(theirs, tmp_path):
     cls = type("Ours", (JDTrainer,), {"training_step": theirs.training_step})
     with pytest.raises(ValueError, match="training_step of Ours doesn't call super"):
         run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean"), cls=cls)
 
 
-def test_a_mixin_to_the_right_is_refused():
+def test_a_mixin_to_the_right_of_a_trainer_is_refused():
     with pytest.raises(TypeError, match=r"Wrong names Stepping before JDTrainerMixin.*\(JDTrainerMixin, Stepping\)"):
         type("Wrong", (Stepping, JDTrainerMixin), {})
 
@@ -323,7 +323,7 @@ class WithHead(Trainer):
 
 
 @pytest.mark.parametrize("kind", ["instance", "batch"])
-def test_a_losss_own_parameters_are_trained(kind, tmp_path):
+def test_parameters_of_a_loss_are_trained(kind, tmp_path):
     flags = {"optim": "sgd", "gradient_accumulation_steps": 2}
     ours = type("Ours", (JDTrainerMixin, WithHead), {})
     expected = run(lora("gpt2"), arguments(tmp_path, TrainingArguments, **flags), cls=WithHead)
@@ -332,7 +332,7 @@ def test_a_losss_own_parameters_are_trained(kind, tmp_path):
     assert relative(flat(trainer.model), flat(expected.model)) < 1e-10
 
 
-def test_unreduced_losses_beside_it_are_trained(tmp_path):
+def test_unreduced_losses_take_precedence_in_training(tmp_path):
     class Both(Below):
         def compute_losses(self, model, inputs):
             return super().compute_losses(model, inputs)
@@ -342,7 +342,7 @@ def test_unreduced_losses_beside_it_are_trained(tmp_path):
     assert relative(flat(trainer.model), flat(stock(tiny_gpt2(), tmp_path, **flags).model)) < 1e-6
 
 
-def test_a_function_that_returns_one_loss_is_trained(tmp_path):
+def test_a_loss_function_may_return_one_number(tmp_path):
     def one(outputs, labels, num_items_in_batch=None):
         losses = F.cross_entropy(outputs.logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
         return losses.square().sum() / num_items_in_batch
@@ -355,7 +355,7 @@ def test_a_function_that_returns_one_loss_is_trained(tmp_path):
     assert len(ours.jd_state.weights) > 2
 
 
-def test_trls_sft_has_its_own_loss():
+def test_trls_sft_counts_as_a_custom_loss():
     pytest.importorskip("trl")
     from hf_jd import JDSFTTrainer
 

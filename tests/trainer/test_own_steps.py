@@ -126,6 +126,24 @@ def test_what_does_not_add_up_is_refused(theirs, flags, match, tmp_path):
         trainer.train()
 
 
+class Once(Adversarial):
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        return self.descend(model, self._prepare_inputs(inputs))
+
+
+def test_rows_of_batches_do_not_include_those_before(tmp_path):
+    case, gradients = CASES["focal"], []
+    for part in (slice(0, 4), slice(4, 8)):
+        model = case.build()
+        batch = case.collate([{k: v for k, v in e.items() if k != "task"} for e in case.examples(8)[part]])
+        case.loss(None, model, batch, None)[0].backward()
+        gradients.append(joined([p.grad for p in model.parameters()], model.parameters()))
+    rows = torch.stack(gradients)
+    flags = {"gradient_accumulation_steps": 2, "max_steps": 1, "per_device_train_batch_size": 4, **BATCH}
+    trainer = trained(case, tmp_path, 8, ours(Once), train_sampling_strategy="sequential", **flags)
+    assert relative(trainer.jd_state.gramian, rows @ rows.T) < 1e-10
+
+
 # ---- `.grad` ----
 
 

@@ -17,7 +17,7 @@ KINDS = {"instance": {}, "grouped": {"jd_group_column": "task"}, "group": GROUP}
 
 
 def flattened(n=8):
-    """Returns examples whose first token has no label, as in the flattening collator, without a mask."""
+    """Return examples whose first token has no label, as in the flattening collator, without a mask."""
     data = examples(n)
     for example in data:
         example["labels"] = [-100, *example["labels"][1:]]
@@ -25,7 +25,7 @@ def flattened(n=8):
 
 
 def packing(**settings):
-    """Returns DataCollatorWithFlattening for examples without attention masks, with any flash attention arguments."""
+    """Return DataCollatorWithFlattening for examples without attention masks, with any flash attention arguments."""
     inner = DataCollatorWithFlattening(**settings)
     return lambda batch: inner([{k: v for k, v in e.items() if k in ("input_ids", "labels")} for e in batch])
 
@@ -40,14 +40,14 @@ def packing(**settings):
     ],
     ids=["positions", "from-two", "cu_seq_lens", "seq_idx"],
 )
-def test_documents_of_one_row(batch):
+def test_documents_of_one_row_are_found(batch):
     batch = {"input_ids": torch.arange(6)[None], **batch}
     documents = packed_documents(batch)
     assert documents.tolist() == [[0, 0, 0, 1, 1, 2]]
     assert unpacked(batch["input_ids"], documents).tolist() == [[0, 1, 2], [3, 4, 0], [5, 0, 0]]
 
 
-def test_documents_of_padded_rows():
+def test_documents_of_padded_rows_are_found():
     positions = torch.tensor([[0, 1, 0, 1, 0], [0, 1, 2, 0, 1]])
     mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
     batch = {"input_ids": torch.ones_like(mask), "position_ids": positions, "attention_mask": mask}
@@ -71,11 +71,11 @@ def test_documents_of_padded_rows():
     ],
     ids=["none", "rows", "shared", "left"],
 )
-def test_rows_that_are_not_packed(batch):
+def test_rows_that_are_not_packed_have_no_documents(batch):
     assert packed_documents({"input_ids": torch.ones(2, 4, dtype=torch.long), **batch}) is None
 
 
-def test_documents_are_taken_out():
+def test_documents_can_be_left_out():
     batch = packing(return_flash_attn_kwargs=True, return_seq_idx=True)(examples(4))
     documents, keep = packed_documents(batch), torch.tensor([True, False, True, True])
     rest = without_documents({**batch, "jd_group": torch.arange(4)}, documents, keep)
@@ -91,7 +91,7 @@ def test_documents_are_taken_out():
 @pytest.mark.parametrize("flags", [{}, {"gradient_accumulation_steps": 2}, {"jd_backward": "two_pass"}], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["gpt2", slow("llama")])
-def test_packing_is_padding(name, kind, flags, tmp_path):
+def test_packing_equals_padding(name, kind, flags, tmp_path):
     models, trainers = [], []
     for collator in (collate, packing()):
         model = lora(name, warm=True)
@@ -106,7 +106,7 @@ def test_packing_is_padding(name, kind, flags, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_mean_is_trainer_on_packed_rows(kind, tmp_path):
+def test_mean_equals_trainer_on_packed_rows(kind, tmp_path):
     flags = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}
     theirs = run(lora("llama"), arguments(tmp_path, TrainingArguments, **flags), flattened(6), data_collator=packing())
     args = arguments(tmp_path, jd_weighting="mean", **flags, **KINDS[kind])
@@ -117,7 +117,7 @@ def test_mean_is_trainer_on_packed_rows(kind, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*further passes now")
-def test_packing_is_padding_for_all_parameters(tmp_path):
+def test_packing_equals_padding_in_full_fine_tuning(tmp_path):
     models = []
     for collator in (collate, packing()):
         args = arguments(tmp_path, per_device_train_batch_size=3, **GROUP)
@@ -125,7 +125,7 @@ def test_packing_is_padding_for_all_parameters(tmp_path):
     assert relative(flat(models[1]), flat(models[0])) < 1e-5
 
 
-def test_documents_that_attend_each_other_are_refused(tmp_path):
+def test_documents_that_attend_to_each_other_are_refused(tmp_path):
     def attending(batch):
         packed = packing()(batch)
         return {**packed, "attention_mask": torch.ones_like(packed["input_ids"])}
@@ -137,7 +137,7 @@ def test_documents_that_attend_each_other_are_refused(tmp_path):
         run(lora("llama", warm=True), args, flattened(), data_collator=attending)
 
 
-def test_the_groups_losses_of_a_packed_evaluation_set(tmp_path):
+def test_group_losses_of_a_packed_evaluation_set(tmp_path):
     class Rows(JDTrainer):
         def compute_losses(self, model, inputs):
             losses, counted = super().compute_losses(model, inputs)
@@ -159,7 +159,7 @@ def test_the_groups_losses_of_a_packed_evaluation_set(tmp_path):
     assert not any("code" in key for key in evaluated(packing(), Rows))
 
 
-def test_losses_of_packed_rows(tmp_path):
+def test_losses_per_packed_row_are_refused(tmp_path):
     class Rows(JDTrainer):
         def compute_losses(self, model, inputs):
             losses, counted = super().compute_losses(model, inputs)
@@ -169,7 +169,7 @@ def test_losses_of_packed_rows(tmp_path):
         run(lora("llama"), arguments(tmp_path), flattened(), Rows, data_collator=packing())
 
 
-def test_a_packed_document_that_is_not_finite(tmp_path):
+def test_a_nonfinite_packed_document_is_left_out(tmp_path):
     data = flattened(6)
     token = 36
     for example in data:

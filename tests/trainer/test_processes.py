@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """Returns the folder in which two processes saved their results, each in its own files."""
+    """Return the folder in which two processes saved their results, each in its own files."""
     folder = tmp_path_factory.mktemp("two")
     # `--cpu --num_processes 2` starts one process only (accelerate 1.15); `--multi_gpu` starts two, here on the CPU.
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -32,7 +32,7 @@ def two_processes(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
-def test_two_processes_are_one(name, two_processes, tmp_path):
+def test_two_processes_equal_one(name, two_processes, tmp_path):
     one = train(tmp_path, 4, **CONFIGURATIONS[name])
     first, second = (torch.load(two_processes / f"{name}-{rank}.pt") for rank in (0, 1))
     assert torch.equal(first["parameters"], second["parameters"])
@@ -45,7 +45,7 @@ def test_two_processes_are_one(name, two_processes, tmp_path):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6), key
 
 
-def test_the_updates_of_two_processes_have_each_groups_share(two_processes):
+def test_updates_of_two_processes_have_each_groups_share(two_processes):
     first, second = (torch.load(two_processes / f"stratified-{rank}.pt") for rank in (0, 1))
     # An epoch has two updates of 12, so one of the 23 examples comes twice.
     for epoch in range(0, 10, 2):

@@ -103,7 +103,7 @@ class Jacobian(JDTrainer):
 
 
 def trained(kind: type[nn.Module], args: Any, resume: str | None = None) -> tuple[nn.Module, list[float]]:
-    """Returns the trained model, and the next number of each random stream."""
+    """Return the trained model, and the next number of each random stream."""
     set_seed(1)
     model = kind().double()
     cls = Jacobian if isinstance(args, JDTrainingArguments) else Stock
@@ -116,7 +116,7 @@ FLAGS = {"per_device_train_batch_size": 3, "max_steps": 4, "learning_rate": 0.1,
 
 @pytest.mark.parametrize("backward", ["one_pass", "two_pass"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_mean_is_trainer_draw_for_draw(kind, backward: str, tmp_path):
+def test_mean_equals_trainer_draw_for_draw(kind, backward: str, tmp_path):
     flags = {**FLAGS, "gradient_accumulation_steps": 2}
     theirs, after_theirs = trained(kind, arguments(tmp_path / "stock", TrainingArguments, **flags))
     ours, after_ours = trained(kind, arguments(tmp_path, jd_weighting="mean", jd_backward=backward, **flags))
@@ -125,7 +125,7 @@ def test_mean_is_trainer_draw_for_draw(kind, backward: str, tmp_path):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_resumed_run_is_an_uninterrupted_one(kind, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(kind, tmp_path):
     """They are bitwise equal, although the resumed run verifies its rows once more."""
     args = arguments(tmp_path, **FLAGS, jd_weighting="upgrad", save_strategy="steps", save_steps=2)
     whole, after_whole = trained(kind, args)

@@ -25,16 +25,16 @@ ONE_DIRECTION = ("cispo",)
 
 
 def alone(policy: Policy, functions: list, scale: str = "group", weights: tuple[float, ...] | None = None) -> Tensor:
-    """Computes each reward's advantages [B, K], by loops."""
+    """Compute each reward's advantages [B, K], by loops."""
     n = len(policy.batch)
     permutation = policy.inputs["order"].tolist()
     columns = []
     for k, function in enumerate(functions):
-        found = function(completions=[""] * n)
-        scored = [r for r in found if r is not None]
+        scores = function(completions=[""] * n)
+        scored = [r for r in scores if r is not None]
         advantages = []
-        for i, reward in enumerate(found):
-            group = found[i // GENERATIONS * GENERATIONS :][:GENERATIONS]
+        for i, reward in enumerate(scores):
+            group = scores[i // GENERATIONS * GENERATIONS :][:GENERATIONS]
             group = torch.tensor([r for r in group if r is not None])
             if reward is None or len(group) < 2:
                 advantages.append(0.0)
@@ -68,7 +68,7 @@ CASES = [(loss, 3, moved) for loss in LOSSES for moved in (0.0, 0.5)] + [
 
 
 @pytest.mark.parametrize(("loss", "count", "moved"), CASES)
-def test_rows_are_those_of_one_backward_per_reward(loss, count, moved, tmp_path):
+def test_rows_equal_one_backward_per_reward(loss, count, moved, tmp_path):
     functions = rewards(count)
     policy = Policy(tmp_path, functions, moved=moved, loss_type=loss, beta=0.1)
     advantages = policy.inputs["jd_advantages"]
@@ -92,20 +92,20 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_rows_with_what_else_trl_has(name, tmp_path):
+def test_rows_with_other_settings_of_trl(name, tmp_path):
     policy = Policy(tmp_path, rewards(3), moved=0.5, beta=0.1, **SETTINGS[name])
     assert_brute(policy, policy.inputs["jd_advantages"])
     assert passes(policy) == 2
 
 
 @pytest.mark.parametrize("moved", [0.0, 0.5], ids=["on-policy", "moved"])
-def test_rows_of_a_model_that_is_trained_as_a_whole(moved, tmp_path):
+def test_rows_of_a_fully_trained_model(moved, tmp_path):
     policy = Policy(tmp_path, rewards(3), full=True, moved=moved)
     assert_brute(policy, policy.inputs["jd_advantages"])
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_advantages_are_those_of_each_reward_alone(scale, tmp_path):
+def test_advantages_are_computed_per_reward(scale, tmp_path):
     functions = rewards(3, missing=[(0, 1), (1, 2), (1, 0), (1, 1), (0, 5), (1, 5), (2, 5)])
     weights = (1.0, -0.5, 2.0)
     policy = Policy(tmp_path, functions, scale_rewards=scale, reward_weights=list(weights))
@@ -115,7 +115,7 @@ def test_advantages_are_those_of_each_reward_alone(scale, tmp_path):
     assert_brute(policy, policy.inputs["jd_advantages"])
 
 
-def test_divergence_as_an_objective(tmp_path):
+def test_the_divergence_may_be_an_objective(tmp_path):
     policy = Policy(tmp_path, rewards(2), moved=0.5, beta=0.1, entropy_coef=0.1, jd_kl="objective")
     rows, base = policy.brute(policy.inputs["jd_advantages"])
     policy.trainer.beta = 0.0
@@ -129,7 +129,7 @@ def test_divergence_as_an_objective(tmp_path):
 
 
 @pytest.mark.parametrize("kl", ["mean", "objective"])
-def test_rloo(kl, tmp_path):
+def test_rloo_rows_equal_one_backward_per_reward(kl, tmp_path):
     missing = [(0, 1), (0, 5), (1, 5), (2, 5)]
     functions = rewards(3, missing)
     policy = Policy(tmp_path, functions, ExactRLOO, JDRLOOConfig, moved=0.5, beta=0.1, jd_kl=kl)
@@ -149,14 +149,14 @@ def test_rloo(kl, tmp_path):
 
 
 def alone_of_rloo(policy: Policy, functions: list) -> Tensor:
-    """Computes each reward minus the mean over the prompt's other completions [B, K], by loops."""
+    """Compute each reward minus the mean over the prompt's other completions [B, K], by loops."""
     columns = []
     for function in functions:
-        found = function(completions=[""] * len(policy.batch))
+        scores = function(completions=[""] * len(policy.batch))
         advantages = []
-        for i, reward in enumerate(found):
+        for i, reward in enumerate(scores):
             first = i // GENERATIONS * GENERATIONS
-            others = [found[j] for j in range(first, first + GENERATIONS) if j != i and found[j] is not None]
+            others = [scores[j] for j in range(first, first + GENERATIONS) if j != i and scores[j] is not None]
             advantages.append(0.0 if reward is None else reward - sum(others) / len(others))
         columns.append([advantages[i] for i in policy.inputs["order"].tolist()])
     return torch.tensor(columns).T
@@ -178,7 +178,7 @@ class CubedGRPO(JDGRPOTrainer, Cubed, Exact, GRPOTrainer):
     """Trains with that loss."""
 
 
-def test_a_loss_that_is_no_multiple_of_the_advantage_takes_a_pass_per_reward(tmp_path):
+def test_a_nonlinear_loss_takes_one_pass_per_reward(tmp_path):
     policy = Policy(tmp_path, rewards(3), CubedGRPO)
     assert_brute(policy, policy.inputs["jd_advantages"])
     assert passes(policy) == 3
@@ -201,7 +201,7 @@ class NoisyGRPO(JDGRPOTrainer, Exact, GRPOTrainer):
 
 
 @pytest.mark.parametrize("cls", [PastGRPO, NoisyGRPO])
-def test_a_loss_that_is_another_one_the_second_time_is_refused(cls, tmp_path):
+def test_a_loss_that_changes_when_repeated_is_refused(cls, tmp_path):
     with pytest.raises(ValueError, match="is different: it draws random numbers or reads the model outside that"):
         Policy(tmp_path, rewards(3), cls).step(None)
 
@@ -214,12 +214,12 @@ class OwnGRPO(JDGRPOTrainer, Exact, GRPOTrainer):
         return (logits.mean((1, 2)) * inputs["advantages"]).mean()
 
 
-def test_a_loss_of_ones_own_is_refused(tmp_path):
+def test_a_custom_loss_is_refused(tmp_path):
     with pytest.raises(ValueError, match="computed its loss without the log-probabilities of TRL's"):
         Policy(tmp_path, rewards(3), OwnGRPO).step(None)
 
 
-def test_completions_that_are_not_finite_are_left_out(tmp_path):
+def test_nonfinite_completions_are_left_out(tmp_path):
     policy = Policy(tmp_path, rewards(3), moved=0.5, beta=0.1)
     for key in ("old_per_token_logps", "ref_per_token_logps"):
         policy.inputs[key][2] = torch.nan
@@ -242,18 +242,18 @@ def test_completions_that_are_not_finite_are_left_out(tmp_path):
         (rewards(2), {"jd_group_column": "task"}, "leave out --jd_group_column, or choose --jd_objectives group"),
     ],
 )
-def test_what_cannot_be_weighed_is_told_in_a_sentence(functions, flags, match, tmp_path):
+def test_unsupported_rewards_and_flags_are_refused(functions, flags, match, tmp_path):
     with pytest.raises(ValueError, match=match):
         Policy(tmp_path, functions, **flags).trainer.train()
 
 
-def test_several_sums_that_hide_the_divergence_are_refused(tmp_path):
+def test_sums_that_hide_the_divergence_are_refused(tmp_path):
     with pytest.raises(ValueError, match="can't separate the divergence from the rewards"):
         Policy(tmp_path, rewards(2), ExactRLOO, JDRLOOConfig, beta=0.1, normalize_advantages=True)
 
 
 def flat_reward(completions, **columns):
-    """Rewards all completions equally, so there is no advantage."""
+    """Reward all completions equally, so there is no advantage."""
     return [1.0] * len(completions)
 
 
@@ -268,7 +268,7 @@ def test_a_reward_without_advantages_is_no_objective(scope, tmp_path):
     assert relative(others, rest) < EXACT
 
 
-def test_without_any_advantage_the_rest_is_descended(tmp_path):
+def test_without_advantages_only_the_rest_is_descended(tmp_path):
     named = [flat_reward, rewards(1, missing=[(0, i) for i in range(8)])[0]]
     policy = Policy(tmp_path, named, moved=0.5, beta=0.1)
     rest = policy.gradient(torch.zeros(8))

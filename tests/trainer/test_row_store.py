@@ -19,7 +19,7 @@ DATA = examples(12)
 
 @pytest.fixture
 def kept(monkeypatch):
-    """Records the bytes stored after each micro-batch, and how many Jacobians are alive then."""
+    """Record the bytes stored after each micro-batch, and how many Jacobians are alive then."""
     seen, alive = [], weakref.WeakSet()
     add, compute = RowStore.add, Engine.compute_jacobian
 
@@ -41,7 +41,7 @@ def kept(monkeypatch):
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_bytes(kind, accumulation, tmp_path, kept):
+def test_stored_bytes_follow_the_objectives(kind, accumulation, tmp_path, kept):
     flags = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": accumulation, "max_steps": 1}
     args = arguments(tmp_path, train_sampling_strategy="sequential", jd_check=False, **flags, **KINDS[kind])
     model = run(lora("gpt2", warm=True), args, DATA).model
@@ -61,7 +61,7 @@ def test_groups_fit_whatever_the_accumulation(tmp_path):
         run(lora("gpt2"), arguments(tmp_path, **flags), DATA)
 
 
-def test_rows_that_are_too_many_are_weighed_apart_where_that_is_asked(tmp_path, caplog):
+def test_rows_that_do_not_fit_are_weighed_separately_on_request(tmp_path, caplog):
     flags = {"gradient_accumulation_steps": 3, "max_steps": 4}
     models = []
     for own in (

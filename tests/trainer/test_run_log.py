@@ -25,7 +25,7 @@ def lines(folder):
     return current_lines((folder / "jd_log.jsonl").read_text())
 
 
-def test_a_run_writes_what_trainer_logs_and_the_cosines_of_its_groups(tmp_path):
+def test_the_log_has_trainers_logs_and_group_cosines(tmp_path):
     run = trainer(tmp_path, max_steps=3)
     run.train()
     written = lines(tmp_path)
@@ -41,7 +41,7 @@ def test_a_run_writes_what_trainer_logs_and_the_cosines_of_its_groups(tmp_path):
             assert found[tuple(sorted((a, state.names[j])))] == pytest.approx(float(cosines[i, j]), abs=1e-4)
 
 
-def test_a_resumed_run_reads_as_one_that_was_not_interrupted(tmp_path):
+def test_a_resumed_run_reads_like_an_uninterrupted_one(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     trainer(whole, max_steps=4).train()
     stopped = trainer(cut, max_steps=4)

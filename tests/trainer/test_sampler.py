@@ -30,7 +30,7 @@ def sampler(groups: list[str], update: int, batch: int, length: int | None = Non
 
 
 def is_stratified(parts: list[list[int]], groups: list[str]) -> bool:
-    """Whether each part has each group's share of all examples, to within one example."""
+    """Return whether each part has each group's share of all examples, to within one example."""
     for part in parts:
         for name in set(groups):
             share = len(part) * groups.count(name) / len(groups)
@@ -53,7 +53,7 @@ def test_an_epoch_has_each_example_once_and_each_update_its_shares(counts, updat
     assert is_stratified(cut(order, update), groups)
 
 
-def test_batches_share_what_their_update_has():
+def test_batches_share_the_groups_of_their_update():
     groups = labels((30, 9, 1))
     order = list(sampler(groups, 20, 5))
     for update in cut(order, 20):
@@ -71,7 +71,7 @@ def test_no_group_is_absent_for_long():
         assert max(b - a for a, b in pairwise(present)) <= 3 / rate
 
 
-def test_any_lengths_and_shares_round_right():
+def test_shares_round_correctly_for_any_length():
     pick = random.Random(0)
     for seed in range(300):
         counts = torch.tensor([pick.choice([1, 1, 2, 3, 7, 20, 100]) for _ in range(pick.randint(1, 12))])
@@ -85,7 +85,7 @@ def test_any_lengths_and_shares_round_right():
             assert ((table.sum(0) - length * counts.double() / total).abs() < 1).all()
 
 
-def test_the_order_is_that_of_the_seed_and_the_epoch():
+def test_the_order_depends_on_seed_and_epoch():
     groups = labels((20, 5))
     first = list(sampler(groups, 4, 2))
     assert list(sampler(groups, 4, 2)) == first
@@ -96,7 +96,7 @@ def test_the_order_is_that_of_the_seed_and_the_epoch():
 @pytest.mark.parametrize("n", [23, 24, 40])
 @pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize(("even", "drop"), [(True, False), (False, False), (True, True)])
-def test_what_accelerate_gives_two_processes_has_the_shares(n, split, even, drop):
+def test_batches_from_accelerate_have_the_shares(n, split, even, drop):
     groups = ["rare" if i % 8 == 0 else "often" for i in range(n)]
     args = {"world_size": 2, "dataloader_drop_last": drop, "gradient_accumulation_steps": 3, "seed": 0}
     trainer = SimpleNamespace(
@@ -130,7 +130,7 @@ def test_a_trainers_updates_have_the_shares(tmp_path):
 
 
 @pytest.mark.parametrize("step", [3, 6, 8])
-def test_a_resumed_run_meets_the_same_examples(step, tmp_path):
+def test_a_resumed_run_sees_the_same_examples(step, tmp_path):
     whole = stratified(tmp_path, save_strategy="steps", save_steps=1)
     resumed = stratified(tmp_path, resume=str(tmp_path / f"checkpoint-{step}"))
     assert resumed.updates == whole.updates[step:]

@@ -21,7 +21,7 @@ KINDS = ["loss", "instance_loss"]
 
 
 def two_losses(model, inputs):
-    """Returns the cross-entropy of the tokens, and the size of each instance's logits."""
+    """Return the cross-entropy of the tokens, and the size of each instance's logits."""
     outputs = model(**inputs)
     mask = inputs["attention_mask"].to(outputs.logits.dtype)
     size = (outputs.logits.square().mean(2) * mask).sum(1) / mask.sum(1)
@@ -50,7 +50,7 @@ class StockTwo(Trainer):
 
 
 def in_order(cls):
-    """Visits the examples in order."""
+    """Visit the examples in order."""
     return type(
         "InOrder", (cls,), {"_get_train_sampler": lambda self, data=None: torch.utils.data.SequentialSampler(data)}
     )
@@ -62,7 +62,7 @@ def started(**settings):
 
 @pytest.mark.parametrize("flags", [{}, {"optim": "sgd", "learning_rate": 0.1}, {"jd_backward": "two_pass"}], ids=str)
 @pytest.mark.parametrize(("kind", "cls"), [("loss", Two), ("loss", Whole), ("instance_loss", Two)])
-def test_mean_is_the_sum_of_the_losses(kind, cls, flags, tmp_path):
+def test_mean_equals_the_sum_of_the_losses(kind, cls, flags, tmp_path):
     stock = {key: value for key, value in flags.items() if not key.startswith("jd_")}
     theirs = run(started(), arguments(tmp_path, TrainingArguments, **stock), examples(8), StockTwo)
     ours = run(started(), arguments(tmp_path, jd_weighting="mean", jd_objectives=kind, **flags), examples(8), cls)
@@ -73,7 +73,7 @@ def test_mean_is_the_sum_of_the_losses(kind, cls, flags, tmp_path):
 
 
 def brute_force(data, kind):
-    """Computes the objectives and their rows, in one batch of all examples."""
+    """Compute the objectives and their rows, in one batch of all examples."""
     model, batch = started(), collate(data)
     (nll, counted), size = two_losses(model, batch).values()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -89,7 +89,7 @@ def brute_force(data, kind):
 
 @pytest.mark.parametrize("sizes", [(6, 1), (4, 2), (1, 6)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_step_is_that_of_brute_force_rows_whatever_the_accumulation(kind, sizes, tmp_path):
+def test_one_step_equals_brute_force_whatever_the_accumulation(kind, sizes, tmp_path):
     size, accumulation = sizes
     data = examples(6, unlabelled=(4,))
     flags = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 1}
@@ -110,7 +110,7 @@ def test_one_step_is_that_of_brute_force_rows_whatever_the_accumulation(kind, si
 
 
 def _as_one_batch(names, kind):
-    """Reorders the objectives of accumulated micro-batches as in one batch: by loss, then by instance."""
+    """Reorder the objectives of accumulated micro-batches as in one batch: by loss, then by instance."""
     if kind == "loss":
         return [0, 1]
     pairs = [name.split("/") for name in names]
@@ -151,7 +151,7 @@ def test_groups_and_losses_are_both_logged(tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_loss_that_is_not_finite(kind, tmp_path):
+def test_a_nonfinite_loss_is_left_out(kind, tmp_path):
     data = examples(8)
 
     class Broken(Two):
@@ -167,7 +167,7 @@ def test_a_loss_that_is_not_finite(kind, tmp_path):
     assert ours.jd_state.names[:1] == (["nll"] if kind == "loss" else ["0/nll"])
 
 
-def test_a_loss_of_the_batch_that_is_not_finite_is_left_out(tmp_path):
+def test_a_nonfinite_batch_loss_is_left_out(tmp_path):
     class Broken(Whole):
         def compute_losses(self, model, inputs):
             losses = super().compute_losses(model, inputs)
@@ -195,7 +195,7 @@ class Answering(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:.*further passes now")
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_of_the_model(kind, tmp_path):
+def test_the_model_may_return_losses_by_name(kind, tmp_path):
     models = [Answering(), Answering()]
     theirs = run(models[0], arguments(tmp_path, TrainingArguments))
     ours = run(models[1], arguments(tmp_path, jd_weighting="mean", jd_objectives=kind))
@@ -203,7 +203,7 @@ def test_losses_of_the_model(kind, tmp_path):
     assert len(ours.jd_state.names) == (2 if kind == "loss" else 4)
 
 
-def test_losses_of_a_function(tmp_path):
+def test_a_loss_function_may_return_losses_by_name(tmp_path):
     def function(outputs, labels, num_items_in_batch=None):
         shifted = F.pad(labels, (0, 1), value=-100)[:, 1:]
         losses = F.cross_entropy(outputs.logits.transpose(1, 2), shifted, reduction="none")
@@ -217,7 +217,7 @@ def test_losses_of_a_function(tmp_path):
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_answers_have_a_start_and_an_end(kind, accumulation, tmp_path):
+def test_start_and_end_are_losses_of_question_answering(kind, accumulation, tmp_path):
     task = TABLE["question-answering"]
     data, flags = examples_of(task, 22), {"per_device_train_batch_size": 4, "gradient_accumulation_steps": accumulation}
     stripped = [{key: value for key, value in example.items() if key != "task"} for example in data]
@@ -243,7 +243,7 @@ EXTRA = {
 @pytest.mark.filterwarnings("ignore:.*backward pass")
 @pytest.mark.filterwarnings("ignore:.*further passes now")
 @pytest.mark.parametrize("kind", EXTRA)
-def test_a_balancing_loss_is_an_objective(kind, tmp_path):
+def test_a_balancing_loss_may_be_an_objective(kind, tmp_path):
     flags = {"per_device_train_batch_size": 4, "max_steps": 3}
     ours = run(mixtral(), arguments(tmp_path, jd_weighting="mean", jd_extra_losses="objective", **flags, **EXTRA[kind]))
     names = ours.jd_state.names
@@ -298,7 +298,7 @@ def test_a_balancing_loss_is_one_objective_over_accumulation(kind, tmp_path):
         (lambda a, b: {"a": a, "b": b[:1]}, {"jd_objectives": "loss"}, "different numbers of instances"),
     ],
 )
-def test_bad_losses(returned, flags, message, tmp_path):
+def test_bad_losses_are_refused(returned, flags, message, tmp_path):
     class Bad(JDTrainer):
         def compute_losses(self, model, inputs):
             (nll, counted), size = two_losses(model, inputs).values()
@@ -310,7 +310,7 @@ def test_bad_losses(returned, flags, message, tmp_path):
     assert torch.equal(flat(before), flat(started()))
 
 
-def test_losses_that_change_their_names(tmp_path):
+def test_losses_that_change_their_names_are_refused(tmp_path):
     class Changing(Two):
         def compute_losses(self, model, inputs):
             nll, size = super().compute_losses(model, inputs).values()
@@ -320,6 +320,6 @@ def test_losses_that_change_their_names(tmp_path):
         run(started(), arguments(tmp_path, jd_objectives="loss"), cls=Changing)
 
 
-def test_a_group_column_for_losses_of_batches(tmp_path):
+def test_a_group_column_with_batch_losses_is_refused(tmp_path):
     with pytest.raises(ValueError, match="leave out --jd_group_column"):
         arguments(tmp_path, jd_objectives="loss", jd_group_column="task")

@@ -62,9 +62,9 @@ def trained(cls: type, model: nn.Module, directory: Path, data: Dataset = DATA, 
 
 
 def is_sft(build, directory: Path, **settings) -> tuple[SFTTrainer, SFTTrainer]:
-    own = {key: settings.pop(key) for key in list(settings) if key.startswith("jd_")}
+    jd_flags = {key: settings.pop(key) for key in list(settings) if key.startswith("jd_")}
     theirs = trained(SFTTrainer, build(), directory, **settings)
-    ours = trained(JDSFTTrainer, build(), directory, jd_weighting="mean", **own, **settings)
+    ours = trained(JDSFTTrainer, build(), directory, jd_weighting="mean", **jd_flags, **settings)
     assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
     assert relative(flat(theirs.model), flat(build())) > 1e-3
     for key in ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens"):
@@ -82,7 +82,7 @@ def build_lora() -> nn.Module:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_mean_is_sft_with_lora(kind, tmp_path):
+def test_mean_equals_sft_with_lora(kind, tmp_path):
     ours, _ = is_sft(build_lora, tmp_path, **KINDS[kind])
     assert len(ours.jd_state.gramian) > 1
 
@@ -100,23 +100,23 @@ def test_mean_is_sft_with_lora(kind, tmp_path):
     ],
     ids=lambda flags: next(iter(flags)),
 )
-def test_mean_is_sft_with_flags(flags, tmp_path):
+def test_mean_equals_sft_with_flags(flags, tmp_path):
     is_sft(build_lora, tmp_path, **flags)
 
 
-def test_metrics_count_once_where_rows_turn_out_to_be_too_many(tmp_path):
+def test_metrics_count_once_if_rows_do_not_fit(tmp_path):
     is_sft(build_lora, tmp_path, jd_keep_rows="100", jd_when_full="micro_batch")
 
 
 @pytest.mark.filterwarnings("ignore:.*further passes now")
 @pytest.mark.parametrize("tied", [slow(False), True])
 @pytest.mark.parametrize("kind", KINDS)
-def test_mean_is_sft_with_a_trained_head(kind, tied, tmp_path, caplog):
+def test_mean_equals_sft_with_a_trained_head(kind, tied, tmp_path, caplog):
     is_sft(lambda: llama(tie_word_embeddings=tied), tmp_path, **KINDS[kind], jd_check=False)
     assert caplog.text.count("one more forward pass without gradient") == 1
 
 
-def test_mean_is_sft_with_a_saved_head(tmp_path):
+def test_mean_equals_sft_with_a_saved_head(tmp_path):
     def build():
         torch.manual_seed(1)
         return get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
@@ -125,7 +125,7 @@ def test_mean_is_sft_with_a_saved_head(tmp_path):
     assert any(p in ours.engine()._coverage.names for n, p in ours.model.named_parameters() if "lm_head" in n)
 
 
-def test_mean_is_sft_with_a_prompt(tmp_path):
+def test_mean_equals_sft_with_a_prompt(tmp_path):
     def build():
         torch.manual_seed(1)
         return get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
@@ -135,7 +135,7 @@ def test_mean_is_sft_with_a_prompt(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*further passes now")
-def test_mean_is_sft_with_a_balancing_loss(tmp_path):
+def test_mean_equals_sft_with_a_balancing_loss(tmp_path):
     # TRL averages it over the micro-batches, as JDTrainer does.
     ours, theirs = is_sft(mixtral, tmp_path)
     assert relative(logged(ours, "aux_loss"), logged(theirs, "aux_loss")) < 1e-5
@@ -145,7 +145,7 @@ def test_mean_is_sft_with_a_balancing_loss(tmp_path):
     ("kind", "strategy"),
     [slow("instance", "bfd"), ("instance", "wrapped"), slow("group", "bfd"), ("group", "bfd_split")],
 )
-def test_mean_is_sft_with_packing(kind, strategy, tmp_path):
+def test_mean_equals_sft_with_packing(kind, strategy, tmp_path):
     flags = {"packing": True, "packing_strategy": strategy, "max_length": 16, "shuffle_dataset": kind == "group"}
     ours, theirs = is_sft(build_lora, tmp_path, **flags, **KINDS[kind])
     assert ours.train_dataset["input_ids"][:] == theirs.train_dataset["input_ids"][:]
@@ -171,7 +171,7 @@ def test_documents_without_padding_have_their_groups(tmp_path):
 @pytest.mark.parametrize("strategy", ["bfd", "bfd_split"])
 @pytest.mark.parametrize("accumulation", [slow(1), 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_packing_is_padding(kind, accumulation, strategy, tmp_path):
+def test_packing_equals_padding(kind, accumulation, strategy, tmp_path):
     # Every update has all documents, in some order.
     settings = {"jd_weighting": "upgrad", "max_steps": 3, **KINDS[kind], "jd_group_column": "task"}
     padded = trained(JDSFTTrainer, build_lora(), tmp_path, per_device_train_batch_size=len(DATA), **settings)
@@ -185,7 +185,7 @@ def test_packing_is_padding(kind, accumulation, strategy, tmp_path):
         assert relative(logged(packed, f"jd/loss/{task}"), logged(padded, f"jd/loss/{task}")) < 1e-5
 
 
-def test_packed_documents_that_are_cut_keep_their_groups(tmp_path):
+def test_truncated_packed_documents_keep_their_groups(tmp_path):
     settings = {"packing": True, "max_length": 12, "max_steps": 1, "per_device_train_batch_size": 50, **KINDS["group"]}
     for strategy, tokens in (("bfd", 12 * len(DATA)), ("bfd_split", None)):
         trainer = trained(JDSFTTrainer, build_lora(), tmp_path, packing_strategy=strategy, **settings)
@@ -207,7 +207,7 @@ def test_packed_documents_that_are_cut_keep_their_groups(tmp_path):
     ],
     ids=["wrapped", "stratified", "missing"],
 )
-def test_packing_without_groups_is_refused(flags, message, tmp_path):
+def test_packing_that_loses_groups_is_refused(flags, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         trained(JDSFTTrainer, build_lora(), tmp_path, packing=True, **{**KINDS["group"], **flags})
 
@@ -225,18 +225,18 @@ def test_each_groups_loss_is_evaluated(flags, tmp_path):
     data = DATA.map(lambda example: {**example, "task": "all"})
     settings = {"jd_group_column": "task", "per_device_eval_batch_size": len(DATA), "prediction_loss_only": True}
     trainer = trained(JDSFTTrainer, build_lora(), tmp_path, data, max_steps=1, **{**settings, **flags})
-    found = trainer.evaluate(data)
-    assert found["eval_all_loss"] == pytest.approx(found["eval_loss"], rel=1e-6)
-    assert found["eval_mean_token_accuracy"] >= 0
+    metrics = trainer.evaluate(data)
+    assert metrics["eval_all_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-6)
+    assert metrics["eval_mean_token_accuracy"] >= 0
 
 
-def test_arguments_of_another_kind_are_refused(tmp_path):
+def test_arguments_of_another_class_are_refused(tmp_path):
     args = JDTrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     with pytest.raises(ValueError, match="use JDSFTConfig"):
         JDSFTTrainer(llama(), args, train_dataset=DATA, processing_class=TOKENIZER)
 
 
-def test_the_flags_are_parsed_and_have_their_help(tmp_path):
+def test_the_flags_are_parsed_and_documented(tmp_path):
     parser = HfArgumentParser(JDSFTConfig)
     (args,) = parser.parse_args_into_dataclasses(
         ["--output_dir", str(tmp_path), "--jd_weighting", "mgda", "--packing", "--use_cpu", "--bf16", "false"]
@@ -246,7 +246,7 @@ def test_the_flags_are_parsed_and_have_their_help(tmp_path):
     assert "The method that weighs objectives from" in parser.format_help()
 
 
-def test_without_trl_all_else_works_and_the_error_says_what_to_install():
+def test_without_trl_everything_else_works_and_the_error_says_what_to_install():
     code = "import sys; sys.modules['trl'] = None\nimport hf_jd; hf_jd.JDTrainer; print('works')\nhf_jd.JDSFTTrainer"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

@@ -29,13 +29,13 @@ PLAIN = {"optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", 
 
 
 def trained(case: Case, directory: Any, cls: Any = None, data: Any = None, **flags: Any) -> Any:
-    """Trains for four updates of 4 examples in order, with plain SGD."""
+    """Train for four updates of 4 examples in order, with plain SGD."""
     common = {"per_device_train_batch_size": 4, "train_sampling_strategy": "sequential", **PLAIN}
     return own_losses.trained(case, directory, 16, cls, data, **{**common, **flags})
 
 
 def by_hand(case: Case, weights_of: Callable[[int, Tensor], Tensor], factors: Any = None) -> Tensor:
-    """Computes the parameters after four updates by group, by brute force.
+    """Compute the parameters after four updates by group, by brute force.
 
     Args:
         case: The loss and the model.
@@ -71,13 +71,13 @@ CONTROL = [CASES["contrastive"], CASES["penalised"]]
 
 
 @pytest.mark.parametrize("case", CONTROL, ids=["contrastive", "penalised"])
-def test_upgrad_is_brute_forces(case, tmp_path):
+def test_upgrad_equals_brute_force(case, tmp_path):
     ours = trained(case, tmp_path, **GROUP)
     assert relative(flat(ours.model), by_hand(case, lambda step, gramian: UPGRAD(gramian))) < 1e-8
 
 
 @pytest.mark.parametrize("case", CONTROL, ids=["contrastive", "penalised"])
-def test_weights_that_are_taken_over(case, tmp_path):
+def test_unmeasured_updates_use_the_last_weights(case, tmp_path):
     last = []
 
     def weights(step, gramian):
@@ -91,7 +91,7 @@ def test_weights_that_are_taken_over(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", CONTROL, ids=["contrastive", "penalised"])
-def test_a_warmup_is_the_mean(case, tmp_path):
+def test_warmup_uses_the_mean(case, tmp_path):
     ours = trained(case, tmp_path, jd_warmup_steps=2, **GROUP)
     expected = by_hand(case, lambda step, gramian: mean_of(gramian) if step < 2 else UPGRAD(gramian))
     assert relative(flat(ours.model), expected) < 1e-8
@@ -105,14 +105,14 @@ def test_a_warmup_is_the_mean(case, tmp_path):
 
 @pytest.mark.parametrize("kind", [{}, GROUP], ids=["instance", "group"])
 @pytest.mark.parametrize("case", CONTROL, ids=["contrastive", "penalised"])
-def test_watching_changes_nothing(case, kind, tmp_path):
+def test_monitoring_changes_nothing(case, kind, tmp_path):
     stock = trained(case, tmp_path, trainer_of(case.loss))
     ours = trained(case, tmp_path, jd_weighting="mean", jd_monitor_every=2, **kind)
     assert relative(flat(ours.model), flat(stock.model)) < 1e-10
     assert ["jd/min_gw" in entry for entry in ours.state.log_history[:4]] == [True, False, True, False]
 
 
-def test_groups_that_are_their_own_means(tmp_path):
+def test_group_means_over_instances(tmp_path):
     # If the loss is a mean over instances, a group's share, times B over its number of instances, is the group's mean.
     case = CASES["focal"]
     ours = trained(case, tmp_path, jd_group_reduction="mean", **GROUP)
@@ -120,7 +120,7 @@ def test_groups_that_are_their_own_means(tmp_path):
     assert relative(flat(ours.model), expected) < 1e-8
 
 
-def test_groups_that_are_their_own_means_of_tokens(tmp_path):
+def test_group_means_over_tokens(tmp_path):
     case = CASES["next-tokens"]
     recorded = Recorded(case, tmp_path, jd_group_reduction="mean", **GROUP)
     rows, _ = brute(case, case.build(), recorded.inputs, 5)
@@ -132,7 +132,7 @@ def test_groups_that_are_their_own_means_of_tokens(tmp_path):
     assert relative(recorded.gramian, objectives @ objectives.T) < 1e-10
 
 
-def test_groups_that_are_raised(tmp_path):
+def test_raised_groups_are_negated(tmp_path):
     case = CASES["focal"]
     recorded = Recorded(case, tmp_path, jd_ascend=["docs"], **GROUP)
     rows, _ = brute(case, case.build(), recorded.inputs, 5)
@@ -142,7 +142,7 @@ def test_groups_that_are_raised(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [{}, GROUP], ids=["instance", "group"])
-def test_micro_batches_may_be_weighed_alone(kind, tmp_path):
+def test_micro_batches_may_be_weighed_separately(kind, tmp_path):
     # With two equal micro-batches, the update is the same as with one of them.
     case = CASES["contrastive"]
     data = case.examples(4)
@@ -153,7 +153,7 @@ def test_micro_batches_may_be_weighed_alone(kind, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["R-Drop", "penalised"])
-def test_rows_that_are_too_many_are_weighed_apart_where_that_is_asked(case, tmp_path, caplog):
+def test_rows_that_do_not_fit_are_weighed_separately_on_request(case, tmp_path, caplog):
     flags = {"gradient_accumulation_steps": 2, "max_steps": 3}
     with pytest.raises(ValueError, match="rows of the 2 micro-batches .* GB: accumulate fewer"):
         trained(CASES[case], tmp_path, jd_keep_rows="100", **flags)

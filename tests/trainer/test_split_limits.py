@@ -50,7 +50,7 @@ def normalised() -> nn.Module:
 
 
 def cached(trainer, model, inputs, number):
-    """Runs the model once without a graph, and again in the backward of its loss, row by row."""
+    """Run the model once without a graph, and again in the backward of its loss, row by row."""
     inputs = {key: value for key, value in inputs.items() if key != "labels"}
     with torch.no_grad():
         logits = model(**inputs).logits
@@ -74,7 +74,7 @@ BATCHES = {"BatchNorm": Case(lambda t, m, i, n: ((o := m(**i))["loss"], o), norm
 
 
 @pytest.mark.parametrize("name", BATCHES)
-def test_batches_need_nothing_of_the_model(name, tmp_path):
+def test_batch_objectives_need_nothing_from_the_model(name, tmp_path):
     case = BATCHES[name]
     flags = {"optim": "sgd", "gradient_accumulation_steps": 2, "max_steps": 3, "per_device_train_batch_size": 4}
     theirs = trained(case, tmp_path, 26, trainer_of(case.loss), **flags)
@@ -85,7 +85,7 @@ def test_batches_need_nothing_of_the_model(name, tmp_path):
     assert len(ours.jd_state.gramian) == 2
 
 
-def test_the_gramian_of_batches_is_that_of_their_gradients(tmp_path):
+def test_the_gramian_of_batches_is_of_their_gradients(tmp_path):
     case = BATCHES["cached"]
     gradients = []
     for part in (slice(0, 4), slice(4, 8)):
@@ -107,7 +107,7 @@ def own_backward(trainer, model, inputs, number):
     return model(**inputs).logits.square().mean(), None
 
 
-def test_the_row_of_a_batch_holds_what_its_own_backward_left(tmp_path):
+def test_the_row_of_a_batch_includes_the_losss_own_backward(tmp_path):
     case = Case(own_backward)
     recorded = Recorded(case, tmp_path, jd_objectives="batch")
     model = case.build()
@@ -117,7 +117,7 @@ def test_the_row_of_a_batch_holds_what_its_own_backward_left(tmp_path):
     assert relative(recorded.gramian, row.square().sum().view(1, 1)) < 1e-10
 
 
-def test_trainers_may_ask_their_collator(tmp_path):
+def test_trainers_may_read_their_collators_attributes(tmp_path):
     class Collator:
         columns = ("labels",)
 
@@ -136,7 +136,7 @@ def test_trainers_may_ask_their_collator(tmp_path):
     ).train()
 
 
-def test_several_training_sets_by_name_are_taken(tmp_path):
+def test_training_sets_by_name_are_accepted(tmp_path):
     case = CASES["focal"]
 
     class Joining(trainer_of(case.loss)):
@@ -154,7 +154,7 @@ def test_several_training_sets_by_name_are_taken(tmp_path):
 
 
 def after_a_step(second_order: bool) -> Any:
-    """Computes the loss after a gradient descent step on the batch, through `functional_call`."""
+    """Compute the loss after a gradient descent step on the batch, through `functional_call`."""
 
     def loss(trainer, model, inputs, number):
         parameters = dict(model.named_parameters())
@@ -241,7 +241,7 @@ def of_candidates(trainer, model, inputs, number):
 class Stacked(Case):
     @property
     def collate(self):
-        """Collates three candidates per example."""
+        """Collate three candidates per example."""
         return lambda batch: {"input_ids": torch.arange(len(batch) * 12).view(len(batch), 3, 4) % own_losses.VOCABULARY}
 
 
@@ -258,13 +258,13 @@ ORDERS = {
 
 @pytest.mark.parametrize("kind", [{}, GROUP], ids=["instance", "group"])
 @pytest.mark.parametrize("name", ORDERS)
-def test_rows_in_an_order_that_shapes_do_not_tell_are_refused(name, kind, tmp_path):
+def test_rows_in_an_ambiguous_order_are_refused(name, kind, tmp_path):
     case, shape = ORDERS[name]
     match = rf"8 examples, but the loss reads an output of shape {shape}, whose row n may belong to .*`jd_instances`"
     refused(tmp_path, match, case=case, **kind)
 
 
-def test_an_order_that_is_said_is_taken(tmp_path):
+def test_an_order_set_in_jd_instances_is_used(tmp_path):
     class Said(JDTrainerMixin, trainer_of(of_candidates)):
         def jd_instances(self, output, instances):
             return torch.arange(len(output)) // 3
@@ -274,12 +274,12 @@ def test_an_order_that_is_said_is_taken(tmp_path):
     assert_rows(recorded, *brute(case, case.build(), recorded.inputs, 5, lambda tensor: torch.arange(len(tensor)) // 3))
 
 
-def test_a_step_that_mixes_instances_in_the_parameters_is_refused(tmp_path):
+def test_a_step_that_mixes_instances_through_the_parameters_is_refused(tmp_path):
     refused(tmp_path, "instances of the batch mix", after_a_step(second_order=True))
 
 
 @pytest.mark.parametrize("kind", [{}, GROUP], ids=["instance", "group"])
-def test_a_backward_of_its_own_is_refused(kind, tmp_path):
+def test_a_separate_backward_is_refused(kind, tmp_path):
     refused(tmp_path, "Ours ran its own backward pass, .*--jd_objectives batch", own_backward, **kind)
 
 
@@ -301,13 +301,13 @@ def test_a_step_without_a_backward_is_refused(kind, tmp_path):
     ],
     ids=str,
 )
-def test_what_needs_values_is_refused(flags, named, tmp_path):
+def test_flags_that_need_values_are_refused(flags, named, tmp_path):
     refused(tmp_path, f"{named} needs the value of each objective, but the loss of Ours is one for the whole", **flags)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("kind", [{}, GROUP], ids=["instance", "group"])
-def test_two_passes_make_the_update_of_one(kind, accumulation, tmp_path):
+def test_two_passes_equal_one(kind, accumulation, tmp_path):
     case, updates = CASES["R-Drop"], []
     for backward in ("one_pass", "two_pass"):
         flags = {"jd_backward": backward, "gradient_accumulation_steps": accumulation, "max_steps": 3, **kind}
@@ -316,7 +316,7 @@ def test_two_passes_make_the_update_of_one(kind, accumulation, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [{}, GROUP], ids=["instance", "group"])
-def test_a_penalty_is_an_objective_if_that_is_asked(kind, tmp_path):
+def test_a_penalty_may_be_an_objective(kind, tmp_path):
     case, models = CASES["penalised"], []
     for asked in ("mean", "objective"):
         trainer = trained(case, tmp_path, 8, jd_weighting="mean", jd_extra_losses=asked, max_steps=3, **kind)
@@ -325,12 +325,12 @@ def test_a_penalty_is_an_objective_if_that_is_asked(kind, tmp_path):
     assert relative(models[1], models[0]) < 1e-9
 
 
-def test_a_penalty_is_refused_if_that_is_asked(tmp_path):
+def test_a_penalty_is_refused_on_request(tmp_path):
     with pytest.raises(ValueError, match="part that belongs to no token.*--jd_extra_losses mean"):
         trained(CASES["penalised"], tmp_path, 8, jd_extra_losses="error")
 
 
-def test_batches_have_no_values_either(tmp_path):
+def test_batch_objectives_have_no_values(tmp_path):
     match = "--jd_normalize loss needs the value of each objective, but --jd_objectives batch takes one"
     refused(tmp_path, match, cls=JDTrainer, jd_objectives="batch", jd_normalize="loss")
 
@@ -341,7 +341,7 @@ def test_losses_by_name_are_refused(objectives, tmp_path):
     refused(tmp_path, match, jd_objectives=objectives)
 
 
-def test_unreduced_losses_beside_an_own_loss_are_taken(tmp_path):
+def test_unreduced_losses_take_precedence_over_compute_loss(tmp_path):
     class Both(JDTrainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             raise AssertionError("in training, the unreduced losses count")

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*further passes now")
 
 
 def spoiled(trainer, model, inputs, number):
-    """Makes the third example's loss NaN; the others are unchanged."""
+    """Make the third example's loss NaN; the others are unchanged."""
     labels = inputs.pop("labels")
     outputs = model(**inputs)
     losses = F.cross_entropy(outputs.logits, labels, reduction="none")
@@ -30,7 +30,7 @@ def spoiled(trainer, model, inputs, number):
 
 
 def spoiled_inside(trainer, model, inputs, number):
-    """Makes the model itself compute infinities for the third example."""
+    """Make the model itself compute infinities for the third example."""
     factors = torch.tensor([1.0, 1.0, torch.inf, 1.0, 1.0]).double()[:, None, None]
     embedded = model.get_input_embeddings()(inputs.pop("input_ids")) * factors
     labels = inputs.pop("labels")
@@ -61,7 +61,7 @@ SPOILED = {
 @pytest.mark.parametrize("keep", ["true", "false"])
 @pytest.mark.parametrize("kind", [{}, GROUP], ids=["instance", "group"])
 @pytest.mark.parametrize("name", SPOILED)
-def test_an_instance_that_is_not_finite_is_left_out(name, kind, keep, tmp_path):
+def test_a_nonfinite_instance_is_left_out(name, kind, keep, tmp_path):
     case, healthy, tolerance = SPOILED[name]
     recorded = Recorded(case, tmp_path, jd_check=False, jd_keep_rows=keep, **kind)
     rows, _ = brute(healthy, healthy.build(), recorded.inputs, 5)
@@ -71,7 +71,7 @@ def test_an_instance_that_is_not_finite_is_left_out(name, kind, keep, tmp_path):
     assert recorded.trainer.jd_metrics.take()["jd/non_finite"] == 1
 
 
-def test_an_update_in_which_an_infinity_reaches_all_rows_is_no_step(tmp_path):
+def test_an_infinity_that_reaches_all_rows_makes_no_step(tmp_path):
     # BERT's positions [1, T] have one gradient for all instances, in which 0 times NaN is NaN.
     def inside(trainer, model, inputs, number):
         embedded = model.get_input_embeddings()(inputs["input_ids"])
@@ -84,7 +84,7 @@ def test_an_update_in_which_an_infinity_reaches_all_rows_is_no_step(tmp_path):
     assert recorded.trainer.jd_metrics.take()["jd/non_finite"] == 5
 
 
-def test_a_loss_that_spreads_what_is_not_finite_is_no_step(tmp_path):
+def test_a_loss_that_spreads_infinities_makes_no_step(tmp_path):
     def all_of_them(trainer, model, inputs, number):
         loss, outputs = CASES["contrastive"].loss(trainer, model, inputs, number)
         return loss * torch.nan, outputs
@@ -95,7 +95,7 @@ def test_a_loss_that_spreads_what_is_not_finite_is_no_step(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [{}, GROUP, {"jd_objectives": "batch"}], ids=["instance", "group", "batch"])
-def test_a_gradient_scaler_sees_an_overflow(kind, tmp_path):
+def test_a_gradient_scaler_sees_a_split_losss_overflow(kind, tmp_path):
     recorded = Recorded(Case(spoiled), tmp_path, jd_check=False, **kind)
     recorded.trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
     assert not recorded.step(None).isfinite().any()

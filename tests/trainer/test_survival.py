@@ -23,7 +23,7 @@ FILES = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_as_one_that_was_not(tmp_path):
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path):
     command = [sys.executable, "-m", "tests.trainer.survivor", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -45,7 +45,7 @@ def finished(tmp_path_factory):
 
 @pytest.mark.parametrize("name", [*FILES, "adapter_model.safetensors", "trainer_state.json"])
 @pytest.mark.parametrize("how", ["gone", "cut off"])
-def test_a_checkpoint_that_lacks_something_is_skipped(name, how, finished):
+def test_an_incomplete_checkpoint_is_skipped(name, how, finished):
     file = finished / "checkpoint-4" / name
     content = file.read_bytes()
     assert newest_whole(finished, FILES) == (finished / "checkpoint-4", {})
@@ -60,7 +60,7 @@ def test_a_checkpoint_that_lacks_something_is_skipped(name, how, finished):
     assert "weights" in skipped["checkpoint-4"] or name in skipped["checkpoint-4"]
 
 
-def test_shards_that_are_not_all_there(finished, tmp_path):
+def test_a_checkpoint_without_all_shards_is_incomplete(finished, tmp_path):
     shutil.copytree(finished / "checkpoint-4", tmp_path / "checkpoint-4")
     index = tmp_path / "checkpoint-4" / "model.safetensors.index.json"
     for text in ('{"weight_map": {"a": "model-1.safetensors"}}', '{"weight_map": {"a": "mod', "", "{}"):
@@ -70,7 +70,7 @@ def test_shards_that_are_not_all_there(finished, tmp_path):
     assert newest_whole(tmp_path, FILES)[0] == tmp_path / "checkpoint-4"
 
 
-def test_the_newest_is_by_number(finished, tmp_path):
+def test_checkpoints_are_ordered_by_number(finished, tmp_path):
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best"):
         shutil.copytree(finished / "checkpoint-4", tmp_path / name)
     assert newest_whole(tmp_path, FILES)[0] == tmp_path / "checkpoint-10"
@@ -78,7 +78,7 @@ def test_the_newest_is_by_number(finished, tmp_path):
     assert newest_whole(tmp_path, FILES)[0] == tmp_path / "checkpoint-9"
 
 
-def test_without_any_whole_checkpoint_training_starts_anew(tmp_path, caplog):
+def test_without_a_complete_checkpoint_training_starts_over(tmp_path, caplog):
     (tmp_path / "checkpoint-2").mkdir()
     trainer = JDTrainer(lora("gpt2"), arguments(tmp_path), train_dataset=examples(), data_collator=collate)
     trainer.train(resume_from_checkpoint=True)
@@ -88,7 +88,7 @@ def test_without_any_whole_checkpoint_training_starts_anew(tmp_path, caplog):
     assert json.loads(lines[0])["begins"] == "anew"
 
 
-def test_no_checkpoint_at_all(tmp_path):
+def test_resuming_without_a_checkpoint_is_refused(tmp_path):
     trainer = JDTrainer(lora("gpt2"), arguments(tmp_path), train_dataset=examples())
     with pytest.raises(ValueError, match="holds no checkpoint to resume"):
         trainer.train(resume_from_checkpoint=True)
@@ -97,7 +97,7 @@ def test_no_checkpoint_at_all(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "trainer_state.json", "optimizer.pt", "rng_state.pth"])
-def test_a_named_checkpoint_that_is_cut_off_is_refused(name, finished, tmp_path):
+def test_a_named_truncated_checkpoint_is_refused(name, finished, tmp_path):
     checkpoint = tmp_path / "checkpoint-2"
     shutil.copytree(finished / "checkpoint-2", checkpoint)
     content = (checkpoint / name).read_bytes()
@@ -107,7 +107,7 @@ def test_a_named_checkpoint_that_is_cut_off_is_refused(name, finished, tmp_path)
         trainer.train(resume_from_checkpoint=str(checkpoint))
 
 
-def test_a_named_checkpoint_without_its_random_numbers_is_resumed_with_a_word(finished, tmp_path, caplog):
+def test_a_named_checkpoint_without_random_states_resumes_with_a_warning(finished, tmp_path, caplog):
     shutil.copytree(finished / "checkpoint-2", tmp_path / "checkpoint-2")
     (tmp_path / "checkpoint-2" / "rng_state.pth").unlink()
     trainer = JDTrainer(lora("gpt2"), arguments(tmp_path), train_dataset=examples(), data_collator=collate)
@@ -116,7 +116,7 @@ def test_a_named_checkpoint_without_its_random_numbers_is_resumed_with_a_word(fi
     assert trainer.state.global_step == 4
 
 
-def test_a_checkpoint_written_over_another_one_is_not_whole_until_its_end(tmp_path, monkeypatch):
+def test_an_overwritten_checkpoint_is_incomplete_until_its_end(tmp_path, monkeypatch):
     flags = {"save_strategy": "steps", "save_steps": 2}
     run(lora("gpt2"), arguments(tmp_path, **flags))
 
@@ -130,14 +130,14 @@ def test_a_checkpoint_written_over_another_one_is_not_whole_until_its_end(tmp_pa
     assert not (tmp_path / "checkpoint-2" / "trainer_state.json").exists()
 
 
-def test_an_output_directory_that_cannot_be_written(tmp_path):
+def test_an_unwritable_output_directory_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     args = arguments(tmp_path / "file" / "run", save_strategy="steps")
     with pytest.raises(ValueError, match=r"can't be written \(.*\): choose another one with --output_dir"):
         JDTrainer(lora("gpt2"), args)
 
 
-def test_a_disk_without_room_for_a_checkpoint(tmp_path, monkeypatch):
+def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(10**9, 10**9, 1000))
     with pytest.raises(ValueError, match="1e-06 GB left, but a checkpoint takes about"):
@@ -161,7 +161,7 @@ def broken(*steps: int) -> type:
     return type("Broken", (Broken,), {"steps": steps})
 
 
-def test_updates_that_are_not_finite_in_a_row_end_the_run(tmp_path, caplog):
+def test_consecutive_nonfinite_updates_end_the_run(tmp_path, caplog):
     model = lora("gpt2")
     args = arguments(tmp_path, max_steps=9, jd_max_non_finite=3, jd_group_column="task")
     with (
@@ -173,7 +173,7 @@ def test_updates_that_are_not_finite_in_a_row_end_the_run(tmp_path, caplog):
     assert "Update 2: instance 1 (group `" in caplog.text
 
 
-def test_updates_that_are_not_finite_now_and_then_do_not(tmp_path):
+def test_occasional_nonfinite_updates_do_not_end_the_run(tmp_path):
     args = arguments(tmp_path, max_steps=7, jd_max_non_finite=3)
     trainer = run(lora("gpt2"), args, cls=broken(1, 2, 4, 5))
     assert logged(trainer, "jd/non_finite").tolist() == [0, 1, 1, 0, 1, 1, 0]

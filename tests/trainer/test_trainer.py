@@ -25,7 +25,7 @@ def test_one_step_moves_lora_b(name, flags, tmp_path):
     assert min(moved.values()) > 0
 
 
-def test_the_update_is_the_weighted_sum_of_brute_force_rows(tmp_path):
+def test_the_update_equals_the_weighted_sum_of_brute_force_rows(tmp_path):
     data = examples(5, unlabelled=(2,))
     model = lora("gpt2", warm=True)
     batch = collate(data)
@@ -72,13 +72,13 @@ def test_any_callable_is_a_weighting(tmp_path):
 
 
 @pytest.mark.parametrize("wrong", [torch.ones(3), torch.tensor([1.0, torch.nan]), [0.5, 0.5]], ids=str)
-def test_a_weighting_that_returns_something_else(wrong, tmp_path):
+def test_a_weighting_that_returns_something_else_is_refused(wrong, tmp_path):
     with pytest.raises(ValueError, match="has to return 2 finite weights"):
         run(lora("gpt2"), arguments(tmp_path), weighting=lambda gramian: wrong)
 
 
 @pytest.mark.parametrize("flags", [{}, TASK], ids=["instance", "group"])
-def test_one_objective_is_the_stock_step(flags, tmp_path):
+def test_one_objective_equals_the_stock_step(flags, tmp_path):
     data = [{**example, "task": "same"} for example in examples()]
     settings = {"per_device_train_batch_size": 2 if flags else 1, "max_steps": 3}
     theirs = stock(lora("gpt2"), tmp_path, data, **settings)
@@ -87,7 +87,7 @@ def test_one_objective_is_the_stock_step(flags, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["instance", "token"])
-def test_own_losses(kind, tmp_path):
+def test_custom_losses_equal_a_custom_trainer(kind, tmp_path):
     class Own(JDTrainer):
         def compute_losses(self, model, inputs):
             outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
@@ -106,7 +106,7 @@ def test_own_losses(kind, tmp_path):
     assert relative(flat(ours.model), flat(theirs.model)) < 1e-8
 
 
-def test_means_of_micro_batches_that_are_weighed_alone_are_averaged(tmp_path):
+def test_means_of_separately_weighed_micro_batches_are_averaged(tmp_path):
     # All micro-batches are the same, so three equal one. The head computes in float32, which rounds thirds.
     data = examples(2) * 6
     flags = {"jd_group_reduction": "mean", "train_sampling_strategy": "sequential", "max_steps": 2, **TASK}
@@ -140,7 +140,7 @@ def test_a_loss_function_may_return_unreduced_losses(kind, tmp_path):
     assert 0 < ours.evaluate(data)["eval_loss"] < (5 if kind == "token" else 50)
 
 
-def test_own_losses_of_instances_are_exact_over_accumulation(tmp_path):
+def test_custom_instance_losses_are_exact_over_accumulation(tmp_path):
     class Own(JDTrainer):
         def compute_losses(self, model, inputs):
             logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
@@ -153,7 +153,7 @@ def test_own_losses_of_instances_are_exact_over_accumulation(tmp_path):
     assert relative(flat(models[0].model), flat(models[1].model)) < 1e-8
 
 
-def test_micro_batches_can_be_weighed_alone(tmp_path):
+def test_micro_batches_can_be_weighed_separately(tmp_path):
     sizes = []
 
     def mean(gramian):
@@ -174,7 +174,7 @@ def test_micro_batches_can_be_weighed_alone(tmp_path):
     [{}, {"jd_backward": "two_pass"}, TASK, {**TASK, "jd_backward": "two_pass"}],
     ids=lambda flags: str(len(flags)),
 )
-def test_an_instance_whose_loss_is_not_finite_is_left_out(where, flags, tmp_path):
+def test_a_nonfinite_loss_is_left_out(where, flags, tmp_path):
     class Broken(JDTrainer):
         def compute_losses(self, model, inputs):
             broken = self.state.global_step == 1
@@ -229,14 +229,14 @@ def test_a_gradient_scaler_sees_an_overflow(tmp_path):
     assert not any(p.grad.isfinite().any() for p in trainer.trainable())
 
 
-def test_nothing_to_learn_in_an_update_is_no_step(tmp_path):
+def test_an_update_with_nothing_to_learn_is_no_step(tmp_path):
     model = lora("gpt2")
     trainer = run(model, arguments(tmp_path, weight_decay=0.1, max_steps=2), examples(4, unlabelled=(0, 1, 2, 3)))
     assert torch.equal(flat(model), flat(lora("gpt2")))
     assert logged(trainer, "loss").tolist() == [0, 0]
 
 
-def test_a_model_init_is_met_by_the_engine(tmp_path):
+def test_the_engine_follows_model_init(tmp_path):
     # Trainer builds a new model when it trains.
     trainer = JDTrainer(
         model_init=lambda: lora("gpt2"),
@@ -251,7 +251,7 @@ def test_a_model_init_is_met_by_the_engine(tmp_path):
     assert torch.equal(flat(trainer.model), first)
 
 
-def test_an_engine_is_made_once_a_run(tmp_path, monkeypatch):
+def test_an_engine_is_built_once_per_run(tmp_path, monkeypatch):
     made = []
     construct = Engine.__init__
     monkeypatch.setattr(Engine, "__init__", lambda self, *a, **k: made.append(k) or construct(self, *a, **k))
@@ -262,7 +262,7 @@ def test_an_engine_is_made_once_a_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("keep", "materialise"), [("auto", True), ("true", True), ("false", False), ("4KB", False)])
-def test_what_is_kept_of_rows(keep, materialise, tmp_path, monkeypatch):
+def test_keep_rows_decides_what_is_stored(keep, materialise, tmp_path, monkeypatch):
     asked = []
     compute = Engine.compute_jacobian
     monkeypatch.setattr(Engine, "compute_jacobian", lambda *args: asked.append(args[3]) or compute(*args))
@@ -273,7 +273,7 @@ def test_what_is_kept_of_rows(keep, materialise, tmp_path, monkeypatch):
     assert relative(flat(ours.model), flat(plain.model)) < 1e-10
 
 
-def test_evaluation_is_trainers_and_leaves_the_metrics_of_training_alone(tmp_path):
+def test_evaluation_equals_trainer_and_leaves_training_metrics_alone(tmp_path):
     settings = {"eval_strategy": "steps", "eval_steps": 1, "logging_steps": 2, "max_steps": 4}
     data = Dataset.from_list(examples(6, seed=3)).remove_columns("task")
     theirs = run(lora("gpt2"), arguments(tmp_path, TrainingArguments, **settings), eval_dataset=data)
@@ -283,7 +283,7 @@ def test_evaluation_is_trainers_and_leaves_the_metrics_of_training_alone(tmp_pat
     assert not any("jd/min_gw" in entry for entry in ours.state.log_history if "eval_loss" in entry)
 
 
-def test_the_state_of_the_last_step_is_there_for_callbacks(tmp_path):
+def test_callbacks_can_read_the_last_steps_state(tmp_path):
     states = []
 
     class Watch(TrainerCallback):
@@ -324,7 +324,7 @@ def test_the_seq2seq_trainer_takes_its_own_arguments(tmp_path):
     assert trainer.jd_state is not None
 
 
-def test_compute_loss_is_trainers_number_in_training(tmp_path):
+def test_compute_loss_returns_trainers_number_in_training(tmp_path):
     batch, items = collate(examples(4)), torch.tensor(17)
     losses = []
     for cls, args in ((Trainer, arguments(tmp_path, TrainingArguments)), (JDTrainer, arguments(tmp_path))):
@@ -334,7 +334,7 @@ def test_compute_loss_is_trainers_number_in_training(tmp_path):
     assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-6)
 
 
-def test_full_fine_tuning_by_group_with_tied_embeddings(tmp_path):
+def test_full_fine_tuning_by_group_trains_tied_embeddings(tmp_path):
     theirs = run(tiny_llama(tie_word_embeddings=True), arguments(tmp_path, TrainingArguments))
     ours = run(tiny_llama(tie_word_embeddings=True), arguments(tmp_path, jd_weighting="mean", **TASK))
     assert relative(flat(ours.model), flat(theirs.model)) < 1e-6

@@ -31,7 +31,7 @@ def times(matrix: Matrix, vector: Sequence[Fraction]) -> Vector:
 
 
 def solve(matrix: Matrix, right: Vector) -> Vector | None:
-    """Solves a linear system by Gauss-Jordan elimination; None for a singular matrix."""
+    """Solve a linear system by Gauss-Jordan elimination; None for a singular matrix."""
     rows = [[*row, r] for row, r in zip(matrix, right, strict=True)]
     n = len(rows)
     for i in range(n):
@@ -53,8 +53,8 @@ def subsets(m: int) -> Iterator[tuple[int, ...]]:
 
 
 def projections(gramian: Matrix, target: Vector) -> list[Vector]:
-    """Finds all basic solutions v of projecting J^T u onto the dual cone: the vertices of the set of its weights."""
-    m, found = len(gramian), []
+    """Find all basic solutions v of projecting J^T u onto the dual cone: the vertices of the set of its weights."""
+    m, solutions = len(gramian), []
     slopes = times(gramian, target)
     for support in subsets(m):
         part = solve([[gramian[i][j] for j in support] for i in support], [-slopes[i] for i in support])
@@ -64,13 +64,13 @@ def projections(gramian: Matrix, target: Vector) -> list[Vector]:
         for i, x in zip(support, part, strict=True):
             weights[i] += x
         if all(s >= 0 for s in times(gramian, weights)):
-            found.append(weights)
-    assert found, "every closed convex cone has a projection"
-    return found
+            solutions.append(weights)
+    assert solutions, "every closed convex cone has a projection"
+    return solutions
 
 
 def shortest_in_hull(gramian: Matrix) -> Vector:
-    """Finds a lambda on the simplex with the smallest |J^T lambda|."""
+    """Find a lambda on the simplex with the smallest |J^T lambda|."""
     m = len(gramian)
     for support in subsets(m):
         if not support:
@@ -89,13 +89,13 @@ def shortest_in_hull(gramian: Matrix) -> Vector:
 
 
 def length(gramian: Matrix, weights: Sequence[Fraction]) -> float:
-    """Computes |J^T w|, with an exact square."""
+    """Compute |J^T w|, with an exact square."""
     square = dot(weights, times(gramian, weights))
     return isqrt(int(square * 2**400)) / 2**200
 
 
 def update_error(gramian: Matrix, weights: Tensor, exact: Vector) -> float:
-    """Computes |J^T (w - w*)| / |J^T w*|; if J^T w* = 0, relative to the longest w*_i g_i instead."""
+    """Compute |J^T (w - w*)| / |J^T w*|; if J^T w* = 0, relative to the longest w*_i g_i instead."""
     difference = [Fraction(a) - b for a, b in zip(weights.tolist(), exact, strict=True)]
     size = length(gramian, exact) or max(float(w) * float(gramian[i][i]) ** 0.5 for i, w in enumerate(exact))
     return length(gramian, difference) / size if size else length(gramian, difference)

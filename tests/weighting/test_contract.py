@@ -43,7 +43,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn, largest: int = 16, spread: float = 6.0, decades: float = 3.0) -> Case:
-    """Draws rows of any rank, whose singular values and lengths span many decades."""
+    """Draw rows of any rank, whose singular values and lengths span many decades."""
     m = draw(st.integers(1, largest))
     rank = draw(st.integers(1, m + 3))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -61,7 +61,7 @@ def statistic(weighting: Weighting, case: Case) -> Tensor:
 @pytest.mark.parametrize("name", WEIGHTINGS)
 @given(case=cases(largest=64, decades=12.0), dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]))
 @settings(max_examples=40, deadline=None)
-def test_finite_and_like_the_input(name: str, case: Case, dtype: torch.dtype) -> None:
+def test_weights_are_finite_and_like_the_input(name: str, case: Case, dtype: torch.dtype) -> None:
     m = len(case.jacobian)
     if m < smallest_size(name):
         return
@@ -89,17 +89,17 @@ def test_permutation_equivariance(name: str, case: Case, seed: int) -> None:
     weighting, other = build(name, m), build(name, m)
     whole = statistic(weighting, case)
     permuted = whole[order][:, order] if whole.ndim == 2 else whole[order]
-    expected, found = weighting(whole)[order], other(permuted)
+    expected, actual = weighting(whole)[order], other(permuted)
     if weighting.reads == "gramian":
-        assert update_difference(case.jacobian[order], found, expected) < 1e-6
+        assert update_difference(case.jacobian[order], actual, expected) < 1e-6
     else:
-        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("name", [name for name in GRAMIAN if name not in IN_UNITS])
 @given(case=cases(spread=2.0), exponent=st.integers(-40, 40))
 @settings(max_examples=30, deadline=None)
-def test_scale_of_all_losses(name: str, case: Case, exponent: int) -> None:
+def test_weights_follow_the_scale_of_all_losses(name: str, case: Case, exponent: int) -> None:
     m = len(case.jacobian)
     if m < smallest_size(name):
         return
@@ -112,7 +112,7 @@ def test_scale_of_all_losses(name: str, case: Case, exponent: int) -> None:
 @pytest.mark.parametrize("name", NON_CONFLICTING)
 @given(case=cases(largest=64, decades=12.0))
 @settings(max_examples=60, deadline=None)
-def test_no_row_is_in_conflict_with_the_update(name: str, case: Case) -> None:
+def test_no_row_conflicts_with_the_update(name: str, case: Case) -> None:
     weights = build(name, len(case.jacobian))(case.gramian)
     update = case.jacobian.T @ weights
     lengths = case.jacobian.norm(dim=1)
@@ -124,7 +124,7 @@ def test_no_row_is_in_conflict_with_the_update(name: str, case: Case) -> None:
 @pytest.mark.parametrize("name", MEAN_WITHOUT_CONFLICT)
 @given(case=cases())
 @settings(max_examples=30, deadline=None)
-def test_exactly_the_mean_without_conflict(name: str, case: Case) -> None:
+def test_the_mean_is_exact_without_conflict(name: str, case: Case) -> None:
     m = len(case.jacobian)
     weights = build(name, m)(Case(case.jacobian.abs()).gramian)
     assert torch.equal(weights, torch.full((m,), 1 / m, dtype=torch.float64))
@@ -145,7 +145,7 @@ def test_upgrad_is_linear_under_scaling(case: Case, seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", WEIGHTINGS)
-def test_one_objective(name: str) -> None:
+def test_one_objective_gets_its_known_weight(name: str) -> None:
     if name == "krum":
         return
     weighting = build(name, 1)
@@ -167,7 +167,7 @@ def test_one_objective(name: str) -> None:
     ],
     ids=["zero", "equal", "opposite", "nearly_opposite"],
 )
-def test_degenerate_rows(name: str, rows: list[list[float]]) -> None:
+def test_degenerate_rows_give_finite_weights(name: str, rows: list[list[float]]) -> None:
     weighting = build(name, 5)
     case = Case(torch.tensor(rows, dtype=torch.float64))
     weights = weighting(statistic(weighting, case))
@@ -198,16 +198,16 @@ def test_a_resumed_run_equals_an_uninterrupted_one(name: str, tmp_path: Any) -> 
         assert isinstance(resumed, Stateful)
         resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
         run(first, slice(3, 5))  # later steps of the original must not change the saved state
-    for found, wanted in zip(run(resumed, slice(3, 8)), expected[3:], strict=True):
-        assert torch.equal(found, wanted)
+    for actual, wanted in zip(run(resumed, slice(3, 8)), expected[3:], strict=True):
+        assert torch.equal(actual, wanted)
     if isinstance(uninterrupted, Stateful):
         uninterrupted.reset()
-    for found, wanted in zip(run(uninterrupted, slice(0, 8)), expected, strict=True):
-        assert torch.equal(found, wanted)
+    for actual, wanted in zip(run(uninterrupted, slice(0, 8)), expected, strict=True):
+        assert torch.equal(actual, wanted)
 
 
 @pytest.mark.parametrize("name", sorted(CHANCE))
-def test_chance_leaves_the_global_generator_alone(name: str) -> None:
+def test_random_weightings_leave_the_global_generator_alone(name: str) -> None:
     weighting = build(name, 4)
     case = Case(torch.randn(4, 3, dtype=torch.float64))
     state = torch.get_rng_state()
@@ -229,12 +229,12 @@ def test_memory_follows_names_not_positions(name: str) -> None:
     for i, case in enumerate(steps):
         order = torch.randperm(4, generator=torch.Generator().manual_seed(i))
         expected = plain(statistic(plain, case), names=names)[order]
-        found = shuffled(statistic(plain, Case(case.jacobian[order])), names=[names[j] for j in order])
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        actual = shuffled(statistic(plain, Case(case.jacobian[order])), names=[names[j] for j in order])
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
 def update_difference(jacobian: Tensor, first: Tensor, second: Tensor) -> float:
-    """Computes |J^T (a - b)|, relative to the largest term in the sums J^T a and J^T b."""
+    """Compute |J^T (a - b)|, relative to the largest term in the sums J^T a and J^T b."""
     sizes = torch.maximum(first.abs(), second.abs()) * jacobian.norm(dim=1)
     largest = sizes.max().item()
     if not math.isfinite(largest) or not largest:

@@ -24,16 +24,16 @@ class Synchronisations(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name in {"_local_scalar_dense", "nonzero", "_unique2", "equal", "masked_select"}:
-            self.found[name] += 1
+            self.counts[name] += 1
         if name in {"index", "index_put", "index_put_"} and any(
             i is not None and i.dtype == torch.bool for i in args[1]
         ):
-            self.found["index by a mask"] += 1
+            self.counts["index by a mask"] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -45,15 +45,15 @@ def gramian(m: int) -> Tensor:
 
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Records the sizes of tensors copied to the host."""
-    found: list[int] = []
+    """Record the sizes of tensors copied to the host."""
+    counts: list[int] = []
 
     def recorded(method: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda tensor, *args, **kwargs: (found.append(tensor.numel()), method(tensor, *args, **kwargs))[1]
+        return lambda tensor, *args, **kwargs: (counts.append(tensor.numel()), method(tensor, *args, **kwargs))[1]
 
     for name in ("numpy", "tolist", "cpu"):
         monkeypatch.setattr(Tensor, name, recorded(getattr(Tensor, name)))
-    return found
+    return counts
 
 
 @pytest.mark.parametrize("name", [name for name in WEIGHTINGS if name not in LOSSES | ON_THE_CPU | {"dualproj"}])
@@ -63,7 +63,7 @@ def test_a_step_reads_a_few_scalars(name: str, copies: list[int]) -> None:
         weighting(gramian(64))
     memory = 64 * 64 if name == "gradvac" else 64  # stateful weightings store their memory on the CPU
     assert all(size <= memory for size in copies)
-    assert synchronisations.found.total() <= SOLVED.get(name, 6), synchronisations.found
+    assert synchronisations.counts.total() <= SOLVED.get(name, 6), synchronisations.counts
 
 
 @pytest.mark.parametrize("problems", [1, 64])
@@ -71,7 +71,7 @@ def test_the_projection_of_a_large_gramian_stays_on_its_device(problems: int, co
     with Synchronisations() as synchronisations:
         together(gramian(64), torch.eye(64, dtype=torch.float64)[:problems])
     assert not copies
-    assert synchronisations.found.total() <= SOLVED["upgrad"], synchronisations.found
+    assert synchronisations.counts.total() <= SOLVED["upgrad"], synchronisations.counts
 
 
 @pytest.mark.parametrize("name", sorted(ON_THE_CPU))

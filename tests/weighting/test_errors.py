@@ -58,13 +58,13 @@ EYE = torch.eye(3)
         (torch.tensor([[1e-20, 5e-21], [4e-21, 1e-20]]), "A Gramian is symmetric"),
     ],
 )
-def test_not_a_gramian(name: str, gramian: torch.Tensor, message: str) -> None:
+def test_a_matrix_that_is_no_gramian_is_refused(name: str, gramian: torch.Tensor, message: str) -> None:
     weighting = build_weighting(name, **({"weights": [1, 1]} if name == "constant" else {}))
     with pytest.raises(ValueError, match=message):
         weighting(gramian)
 
 
-def test_rounding_of_a_low_precision_is_not_an_asymmetry() -> None:
+def test_low_precision_rounding_is_no_asymmetry() -> None:
     gramian = torch.tensor([[1.0, 0.5], [0.5 + 1e-7, 1.0]])
     assert MeanWeighting()(gramian).tolist() == [0.5, 0.5]
 
@@ -79,7 +79,7 @@ def test_rounding_of_a_low_precision_is_not_an_asymmetry() -> None:
     ],
 )
 @pytest.mark.parametrize("name", [name for name, cls in WEIGHTINGS.items() if issubclass(cls, LossWeighting)])
-def test_not_losses(name: str, losses: torch.Tensor, message: str) -> None:
+def test_invalid_losses_are_refused(name: str, losses: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_weighting(name)(losses)
 
@@ -143,7 +143,7 @@ def test_not_losses(name: str, losses: torch.Tensor, message: str) -> None:
         (lambda: Flattening(MeanWeighting())(torch.ones(2, 3, 2)), r"this one has \[2, 3, 2\]"),
     ],
 )
-def test_bad_parameters_and_steps(build: Callable[[], Any], message: str) -> None:
+def test_bad_parameters_and_steps_are_refused(build: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
 

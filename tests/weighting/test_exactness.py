@@ -19,7 +19,7 @@ def unit(i: int, m: int) -> list[Fraction]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_upgrad(family: str) -> None:
+def test_upgrad_equals_exact_projections(family: str) -> None:
     for jacobian in jacobians(family):
         gramian, m = rational_gramian(jacobian), len(jacobian)
         parts = [projections(gramian, unit(i, m))[0] for i in range(m)]
@@ -29,7 +29,7 @@ def test_upgrad(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_dualproj(family: str) -> None:
+def test_dualproj_equals_the_exact_projection(family: str) -> None:
     for jacobian in jacobians(family):
         gramian, m = rational_gramian(jacobian), len(jacobian)
         exact = projections(gramian, [Fraction(1 / m)] * m)[0]
@@ -37,7 +37,7 @@ def test_dualproj(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_mgda(family: str) -> None:
+def test_mgda_equals_the_shortest_vector(family: str) -> None:
     for jacobian in jacobians(family):
         gramian = rational_gramian(jacobian)
         weights = MGDAWeighting()(jacobian @ jacobian.T)

@@ -84,7 +84,7 @@ FAMILIES: list[Rows] = [
 
 
 def with_errors(rows: Tensor, error: float, generator: torch.Generator) -> Tensor:
-    """Computes the rows' Gramian with errors of up to `error` times both rows' lengths; float32 values, in float64."""
+    """Compute the rows' Gramian with errors of up to `error` times both rows' lengths; float32 values, in float64."""
     signs = torch.randint(-1, 2, (len(rows), len(rows)), generator=generator).double().triu(1)
     lengths = rows.norm(dim=1)
     return (rows @ rows.T + error * (signs + signs.T) * lengths.outer(lengths)).float().double()
@@ -99,7 +99,7 @@ def cases(family: Rows, error: float, sizes: list[int] = SIZES) -> list[tuple[Te
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("error", [FLOAT32, BFLOAT16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_weighting_takes_them(family: Rows, error: float, dtype: torch.dtype) -> None:
+def test_every_weighting_accepts_low_precision(family: Rows, error: float, dtype: torch.dtype) -> None:
     for name in GRAMIAN:
         for rows, gramian in cases(family, error, [2, 3, 8, 33]):
             if len(rows) >= smallest_size(name):
@@ -109,7 +109,7 @@ def test_every_weighting_takes_them(family: Rows, error: float, dtype: torch.dty
 @pytest.mark.parametrize("name", ["upgrad", "dualproj", "mgda"])
 @pytest.mark.parametrize("error", [FLOAT32, BFLOAT16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_conflicts_are_errors_and_no_update_is_made_of_errors(family: Rows, error: float, name: str) -> None:
+def test_conflicts_and_updates_are_not_dominated_by_rounding(family: Rows, error: float, name: str) -> None:
     for rows, gramian in cases(family, error):
         weights = build(name, len(rows))(gramian)
         update, lengths = rows.T @ weights, rows.norm(dim=1)
@@ -131,7 +131,7 @@ def test_the_scale_of_all_losses_and_their_order_change_no_weight(family: Rows, 
 
 @pytest.mark.parametrize("distance", [1e-6, 1e-8, 0.0])
 @pytest.mark.parametrize("m", [3, 8, 17, 33])
-def test_the_last_bit_of_a_float32_gramian_of_opposite_rows(m: int, distance: float) -> None:
+def test_opposite_rows_tolerate_the_last_bit_of_float32(m: int, distance: float) -> None:
     rows = nearly_opposite(m, distance).float().double()
     lengths = rows.norm(dim=1)
     for seed in range(25):
@@ -172,7 +172,7 @@ def test_opposite_rows_meet_the_tolerance_of_float64(distance: float) -> None:
     ],
     ids=["far", "beyond_one", "three", "eight"],
 )
-def test_what_is_far_from_a_gramian_is_refused_in_a_sentence(matrix: Tensor, scale: float, name: str) -> None:
+def test_matrices_far_from_a_gramian_are_refused(matrix: Tensor, scale: float, name: str) -> None:
     with pytest.raises(ValueError, match=r"A Gramian is positive semi-definite: .* this one's are \[-"):
         build(name, len(matrix))(matrix.double() * scale)
 

@@ -46,13 +46,13 @@ full_rank = pytest.mark.parametrize("m, n", [(m, n) for m, n in SHAPES if n > m]
 any_rank = pytest.mark.parametrize("m, n", SHAPES)
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-9) -> None:
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * expected.abs().max().item())
 
 
 @any_rank
 @pytest.mark.parametrize("mode, of", [("min", min), ("median", None), ("rmse", None)])
-def test_aligned_mtl_sets_all_singular_values_to_one_length(m: int, n: int, mode: str, of: Callable | None) -> None:
+def test_aligned_mtl_makes_all_singular_values_equal(m: int, n: int, mode: str, of: Callable | None) -> None:
     rows = jacobian(m, n)
     left, values, right = torch.linalg.svd(rows, full_matrices=False)
     lengths = {"min": values.min(), "median": values.median(), "rmse": values.square().mean().sqrt()}
@@ -82,7 +82,7 @@ def test_imtl_g_of_dependent_rows_uses_the_pseudoinverse() -> None:
 
 
 @any_rank
-def test_config_from_the_pseudoinverse_of_the_unit_rows(m: int, n: int) -> None:
+def test_config_matches_the_pseudoinverse_of_the_unit_rows(m: int, n: int) -> None:
     rows = jacobian(m, n)
     preference = torch.arange(1, m + 1, dtype=torch.float64)
     direction = torch.linalg.pinv(rows / rows.norm(dim=1, keepdim=True)) @ preference
@@ -93,7 +93,7 @@ def test_config_from_the_pseudoinverse_of_the_unit_rows(m: int, n: int) -> None:
 
 @any_rank
 @pytest.mark.parametrize("c", [0.1, 0.5, 0.95])
-def test_cagrad_against_its_primal_problem(m: int, n: int, c: float) -> None:
+def test_cagrad_solves_its_primal_problem(m: int, n: int, c: float) -> None:
     """max_d min_i <g_i, d> in the ball around the mean, by an interior point method."""
     rows = jacobian(m, n) + 0.3
     matrix, mean = rows.numpy(), rows.mean(dim=0).numpy()
@@ -109,7 +109,7 @@ def test_cagrad_against_its_primal_problem(m: int, n: int, c: float) -> None:
 
 
 @pytest.mark.parametrize("m, n", [(3, 5), (8, 5), (20, 4), (33, 60)])
-def test_cagrad_where_rows_cancel(m: int, n: int) -> None:
+def test_cagrad_is_zero_where_rows_cancel(m: int, n: int) -> None:
     """With opposite rows, no update makes progress on all: for c >= 1, the best update is 0, not rounding errors."""
     rows = jacobian(m, n)
     rows[1::2] = -2 * rows[::2][: m // 2]
@@ -175,7 +175,7 @@ def test_nash_mtl_keeps_its_weights_between_updates_until_an_objective_appears()
     close(weighting(first @ first.T, names="abd"), weights)
 
 
-def test_nash_mtl_and_fairgrad_give_up_where_no_update_serves_all() -> None:
+def test_nash_mtl_and_fairgrad_return_zero_if_no_update_serves_all() -> None:
     rows = torch.tensor([[1.0, 0], [-1, 0], [0, 1]])
     assert torch.equal(NashMTLWeighting()(rows @ rows.T), torch.zeros(3))
     assert torch.equal(FairGradWeighting()(rows @ rows.T), torch.zeros(3))
@@ -183,7 +183,7 @@ def test_nash_mtl_and_fairgrad_give_up_where_no_update_serves_all() -> None:
 
 @any_rank
 @pytest.mark.parametrize("f, selected", [(0, 1), (1, 2)])
-def test_krum_by_loops_over_distances(m: int, n: int, f: int, selected: int) -> None:
+def test_krum_matches_loops_over_distances(m: int, n: int, f: int, selected: int) -> None:
     rows, near = jacobian(m, n), m - f - 2
     if near < 2:
         pytest.skip("scores tie, or there are too few rows")
@@ -198,7 +198,7 @@ def test_krum_by_loops_over_distances(m: int, n: int, f: int, selected: int) -> 
 
 
 @any_rank
-def test_pcgrad_by_the_papers_loops(m: int, n: int) -> None:
+def test_pcgrad_matches_the_papers_loops(m: int, n: int) -> None:
     rows = jacobian(m, n)
     orders = visits(m, torch.Generator().manual_seed(7)).T.tolist()
     update = torch.zeros(n, dtype=torch.float64)
@@ -212,7 +212,7 @@ def test_pcgrad_by_the_papers_loops(m: int, n: int) -> None:
 
 
 @any_rank
-def test_gradvac_by_the_papers_loops(m: int, n: int) -> None:
+def test_gradvac_matches_the_papers_loops(m: int, n: int) -> None:
     weighting, generator = GradVacWeighting(beta=0.3, seed=7), torch.Generator().manual_seed(7)
     targets = torch.zeros(m, m, dtype=torch.float64)
     for step in range(3):
@@ -234,14 +234,14 @@ def test_gradvac_by_the_papers_loops(m: int, n: int) -> None:
         close(rows.T @ weighting(rows @ rows.T), update, 1e-8)
 
 
-def test_visits_are_orders_of_all_others() -> None:
+def test_visits_are_permutations_of_the_others() -> None:
     orders = visits(6, torch.Generator().manual_seed(0)).T.tolist()
     assert [sorted(order) for order in orders] == [[j for j in range(6) if j != i] for i in range(6)]
 
 
 @any_rank
 @pytest.mark.parametrize("tau", [0.02, 0.5])
-def test_pcd_against_a_convex_solver(m: int, n: int, tau: float) -> None:
+def test_pcd_matches_a_convex_solver(m: int, n: int, tau: float) -> None:
     rows = jacobian(m, n) + 0.3
     unit = (rows / rows.norm(dim=1, keepdim=True)).numpy()
     d = cvxpy.Variable(n)
@@ -253,14 +253,14 @@ def test_pcd_against_a_convex_solver(m: int, n: int, tau: float) -> None:
     np.testing.assert_allclose((update / update.norm()).numpy(), direction, atol=1e-6)
 
 
-def test_pcd_knows_its_primary_objective_by_name() -> None:
+def test_pcd_finds_its_primary_objective_by_name() -> None:
     rows = jacobian(3, 5)
     order = [2, 0, 1]
     tau = [0.1, 0.3]
     expected = PCDWeighting(tau=tau)(rows @ rows.T, names="abc")[order]
     permuted = rows[order]
-    found = PCDWeighting(tau=tau[::-1], primary="a")(permuted @ permuted.T, names=["c", "a", "b"])
-    close(found, expected)
+    actual = PCDWeighting(tau=tau[::-1], primary="a")(permuted @ permuted.T, names=["c", "a", "b"])
+    close(actual, expected)
     with pytest.raises(ValueError, match=r"primary objective 'x' is not among this step's: \['a', 'b', 'c'\]"):
         PCDWeighting(primary="x")(rows @ rows.T, names="abc")
     with pytest.raises(ValueError, match="tau has 2 entries; this step has 1 objectives besides the primary"):
@@ -289,7 +289,7 @@ def test_cr_mogm_wraps_any_callable_and_weightings_of_losses() -> None:
     close(losses(torch.tensor([1.0, 2.0])), STCHWeighting()(torch.tensor([1.0, 2.0])), 1e-6)
 
 
-def test_constant_sum_and_mean() -> None:
+def test_constant_sum_and_mean_have_their_weights() -> None:
     rows = jacobian(3, 2)
     gramian = rows @ rows.T
     assert ConstantWeighting(weights=[3, 0, 1])(gramian).tolist() == [3, 0, 1]
@@ -323,7 +323,7 @@ def test_uncertainty_weights_descend_on_their_own_loss() -> None:
     assert all(weighting(huge, names="xy").isfinite().all() for _ in range(50))
 
 
-def test_dwa_from_the_averages_of_two_windows() -> None:
+def test_dwa_uses_the_averages_of_two_windows() -> None:
     weighting = DWAWeighting(temperature=0.5, window=2)
     steps = [[1.0, 4.0], [3.0, 4.0], [1.0, 1.0], [1.0, 3.0]]
     for losses in steps:

@@ -35,7 +35,7 @@ def problem(m: int, rank: int, common: float, seed: int) -> tuple[np.ndarray, np
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_no_vertex_of_the_weights_lies_behind_the_shortest(family: str) -> None:
+def test_newton_finds_the_shortest_weights(family: str) -> None:
     for jacobian in jacobians(family):
         gramian, m = rational_gramian(jacobian), len(jacobian)
         squares = [gramian[i][i] for i in range(m)]
@@ -86,15 +86,15 @@ def test_upgrad_of_low_rank_is_exact_and_follows_the_order(m: int, rank: int, co
 
 
 @pytest.mark.parametrize("common", [0.0, 0.15])
-def test_a_cone_of_zero_alone_is_seen_from_one_projection(common: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dual_cone_of_zero_shows_in_one_projection(common: float, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = rows_in_space(60, 15, common)
     gramian, targets = rows @ rows.T, torch.eye(60, dtype=torch.float64)
-    found, _ = projection.one_by_one(gramian, targets)
+    actual, _ = projection.one_by_one(gramian, targets)
     monkeypatch.setattr(projection, "_stationary", lambda *_: None)
     expected, _ = projection.one_by_one(gramian, targets)
     lengths = rows.norm(dim=1)
     torch.testing.assert_close(
-        found * lengths / lengths[:, None], expected * lengths / lengths[:, None], rtol=0, atol=1e-9
+        actual * lengths / lengths[:, None], expected * lengths / lengths[:, None], rtol=0, atol=1e-9
     )
 
 

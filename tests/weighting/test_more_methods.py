@@ -31,7 +31,7 @@ def some_losses() -> Tensor:
     return torch.tensor([1.0, 2.0, 0.3], dtype=torch.float64, requires_grad=True)
 
 
-def test_the_geometric_mean_is_differentiated() -> None:
+def test_geometric_mean_weights_are_its_gradient() -> None:
     losses = some_losses()
     close(GeometricMeanWeighting()(losses), gradient(losses.prod() ** (1 / 3), losses))
 
@@ -53,7 +53,7 @@ def test_pbi_is_the_gradient_of_its_scalar() -> None:
     close(PBIWeighting(theta=3, weights=r)(0.7 * r), ray)
 
 
-def test_famo_by_the_papers_loop() -> None:
+def test_famo_matches_the_papers_loop() -> None:
     weighting, logits = FAMOWeighting(lr=0.5, decay=0.1), torch.zeros(3, dtype=torch.float64, requires_grad=True)
     steps = torch.tensor([[1.0, 2.0, 0.3], [0.5, 1.9, 0.3], [0.6, 1.0, 0.1]], dtype=torch.float64)
     for i, losses in enumerate(steps):
@@ -103,7 +103,7 @@ def test_raco_clips_cagrads_mixture(m: int, n: int) -> None:
     assert m == 2 or not torch.allclose(clipped, mixture / mixture.sum())
 
 
-def test_the_nearest_point_of_the_simplex_against_a_convex_solver() -> None:
+def test_the_nearest_point_of_the_simplex_matches_a_convex_solver() -> None:
     for seed in range(10):
         point = 2 * jacobian(1, 6, seed)[0]
         x = cvxpy.Variable(6, nonneg=True)
@@ -123,7 +123,7 @@ def test_modo_steps_on_the_simplex_and_ends_at_mgda() -> None:
     close(rows.T @ weights, rows.T @ MGDAWeighting()(gramian), 1e-6)
 
 
-def test_shares_of_those_present_sum_to_one() -> None:
+def test_shares_of_present_objectives_sum_to_one() -> None:
     weighting, rows = MoDoWeighting(gamma=0.01), jacobian(4, 6)
     weighting(rows @ rows.T, names="abcd")
     part = rows[[3, 1]]
@@ -131,7 +131,7 @@ def test_shares_of_those_present_sum_to_one() -> None:
     assert weighting(rows @ rows.T, names="efgh").sum().item() == pytest.approx(1)
 
 
-def test_sdmgrad_minimises_the_length_with_its_pull() -> None:
+def test_sdmgrad_minimises_its_regularised_length() -> None:
     rows = jacobian(3, 5)
     weighting = SDMGradWeighting(lr=0.2, lambda_=0.3)
     for _ in range(300):
@@ -143,7 +143,7 @@ def test_sdmgrad_minimises_the_length_with_its_pull() -> None:
     np.testing.assert_allclose((rows.T @ weights).numpy(), expected, atol=1e-6)
 
 
-def test_sdmgrads_first_steps_by_the_papers_loop() -> None:
+def test_sdmgrads_first_steps_match_the_papers_loop() -> None:
     rows = jacobian(4, 6)
     gramian, equal = rows @ rows.T, torch.full((4,), 0.25, dtype=torch.float64)
     scaled = gramian / rows.norm(dim=1).mean() ** 2

@@ -30,11 +30,11 @@ def test_the_solution_is_quadprogs(rank: int, common: float, zero_cone: bool) ->
     draws = (low_rank(rank, seed, common=common) for seed in range(20))
     rows = next(rows for rows in draws if is_zero_cone(rows) == zero_cone)
     targets = torch.eye(M, dtype=torch.float64)
-    found, violation = projection.together(rows @ rows.T, targets)
+    actual, violation = projection.together(rows @ rows.T, targets)
     expected, _ = projection.one_by_one(rows @ rows.T, targets)
     assert violation.max() <= 1e-10
     lengths = rows.norm(dim=1)
-    torch.testing.assert_close(found * lengths, expected * lengths, rtol=0, atol=1e-7 * expected.max().item())
+    torch.testing.assert_close(actual * lengths, expected * lengths, rtol=0, atol=1e-7 * expected.max().item())
 
 
 @pytest.mark.parametrize("rank", [8, 32])
@@ -42,11 +42,11 @@ def test_a_dual_cone_of_zero_is_solved_in_the_null_space(rank: int) -> None:
     rows = next(rows for rows in (low_rank(rank, seed) for seed in range(20)) if is_zero_cone(rows))
     rows /= rows.norm(dim=1, keepdim=True)
     cosines, targets = rows @ rows.T, 0.5 * torch.eye(M, dtype=torch.float64)
-    found = splitting._solve_in_null_space(splitting._Problems(cosines, targets, targets @ cosines, 1e-8))
-    settled = ~found[:, 0].isnan()
+    actual = splitting._solve_in_null_space(splitting._Problems(cosines, targets, targets @ cosines, 1e-8))
+    settled = ~actual[:, 0].isnan()
     assert settled.sum() >= M - 2
     expected, _ = projection.one_by_one(cosines, targets)
-    difference = (targets + found - expected)[settled]
+    difference = (targets + actual - expected)[settled]
     assert difference.abs().max() <= 1e-7 * expected.max()
 
 
@@ -64,10 +64,10 @@ def test_float32_is_solved_for_the_gramian_that_it_gives(seed: int) -> None:
     gramian = (rows @ rows.T).double()
     gramian = (gramian + gramian.T) / 2
     targets = torch.eye(M, dtype=torch.float64)
-    found, violation = projection.together(gramian, targets)
+    actual, violation = projection.together(gramian, targets)
     expected, _ = projection.one_by_one(gramian, targets)
     assert violation.max() <= 1e-10
-    difference = found - expected
+    difference = actual - expected
     assert ((difference @ gramian) * difference).sum(dim=1).max() <= 1e-12 * gramian.max()
 
 
@@ -113,8 +113,8 @@ def test_what_splitting_leaves_goes_to_quadprog(monkeypatch: pytest.MonkeyPatch)
 )
 def test_few_dependent_rows_are_solved_one_by_one(m: int, rank: int, first: str) -> None:
     rows = low_rank(rank, 0, m=m)
-    found = projection.chosen_solvers(rows @ rows.T, torch.eye(m, dtype=torch.float64))
-    assert [solver.__name__ for solver in found][0] == first
+    actual = projection.chosen_solvers(rows @ rows.T, torch.eye(m, dtype=torch.float64))
+    assert [solver.__name__ for solver in actual][0] == first
 
 
 def test_problems_that_never_settle_are_handed_back_as_nan(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ Probed = list[Tensor]  # one tensor, shaped like the parameter, per vector of th
 
 
 class Checker:
-    """Decides which rows still need a proof, and which are wrong.
+    """The decisions about which rows still need a proof, and which are wrong.
 
     Attributes:
         asleep: Parameters whose gradient was zero in their last check, which proves nothing (lora_A at its start, where
@@ -57,7 +57,7 @@ class Checker:
         self._generator = torch.Generator().manual_seed(0)
 
     def pending(self, recording: Recording) -> bool:
-        """Whether a parameter was used in a way that no check has proved: with a new layout, rank or mode.
+        """Return whether a parameter was used in a way that no check has proved: with a new layout, rank or mode.
 
         A gradient that is too small proves nothing: it is checked again after 1, 2, 4, ... such steps, counted here.
         """
@@ -71,7 +71,7 @@ class Checker:
         return pending
 
     def probe(self, losses: Tensor) -> Tensor:
-        """Draws vectors r [P, R] of `LEVELS` from the checker's own generator.
+        """Draw vectors r [P, R] of `LEVELS` from the checker's own generator.
 
         Any two of up to 25 objectives differ in one of the two vectors; a single vector is enough for up to 5.
         """
@@ -81,7 +81,7 @@ class Checker:
         return torch.tensor(LEVELS)[torch.stack(digits)].to(losses)
 
     def wrong(self, recording: Recording, expected: Mapping[nn.Parameter, Probed | None]) -> dict[nn.Parameter, float]:
-        """Returns parameters whose rows, weighted by the probe, differ from autograd's gradient, with the error's norm.
+        """Return parameters whose rows, weighted by the probe, differ from autograd's gradient, with the error's norm.
 
         A NaN is not called wrong: the caller handles losses that are not finite.
         """
@@ -99,7 +99,7 @@ class Checker:
         return errors
 
     def approve(self, recording: Recording, expected: Mapping[nn.Parameter, Probed | None]) -> None:
-        """Remembers what was proved, and which gradients were too small to prove anything."""
+        """Remember what was proved, and which gradients were too small to prove anything."""
         typical = _typical(expected.values())
         uses = _uses(recording)
         for use, parameter, layout in uses:
@@ -121,7 +121,7 @@ class Checker:
         expected: Mapping[nn.Parameter, Probed | None],
         typical: float,
     ) -> bool:
-        """Whether a parameter's gradient is large enough to expose wrong rows."""
+        """Return whether a parameter's gradient is large enough to expose wrong rows."""
         relative, noise = self._tolerance(parameter, recording)
         gradients = expected.get(parameter)
         return _norm(gradients) * relative > noise * typical * math.sqrt(_numel(gradients))
@@ -140,7 +140,7 @@ class Checker:
         expected: Mapping[nn.Parameter, Probed | None],
         names: Mapping[nn.Parameter, str],
     ) -> None:
-        """Tells apart models that mix instances and parameters that only need another tier.
+        """Tell apart models that mix instances and parameters that only need another tier.
 
         Where instances mix, everything before that point is wrong in every layout and by every method, and the gradient
         of one loss reaches the rows of other instances there; everything after it is right.
@@ -179,7 +179,7 @@ class Checker:
 
 
 def _uses(recording: Recording) -> set[tuple[ModuleUse, nn.Parameter, Layout | None]]:
-    """Returns every use of a parameter with its layout, except for unmapped parameters."""
+    """Return every use of a parameter with its layout, except for unmapped parameters."""
     return {
         (recorded.use, parameter, recorded.layout)
         for recorded in recording.uses
@@ -189,14 +189,14 @@ def _uses(recording: Recording) -> set[tuple[ModuleUse, nn.Parameter, Layout | N
 
 
 def is_due(use: ModuleUse, parameter: nn.Parameter, layout: Layout | None) -> bool:
-    """Whether a parameter's rows in this use and layout have to be verified in this step."""
+    """Return whether a parameter's rows in this use and layout have to be verified in this step."""
     entry = (parameter, layout, use.module.training)
     seen = use.vacuous.get(entry, 0)
     return entry not in use.proved and (seen & (seen - 1)) == 0
 
 
 class LeakRecording:
-    """Records backwards of single losses, to find modules where two of them reach the same place.
+    """A recorder of one backward per loss, which finds the modules where two losses reach the same place.
 
     If instances don't mix, no two losses reach the same place, whatever the order or dimension of the instances.
 
@@ -211,11 +211,11 @@ class LeakRecording:
         self._calls: Counter[nn.Module] = Counter()
 
     def begin(self) -> None:
-        """Begins the backward of the next loss; each backward visits modules in the same order."""
+        """Begin the backward of the next loss; each backward visits modules in the same order."""
         self._calls.clear()
 
     def record(self, event: TapEvent) -> None:
-        """Notes where the loss arrives; skips tables, and tensors that may not hold the batch."""
+        """Note where the loss arrives; skip tables, and tensors that may not hold the batch."""
         tap, g = event.tap, event.first
         if g is None or g.dim() < 2 or isinstance(tap.module, nn.Embedding):
             return
@@ -234,7 +234,7 @@ class LeakRecording:
 def probed_gradients(
     differentiator: Differentiator, losses: Tensor, probe: Tensor, parameters: Sequence[nn.Parameter]
 ) -> dict[nn.Parameter, Probed | None]:
-    """Computes autograd's gradient of sum_i r_i loss_i for each r of a probe [P, R]; None if no loss depends on it."""
+    """Compute autograd's gradient of sum_i r_i loss_i for each r of a probe [P, R]; None if no loss depends on it."""
     small = SmallTensors()
 
     def move(gradient: Tensor | None) -> Tensor | None:  # as soon as it is formed
@@ -260,7 +260,7 @@ def unresolved(
     errors: Mapping[nn.Parameter, float],
     expected: Mapping[nn.Parameter, Probed | None],
 ) -> set[nn.Parameter]:
-    """Returns the parameters for which autograd makes as large an error when it differentiates the levels separately.
+    """Return the parameters for which autograd makes as large an error when it differentiates the levels separately.
 
     Sums of many half-precision numbers lose digits (a LayerNorm's bias over 30,000 tokens), and small gradients
     underflow in float16: the identity can't tell right from wrong below that.
@@ -284,13 +284,13 @@ def unresolved(
 
 
 def is_blind(error: float, gradients: Probed | None, expected: Mapping[nn.Parameter, Probed | None]) -> bool:
-    """Whether the noise is large enough to hide a wrong map from rows to objectives."""
+    """Return whether the noise is large enough to hide a wrong map from rows to objectives."""
     relative, noise = BLIND
     return error > relative * _norm(gradients) + noise * _typical(expected.values()) * math.sqrt(_numel(gradients))
 
 
 def distance(ours: Probed, theirs: Probed | None) -> float:
-    """Returns the norm of the difference; None counts as zero."""
+    """Return the norm of the difference; None counts as zero."""
     if theirs is None:
         return _norm(ours)
     dtype = torch.promote_types(accumulation_dtype(ours[0]), theirs[0].dtype)
@@ -306,7 +306,7 @@ def _numel(gradients: Probed | None) -> int:
 
 
 def _typical(gradients: Iterable[Probed | None]) -> float:
-    """Returns the root mean square of all gradients' elements, with a cap against outliers that dwarf the others."""
+    """Return the root mean square of all gradients' elements, with a cap against outliers that dwarf the others."""
     square, count, sizes = 0.0, 1, [0.0]
     for gradient in gradients:
         if gradient is not None:

@@ -17,7 +17,7 @@ _VALUES = methodcaller("values")
 
 
 class Coverage:
-    """Keeps a tap on every called module that holds a parameter that is, or has been, trainable.
+    """The taps of one engine: one on every called module that holds a parameter that is, or has been, trainable.
 
     A parameter's holder is the module that owns it, or the nearest module above that is called: parameters in a
     `ParameterDict`, or that a parent reads directly, belong to the parent. `scan` reads which ones are trainable.
@@ -69,7 +69,7 @@ class Coverage:
         return self.inputs.sizes
 
     def parameters(self) -> list[nn.Parameter]:
-        """Returns all parameters of the modules, including frozen ones."""
+        """Return all parameters of the modules, including frozen ones."""
         return [p for module in self._modules for p in module.parameters()]
 
     @property
@@ -78,11 +78,11 @@ class Coverage:
         return self._sharded or is_partitioned(self.names)
 
     def whole(self) -> dict[nn.Parameter, nn.Parameter]:
-        """Maps sharded parameters to the whole ones that forwards have used."""
+        """Map sharded parameters to the whole ones that forwards have used."""
         return whole_parameters(self._modules) if self._sharded else {}
 
     def shared(self) -> set[nn.Parameter]:
-        """Returns parameters with several taps, or with a tap that was called more than once."""
+        """Return parameters with several taps, or with a tap that was called more than once."""
         uses: dict[nn.Parameter, int] = defaultdict(int)
         for tap in self.taps:
             for parameter in tap.targets.values():
@@ -90,7 +90,7 @@ class Coverage:
         return {p for p, count in uses.items() if count > 1}
 
     def scan(self) -> None:
-        """Reads what is trainable now, and sets taps accordingly.
+        """Read what is trainable now, and set taps accordingly.
 
         Call it only before a forward or after a backward: in between, a recomputed forward has to go through the same
         taps. There may be other forwards in between, so freezing and unfreezing parameters for them changes no tap.
@@ -107,7 +107,7 @@ class Coverage:
         self._wanted = None
 
     def read(self) -> None:
-        """Reads what is trainable now: updates the names, and the taps for the next `scan` to set."""
+        """Read what is trainable now: update the names, and the taps for the next `scan` to set."""
         flags = list(map(_REQUIRES_GRAD, self._every))
         if self._fresh and flags == self._flags:
             return  # The last forward has just read it.
@@ -121,7 +121,7 @@ class Coverage:
         self._flags = list(map(_REQUIRES_GRAD, self._every))
 
     def _walk(self) -> None:
-        """Finds the holder of each parameter that is, or has been, trainable."""
+        """Find the holder of each parameter that is, or has been, trainable."""
         self._sharded = is_sharded(self._modules)
         sharded = {whole: p for p, whole in self.whole().items()}
         names: dict[nn.Parameter, str] = {}
@@ -156,12 +156,12 @@ class Coverage:
         self._scanned = self._state()
 
     def _state(self) -> list[int]:
-        """Returns the ids of each module's children and parameters; in C, this is far cheaper than walking the tree."""
+        """Return the ids of each module's children and parameters; in C, this is far cheaper than walking the tree."""
         members = [*map(_MODULES, self._tree), *map(_PARAMETERS, self._tree)]
         return [*map(len, members), *map(id, chain.from_iterable(map(_VALUES, filter(None, members))))]
 
     def _replaced(self) -> bool:
-        """Whether `torch.func.functional_call` has replaced the parameters with other tensors for one forward."""
+        """Return whether `torch.func.functional_call` has replaced the parameters for one forward."""
         tensors = (p for module in self._tree for p in module._parameters.values())
         return any(not isinstance(p, nn.Parameter) for p in tensors if p is not None)
 
@@ -172,14 +172,14 @@ class Coverage:
         self._fresh = True
 
     def climb(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Moves the taps of these parameters one module up: they have gradients, but their holders weren't called."""
+        """Move the taps of these parameters one module up: they have gradients, but their holders weren't called."""
         for parameter in set(parameters) - self._moved:
             self._scanned = None
             self._climbed[parameter] = self._climbed.get(parameter, 0) + 1
             self._moved.add(parameter)  # The next forward shows whether this is high enough.
 
     def finish_step(self) -> None:
-        """Sets the taps that the step turned out to need, and resets the counts of forwards."""
+        """Set the taps that the step turned out to need, and reset the counts of forwards."""
         if self._scanned is None or self._wanted is not None:
             self._fresh = False
             self.scan()
@@ -189,14 +189,14 @@ class Coverage:
             tap.forget()
 
     def remove(self) -> None:
-        """Removes all taps."""
+        """Remove all taps."""
         for hook in [*self._input_handles, *self._taps.values()]:
             hook.remove()
         self._taps.clear()
         self._scanned = None
 
     def _holder(self, modules: dict[str, nn.Module], path: str, parameter: nn.Parameter) -> str | None:
-        """Returns the path of the module to tap; None above the root."""
+        """Return the path of the module to tap; None above the root."""
         steps = self._climbed.get(parameter, 0)
         while True:
             if _takes_hooks(modules[path]):
@@ -209,7 +209,7 @@ class Coverage:
 
 
 def _all_paths(module: nn.Module, path: str = "", above: tuple[nn.Module, ...] = ()) -> Iterator[tuple[str, nn.Module]]:
-    """Yields every path to every module: several modules may share, and read, one `ParameterDict`."""
+    """Yield every path to every module: several modules may share, and read, one `ParameterDict`."""
     yield path, module
     for name, child in module._modules.items():
         if child is not None and child is not module and child not in above:
@@ -217,10 +217,10 @@ def _all_paths(module: nn.Module, path: str = "", above: tuple[nn.Module, ...] =
 
 
 def _lowest(paths: Iterable[str]) -> list[str]:
-    """Returns the paths that have no other path below: tapping both would give the same rows twice."""
+    """Return the paths that have no other path below: tapping both would give the same rows twice."""
     return [path for path in paths if not any(p != path and (not path or p.startswith(path + ".")) for p in paths)]
 
 
 def _takes_hooks(module: nn.Module) -> bool:
-    """Whether a forward hook can be set on the module and will run: containers are never called."""
+    """Return whether a forward hook can be set on the module and will run: containers are never called."""
     return not isinstance(module, torch.jit.ScriptModule) and type(module).forward is not nn.Module.forward

@@ -23,7 +23,7 @@ from hf_jd.gramian.layouts import AXES, Batch
 from hf_jd.gramian.taps import ModuleTap
 
 Place = tuple[ModuleTap, tuple[bool, ...], int]  # a tap, the modes of a call, and its number of nodes before the losses
-REMEMBERED = 8  # paths through a program
+REMEMBERED = 8  # how many paths through a program to remember
 
 
 @dataclass
@@ -54,7 +54,7 @@ class _Path:
     batch_first: bool = False
 
     def is_settled(self, shapes: list[torch.Size], batch: Batch) -> bool:
-        """Whether the backward of this batch is settled, too."""
+        """Return whether the backward of this batch is settled, too."""
         if not self.settled or batch.segments.distinguish != self.distinguish:
             return False
         if batch.instances == self.instances and shapes == self.shapes:
@@ -66,7 +66,7 @@ class _Path:
 
 
 class Foresight:
-    """Predicts backwards from graphs.
+    """Predictions about a backward, read from its graph.
 
     Args:
         plan: What the engine learnt in earlier steps.
@@ -79,7 +79,7 @@ class Foresight:
         self._paths: deque[_Path] = deque(maxlen=REMEMBERED)
 
     def look(self, losses: Tensor, batch: Batch | None = None) -> Outlook:
-        """Reads the graph of some losses.
+        """Read the graph of some losses.
 
         Args:
             losses: [R], or a scalar.
@@ -105,12 +105,12 @@ class Foresight:
         return Outlook(is_last=True, is_settled=path.settled)
 
     def forget(self) -> None:
-        """Marks all paths as unsettled: decisions may have changed."""
+        """Mark all paths as unsettled: decisions may have changed."""
         for path in self._paths:
             path.settled = False
 
     def _places(self, losses: Tensor) -> tuple[list[Place], list[torch.Size]]:
-        """Returns the places and shapes of all forwards since the last Gramian; empty if some were not remembered."""
+        """Return the places and shapes of all forwards since the last Gramian; empty if some were not remembered."""
         taps, node = self._coverage.every_tap, losses.grad_fn
         if node is None or any(tap.calls != len(tap.forwards) for tap in taps):
             return [], []
@@ -140,7 +140,7 @@ class Foresight:
         return all(p in tapped or p not in leaves for p in self._coverage.names)
 
     def _is_settled(self, graph: Graph, batch: Batch) -> tuple[bool, bool]:
-        """Whether each use was proved and each parameter has a tap; and whether all layouts are batch first."""
+        """Return whether each use was proved and each parameter has a tap; and whether all layouts are batch first."""
         taps, tapped, settled, batch_first = set(self._coverage.taps), set(), True, True
         for node in graph.taps:
             if node.tap not in taps:

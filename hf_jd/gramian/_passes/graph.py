@@ -14,7 +14,7 @@ from hf_jd.gramian.taps import ModuleTap
 
 
 class Differentiator:
-    """Differentiates the losses of one step, with or without reentrant activation checkpointing.
+    """The derivatives of one step's losses, with or without reentrant activation checkpointing.
 
     Reentrant checkpointing hides its part of the graph and refuses gradients with respect to chosen inputs: a plain
     `.backward()` runs instead, and `.grad` is restored afterwards.
@@ -46,7 +46,7 @@ class Differentiator:
             )
 
     def gradients(self, scalar: Tensor, inputs: Sequence[Tensor], retain_graph: bool = True) -> list[Tensor | None]:
-        """Computes d scalar / d input for each input; None for inputs that it does not depend on.
+        """Compute d scalar / d input for each input; None for inputs that it does not depend on.
 
         Args:
             scalar: 0-d.
@@ -74,7 +74,7 @@ class Differentiator:
                 p.grad = grad
 
     def finish(self, scalar: Tensor) -> None:
-        """Waits for the passes of other processes; `scalar` depends on the model as the losses do."""
+        """Wait for the passes of other processes; `scalar` depends on the model as the losses do."""
         if self._lockstep is not None:
             while self._lockstep.others():
                 self._full_pass(scalar, [])
@@ -115,7 +115,7 @@ class Graph:
 
 
 def walk(losses: Tensor) -> Graph:
-    """Walks the graph of the losses, in less than a microsecond per node."""
+    """Walk the graph of the losses, in less than a microsecond per node."""
     graph = Graph()
     stack: list[Any] = [losses.grad_fn]
     seen = set(stack)

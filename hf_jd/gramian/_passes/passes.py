@@ -62,7 +62,7 @@ class Outcome:
 
 
 class Passes:
-    """Runs backwards for one engine and remembers what it learnt from them.
+    """The backward passes of one engine, and what it learnt from them.
 
     Args:
         plan: Decisions by module.
@@ -78,7 +78,7 @@ class Passes:
         self._warned: set[nn.Parameter] = set()
 
     def run(self, losses: Tensor, batch: Batch, keep: Keep, retain: bool) -> Outcome:
-        """Computes the rows of losses [R].
+        """Compute the rows of losses [R].
 
         Args:
             losses: One entry per objective.
@@ -107,19 +107,19 @@ class Passes:
         return self._complete(one, recording, reached)
 
     def one_by_one(self, losses: Tensor) -> Outcome:
-        """Computes the rows of losses without an instance dimension: one differentiation each."""
+        """Compute the rows of losses without an instance dimension: one differentiation each."""
         differentiator = self._differentiator(losses, self._foresight.look(losses))
         rows = _individual_rows(differentiator, losses, list(self._coverage.names))
         return Outcome({**rows}, None, dict.fromkeys(rows, Tier.OBJECTIVE))
 
     def gradients(self, scalar: Tensor) -> dict[nn.Parameter, Tensor]:
-        """Differentiates a scalar with respect to each parameter that it depends on, and retains the graph."""
+        """Differentiate a scalar with respect to each parameter that it depends on, and retains the graph."""
         names, differentiator = list(self._coverage.names), self._differentiator(scalar, self._foresight.look(scalar))
         gradients = zip(names, differentiator.gradients(scalar, names), strict=True)
         return {p: g for p, g in gradients if g is not None}
 
     def finish(self, scalar: Tensor) -> None:
-        """With sharded parameters, ends a batch's passes once all processes have run theirs."""
+        """End a batch's passes: with sharded parameters, wait until all processes have run theirs."""
         self._differentiator(scalar, self._foresight.look(scalar)).finish(scalar)
 
     def _differentiator(self, losses: Tensor, outlook: Outlook) -> Differentiator:
@@ -129,7 +129,7 @@ class Passes:
         return Differentiator(touched, self._coverage.whole(), Lockstep(losses.device), self._switch.sentinel)
 
     def _only_pass(self, one: Measurement, outlook: Outlook) -> Outcome:
-        """Computes the rows with one backward that frees the graph."""
+        """Compute the rows with one backward that frees the graph."""
         recording = self._record(one, retain=False)
         if len(recording.tiers) < len(self._coverage.names):
             self._absent = self._coverage.names.keys() - recording.uses_of.keys()
@@ -146,7 +146,7 @@ class Passes:
         doubted: Set[nn.Parameter] = frozenset(),
         retain: bool = True,
     ) -> Recording:
-        """Runs a backward of the summed losses to the sentinel; repeats it if a parameter turns out to be shared."""
+        """Run a backward of the summed losses to the sentinel; repeats it if a parameter turns out to be shared."""
         shared = self._coverage.shared() if one.keep is Keep.GRAMIAN else set()
         asleep = set() if self._checker is None else self._checker.asleep
         while True:
@@ -168,7 +168,7 @@ class Passes:
             shared = recording.shared
 
     def _unmet(self, one: Measurement, recording: Recording) -> set[nn.Parameter]:
-        """Returns the parameters that have gradients, but that no tap has seen."""
+        """Return the parameters that have gradients, but that no tap has seen."""
         names, individual, seen = self._coverage.names, self._plan.individual, recording.uses_of
         reached = recording.reached - seen.keys()
         missing = [p for p in names if p not in seen and p not in individual and p not in self._absent]
@@ -180,7 +180,7 @@ class Passes:
         return reached
 
     def _check_length(self, losses: Tensor, batch: Batch, recording: Recording) -> None:
-        """Raises if no input of the model can hold as many instances as there are losses or segments."""
+        """Raise if no input of the model can hold as many instances as there are losses or segments."""
         seen, n = self._coverage.sizes, batch.instances
         # A batch in the second dimension is still some module's input, so one dimension alone proves nothing.
         fits = any(size % n == 0 if axis == 0 else size == n and not recording.uses for axis, size in seen)
@@ -194,7 +194,7 @@ class Passes:
         )
 
     def _prove(self, one: Measurement, first: Recording) -> Recording:
-        """Compares the rows with autograd; revokes decisions until the rows are right or no decision is left.
+        """Compare the rows with autograd; revoke decisions until the rows are right or no decision is left.
 
         Returns:
             The last recording, which has sums weighted by a probe instead of rows.
@@ -231,7 +231,7 @@ class Passes:
         return recording
 
     def _leaking(self, one: Measurement) -> set[nn.Module]:
-        """Finds the modules at which two losses reach the same place."""
+        """Find the modules at which two losses reach the same place."""
         self._switch.recorder = recording = LeakRecording(one.batch)
         try:
             for loss in one.losses[:MIXING_TESTS]:
@@ -242,7 +242,7 @@ class Passes:
         return recording.leaking
 
     def _complete(self, one: Measurement, recording: Recording, reached: set[nn.Parameter]) -> Outcome:
-        """Adds rows that need one differentiation per objective, and warns about the cost."""
+        """Add rows that need one differentiation per objective, and warn about the cost."""
         alone = self._plan.individual | recording.unmapped | reached
         individual = [p for p in self._coverage.names if p in alone] if alone else []
         if not recording.uses and not individual:
@@ -287,7 +287,7 @@ class Passes:
 def _individual_rows(
     differentiator: Differentiator, losses: Tensor, parameters: Sequence[nn.Parameter]
 ) -> dict[nn.Parameter, Rows]:
-    """Applies tier 3: one differentiation per objective, for these parameters only; always right, but slow.
+    """Apply tier 3: one differentiation per objective, for these parameters only; always right, but slow.
 
     Returns:
         The rows of parameters that some loss depends on.

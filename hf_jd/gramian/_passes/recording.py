@@ -99,7 +99,7 @@ class Recording:
         return uses
 
     def record(self, event: TapEvent) -> None:
-        """Forms the rows of one event; parameters whose layout is unknown are left to tier 3, without an error."""
+        """Form the rows of one event; parameters whose layout is unknown are left to tier 3, without an error."""
         if self._waits_again(event):
             return
         event = self._without_individual(event)
@@ -146,7 +146,7 @@ class Recording:
         self._take(targets, rows)
 
     def finish(self) -> None:
-        """Forms the rows of inputs without a batch dimension, once all gradients are known, and the waiting rows.
+        """Form the rows of inputs without a batch dimension, once all gradients are known, and the waiting rows.
 
         Position embeddings are added to word embeddings, so their gradient is the word embeddings' gradient summed
         over the batch. If such a twin was recorded, its gradient still has the rows that the sum has lost.
@@ -172,7 +172,7 @@ class Recording:
             self.shared |= self.unmapped & self._dropped  # Tier 3 gives all their rows, but the Gramian has a part.
 
     def _waits_again(self, event: TapEvent) -> bool:
-        """Lets a layer wait whose last event waited in the same situation, without deciding again."""
+        """Let a layer wait whose last event waited in the same situation, without deciding again."""
         waited, plan = self.plan.waited.get(event.tap), self.plan
         if waited is None or waited.situation != self._situation or plan.several or plan.individual:
             return False
@@ -186,7 +186,7 @@ class Recording:
         return True
 
     def _kind(self, use: ModuleUse, layout: Layout | None, event: TapEvent) -> tuple | None:
-        """Returns what layers must share with this one to form their rows together; None if it can't be stacked."""
+        """Return what layers must share with this one to form their rows together; None if it can't be stacked."""
         if layout is not AXES[0] or self.keep is Keep.GRAMIAN or not isinstance(use.method, ClosedForm):
             return None
         kind, ids = kind_of(use.method.rule, event), self.batch.segments.ids
@@ -221,7 +221,7 @@ class Recording:
                 self._add(targets[name], part)
 
     def _form(self, use: ModuleUse, layout: Layout, event: TapEvent) -> dict[str, Rows]:
-        """Forms the targets' rows at one use, by its method or the next one that works."""
+        """Form the targets' rows at one use, by its method or the next one that works."""
         while True:
             method = use.method
             if not isinstance(method, ClosedForm) and is_partitioned(event.targets.values()):
@@ -259,7 +259,7 @@ class Recording:
         return rows | method.rows(event._replace(targets=rest), layout, self.batch)
 
     def _prove_rule(self, event: TapEvent, layout: Layout, rows: Mapping[str, Rows]) -> None:
-        """Compares a rule's rows with autograd through a float32 copy of the layer, on the same tensors."""
+        """Compare a rule's rows with autograd through a float32 copy of the layer, on the same tensors."""
         assert self.probe is not None
         assert event.first is not None
         (g, *xs), segments = layout.arrange(self.batch, event.first, *(event.inputs or ()))
@@ -297,7 +297,7 @@ class Recording:
             self.gramian = part if self.gramian is None else self.gramian + part
 
     def _may_wait(self, parameter: nn.Parameter) -> bool:
-        """Whether rows may join other parameters' rows: not if uses add up, or a proof needs each one."""
+        """Return whether rows may join other parameters' rows: not if uses add up, or a proof needs each one."""
         if (self.asleep or self.doubted or self.plan.several) and self._is_special(parameter):
             return False
         if parameter in self._waiting or (self.rows and parameter in self.rows):
@@ -325,7 +325,7 @@ class Recording:
         self.probed[parameter] = [self._sums.store(part) for part in sums]
 
     def _unstack(self, parameter: nn.Parameter) -> Rows | None:
-        """Returns a parameter's rows so far, to add to or leave out; takes their stack apart."""
+        """Return a parameter's rows so far, to add to or leave out; take their stack apart."""
         if parameter in self._waiting:
             self._release()
         rows = self.rows.get(parameter)
@@ -341,14 +341,14 @@ def _stays_outer(rows: Rows, keep: Keep) -> bool:
 
 
 def _precisions(module: nn.Module, call: Call, tensors: Sequence[Tensor]) -> set[torch.dtype]:
-    """Returns the dtypes that a call computed with."""
+    """Return the dtypes that a call computed with."""
     dtypes = {t.dtype for t in (*tensors, *module.parameters()) if t.is_floating_point()}
     _, autocast, enabled = call.autocast
     return dtypes | {autocast} if enabled else dtypes
 
 
 def _is_sum_of(total: Tensor, parts: Tensor) -> bool:
-    """Whether a gradient [1, T, d] or [T, d] is the sum of N rows [N, T, d]."""
+    """Return whether a gradient [1, T, d] or [T, d] is the sum of N rows [N, T, d]."""
     if parts.shape[1:] != total.shape[total.dim() - parts.dim() + 1 :]:
         return False
     if total.numel() * len(parts) != parts.numel():

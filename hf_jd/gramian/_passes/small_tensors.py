@@ -8,7 +8,7 @@ SMALL = BLOCK // 4  # elements up to which a tensor is copied: the end of a bloc
 
 
 class SmallTensors:
-    """Copies small tensors of a dtype side by side into one block after another.
+    """Blocks of memory that hold copies of small tensors of a dtype side by side.
 
     A backward that retains its graph can't reuse activations: its temporaries take turns in the same few holes. A small
     tensor that stays in such a hole makes it too small for the next temporary, so the process grows by whole
@@ -19,7 +19,7 @@ class SmallTensors:
         self._free: dict[torch.dtype, Tensor] = {}
 
     def store(self, tensor: Tensor) -> Tensor:
-        """Returns a copy of the tensor in a block; large and sparse ones, and those of accelerators, unchanged."""
+        """Return a copy of the tensor in a block; large and sparse ones, and those of accelerators, unchanged."""
         size = tensor.numel()
         if size > SMALL or tensor.is_sparse or tensor.device.type != "cpu":
             return tensor

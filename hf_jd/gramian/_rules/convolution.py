@@ -12,7 +12,7 @@ from hf_jd.gramian.rows import DenseRows, Rows
 
 
 def convolution(module: Any, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
-    """nn.Conv1d/2d/3d: each objective's weight gradient, with all instances as groups of one convolution."""
+    """Form the rows of nn.Conv1d/2d/3d: the weight gradients, with all instances as groups of one convolution."""
     rows = {}
     if module.weight.requires_grad:
         if module.padding in ("same", "valid") or module.padding_mode != "zeros":

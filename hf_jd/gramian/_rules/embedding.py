@@ -7,7 +7,7 @@ from hf_jd.gramian.rows import Rows, SparseRows
 
 
 def embedding(module: nn.Embedding, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
-    """y = W[ids]: entry e of the table gets the gradients of the tokens with id e; none for `padding_idx`."""
+    """Form the rows of y = W[ids]: entry e gets the gradients of the tokens with id e; none for `padding_idx`."""
     if module.scale_grad_by_freq:
         raise UnsupportedError(
             "nn.Embedding(scale_grad_by_freq=True) divides gradients by counts over the whole batch, so instances have "

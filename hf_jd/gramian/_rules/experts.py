@@ -33,7 +33,7 @@ class RoutedRows(Rows):
         self.shape = torch.Size((len(lengths), grad_output.shape[1], input.shape[1]))
 
     def _experts(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Returns (g [n_e, p], x [n_e, d], owners [n_e]) for each expert."""
+        """Return (g [n_e, p], x [n_e, d], owners [n_e]) for each expert."""
         parts = (self.grad_output, self.input, self.owners)
         return list(zip(*(part.split(self.lengths) for part in parts), strict=True))
 
@@ -44,7 +44,7 @@ class RoutedRows(Rows):
         return rows.flatten(1)
 
     def _fill(self, rows: Tensor, g: Tensor, x: Tensor, owners: Tensor) -> None:
-        """Fills in one expert's rows [R, p, d]: the product of its weight gradient, split by objective."""
+        """Fill in one expert's rows [R, p, d]: the product of its weight gradient, split by objective."""
         if bool((owners[1:] < owners[:-1]).any()):
             order = torch.argsort(owners, stable=True)
             g, x, owners = g[order], x[order], owners[order]
@@ -54,7 +54,7 @@ class RoutedRows(Rows):
                 torch.mm(g_i.T, x_i, out=rows[i])
 
     def gramian(self) -> Tensor:
-        """Uses, for each expert, the cheaper of the ghost form sum((x x^T) * (g g^T)) over token pairs and rows."""
+        """Use, for each expert, the cheaper of the ghost form sum((x x^T) * (g g^T)) over token pairs and rows."""
         total = self.input.new_zeros(self.objectives, self.objectives, dtype=torch.float64)
         dtype = accumulation_dtype(self.input)
         for g, x, owners in self._experts():
@@ -71,15 +71,15 @@ class RoutedRows(Rows):
         return total
 
     def _ghost_cost(self, tokens: int) -> int:
-        """Returns the multiplications of one expert's Gramian from factors."""
+        """Return the multiplications of one expert's Gramian from factors."""
         return tokens * tokens * (self.shape[1] + self.shape[2])
 
     def _rows_cost(self) -> int:
-        """Returns the same from formed rows, including the cost to write and read them."""
+        """Return the same from formed rows, including the cost to write and read them."""
         return self.objectives * (self.objectives + READ) * self.shape[1] * self.shape[2]
 
     def compact(self, dtype: torch.dtype, materialise: bool) -> Rows:
-        """Returns dense rows if they may be formed and their Gramian is cheaper than that of the factors."""
+        """Return dense rows if they may be formed and their Gramian is cheaper than that of the factors."""
         if materialise and sum(map(self._ghost_cost, self.lengths)) > len(self.lengths) * self._rows_cost():
             return DenseRows(self.dense().to(dtype), self.shape)
         return self
@@ -127,7 +127,7 @@ class RoutedRows(Rows):
 
 
 def is_experts(module: Any, inputs: Sequence[Tensor]) -> bool:
-    """Whether a module is transformers' layer of experts: 3-D up and down projections, and routing among its inputs."""
+    """Return whether a module is transformers' layer of experts: 3-D projections, and routing among its inputs."""
     attributes = ("has_gate", "has_bias", "is_transposed", "down_proj")
     return (
         len(inputs) == 3
@@ -139,7 +139,7 @@ def is_experts(module: Any, inputs: Sequence[Tensor]) -> bool:
 
 
 def experts(module: Any, inputs: Sequence[Tensor], grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
-    """y_t = sum_c r_tc D_e a(U_e x_t + b_e) over the experts e of token t: rows of U, D and their biases.
+    """Form the rows of U, D and their biases in y_t = sum_c r_tc D_e a(U_e x_t + b_e), over the experts e of token t.
 
     Args:
         module: The layer.

@@ -10,7 +10,7 @@ from hf_jd.gramian.rows import Rows
 
 
 def linear(module: nn.Linear, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
-    """y = x W^T + b: rows sum_t g_t x_t^T and sum_t g_t."""
+    """Form the rows of y = x W^T + b: sum_t g_t x_t^T and sum_t g_t."""
     g, rows = shared_features(grad_output), {}
     if module.weight.requires_grad:
         rows["weight"] = outer(g, shared_features(input), segments, module.weight.shape)
@@ -20,7 +20,7 @@ def linear(module: nn.Linear, input: Tensor, grad_output: Tensor, segments: Segm
 
 
 def transposed_linear(module: Any, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
-    """y = x W + b (transformers' Conv1D): rows sum_t x_t g_t^T and sum_t g_t."""
+    """Form the rows of y = x W + b (transformers' Conv1D): sum_t x_t g_t^T and sum_t g_t."""
     g, rows = shared_features(grad_output), {}
     if module.weight.requires_grad:
         rows["weight"] = outer(shared_features(input).to(g.dtype), g, segments, module.weight.shape)

@@ -51,7 +51,7 @@ class Method(ABC):
 
     @abstractmethod
     def rows(self, event: TapEvent, layout: Layout, batch: Batch) -> dict[str, Rows]:
-        """Forms the rows of the event's targets, by name; `VECTORISED` forms those that it leaves out.
+        """Form the rows of the event's targets, by name; `VECTORISED` forms those that it leaves out.
 
         Args:
             event: From the module's tap.
@@ -134,7 +134,7 @@ class LinearMaps(Method):
     """Rows of modules that call F.linear(x, W) themselves (routers): one extra forward for all objectives."""
 
     def rows(self, event: TapEvent, layout: Layout, batch: Batch) -> dict[str, Rows]:
-        """Raises RuntimeError if a target is not used in exactly one such call."""
+        """Raise RuntimeError if a target is not used in exactly one such call."""
         targets, axis = event.targets, layout.axis
         with RepeatedCall.of(event) as repeated, torch.enable_grad(), _LinearCalls(list(targets.values())) as maps:
             outputs = repeated.all_outputs(list(event.inputs or ()))
@@ -152,7 +152,7 @@ class LinearMaps(Method):
 
 
 class _LinearCalls(TorchFunctionMode):
-    """Cuts the graph at each F.linear with one of the weights, and stores (weight, input, output)."""
+    """A mode that cuts the graph at each F.linear with one of the weights, and stores (weight, input, output)."""
 
     def __init__(self, weights: Sequence[nn.Parameter]):
         super().__init__()

@@ -12,7 +12,7 @@ from hf_jd.gramian.rows import Rows, accumulation_dtype
 
 
 def layer_norm(module: nn.LayerNorm, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
-    """y = x_hat w + b: rows sum_t g_t x_hat_t and sum_t g_t."""
+    """Form the rows of y = x_hat w + b: sum_t g_t x_hat_t and sum_t g_t."""
     features, rows = len(module.normalized_shape), {}
     g = shared_features(grad_output, features)
     if module.weight is not None and module.weight.requires_grad:
@@ -24,7 +24,7 @@ def layer_norm(module: nn.LayerNorm, input: Tensor, grad_output: Tensor, segment
 
 
 def rms_norm(module: nn.RMSNorm, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
-    """y = x_hat w: rows sum_t g_t x_hat_t."""
+    """Form the rows of y = x_hat w: sum_t g_t x_hat_t."""
     features = len(module.normalized_shape)
     x, g = shared_features(input, features), shared_features(grad_output, features)
     eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
@@ -32,14 +32,14 @@ def rms_norm(module: nn.RMSNorm, input: Tensor, grad_output: Tensor, segments: S
 
 
 def times_normalised(g: Tensor, x: Tensor, eps: float) -> Tensor:
-    """g x / sqrt(mean x^2 + eps) over the features [..., d], with fewer passes through memory than forming x_hat."""
+    """Compute g x / sqrt(mean x^2 + eps) over features [..., d], with fewer passes through memory than by x_hat."""
     x = x.to(accumulation_dtype(x))
     mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / x.shape[-1]
     return (g * x).mul_(torch.rsqrt(mean_square + eps))
 
 
 def _channels(module: Any, x_hat: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
-    """Forms the rows of a scale and a shift per channel; tensors [N, C, *]."""
+    """Form the rows of a scale and a shift per channel; tensors [N, C, *]."""
     rows = {}
     if module.weight is not None and module.weight.requires_grad:
         rows["weight"] = summed(shared_features((grad_output * x_hat).movedim(1, -1)), segments, module.weight)
@@ -49,12 +49,12 @@ def _channels(module: Any, x_hat: Tensor, grad_output: Tensor, segments: Segment
 
 
 def group_norm(module: nn.GroupNorm, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
-    """Like `layer_norm`, over groups of channels; input [N, C, *]."""
+    """Form rows like `layer_norm`, over groups of channels; input [N, C, *]."""
     return _channels(module, F.group_norm(input, module.num_groups, eps=module.eps), grad_output, segments)
 
 
 def batch_norm(module: Any, input: Tensor, grad_output: Tensor, segments: Segments) -> dict[str, Rows]:
-    """With stored statistics (evaluation mode), a scale and a shift per channel; input [N, C, *]."""
+    """Form the rows of a scale and a shift per channel, with stored statistics (evaluation mode); input [N, C, *]."""
     if module.training or module.running_mean is None:
         raise UnsupportedError(
             f"{type(module).__name__} in training mode normalises over the batch, so the loss of an instance depends "

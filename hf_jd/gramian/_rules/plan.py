@@ -46,13 +46,13 @@ class ModuleUse:
         return isinstance(self.method, ClosedForm)
 
     def fall_back(self) -> None:
-        """Switches to the next method. Raises AssertionError if there is none."""
+        """Switch to the next method. Raise AssertionError if there is none."""
         assert self.method.next is not None
         self.method = self.method.next
         self.rejected.clear()
 
     def layout_for(self, lead: Sequence[int], instances: int) -> Layout | None:
-        """Returns the current layout for a call's tensors; None if the shapes allow none that hasn't been rejected.
+        """Return the current layout for a call's tensors; None if the shapes allow none that hasn't been rejected.
 
         Args:
             lead: Dimensions of the output gradient, without the last.
@@ -64,7 +64,7 @@ class ModuleUse:
         return self.layout if self.layout in possible else next(iter(possible), None)
 
     def choose_layout(self, lead: Sequence[int], instances: int) -> Layout | None:
-        """Decides on `layout_for`'s layout; if all layouts were rejected, on the next method and its first layout."""
+        """Decide on `layout_for`'s layout; if all layouts were rejected, on the next method and its first layout."""
         self.layout = self.layout_for(lead, instances)
         # The vjp of a table would hold rows of its full size.
         if self.layout is None and self.method.next is not None and not isinstance(self.module, nn.Embedding):
@@ -110,7 +110,7 @@ class Waited(NamedTuple):
     dtypes: list[torch.dtype]
 
     def fits(self, event: TapEvent) -> bool:
-        """Whether the event is of the same kind, and nothing was decided about its use since."""
+        """Return whether the event is of the same kind, and nothing was decided about its use since."""
         recorded, g = self.recorded, event.grad_outputs[0]
         if event.call is not self.call or event.targets is not recorded.targets or event.inputs is None or g is None:
             return False
@@ -152,7 +152,7 @@ class Plan:
         self._uses: dict[_Key, ModuleUse] = {}
 
     def use(self, event: TapEvent, shape: torch.Size, batch: Batch) -> ModuleUse:
-        """Returns the use of a module that an event belongs to; the first event decides on its method.
+        """Return the use of a module that an event belongs to; the first event decides on its method.
 
         Args:
             event: From the module's tap.
@@ -166,11 +166,11 @@ class Plan:
         return use
 
     def past_use(self, tap: ModuleTap, modes: tuple[bool, ...], shape: torch.Size, batch: Batch) -> ModuleUse | None:
-        """Returns the use, if it has been recorded before."""
+        """Return the use, if it has been recorded before."""
         return self._uses.get(_key(tap, modes, shape, batch))
 
     def reject(self, wrong: Mapping[nn.Parameter, Sequence[ModuleUse]]) -> None:
-        """Revokes one decision behind each parameter's wrong rows; parameters without any left go to tier 3.
+        """Revoke one decision behind each parameter's wrong rows; parameters without any left go to tier 3.
 
         Args:
             wrong: The parameters and their uses. Parameters with a common use share its decision.
@@ -208,7 +208,7 @@ class Plan:
 
 
 def _key(tap: ModuleTap, modes: tuple[bool, ...], shape: torch.Size, batch: Batch) -> _Key:
-    """Returns a key for calls of a module that share a decision.
+    """Return a key for calls of a module that share a decision.
 
     In another mode, a module may compute something else. An encoder called with B queries and with 2B passages holds
     the batch in two ways. And if all instances belong to one objective, no check can tell layouts apart: its approval

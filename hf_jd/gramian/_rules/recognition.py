@@ -17,7 +17,7 @@ from hf_jd.gramian.rows import Rows, accumulation_dtype
 
 
 def recognise(module: nn.Module, input: Tensor) -> Rule | None:
-    """Finds the rule of a layer that is not in `RULES`, by probing the layer on its own input.
+    """Find the rule of a layer that is not in `RULES`, by probing the layer on its own input.
 
     Recognises layers without children that compute x W^T + b, x W + b, c W[ids], or a scale per feature, y = a(x) +
     w * f(x) (the RMSNorms of transformers, including those with 1 + w; layer scales).
@@ -57,7 +57,7 @@ def _same(a: Tensor, b: Tensor, least: float = 1e-5) -> bool:
 
 
 def _scaled_embedding(module: Any, ids: Tensor, output: Tensor) -> Rule | None:
-    """c W[ids] (the scaled word embeddings of BART, Gemma, M2M): c times the rows of an embedding."""
+    """Return the rule of c W[ids] (scaled word embeddings of BART, Gemma, M2M): c times the rows of an embedding."""
     plain = F.embedding(ids, module.weight)
     if plain.shape != output.shape or not bool(plain.abs().sum() > 0):
         return None
@@ -68,7 +68,7 @@ def _scaled_embedding(module: Any, ids: Tensor, output: Tensor) -> Rule | None:
 
 
 def _scale_of(module: nn.Module, name: str, input: Tensor) -> Rule | None:
-    """A layer y = a(x) + w * f(x), w [features]: rows sum_t g_t f(x_t).
+    """Return the rule of a layer y = a(x) + w * f(x), w [features]: rows sum_t g_t f(x_t).
 
     f is the layer itself: with w = 1 if a = 0, with w = 0 if the layer computes (1 + w) f(x). A varied w verifies this.
     """
@@ -105,7 +105,7 @@ def _scale_of(module: nn.Module, name: str, input: Tensor) -> Rule | None:
 
 
 def _rms_eps(f: Callable[[Tensor], Tensor], input: Tensor) -> float | None:
-    """Reads the eps of f(x) = x / sqrt(mean x^2 + eps) from a small x; None if f is another function.
+    """Read the eps of f(x) = x / sqrt(mean x^2 + eps) from a small x; None if f is another function.
 
     Also None if f computes in float32 within a float64 model: its rounding is then part of the function.
 

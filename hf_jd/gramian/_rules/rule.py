@@ -22,7 +22,7 @@ Rule = Callable[[Any, Any, Tensor, Segments], dict[str, Rows]]
 
 
 def outer(grad_output: Tensor, input: Tensor, segments: Segments, shape: torch.Size) -> Rows:
-    """Forms rows sum_t g_t x_t^T of a weight of `shape`; as factors if objectives are equal blocks of leading rows."""
+    """Form rows sum_t g_t x_t^T of a weight of `shape`; as factors if objectives are equal blocks of leading rows."""
     if input.dtype != grad_output.dtype:
         input = input.to(grad_output.dtype)
     if segments.ids is not None and narrow(shape):
@@ -38,5 +38,5 @@ def outer(grad_output: Tensor, input: Tensor, segments: Segments, shape: torch.S
 
 
 def summed(values: Tensor, segments: Segments, parameter: Tensor) -> Rows:
-    """Forms rows sum_t v_t of a parameter with the shape of v_t."""
+    """Form rows sum_t v_t of a parameter with the shape of v_t."""
     return DenseRows(segments.sum(values).to(parameter.dtype), parameter.shape)

@@ -45,11 +45,11 @@ class Stack:
         return self.rows.nbytes
 
     def gramian(self) -> Tensor:
-        """Computes the sum of the members' Gramians: float64 [R, R]."""
+        """Compute the sum of the members' Gramians: float64 [R, R]."""
         return self.rows.gramian()
 
     def gramians(self) -> Tensor:
-        """Computes each member's Gramian: float64 [L, R, R]."""
+        """Compute each member's Gramian: float64 [L, R, R]."""
         parts = self._parts()
         if parts.shape[2] <= CHUNK:
             parts = parts.to(accumulation_dtype(parts))
@@ -57,7 +57,7 @@ class Stack:
         return torch.stack([inner(part, part) for part in parts])
 
     def weighted_sums(self, weights: Tensor) -> Sequence[Tensor]:
-        """Computes sum_i w_i row_i of each member, for common weights [R] or separate ones [L, R]."""
+        """Compute sum_i w_i row_i of each member, for common weights [R] or separate ones [L, R]."""
         if weights.dim() == 1:
             total = combine(weights, self.rows.rows)
         else:
@@ -68,18 +68,18 @@ class Stack:
         return total.view(len(self), *shape).unbind()
 
     def apart(self, member: nn.Parameter) -> DenseRows:
-        """Returns the rows of one member."""
+        """Return the rows of one member."""
         size, place = self.rows.shape.numel(), self._places[member]
         return self.rows.like(self.rows.rows[:, place * size : (place + 1) * size])
 
     def map(self, function: Callable[[Rows], Rows]) -> "Stack":
-        """Applies a function of whole rows to the stack, which may change the objectives."""
+        """Apply a function of whole rows to the stack, which may change the objectives."""
         rows = function(self.rows)
         assert isinstance(rows, DenseRows)
         return Stack(self.members, rows)
 
     def matches(self, other: "Stack | Rows | None") -> bool:
-        """Whether the other stack holds the same parameters in the same order."""
+        """Return whether the other stack holds the same parameters in the same order."""
         return (
             isinstance(other, Stack)
             and other.rows.transposed == self.rows.transposed
@@ -88,7 +88,7 @@ class Stack:
         )
 
     def _parts(self) -> Tensor:
-        """Returns the rows of each member, [L, R, numel]."""
+        """Return the rows of each member, [L, R, numel]."""
         return self.rows.rows.unflatten(1, (len(self), -1)).transpose(0, 1)
 
 
@@ -106,13 +106,13 @@ class Stacker:
         self._elements = 0
 
     def wait(self, kind: tuple, event: TapEvent) -> None:
-        """Takes a layer's tensors; a rule in `STACKABLE` can't tell layers of the same kind (`kind_of`) apart."""
+        """Take a layer's tensors; a rule in `STACKABLE` can't tell layers of the same kind (`kind_of`) apart."""
         self._events.setdefault(kind, []).append(event)
         for tensor in (*(event.inputs or ()), event.grad_outputs[0]):
             self._elements += 0 if tensor is None else tensor.numel()
 
     def take(self, parameter: nn.Parameter, rows: Rows) -> bool:
-        """Takes dense, small rows; returns False for others."""
+        """Take dense, small rows; return False for others."""
         if type(rows) is not DenseRows or rows.rows.numel() > _small(rows.device):
             return False
         kind = (rows.transposed, rows.shape, rows.rows.dtype, rows.device)
@@ -125,7 +125,7 @@ class Stacker:
         return self._elements > WAITING
 
     def release(self) -> list[Stack]:
-        """Returns the rows of all waiting layers, in stacks."""
+        """Return the rows of all waiting layers, in stacks."""
         events, self._events, self._elements = self._events, {}, 0
         rows, self._rows = self._rows, {}
         stacks = [stack for (rule, *_), group in events.items() for stack in self._stacked(rule, group)]
@@ -135,7 +135,7 @@ class Stacker:
         return stacks
 
     def _stacked(self, rule: Rule, events: list[TapEvent]) -> Iterator[Stack]:
-        """Forms the rows of L layers of the same kind: to the rule, they are one layer with L R objectives."""
+        """Form the rows of L layers of the same kind: to the rule, they are one layer with L R objectives."""
         g = torch.cat([g for event in events if (g := event.first) is not None])
         x = torch.cat([event.inputs[0] for event in events if event.inputs])
         by_name = rule(events[0].tap.module, x, g, self._batch.segments.in_layers(len(events)))
@@ -148,7 +148,7 @@ class Stacker:
 
 
 def kind_of(rule: Rule, event: TapEvent) -> tuple | None:
-    """Returns what layers must have in common to be stacked; None if this layer is not small, or not `STACKABLE`."""
+    """Return what layers must have in common to be stacked; None if this layer is not small, or not `STACKABLE`."""
     if rule not in STACKABLE or event.inputs is None or len(event.inputs) != 1 or len(event.grad_outputs) != 1:
         return None
     x, g = event.inputs[0], event.grad_outputs[0]

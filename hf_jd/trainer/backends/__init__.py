@@ -12,7 +12,7 @@ __all__ = ["Backend", "backend_of"]
 
 
 def backend_of(trainer: Any) -> Backend:
-    """Returns the backend of a Trainer, from its arguments and accelerate's environment."""
+    """Return the backend of a Trainer, from its arguments and accelerate's environment."""
     if trainer.is_deepspeed_enabled:
         return DeepSpeed(trainer)
     return FSDP2(trainer) if trainer.is_fsdp_enabled else Backend(trainer)

@@ -35,7 +35,7 @@ class Backend:
         self.trainer = trainer
 
     def check(self) -> None:
-        """Raises a ValueError for set-ups that this backend can't train."""
+        """Raise a ValueError for set-ups that this backend can't train."""
         trainer, name, model = self.trainer, type(self.trainer).__name__, self.trainer.model
         assert model is not None
         if trainer.args.n_gpu > 1:
@@ -64,32 +64,32 @@ class Backend:
             )
 
     def shards_model(self, model: nn.Module) -> bool:
-        """Whether this backend has sharded the model's parameters."""
+        """Return whether this backend has sharded the model's parameters."""
         return False
 
     def measured(self, model: nn.Module) -> nn.Module:
-        """Returns the model on which to measure rows, from the one that Trainer has wrapped."""
+        """Return the model on which to measure rows, from the one that Trainer has wrapped."""
         return model
 
     def measuring(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Prepares the wrapped model for a pass that measures rows."""
+        """Prepare the wrapped model for a pass that measures rows."""
         return nullcontext()
 
     def divisor(self) -> int:
-        """Returns the number by which accelerate and the backend divide a loss."""
+        """Return the number by which accelerate and the backend divide a loss."""
         return self.trainer.accelerator.gradient_accumulation_steps * process_count()
 
     def gradient(self, loss: Tensor) -> dict[nn.Parameter, Tensor]:
-        """Computes the plain gradient of a loss; leaves `.grad` unchanged, and frees the graph."""
+        """Compute the plain gradient of a loss; leave `.grad` unchanged, and free the graph."""
         with set_aside(self.trainer.trainable()) as gradients:
             if loss.requires_grad:
                 loss.backward()
         return gradients
 
     def descend(self, losses: Sequence[Callable[[], Tensor]]) -> None:
-        """Passes the weighted losses of an update to a backend that owns the backward pass, one by one."""
+        """Pass the weighted losses of an update to a backend that owns the backward pass, one by one."""
         raise NotImplementedError
 
     def optimizer_files(self) -> list[str]:
-        """Returns the checkpoint files with the states of optimizer and schedule."""
+        """Return the checkpoint files with the states of optimizer and schedule."""
         return ["optimizer.pt", "scheduler.pt"]

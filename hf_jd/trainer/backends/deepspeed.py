@@ -24,7 +24,7 @@ class DeepSpeed(Backend):
     shards = True
 
     def check(self) -> None:
-        """Raises a ValueError for set-ups that this backend can't train."""
+        """Raise a ValueError for set-ups that this backend can't train."""
         jd, name = self.trainer.jd_args, type(self.trainer).__name__
         if jd.jd_blocks != "none":
             raise ValueError(
@@ -53,7 +53,7 @@ class DeepSpeed(Backend):
             )
 
     def measured(self, model: nn.Module) -> nn.Module:
-        """Returns the model inside DeepSpeed's engine.
+        """Return the model inside DeepSpeed's engine.
 
         The engine's forward prepares its own reduction, which any backward from the outputs would start.
         """
@@ -61,17 +61,17 @@ class DeepSpeed(Backend):
 
     @contextmanager
     def measuring(self, model: nn.Module) -> Generator[None]:
-        """Prepares the wrapped model for a measuring pass, which has to begin behind DeepSpeed's hooks."""
+        """Prepare the wrapped model for a measuring pass, which has to begin behind DeepSpeed's hooks."""
         with measuring(model, self.trainer.engine()):
             self.trainer.jd_outputs.renew()
             yield
 
     def divisor(self) -> int:
-        """Returns the number by which accelerate and the backend divide a loss."""
+        """Return the number by which accelerate and the backend divide a loss."""
         return process_count()
 
     def descend(self, losses: Sequence[Callable[[], Tensor]]) -> None:
-        """Passes the weighted losses of an update to the engine, and lets it step at the last one.
+        """Pass the weighted losses of an update to the engine, and let it step at the last one.
 
         The engine averages over processes, and all of them have to call it, with losses or without.
         """
@@ -91,7 +91,7 @@ class DeepSpeed(Backend):
         accelerator.gradient_state._set_sync_gradients(steps)
 
     def optimizer_files(self) -> list[str]:
-        """Returns the checkpoint files with the states of optimizer and schedule, which the engine writes."""
+        """Return the checkpoint files with the states of optimizer and schedule, which the engine writes."""
         plugin = self.trainer.accelerator.state.deepspeed_plugin
         shards = range(self.trainer.args.world_size) if plugin.zero_stage else []
         files = [f"global_step*/*zero_pp_rank_{i}_mp_rank_00_optim_states.pt" for i in shards]

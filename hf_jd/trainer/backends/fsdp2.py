@@ -18,7 +18,7 @@ class FSDP2(Backend):
     shards = True
 
     def check(self) -> None:
-        """Raises a ValueError for set-ups that this backend can't train."""
+        """Raise a ValueError for set-ups that this backend can't train."""
         plugin: Any = self.trainer.accelerator.state.fsdp_plugin
         if plugin.fsdp_version != 2:
             raise ValueError(
@@ -36,11 +36,11 @@ class FSDP2(Backend):
                 )
 
     def shards_model(self, model: nn.Module) -> bool:
-        """Whether this backend has sharded the model's parameters."""
+        """Return whether this backend has sharded the model's parameters."""
         return isinstance(model, FSDPModule)
 
     def gradient(self, loss: Tensor) -> dict[nn.Parameter, Tensor]:
-        """Computes the plain gradient of a loss, for whole parameters.
+        """Compute the plain gradient of a loss, for whole parameters.
 
         FSDP2's own reduction would keep gradients that it must not reduce, and add them to the next step.
         """
@@ -50,6 +50,6 @@ class FSDP2(Backend):
         return gradients
 
     def optimizer_files(self) -> list[str]:
-        """Returns the checkpoint files with the states of optimizer and schedule."""
+        """Return the checkpoint files with the states of optimizer and schedule."""
         plugin: Any = self.trainer.accelerator.state.fsdp_plugin
         return ["optimizer.bin" if "FULL" in str(plugin.state_dict_type) else "optimizer_0", "scheduler.pt"]

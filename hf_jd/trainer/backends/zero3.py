@@ -23,9 +23,9 @@ _MEASURING = -1  # stands for a module that uses a parameter; DeepSpeed numbers 
 
 @contextmanager
 def measuring(model: nn.Module, engine: Engine) -> Generator[None]:
-    """Prepares a ZeRO-3 model for a measuring pass; a no-op otherwise.
+    """Prepare a ZeRO-3 model for a measuring pass; a no-op otherwise.
 
-    Gathers the parameters of the modules that form rows within the context. Other parameters stay sharded, and
+    Within the context, the parameters of the modules that form rows are gathered. Other parameters stay sharded, and
     DeepSpeed gathers them module by module, in each of several passes through the same graph.
 
     Args:
@@ -63,7 +63,7 @@ def measuring(model: nn.Module, engine: Engine) -> Generator[None]:
 
 
 def _forget(coordinator: Any) -> None:
-    """Stops DeepSpeed's prefetching, which would follow the modules' order of another pass or process."""
+    """Stop DeepSpeed's prefetching, which would follow the modules' order of another pass or process."""
     if not coordinator.is_invalid_trace():
         coordinator._invalidate_trace()
 
@@ -85,7 +85,7 @@ class _Repeatable:
         self._passed = -1
 
     def __call__(self, model: nn.Module, args: tuple, output: Any) -> None:
-        """Stores the counters after a forward, and restores them in each of its backward passes."""
+        """Store the counters after a forward, and restore them in each of its backward passes."""
         names = ("applied_pre_backward_ref_cnt", "ds_grads_remaining")
         for module in model.modules():
             self._counts[module] = {name: module.__dict__[name] for name in names if name in module.__dict__}

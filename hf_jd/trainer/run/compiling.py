@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class CompiledParts:
-    """Compiles the modules that the model's own forward calls, in place of accelerate, until `undo`.
+    """The modules that the model's own forward calls, compiled in place of accelerate, until `undo`.
 
     Accelerate compiles the whole model, so that its own loss and its outputs leave one compiled function together, and
     no gradient lies between them.
@@ -50,14 +50,14 @@ class CompiledParts:
                 self._parts.append(part)
 
     def undo(self) -> None:
-        """Leaves the model as it was, and compiling to accelerate."""
+        """Leave the model as it was, and compiling to accelerate."""
         self._plugin.backend = self._backend
         for part in self._parts:
             part._compiled_call_impl = None
 
 
 def _parts(module: nn.Module, whole: set[nn.Module]) -> Iterator[nn.Module]:
-    """Yields the topmost modules below that are called and hold none of `whole`."""
+    """Yield the topmost modules below that are called and hold none of `whole`."""
     for child in module.children():
         is_called = type(child).forward is not nn.Module.forward  # containers are not
         if is_called and whole.isdisjoint(child.modules()):

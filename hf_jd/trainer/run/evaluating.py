@@ -25,7 +25,7 @@ class EvaluationMixin(LossesMixin):
         self._jd_evaluated: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Predicts without the group ids, and stores the losses of the instances; see Trainer."""
+        """Predict without the group ids, and store the losses of the instances; see Trainer."""
         groups, inputs = group_ids(inputs), without_groups(inputs)
         if groups is None or not self._tells_losses:  # a trainer's own scalar loss can't be split by group
             return super().prediction_step(model, inputs, *args, **kwargs)
@@ -46,7 +46,7 @@ class EvaluationMixin(LossesMixin):
         return result
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        """Adds the groups' losses to the metrics; see Trainer."""
+        """Add the groups' losses to the metrics; see Trainer."""
         self._jd_evaluated = []
         output = super().evaluation_loop(*args, **kwargs)
         prefix = args[4] if len(args) > 4 else kwargs.get("metric_key_prefix", "eval")
@@ -61,7 +61,7 @@ class EvaluationMixin(LossesMixin):
         return output
 
     def group_name(self, k: int) -> str:
-        """Returns the name of the group with the id k."""
+        """Return the name of the group with the id k."""
         return str(k) if self.jd_group_names is None else self.jd_group_names[k]
 
     @torch.no_grad()
@@ -86,7 +86,7 @@ class EvaluationMixin(LossesMixin):
         return self.knows_losses or self.jd_loss_func is not None or overridden(self) == "compute_losses"
 
     def _evaluated_losses(self, model: nn.Module, inputs: dict[str, Any], outputs: Any) -> Any:
-        """Computes the unreduced losses from a batch's outputs; only the user's own losses take another pass."""
+        """Compute the unreduced losses from a batch's outputs; only the user's own losses take another pass."""
         if overridden(self) == "compute_losses":
             with self.compute_loss_context_manager():
                 return self.compute_losses(model, inputs)

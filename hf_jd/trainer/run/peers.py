@@ -19,7 +19,7 @@ _SIGNS = ("connection", "timed out", "timeout", "nccl", "gloo", "broken pipe", "
 
 
 def check_given(trainer: JDTrainerMixin, resumed: str | bool | None) -> None:
-    """Raises a ValueError if processes differ in seeds, flags, groups, examples or the checkpoint to resume."""
+    """Raise a ValueError if processes differ in seeds, flags, groups, examples or the checkpoint to resume."""
     args = trainer.args
     flags = {name: value for name, value in vars(trainer.jd_args).items() if name.startswith("jd_")}
     names = ["seed", "data_seed", "gradient_accumulation_steps", "max_steps", "num_train_epochs", "learning_rate"]
@@ -29,7 +29,7 @@ def check_given(trainer: JDTrainerMixin, resumed: str | bool | None) -> None:
 
 
 def check_same_weights(trainer: JDTrainerMixin) -> None:
-    """Compares all processes' weights every `--jd_check_processes` updates; raises a ValueError if they differ."""
+    """Compare all processes' weights every `--jd_check_processes` updates; raise a ValueError if they differ."""
     every, step = trainer.jd_args.jd_check_processes, trainer.state.global_step
     if every and step % every == 0:
         assert trainer.model is not None
@@ -39,7 +39,7 @@ def check_same_weights(trainer: JDTrainerMixin) -> None:
 
 @contextmanager
 def lost_peers(trainer: JDTrainerMixin) -> Generator[None]:
-    """Explains what happened, and what to do, if another process has ended."""
+    """Explain what happened, and what to do, if another process has ended."""
     try:
         yield
     except RuntimeError as error:
@@ -56,7 +56,7 @@ def lost_peers(trainer: JDTrainerMixin) -> Generator[None]:
 
 
 def _examples(dataset: Any) -> Any:
-    """Returns the number of examples, and a few of them if they can be read without side effects."""
+    """Return the number of examples, and a few of them if they can be read without side effects."""
     if isinstance(dataset, Mapping):  # Several training sets by name.
         return {name: _examples(one) for name, one in dataset.items()}
     if not hasattr(dataset, "__len__"):

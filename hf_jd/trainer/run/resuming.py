@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 
 
 def checkpoint_to_resume(trainer: Trainer, checkpoint: str | bool, needed: Sequence[str]) -> str | None:
-    """Returns the given checkpoint, or the newest complete one in the output directory.
+    """Return the given checkpoint, or the newest complete one in the output directory.
 
     Args:
         trainer: Trainer's own, or ours.
@@ -59,7 +59,7 @@ def checkpoint_to_resume(trainer: Trainer, checkpoint: str | bool, needed: Seque
 
 
 def _check_readable(checkpoint: Path, needed: Sequence[str]) -> None:
-    """Refuses a checkpoint that would make Trainer fail, and warns about files that it would do without."""
+    """Refuse a checkpoint that would make Trainer fail, and warn about files that it would do without."""
     if not checkpoint.is_dir():
         raise ValueError(f"There is no checkpoint `{checkpoint}` to resume: there is no such folder.")
     broken = what_is_missing(checkpoint, [name for name in needed if any(checkpoint.glob(name))])
@@ -74,7 +74,7 @@ def _check_readable(checkpoint: Path, needed: Sequence[str]) -> None:
 
 
 def needed_files(trainer: JDTrainerMixin) -> list[str]:
-    """Lists the files that a checkpoint must have, for all processes, besides weights and Trainer's state."""
+    """List the files that a checkpoint must have, for all processes, besides weights and Trainer's state."""
     needed = trainer_files(trainer)
     if trainer.args.save_only_model:
         return needed
@@ -83,7 +83,7 @@ def needed_files(trainer: JDTrainerMixin) -> list[str]:
 
 
 def trainer_files(trainer: Trainer) -> list[str]:
-    """Lists the same, but only Trainer's own files."""
+    """List the same, but only Trainer's own files."""
     if trainer.args.save_only_model:
         return []
     processes = range(trainer.args.world_size)
@@ -92,7 +92,7 @@ def trainer_files(trainer: Trainer) -> list[str]:
 
 
 def save_weighting(control: Control, checkpoint: Path) -> None:
-    """Saves the weighting's memory to a checkpoint: its `state_dict()`, if it has one and it isn't empty."""
+    """Save the weighting's memory to a checkpoint: its `state_dict()`, if it has one and it isn't empty."""
     of_blocks = {block: _state(weighting) for block, weighting in control.of_blocks.items()}
     state = {_OF_BLOCKS: of_blocks} if any(of_blocks.values()) else _state(control.weighting)
     if state:
@@ -105,7 +105,7 @@ def _state(weighting: object) -> Any:
 
 
 def load_weighting(control: Control, checkpoint: Path, by_block: bool) -> None:
-    """Loads a weighting's memory from a checkpoint; warns if the weighting may have one, but it wasn't saved.
+    """Load a weighting's memory from a checkpoint; warn if the weighting may have one, but it wasn't saved.
 
     Args:
         control: The control that has the weighting.
@@ -135,7 +135,7 @@ def _load(weighting: Any, state: Mapping[str, Any]) -> None:
 
 
 def _make_buffers(weighting: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Creates the buffers that are None until the first step, which torch would not load otherwise."""
+    """Create the buffers that are None until the first step, which torch would not load otherwise."""
     for name, value in state.items():
         owner, _, buffer = name.rpartition(".")
         buffers = weighting.get_submodule(owner)._buffers

@@ -12,7 +12,7 @@ LOG_FILE = "jd_log.jsonl"
 
 
 class RunLog:
-    """Writes the file.
+    """The writer of the log.
 
     A line has Trainer's logs, `max_steps`, and `pairs`, the mean cosines of the groups' rows since the last log of
     training. The first line of a run has `begins`, either "anew" or "resumed". Lines are never removed: a reader skips
@@ -23,11 +23,11 @@ class RunLog:
         self._begins: str | None = "anew"
 
     def begin(self, resumed: bool) -> None:
-        """Marks the next line as the first of a run."""
+        """Mark the next line as the first of a run."""
         self._begins = "resumed" if resumed else "anew"
 
     def write(self, folder: Path, entry: Mapping[str, Any], cosines: Mapping[tuple[str, str], float]) -> None:
-        """Appends a line, also after a line that was truncated by a kill.
+        """Append a line, also after a line that was truncated by a kill.
 
         Args:
             folder: The file's folder.
@@ -44,7 +44,7 @@ class RunLog:
 
 
 def _compact(cosines: Mapping[tuple[str, str], float]) -> dict[str, Any]:
-    """Lists the cosines above the diagonal, row by row; None for pairs that shared no step."""
+    """List the cosines above the diagonal, row by row; None for pairs that shared no step."""
     if not cosines:
         return {}
     names = list(dict.fromkeys(name for pair in cosines for name in pair))

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def stratified_sampler(trainer: JDTrainerMixin, dataset: Any) -> StratifiedSampler:
-    """Builds the sampler of `--jd_sampler stratified`, for the updates that Trainer and accelerate will form.
+    """Build the sampler of `--jd_sampler stratified`, for the updates that Trainer and accelerate will form.
 
     accelerate gives the processes whole batches in turn, or, with `split_batches`, a piece of each. It would fill up
     the last round of batches with the epoch's first examples; the sampler fills it with a share of every group.

@@ -39,7 +39,7 @@ class FromFlags:
 
 
 def follow_flags(trainer: JDTrainerMixin, made: FromFlags) -> Control:
-    """Builds the weighting, the groups' names and the collator from the current flags.
+    """Build the weighting, the groups' names and the collator from the current flags.
 
     Args:
         trainer: The trainer with the flags.
@@ -95,7 +95,7 @@ def _follow_groups(trainer: JDTrainerMixin, jd: JDArguments, made: FromFlags) ->
 
 
 def check_setup(trainer: JDTrainerMixin) -> None:
-    """Raises a ValueError if training can't work, and warns of what won't do what it seems to."""
+    """Raise a ValueError if training can't work, and warn of what won't do what it seems to."""
     if not trainer.trainable():
         raise ValueError("The model has no trainable parameter: add an adapter, or unfreeze some parameters.")
     unknown = set(trainer.jd_args.jd_ascend or []) - set(trainer.jd_group_names or trainer.jd_args.jd_ascend or [])
@@ -127,13 +127,13 @@ def check_setup(trainer: JDTrainerMixin) -> None:
 
 
 def check_liger(trainer: JDTrainerMixin) -> None:
-    """Raises a ValueError for Liger's kernels, which Trainer applies to the model first of all."""
+    """Raise a ValueError for Liger's kernels, which Trainer applies to the model first of all."""
     if trainer.args.use_liger_kernel:
         raise ValueError("Liger's fused loss computes no loss per token: switch --use_liger_kernel off.")
 
 
 def _check_losses(trainer: JDTrainerMixin) -> None:
-    """Raises a ValueError for flags that the trainer's loss doesn't allow."""
+    """Raise a ValueError for flags that the trainer's loss doesn't allow."""
     jd, name, whose = trainer.jd_args, type(trainer).__name__, overridden(trainer)
     if jd.kind.of_rewards and not hasattr(trainer, "advantages_by_reward"):
         raise ValueError(

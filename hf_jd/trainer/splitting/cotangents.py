@@ -35,7 +35,7 @@ class Cotangent(NamedTuple):
 
 
 class OutputObserver:
-    """Stores a model's outputs that have a graph, for the loss that is computed from them.
+    """Hooks that store a model's outputs with a graph, for the loss that is computed from them.
 
     Args:
         modules: The model as its callers see it, and inner models that they may call directly (PEFT's base model).
@@ -53,12 +53,12 @@ class OutputObserver:
         return NoTap, ()  # A copy of the model, made between two steps, has no trainer.
 
     def renew(self) -> None:
-        """Moves behind all other hooks of the modules, to see the same outputs as their callers."""
+        """Move behind all other hooks of the modules, to see the same outputs as their callers."""
         self.remove()
         self._handles = [module.register_forward_hook(self, with_kwargs=True) for module in self.modules]
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        """Stores the outputs of one call."""
+        """Store the outputs of one call."""
         if self._apart:
             output = pytree.tree_map_only(Tensor, lambda t: t.view_as(t) if t.requires_grad else t, output)
         if torch.compiler.is_compiling():
@@ -86,7 +86,7 @@ class OutputObserver:
         self._outputs += [t for t in outputs if len(t) in rows]
 
     def begin(self, batch: Any) -> None:
-        """Forgets earlier outputs, before the model is called with this batch."""
+        """Forget earlier outputs, before the model is called with this batch."""
         self._outputs: list[Tensor] = []
         self._taken: list[Tensor] = []
         self._calls: list[tuple[set[int], list[Tensor]]] = []
@@ -96,7 +96,7 @@ class OutputObserver:
         self._stacked = {len(t) * t.shape[1] for t in self._collated if t.dim() > 2}
 
     def tells_order(self, rows: int, instances: int) -> bool:
-        """Whether the model's inputs suggest that several rows per example come in blocks of all examples.
+        """Return whether the model's inputs suggest that several rows per example come in blocks of all examples.
 
         They don't if the model took no tensor with that many rows (tokens come before examples, or are flattened with
         them), if the batch holds [B, k, ...], which is flattened as B blocks of k, or if each example's rows follow one
@@ -108,12 +108,12 @@ class OutputObserver:
         return rows in self._rows and rows not in self._stacked and not any(map(self._in_turn, by_example))
 
     def _in_turn(self, taken: Tensor) -> bool:
-        """Whether an input [B, k, ...] starts in each of its columns as a tensor of the batch, and in no block does."""
+        """Return whether each column of an input [B, k, ...], but no block of it, begins like a tensor of the batch."""
         blocks = taken.flatten(0, 1).unflatten(0, (-1, len(taken)))
         return all(map(self._is_collated, taken.unbind(1))) and not all(map(self._is_collated, blocks))
 
     def _is_collated(self, column: Tensor, start: int = 0) -> bool:
-        """Whether a tensor [N, T, ...] starts as N examples of a tensor of the batch, from an index on."""
+        """Return whether a tensor [N, T, ...] begins as N examples of a tensor of the batch, from an index on."""
         for one in self._collated:
             rows = one[start : start + len(column)]
             if len(rows) == len(column) and rows.shape[2:] == column.shape[2:]:
@@ -123,7 +123,7 @@ class OutputObserver:
         return False
 
     def parts(self, outputs: Sequence[Tensor], instances: int) -> list[Tensor] | None:
-        """Finds the example of each leading row of outputs, if the model was called on parts of the batch.
+        """Find the example of each leading row of outputs, if the model was called on parts of the batch.
 
         Args:
             outputs: Of any of the calls.
@@ -153,19 +153,19 @@ class OutputObserver:
         return [starts[id(output)] + torch.arange(len(output), device=output.device) for output in outputs]
 
     def take(self) -> tuple[list[Tensor], Any]:
-        """Returns the outputs since the last time, and everything that the last call returned."""
+        """Return the outputs since the last time, and everything that the last call returned."""
         outputs, last = self._outputs, self.last
         self._outputs, self.last = [], None
         return outputs, last
 
     def remove(self) -> None:
-        """Removes the hooks."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
 
 def split(loss: Tensor, outputs: Sequence[Tensor]) -> tuple[list[Cotangent], Tensor | None]:
-    """Splits a loss at the outputs that it reads.
+    """Split a loss at the outputs that it reads.
 
     Outputs may depend on each other (hidden states and logits). They are visited from the loss backwards, and each
     one's part is subtracted before the next, so that nothing counts twice.
@@ -200,7 +200,7 @@ def split(loss: Tensor, outputs: Sequence[Tensor]) -> tuple[list[Cotangent], Ten
 
 @contextmanager
 def _without_hooks(outputs: Sequence[Tensor]) -> Generator[None]:
-    """Leaves hooks on the outputs to the surrogates' backward, which would apply them a second time."""
+    """Leave hooks on the outputs to the surrogates' backward, which would apply them a second time."""
     hooks = [output._backward_hooks for output in outputs if output._backward_hooks]
     before = [dict(each) for each in hooks]
     for each in hooks:
@@ -208,12 +208,12 @@ def _without_hooks(outputs: Sequence[Tensor]) -> Generator[None]:
     try:
         yield
     finally:
-        for each, kept in zip(hooks, before, strict=True):
-            each.update(kept)
+        for each, restored in zip(hooks, before, strict=True):
+            each.update(restored)
 
 
 def _gradient(loss: Tensor, edge: GradientEdge, retain_graph: bool) -> Tensor | None:
-    """Returns the gradient of a loss at an edge of the graph; None if it doesn't depend on it."""
+    """Return the gradient of a loss at an edge of the graph; None if it doesn't depend on it."""
     try:
         return torch.autograd.grad(loss, [edge], retain_graph=retain_graph, allow_unused=True)[0]
     except RuntimeError as error:
@@ -227,7 +227,7 @@ def _gradient(loss: Tensor, edge: GradientEdge, retain_graph: bool) -> Tensor | 
 
 
 def surrogates(cotangent: Cotangent, ids: Tensor, objectives: int) -> Tensor:
-    """Returns s [K], whose gradients are the objectives' parts of the loss's gradient; their values are 0.
+    """Return s [K], whose gradients are the objectives' parts of the loss's gradient; their values are 0.
 
     Args:
         cotangent: Of one output.
@@ -238,7 +238,7 @@ def surrogates(cotangent: Cotangent, ids: Tensor, objectives: int) -> Tensor:
 
 
 class _Surrogates(torch.autograd.Function):
-    """Sends r_k c back to the entries of objective k. Reading z itself would cost a pass over all logits."""
+    """Surrogates whose backward sends r_k c to the entries of objective k, without a pass over all logits to read z."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, gradient: Tensor, ids: Tensor, objectives: int) -> Tensor:
@@ -257,12 +257,12 @@ class _Surrogates(torch.autograd.Function):
 
 
 def wide(leading: Tensor, like: Tensor) -> Tensor:
-    """Appends dimensions of size 1, up to the number of another tensor's."""
+    """Append dimensions of size 1, up to the number of another tensor's."""
     return leading.view(leading.shape + (1,) * (like.dim() - leading.dim()))
 
 
 def _read(loss: Tensor, outputs: Sequence[Tensor]) -> tuple[list[tuple[Tensor, GradientEdge]], bool, bool]:
-    """Finds the outputs that a loss reads, the latest first, each with its edge in the graph.
+    """Find the outputs that a loss reads, the latest first, each with its edge in the graph.
 
     Returns:
         These, whether the loss also depends on parameters in other ways, and whether its graph has the tap of the model
@@ -303,7 +303,7 @@ def _read(loss: Tensor, outputs: Sequence[Tensor]) -> tuple[list[tuple[Tensor, G
 
 
 def _places(outputs: Sequence[Tensor]) -> Iterator[tuple[tuple[Any, int], tuple[Tensor, int]]]:
-    """Yields each output's places in the graph, from the last to the first, with the output and the place's depth.
+    """Yield each output's places in the graph, from the last to the first, with the output and the place's depth.
 
     The model's own loss reads its outputs before what wraps the model changes them: accelerate casts them with mixed
     precision, and the engine taps them if the model itself has parameters.
@@ -323,13 +323,13 @@ def _is_tap(node: Any) -> bool:
 
 
 def _order(tensor: Tensor) -> int:
-    """Returns when autograd created the tensor's node."""
+    """Return when autograd created the tensor's node."""
     assert tensor.grad_fn is not None
     return tensor.grad_fn._sequence_nr()
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
-    """Yields the tensors in a model's inputs or outputs."""
+    """Yield the tensors in a model's inputs or outputs."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin
 
 
-class Whose(NamedTuple):
-    """Which instances, groups and documents a batch's entries belong to.
+class Contents(NamedTuple):
+    """The examples, groups and documents that a batch holds.
 
     Attributes:
         groups: [B] the group ids, if there are groups.
@@ -40,28 +40,28 @@ class Whose(NamedTuple):
     rows: int | None = None
 
     @staticmethod
-    def of(batch: Any, packed: str, device: torch.device) -> Whose:
-        """Reads a batch as collated; for `packed`, see `--jd_packed`."""
+    def of(batch: Any, packed: str, device: torch.device) -> Contents:
+        """Read a batch as collated; for `packed`, see `--jd_packed`."""
         if not holds_examples(batch):
-            return Whose(None, None, None, empty=True)
+            return Contents(None, None, None, empty=True)
         if not isinstance(batch, Mapping):
-            return Whose(None, None, None)
+            return Contents(None, None, None)
         groups, documents = (
             None if ids is None else ids.to(device) for ids in (batch.get(GROUP_KEY), documents_of(batch, packed))
         )
         counted = groups if groups is not None else batch.get(EXAMPLES_KEY)
         if counted is None:  # collated by a DataLoader of the user's own
-            return Whose(groups, None, documents, rows=row_count(batch))
-        return Whose(groups, len(counted), documents)
+            return Contents(groups, None, documents, rows=row_count(batch))
+        return Contents(groups, len(counted), documents)
 
 
-def shares_of(trainer: JDTrainerMixin, loss: Tensor, whose: Whose, scale: float) -> tuple[Shares, list[str]]:
-    """Cuts the loss of a micro-batch that the trainer has just computed.
+def shares_of(trainer: JDTrainerMixin, loss: Tensor, contents: Contents, scale: float) -> tuple[Shares, list[str]]:
+    """Cut the loss of a micro-batch that the trainer has just computed.
 
     Args:
         trainer: Has the outputs and unreduced losses from which it was computed.
         loss: [] with a graph, times the scale.
-        whose: What the batch says about its instances.
+        contents: What the batch holds.
         scale: GradScaler's scale.
 
     Returns:
@@ -74,22 +74,22 @@ def shares_of(trainer: JDTrainerMixin, loss: Tensor, whose: Whose, scale: float)
     unreduced, trainer.jd_unreduced = trainer.jd_unreduced, None
     _descend_others(trainer, loss)
     if unreduced is not None:
-        shares, names = _of_unreduced(trainer, loss, whose, unreduced, scale), list(unreduced.losses)
+        shares, names = _of_unreduced(trainer, loss, contents, unreduced, scale), list(unreduced.losses)
     else:
-        shares, names = _of_outputs(trainer, loss, whose, outputs, last, scale), [LOSS]
-    if whose.empty:
+        shares, names = _of_outputs(trainer, loss, contents, outputs, last, scale), [LOSS]
+    if contents.empty:
         shares.take_out(torch.ones(shares.instances, dtype=torch.bool, device=loss.device))
     return shares, names
 
 
 def _of_outputs(
-    trainer: JDTrainerMixin, loss: Tensor, whose: Whose, outputs: Sequence[Tensor], last: Any, scale: float
+    trainer: JDTrainerMixin, loss: Tensor, contents: Contents, outputs: Sequence[Tensor], last: Any, scale: float
 ) -> Shares:
-    read = known_losses(trainer, last, whose.examples, whose.documents)
+    read = known_losses(trainer, last, contents.examples, contents.documents)
     cotangents, rest = split(loss, outputs)
     if not cotangents:
         raise ValueError(_nothing_read(trainer, outputs))
-    owners, instances, in_parts = _owners(trainer, cotangents, whose)
+    owners, instances, in_parts = _owners(trainer, cotangents, contents)
     pieces = [Piece(cotangent, owner, 0) for cotangent, owner in zip(cotangents, owners, strict=True)]
     values = None
     if read is not None and len(read[0]) == instances:
@@ -105,9 +105,11 @@ def _of_outputs(
     return Shares(pieces, instances, rest=rest, values=values, normalised=normalised, factor=factor, in_parts=in_parts)
 
 
-def _of_unreduced(trainer: JDTrainerMixin, loss: Tensor, whose: Whose, unreduced: Unreduced, scale: float) -> Shares:
+def _of_unreduced(
+    trainer: JDTrainerMixin, loss: Tensor, contents: Contents, unreduced: Unreduced, scale: float
+) -> Shares:
     losses, counted = list(unreduced.losses.values()), list(unreduced.counted.values())
-    owners, instances = _owners_of_losses(trainer, unreduced.losses, whose)
+    owners, instances = _owners_of_losses(trainer, unreduced.losses, contents)
     cotangents, rest = split(loss, losses)
     gradients = {id(cotangent.output): cotangent.gradient for cotangent in cotangents}
     if not unreduced.normalised:  # The number of all losses is not known yet.
@@ -132,8 +134,10 @@ def _of_unreduced(trainer: JDTrainerMixin, loss: Tensor, whose: Whose, unreduced
     return Shares(pieces, instances, len(losses), rest, values, unreduced.normalised, unreduced=True)
 
 
-def _owners(trainer: JDTrainerMixin, cotangents: Sequence[Cotangent], whose: Whose) -> tuple[list[Tensor], int, bool]:
-    """Finds the instance of each leading row [N] of the outputs, or of each token [N, T], -1 for none.
+def _owners(
+    trainer: JDTrainerMixin, cotangents: Sequence[Cotangent], contents: Contents
+) -> tuple[list[Tensor], int, bool]:
+    """Find the instance of each leading row [N] of the outputs, or of each token [N, T], -1 for none.
 
     Returns:
         These; B; and whether the model was called on parts of the batch.
@@ -142,12 +146,12 @@ def _owners(trainer: JDTrainerMixin, cotangents: Sequence[Cotangent], whose: Who
         ValueError: They are unknown.
     """
     in_parts = False
-    if whose.documents is not None:
-        owners = [owners_of_tokens(whose.documents, c.output) for c in cotangents]
+    if contents.documents is not None:
+        owners = [owners_of_tokens(contents.documents, c.output) for c in cotangents]
     else:
         sizes = {len(c.output) for c in cotangents}
-        fits = whose.rows is not None and not any(n % whose.rows for n in sizes)
-        instances = whose.examples or (whose.rows if fits else min(sizes))
+        fits = contents.rows is not None and not any(n % contents.rows for n in sizes)
+        instances = contents.examples or (contents.rows if fits else min(sizes))
         in_parts = any(n % instances for n in sizes)
         owners = (
             _owners_of_parts(trainer, cotangents, instances)
@@ -156,16 +160,16 @@ def _owners(trainer: JDTrainerMixin, cotangents: Sequence[Cotangent], whose: Who
         )
     if not in_parts:
         instances = 1 + max(int(owner.max()) for owner in owners)
-    if whose.groups is not None and len(whose.groups) != instances:
+    if contents.groups is not None and len(contents.groups) != instances:
         raise ValueError(
-            f"The loss reads outputs of {instances} examples, but the batch has {len(whose.groups)} groups, so no "
+            f"The loss reads outputs of {instances} examples, but the batch has {len(contents.groups)} groups, so no "
             "row's group is known: override `jd_instances`, or use a collator that pads instead of packing."
         )
     return owners, instances, in_parts
 
 
 def _owners_of_parts(trainer: JDTrainerMixin, cotangents: Sequence[Cotangent], instances: int) -> list[Tensor]:
-    """Finds the instance of each leading row [N] of the outputs of several calls, each on a part of the batch."""
+    """Find the instance of each leading row [N] of the outputs of several calls, each on a part of the batch."""
     outputs = [c.output for c in cotangents]
     owners = None if trainer.jd_backend.shards else trainer.jd_outputs.parts(outputs, instances)
     if owners is None:
@@ -178,8 +182,10 @@ def _owners_of_parts(trainer: JDTrainerMixin, cotangents: Sequence[Cotangent], i
     return owners
 
 
-def _owners_of_losses(trainer: JDTrainerMixin, losses: Mapping[str, Tensor], whose: Whose) -> tuple[list[Tensor], int]:
-    """Finds the instance of each leading row, or token, of unreduced losses; and B, 1 if all are batch losses.
+def _owners_of_losses(
+    trainer: JDTrainerMixin, losses: Mapping[str, Tensor], contents: Contents
+) -> tuple[list[Tensor], int]:
+    """Find the instance of each leading row, or token, of unreduced losses; and B, 1 if all are batch losses.
 
     Raises:
         ValueError: They can't be assigned to the objectives.
@@ -208,12 +214,12 @@ def _owners_of_losses(trainer: JDTrainerMixin, losses: Mapping[str, Tensor], who
         )
     device = next(iter(losses.values())).device
     owner = torch.arange(instances, device=device)
-    if whose.documents is not None and sizes:
-        owner, instances = whose.documents, int(whose.documents.max()) + 1
-    if whose.groups is not None and kind.of_instances and len(whose.groups) != instances:
+    if contents.documents is not None and sizes:
+        owner, instances = contents.documents, int(contents.documents.max()) + 1
+    if contents.groups is not None and kind.of_instances and len(contents.groups) != instances:
         raise ValueError(
-            f"There are losses of {instances} rows for {len(whose.groups)} examples, so no row's group is known: use a "
-            "collator that pads, or one that packs and returns `position_ids` that restart with each example."
+            f"There are losses of {instances} rows for {len(contents.groups)} examples, so no row's group is known: "
+            "use a collator that pads, or one that packs and returns `position_ids` that restart with each example."
         )
     if owner.ndim > 1:
         for name, values in losses.items():
@@ -228,7 +234,7 @@ def _owners_of_losses(trainer: JDTrainerMixin, losses: Mapping[str, Tensor], who
 
 
 def owners_of_tokens(documents: Tensor, output: Tensor) -> Tensor:
-    """Returns the document of each token of an output [B, T, ...], or [B, T - 1, ...] for next tokens.
+    """Return the document of each token of an output [B, T, ...], or [B, T - 1, ...] for next tokens.
 
     Raises:
         ValueError: The output is neither.
@@ -244,7 +250,7 @@ def owners_of_tokens(documents: Tensor, output: Tensor) -> Tensor:
 
 
 def _descend_others(trainer: JDTrainerMixin, loss: Tensor) -> None:
-    """Adds to the `.grad` of parameters that the optimizer trains besides the model's, such as the loss's own."""
+    """Add to the `.grad` of parameters that the optimizer trains besides the model's, such as the loss's own."""
     optimizer, trainable = trainer.optimizer, set(trainer.trainable())
     if optimizer is None or not loss.requires_grad or not loss.detach().isfinite():
         return

@@ -94,12 +94,12 @@ class Shares:
         return self.counts > 0
 
     def take_out(self, instances: Tensor) -> None:
-        """Removes instances [B] (bool) from all losses, as if they had no tokens that count."""
+        """Remove instances [B] (bool) from all losses, as if they had no tokens that count."""
         self.counts = self.counts * ~instances[:, None]
         self._keep(~instances[:, None].expand_as(self.finite))
 
     def drop_broken_losses(self) -> int:
-        """Removes losses of the whole batch that aren't finite; returns their number."""
+        """Remove losses of the whole batch that aren't finite; return their number."""
         broken = [p for p in self.pieces if not p.owner.ndim and not self.finite[0, p.name]]
         self.pieces = [piece for piece in self.pieces if all(piece is not other for other in broken)]
         for piece in broken:
@@ -107,14 +107,14 @@ class Shares:
         return len(broken)
 
     def parts(self) -> list[list[Piece]]:
-        """Groups the pieces by the instances that they belong to."""
+        """Group the pieces by the instances that they belong to."""
         groups: dict[tuple[int, ...], list[Piece]] = {}
         for piece in self.pieces:
             groups.setdefault(tuple(piece.owner.tolist()), []).append(piece)
         return list(groups.values())
 
     def surrogates(self, segments: Tensor, objectives: int, pieces: Sequence[Piece] | None = None) -> Tensor:
-        """Returns s [S K], with the gradients of the objectives' shares, the first loss's first; the values are 0.
+        """Return s [S K], with the gradients of the objectives' shares, the first loss's first; the values are 0.
 
         Args:
             segments: [B] the segment of each instance; -1 for none.
@@ -129,7 +129,7 @@ class Shares:
         return sums * self.factor.to(sums) if isinstance(self.factor, Tensor) else sums * self.factor
 
     def weighted(self, weights: Tensor, members: Membership, rest: bool) -> Tensor:
-        """Returns a scalar whose gradient is the weighted sum of the objectives.
+        """Return a scalar whose gradient is the weighted sum of the objectives.
 
         Args:
             weights: [m], one per objective; the last one is the rest's if that is an objective.
@@ -146,24 +146,24 @@ class Shares:
         return total + self.rest if rest else total
 
     def release(self) -> None:
-        """Frees the graph."""
+        """Free the graph."""
         self.pieces, self.rest = [], None
 
     def like(self, first: Shares, keep: Tensor | None) -> None:
-        """Scales the shares like those of the first pass, restricted to the instances `keep` [B] (bool)."""
+        """Scale the shares like those of the first pass, restricted to the instances `keep` [B] (bool)."""
         sizes = first.sizes if keep is None else first.sizes[keep]
         scale = sizes.sum() / self.sizes.sum()
         if scale.isfinite():
             self.factor = first.factor * scale
 
     def _keep(self, keep: Tensor) -> None:
-        """Zeroes the cotangents of all other shares: in a backward, NaN times 0 is NaN."""
+        """Zero the cotangents of all other shares: in a backward, NaN times 0 is NaN."""
         self.sizes = self.sizes.masked_fill(~keep, 0)
         self.pieces = [_where(piece, keep[:, piece.name]) for piece in self.pieces]
 
 
 def sums_of(parts: Sequence[tuple[Tensor, Tensor, Tensor, int]], instances: int, names: int) -> tuple[Tensor, Tensor]:
-    """Adds up the values of K losses by instance.
+    """Add up the values of K losses by instance.
 
     Args:
         parts: Values [N], [N, T] or [], which of them count (bool), and their owner and name; see `Piece`.
@@ -185,12 +185,12 @@ def sums_of(parts: Sequence[tuple[Tensor, Tensor, Tensor, int]], instances: int,
 
 
 def at(ids: Tensor, owner: Tensor) -> Tensor:
-    """Returns the objective of each leading row or token, from each instance's; -1 for none."""
+    """Return the objective of each leading row or token, from each instance's; -1 for none."""
     return torch.where(owner >= 0, ids[owner.clamp(min=0)], -1)
 
 
 def _sizes(gradient: Tensor, owner: Tensor) -> Tensor:
-    """Returns the norms of the cotangent, over all but the dimensions of `owner` and, if that has only rows, tokens."""
+    """Return the norms of the cotangent, over all but the dimensions of `owner` and, if that has only rows, tokens."""
     dims = tuple(range(max(owner.dim(), min(gradient.dim() - 1, 2)), gradient.dim()))
     if not dims:
         return gradient.abs()
@@ -198,7 +198,7 @@ def _sizes(gradient: Tensor, owner: Tensor) -> Tensor:
 
 
 def _where(piece: Piece, keep: Tensor) -> Piece:
-    """Returns the piece with zeros for instances not in `keep`."""
+    """Return the piece with zeros for instances not in `keep`."""
     gradient = piece.cotangent.gradient
     mask = wide(keep[piece.owner.clamp(min=0)], gradient)
     return piece._replace(cotangent=piece.cotangent._replace(gradient=torch.where(mask, gradient, 0)))

@@ -72,7 +72,7 @@ class LossesMixin(Host):
         return self.args
 
     def forget_losses(self) -> None:
-        """Forgets what is known about the model's losses, since the next run may have another model or flags."""
+        """Forget what is known about the model's losses, since the next run may have another model or flags."""
         self.jd_loss_names: list[str] = []
         self.jd_unreduced = self.jd_inputs = None
         # Whether the model's own loss consists of the instances' losses, as far as is known; see `values.py`.
@@ -80,7 +80,7 @@ class LossesMixin(Host):
         self._jd_told_of_rest = False
 
     def compute_losses(self, model: nn.Module, inputs: dict[str, Any]) -> Losses | Mapping[str, Losses]:
-        """Computes the unreduced losses of a batch: override this method to return your own.
+        """Compute the unreduced losses of a batch: override this method to return your own.
 
         Args:
             model: Call it, not the model that it wraps.
@@ -109,7 +109,7 @@ class LossesMixin(Host):
         return losses, counted
 
     def _check_batch(self, inputs: Any) -> None:
-        """Raises a ValueError if a known head's losses can't be computed from the batch."""
+        """Raise a ValueError if a known head's losses can't be computed from the batch."""
         if not isinstance(inputs, Mapping):
             raise ValueError(
                 f"The batch is a {type(inputs).__name__}, without names, so its labels are unknown: use a collator "
@@ -118,7 +118,7 @@ class LossesMixin(Host):
         check_targets(self._built_in_kind(), inputs)
 
     def read_losses(self, outputs: Any, inputs: Mapping[str, Any]) -> Losses:
-        """Reads the unreduced losses of a known head from the model's outputs; see `compute_losses`."""
+        """Read the unreduced losses of a known head from the model's outputs; see `compute_losses`."""
         return LOSSES[self._built_in_kind()](outputs, inputs, bare(self.model), self._smoothing(inputs))
 
     @property
@@ -128,7 +128,7 @@ class LossesMixin(Host):
         return known_kind(core, layer_type(core).__name__)
 
     def _built_in_kind(self) -> str:
-        """Returns the same, or raises a ValueError."""
+        """Return the same, or raise a ValueError."""
         if self.loss_kind is None:
             raise ValueError(
                 f"{type(bare(self.model)).__name__} has no built-in unreduced loss (there are: {', '.join(LOSSES)}): "
@@ -149,7 +149,7 @@ class LossesMixin(Host):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Computes Trainer's own loss, or, in training, the one from `compute_losses`."""
+        """Compute Trainer's own loss, or, in training, the one from `compute_losses`."""
         self.jd_unreduced = self.jd_extra = None
         if return_outputs or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -165,7 +165,7 @@ class LossesMixin(Host):
 
     @contextmanager
     def unreduced_first(self) -> Generator[None]:
-        """Uses a user's `compute_losses` for the loss, even if there is a `compute_loss` for evaluation."""
+        """Use a user's `compute_losses` for the loss, even if there is a `compute_loss` for evaluation."""
         original = vars(self).get("compute_loss")
         if overridden(self) == "compute_losses":
             self.compute_loss = MethodType(LossesMixin.compute_loss, self)
@@ -177,7 +177,7 @@ class LossesMixin(Host):
                 self.compute_loss = original
 
     def _named(self, outputs: Any) -> Mapping[str, Losses] | None:
-        """Returns the losses by name of a model with several; None for other models."""
+        """Return the losses by name of a model with several; None for other models."""
         named = outputs.get("losses") if isinstance(outputs, Mapping) else None
         if isinstance(named, Mapping):
             return named
@@ -185,7 +185,7 @@ class LossesMixin(Host):
         return None if read is None or not self.knows_losses else read(outputs, self.jd_inputs)
 
     def _batch_loss(self, outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Returns the single loss that Trainer expects from a `compute_loss_func`, also from unreduced losses."""
+        """Return the single loss that Trainer expects from a `compute_loss_func`, also from unreduced losses."""
         assert self.jd_loss_func is not None
         losses = self.jd_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
         if isinstance(losses, Tensor) and not losses.ndim:
@@ -195,7 +195,7 @@ class LossesMixin(Host):
         return self._reduced(losses, num_items_in_batch) / (process_count() if shared else 1)
 
     def _reduced(self, losses: Losses | Mapping[str, Losses], num_items: Any) -> Tensor:
-        """Reduces unreduced losses to the loss of a batch, and stores them for the backward.
+        """Reduce unreduced losses to the loss of a batch, and store them for the backward.
 
         A single loss of tokens is divided as in Trainer; others are means over the batch.
         """
@@ -225,11 +225,11 @@ class LossesMixin(Host):
         return self.args.label_smoothing_factor if "labels" in inputs else 0.0
 
     def name_of_rest(self, outputs: Any) -> str:
-        """Returns the name of the part of the loss that belongs to no instance."""
+        """Return the name of the part of the loss that belongs to no instance."""
         return "aux_loss" if isinstance(outputs, Mapping) and "aux_loss" in outputs else "extra"
 
     def tell_of_rest(self) -> None:
-        """Warns once that the loss has a part that belongs to no instance.
+        """Warn once that the loss has a part that belongs to no instance.
 
         Raises:
             ValueError: `--jd_extra_losses` is `error`.
@@ -249,7 +249,7 @@ class LossesMixin(Host):
         logger.warning(f"{what}: it is added to the objectives' mean, and no weighting sees it.")
 
     def keep_loss_names(self, names: list[str], counted: bool) -> None:
-        """Stores the losses' names, which have to stay the same.
+        """Store the losses' names, which have to stay the same.
 
         Args:
             names: The names of a batch's losses.
@@ -273,13 +273,13 @@ class LossesMixin(Host):
 
 
 def _finite(losses: Tensor, counted: Tensor) -> Tensor:
-    """Returns which losses count (bool), leaving out instances with a loss that isn't finite."""
+    """Return which losses count (bool), leaving out instances with a loss that isn't finite."""
     finite = losses.detach().isfinite() | ~counted
     return counted & (finite.flatten(1).all(1).view(-1, *[1] * (losses.ndim - 1)) if losses.ndim > 1 else finite)
 
 
 def by_name(losses: Losses | Mapping[str, Losses]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Splits the result of `compute_losses` into losses and masks of those that count; by default, all count.
+    """Split the result of `compute_losses` into losses and masks of those that count; by default, all count.
 
     Raises:
         ValueError: It is neither losses, nor a dict of losses by name.

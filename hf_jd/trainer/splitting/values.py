@@ -26,7 +26,7 @@ _ROUNDING = 1e-5  # relative rounding error of a float32 loss
 
 
 def needs_values(trainer: JDTrainerMixin) -> str | None:
-    """Returns the flag that needs each objective's value, if there is one."""
+    """Return the flag that needs each objective's value, if there is one."""
     jd = trainer.jd_args
     flags = {
         "--jd_normalize loss": jd.jd_normalize == "loss",
@@ -36,7 +36,7 @@ def needs_values(trainer: JDTrainerMixin) -> str | None:
 
 
 def check_values_are_not_needed(trainer: JDTrainerMixin, what: str) -> None:
-    """Raises a ValueError if a flag needs each objective's value; `what` is why there are none."""
+    """Raise a ValueError if a flag needs each objective's value; `what` is why there are none."""
     flag = needs_values(trainer)
     if flag is not None:
         raise ValueError(
@@ -49,7 +49,7 @@ def check_values_are_not_needed(trainer: JDTrainerMixin, what: str) -> None:
 def known_losses(
     trainer: JDTrainerMixin, outputs: Any, examples: int | None, documents: Tensor | None
 ) -> tuple[Tensor, Tensor] | None:
-    """Reads the instances' losses from the model's outputs; None if the head is unknown, or computes something else.
+    """Read the instances' losses from the model's outputs; None if the head is unknown, or computes something else.
 
     Call it before the graph of the loss is freed: autograd's saved tensors spare computing the losses again.
 
@@ -80,7 +80,7 @@ def known_losses(
 def values_of(
     trainer: JDTrainerMixin, sums: Tensor, counts: Tensor, outputs: Any, loss: Tensor, has_rest: bool
 ) -> Values:
-    """Turns the instances' losses into their parts of Trainer's loss [], which may have a rest."""
+    """Turn the instances' losses into their parts of Trainer's loss [], which may have a rest."""
     total = sums[sums.isfinite()].sum()
     router = part_of_router(trainer, outputs) if has_rest else torch.zeros_like(total)
     if router is None or not sums.isfinite().all() or not loss.isfinite() or not total.abs() > 0:
@@ -91,7 +91,7 @@ def values_of(
 
 
 def part_of_router(trainer: JDTrainerMixin, outputs: Any) -> Tensor | None:
-    """Returns the router's share [] of the model's own loss; None if unknown."""
+    """Return the router's share [] of the model's own loss; None if unknown."""
     coefficient = getattr(bare(trainer.model), "router_aux_loss_coef", None)
     has_both = isinstance(outputs, Mapping) and all(isinstance(outputs.get(n), Tensor) for n in ("loss", "aux_loss"))
     if coefficient is None or not has_both:
@@ -100,7 +100,7 @@ def part_of_router(trainer: JDTrainerMixin, outputs: Any) -> Tensor | None:
 
 
 def _divisor(trainer: JDTrainerMixin, quotient: Tensor, counts: Tensor) -> Tensor:
-    """Returns the number [] by which Trainer divides the sum of the losses, without a float32 loss's rounding."""
+    """Return the number [] by which Trainer divides the sum of the losses, without a float32 loss's rounding."""
     numbers = [1.0, float(counts.sum()), *([] if trainer.jd_items is None else [float(trainer.jd_items)])]
     averaged = {1, getattr(trainer, "current_gradient_accumulation_steps", 1)}
     processes = {1, process_count()}
@@ -110,7 +110,7 @@ def _divisor(trainer: JDTrainerMixin, quotient: Tensor, counts: Tensor) -> Tenso
 
 
 def _compare(trainer: JDTrainerMixin, outputs: Mapping[str, Any], sums: Tensor, counts: Tensor) -> None:
-    """Treats the instances' losses as unknown from now on if their mean is not the model's own loss.
+    """Treat the instances' losses as unknown from now on if their mean is not the model's own loss.
 
     Raises:
         ValueError: A flag needs them.

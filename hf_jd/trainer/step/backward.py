@@ -25,7 +25,7 @@ from hf_jd.gramian.rows import DenseRows
 from hf_jd.objectives import Membership, ObjectiveTable, membership
 from hf_jd.trainer.gradients import ShownGradients, added, set_aside
 from hf_jd.trainer.overrides import has_own_step
-from hf_jd.trainer.splitting.cut import Whose, shares_of
+from hf_jd.trainer.splitting.cut import Contents, shares_of
 from hf_jd.trainer.splitting.shares import Shares, at
 from hf_jd.trainer.splitting.values import part_of_router
 from hf_jd.trainer.step.metrics_of_trl import unchanged_metrics
@@ -47,7 +47,7 @@ class Passed:
 
     Attributes:
         batch: As collated; zeros if it held no example.
-        whose: The groups, examples and documents of the batch.
+        contents: The groups, examples and documents of the batch.
         inputs: The batch as Trainer prepared it.
         streams: The random streams' state before the forward, if a second pass may follow.
         shares: The instances' shares of the loss.
@@ -57,7 +57,7 @@ class Passed:
     """
 
     batch: Any
-    whose: Whose
+    contents: Contents
     inputs: Any
     streams: RandomState | None
     shares: Shares
@@ -87,7 +87,7 @@ class Recorded(NamedTuple):
 
 
 class Recorder:
-    """Runs the micro-batches of one update.
+    """A runner of one update's micro-batches, which turns their losses into rows.
 
     Args:
         trainer: The trainer whose step to run.
@@ -116,7 +116,7 @@ class Recorder:
         self.shown = ShownGradients(whole and has_own_step(trainer))
 
     def record(self, batch: Any, step: Step) -> tuple[Tensor, Recorded]:
-        """Runs Trainer's own step on a micro-batch, and turns its loss into rows.
+        """Run Trainer's own step on a micro-batch, and turn its loss into rows.
 
         Args:
             batch: As collated.
@@ -140,16 +140,16 @@ class Recorder:
         return value, recorded[0] if len(recorded) == 1 else self._joined(recorded)
 
     def run(self, batch: Any, step: Step, backward: Callable[[Passed], T]) -> tuple[Tensor, list[T]]:
-        """Runs the step with another backward in place of accelerate's.
+        """Run the step with another backward in place of accelerate's.
 
         Returns:
             The step's value, and those of the backward: the step may call it several times.
         """
         trainer = self.trainer
-        whose = Whose.of(batch, trainer.jd_args.jd_packed, trainer.args.device)
-        batch = stand_in(batch) if whose.empty else batch
+        contents = Contents.of(batch, trainer.jd_args.jd_packed, trainer.args.device)
+        batch = stand_in(batch) if contents.empty else batch
         with set_aside(trainer.trainable(), self.shown.sums) as gradients:
-            value, results = self._step(batch, step, lambda loss: backward(self._passed(batch, whose, loss)))
+            value, results = self._step(batch, step, lambda loss: backward(self._passed(batch, contents, loss)))
         if self.shown.differ_from(gradients):
             raise ValueError(
                 f"{type(trainer).__name__} ran its own backward pass, past accelerator.backward, or changed `.grad` in "
@@ -157,23 +157,22 @@ class Recorder:
                 "the losses, change `.grad` in a TrainerCallback's on_pre_optimizer_step, or choose --jd_objectives "
                 "batch, which makes each batch one objective."
             )
-        return torch.zeros_like(value) if whose.empty else value, results
+        return torch.zeros_like(value) if contents.empty else value, results
 
     def whole(self, batch: Any, step: Step) -> tuple[Tensor, Recorded]:
-        """Runs the step on a micro-batch that is one objective: its row is its gradient, over all of its passes."""
+        """Run the step on a micro-batch that is one objective: its row is its gradient, over all of its passes."""
 
         def backward(loss: Tensor) -> Tensor:
             loss.backward()
             return loss.detach().isfinite()[None]
 
         before = self.shown.sums
-        with self.trainer.engine().paused(), set_aside(self.trainer.trainable(), before) as gradients:
+        shown = {p: gradient.clone() for p, gradient in before.items()}  # A backward adds to it in place.
+        with self.trainer.engine().paused(), set_aside(self.trainer.trainable(), shown) as gradients:
             value, each = self._step(batch, step, backward)
         if self.shown.active:
-            self.shown.sums, gradients = (
-                gradients,
-                {p: g - before[p] if p in before else g for p, g in gradients.items()},
-            )
+            self.shown.sums = gradients
+            gradients = {p: g - before[p] if p in before else g for p, g in gradients.items()}
         finite = torch.stack(each).all(0)
         unknown, name = finite.double() * torch.nan, finite.long() * 0
         table = ObjectiveTable(unknown, unknown, finite.double(), name - 1, name)
@@ -181,7 +180,7 @@ class Recorder:
         return value, Recorded(table, jacobian, (~finite).sum(), True, {}, None)
 
     def again(self, first: Passed, model: nn.Module, keep: Tensor | None = None) -> Passed:
-        """Runs a micro-batch forward once more, with the random numbers of its first pass.
+        """Run a micro-batch forward once more, with the random numbers of its first pass.
 
         Args:
             first: The result of the first pass.
@@ -195,20 +194,24 @@ class Recorder:
                 "does not call `_prepare_inputs`: leave --jd_backward at one_pass, and check the losses of the batch."
             )
         if keep is not None:
-            batch, inputs = (selected(part, keep, first.whose.documents) for part in (batch, inputs))
+            batch, inputs = (selected(part, keep, first.contents.documents) for part in (batch, inputs))
         set_random_state(first.streams, trainer.args.device)
         trainer.jd_outputs.begin(batch)
         trainer.jd_inputs = inputs
         with unchanged_metrics(trainer), trainer.accelerator.no_sync(model), trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, copy(inputs), num_items_in_batch=trainer.jd_items)
-        whose = first.whose if first.whose.empty else Whose.of(batch, trainer.jd_args.jd_packed, trainer.args.device)
-        passed = self._passed(batch, whose, loss, first.streams)
+        contents = (
+            first.contents
+            if first.contents.empty
+            else Contents.of(batch, trainer.jd_args.jd_packed, trainer.args.device)
+        )
+        passed = self._passed(batch, contents, loss, first.streams)
         # The sizes of the first pass include all that Trainer's step does to a loss.
         passed.shares.like(first.shares, keep)
         return passed
 
     def rows(self, passed: Passed) -> Recorded:
-        """Computes the rows of a micro-batch's objectives; frees its graph, unless it has to be retained."""
+        """Compute the rows of a micro-batch's objectives; free its graph, unless it has to be retained."""
         engine, shares = self.trainer.engine(), passed.shares
         rest = shares.rest
         self.has_rest |= rest is not None
@@ -242,11 +245,11 @@ class Recorder:
             losses = losses.view(shares.names, -1).T
         if not self.keep_graph:
             shares.pieces = []  # frees the logits' gradients along the way
-        of_rows = segments if passed.whose.documents is None else at(segments, passed.whose.documents)
+        of_rows = segments if passed.contents.documents is None else at(segments, passed.contents.documents)
         return engine.compute_jacobian(losses, of_rows, self.materialise, retain_graph)
 
     def _rows_of_parts(self, shares: Shares, segments: Tensor, objectives: int, retain_graph: bool) -> Jacobian:
-        """Computes the rows of a batch whose parts the model was called on, part by part."""
+        """Compute the rows of a batch whose parts the model was called on, part by part."""
         parts = []
         for pieces in shares.parts():
             losses = shares.surrogates(segments, objectives, pieces)
@@ -258,7 +261,7 @@ class Recorder:
         return self.jacobian_of({}, objectives) if objectives else None
 
     def jacobian_of(self, gradients: Mapping[nn.Parameter, Tensor], objectives: int = 1) -> Jacobian:
-        """Returns the row of one objective from its gradient; without a gradient, rows of zeros, of any number."""
+        """Return the row of one objective from its gradient; without a gradient, rows of zeros, of any number."""
         rows = {p: DenseRows(g.reshape(1, -1), p.shape) for p, g in gradients.items()}
         trainer = self.trainer
         return Jacobian({p: rows.get(p) for p in trainer.trainable()}, objectives, trainer.engine().block_names())
@@ -281,7 +284,7 @@ class Recorder:
         return value, results
 
     def _joined(self, parts: Sequence[Recorded]) -> Recorded:
-        """Adds up the rows of several losses of one micro-batch."""
+        """Add up the rows of several losses of one micro-batch."""
         two_passes = self.backend.owns_backward or self.trainer.jd_args.jd_backward == "two_pass"
         if two_passes or not _alike(parts):
             raise self.called_several_times(len(parts))
@@ -294,7 +297,7 @@ class Recorder:
         )
 
     def called_several_times(self, times: int) -> ValueError:
-        """Returns the error for a step whose losses of one micro-batch don't add up."""
+        """Return the error for a step whose losses of one micro-batch don't add up."""
         return ValueError(
             f"The training step of {type(self.trainer).__name__} called accelerator.backward {times} times for one "
             "batch. Their rows can only be added up if all calls have losses of the same examples, with --jd_backward "
@@ -302,15 +305,15 @@ class Recorder:
             "the losses."
         )
 
-    def _passed(self, batch: Any, whose: Whose, loss: Tensor, streams: RandomState | None = None) -> Passed:
-        """Splits the loss of a micro-batch, and assigns the shares to objectives."""
+    def _passed(self, batch: Any, contents: Contents, loss: Tensor, streams: RandomState | None = None) -> Passed:
+        """Split the loss of a micro-batch, and assign the shares to objectives."""
         trainer, last = self.trainer, self.trainer.jd_outputs.last
         if trainer.jd_groups_of_batch is not None:
-            whose = Whose(trainer.jd_groups_of_batch, len(trainer.jd_groups_of_batch), None)
-        shares, names = shares_of(trainer, loss * (self.scale / self.backend.divisor()), whose, self.scale)
-        broken = self._take_out_broken(shares, whose)
-        groups = whose.groups
-        if whose.empty and self.present is not None:
+            contents = Contents(trainer.jd_groups_of_batch, len(trainer.jd_groups_of_batch), None)
+        shares, names = shares_of(trainer, loss * (self.scale / self.backend.divisor()), contents, self.scale)
+        broken = self._take_out_broken(shares, contents)
+        groups = contents.groups
+        if contents.empty and self.present is not None:
             groups = self.present[:1].expand(shares.instances)
         first, streams = streams is None, trainer.jd_streams if streams is None else streams
         members = membership(self.kind, shares.some, groups, self.present)
@@ -323,22 +326,22 @@ class Recorder:
         if not loss.isfinite():
             shares.rest = None
         trainer.keep_loss_names(names, bool(shares.some.any()))
-        passed = Passed(batch, whose, trainer.jd_inputs, streams, shares, members, table, broken)
+        passed = Passed(batch, contents, trainer.jd_inputs, streams, shares, members, table, broken)
         if shares.unreduced and first:
             return self._without_broken(passed)
         return passed
 
     def _without_broken(self, passed: Passed) -> Passed:
-        """Runs a batch again without instances of nonfinite unreduced loss, whose backward may multiply 0 by NaN."""
+        """Run a batch again without instances of nonfinite unreduced loss, whose backward may multiply 0 by NaN."""
         finite = passed.shares.finite.all(1)
-        some = bool(finite.any() and not finite.all()) and not passed.whose.empty
+        some = bool(finite.any() and not finite.all()) and not passed.contents.empty
         # If forwards gather parameters, all processes have to run the same number.
         if not (anywhere(some, finite.device) if self.backend.shards else some):
             return passed
         return replace(self.again(passed, self.model, finite if some else None), broken=passed.broken)
 
     def _row_of_rest(self, loss: Tensor, shares: Shares, last: Any) -> ObjectiveTable:
-        """Returns the table [1] of the part of the loss that belongs to no instance."""
+        """Return the table [1] of the part of the loss that belongs to no instance."""
         router = part_of_router(self.trainer, last)
         value = loss.detach().double()[None] * (torch.nan if router is None else router)
         raw = value if router is None else last["loss"].detach().double()[None] * router
@@ -346,28 +349,30 @@ class Recorder:
         name = torch.full_like(value, shares.names, dtype=torch.int64)
         return ObjectiveTable(value / self.backend.divisor(), raw, count, torch.full_like(name, -1), name)
 
-    def _take_out_broken(self, shares: Shares, whose: Whose) -> Tensor:
-        """Removes nonfinite instances and losses from all objectives, and logs them; returns their number."""
+    def _take_out_broken(self, shares: Shares, contents: Contents) -> Tensor:
+        """Remove nonfinite instances and losses from all objectives, and log them; return their number."""
         losses = shares.drop_broken_losses()
-        broken = ~shares.finite.all(1) & (not whose.empty)
+        broken = ~shares.finite.all(1) & (not contents.empty)
         if broken.any():
             shares.take_out(broken)
             step = self.trainer.state.global_step + 1
             for i in broken.nonzero().flatten().tolist():
-                group = "" if whose.groups is None else f" (group `{self.trainer.group_name(int(whose.groups[i]))}`)"
+                group = (
+                    "" if contents.groups is None else f" (group `{self.trainer.group_name(int(contents.groups[i]))}`)"
+                )
                 logger.warning(f"Update {step}: instance {i}{group} has a loss that isn't finite, and is left out.")
         return broken.sum() + losses
 
 
 def _alike(parts: Sequence[Recorded]) -> bool:
-    """Whether the rows of several losses of one micro-batch are shares of the same instances."""
+    """Return whether the rows of several losses of one micro-batch are shares of the same instances."""
     segments = [recorded.passed.members.segments for recorded in parts if recorded.passed is not None]
     same = all(torch.equal(each, segments[0]) for each in segments)
     return parts[0].normalised and same and len(segments) == len(parts)
 
 
 def _table(shares: Shares, members: Membership) -> ObjectiveTable:
-    """Builds the table of a micro-batch's objectives; losses are NaN if values are unknown."""
+    """Build the table of a micro-batch's objectives; losses are NaN if values are unknown."""
     counts = members.added(shares.counts)
     if shares.values is None:
         sums = parts = torch.full_like(counts, torch.nan, dtype=torch.float64)

@@ -22,7 +22,7 @@ WEIGHTS_FILE = "jd_weights.json"
 
 
 class Control:
-    """Weighs the objectives of an update as the flags say.
+    """The weighing of an update's objectives, as the flags say.
 
     Args:
         jd: The flags.
@@ -51,7 +51,7 @@ class Control:
     def weights(
         self, gramian: Tensor, losses: Tensor, names: Sequence[str] | None, block: str | None = None, *, step: int
     ) -> Tensor:
-        """Computes the weights [m], float64, of the unscaled rows.
+        """Compute the weights [m], float64, of the unscaled rows.
 
         With D = diag(d) for the scales d of `--jd_normalize`, they are D W(D G D): the update combines scaled rows.
 
@@ -83,7 +83,7 @@ class Control:
         return weights
 
     def of_block(self, block: str) -> Callable[[Tensor], Tensor]:
-        """Returns the weighting of a block of parameters, by its name; the first call makes it."""
+        """Return the weighting of a block of parameters, by its name; the first call makes it."""
         if block not in self.of_blocks:
             # Others are shared: copying an object's method would copy the object, too.
             remembers = any(callable(getattr(self.weighting, name, None)) for name in ("reset", "state_dict"))
@@ -91,7 +91,7 @@ class Control:
         return self.of_blocks[block]
 
     def measures(self, step: int) -> bool:
-        """Whether the update after `step` others needs rows, to be weighed or watched."""
+        """Return whether the update after `step` others needs rows, to be weighed or watched."""
         since = step - self.jd.jd_warmup_steps
         if since < 0:
             return False
@@ -100,16 +100,16 @@ class Control:
         return since % self.jd.jd_every == 0 or not self.last
 
     def multiplier(self, name: str, step: int) -> float:
-        """Returns an objective's c in an update that isn't measured: its last weight over the mean's."""
+        """Return an objective's c in an update that isn't measured: its last weight over the mean's."""
         return 1.0 if step < self.jd.jd_warmup_steps else self.last.get(name, 1.0)
 
     def save(self, checkpoint: Path) -> None:
-        """Saves the last weights to a checkpoint, if later updates need them."""
+        """Save the last weights to a checkpoint, if later updates need them."""
         if self.jd.jd_every > 1:
             (checkpoint / WEIGHTS_FILE).write_text(json.dumps(self.last), "utf-8")
 
     def load(self, checkpoint: Path) -> None:
-        """Loads the last weights from a checkpoint; without them, the next update is measured."""
+        """Load the last weights from a checkpoint; without them, the next update is measured."""
         file = checkpoint / WEIGHTS_FILE
         self.last = json.loads(file.read_text("utf-8")) if self.jd.jd_every > 1 and file.is_file() else {}
 
@@ -121,7 +121,7 @@ class Control:
             )
 
     def _scales(self, gramian: Tensor, losses: Tensor) -> Tensor:
-        """Returns d [m], float64, the factors of `--jd_normalize`; 1 for a zero row or loss."""
+        """Return d [m], float64, the factors of `--jd_normalize`; 1 for a zero row or loss."""
         sizes = {
             "none": torch.ones_like(losses),
             "rows": gramian.diagonal().clamp(min=0).sqrt(),

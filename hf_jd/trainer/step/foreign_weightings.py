@@ -19,7 +19,7 @@ _READ_THE_NUMBER_OF_ROWS = {"MeanWeighting", "SumWeighting", "ConstantWeighting"
 
 
 def as_weighting(weighting: Any) -> Callable[[Tensor], Tensor]:
-    """Returns the callable that weighs a Gramian, from the user's `weighting`.
+    """Return the callable that weighs a Gramian, from the user's `weighting`.
 
     This is the object itself, except for TorchJD's aggregators, which take a Jacobian [m, n] and return [n]: if one
     weighs by the Gramian, its inner weighting is used, which gives the same update.
@@ -50,14 +50,14 @@ def as_weighting(weighting: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _called(function: Any) -> Any:
-    """Returns the object behind a partial, or behind a method that only calls it."""
+    """Return the object behind a partial, or behind a method that only calls it."""
     inner = function.func if isinstance(function, functools.partial) else function
     calls = isinstance(inner, types.MethodType) and inner.__name__ in ("forward", "__call__")
     return inner.__self__ if calls else inner
 
 
 def _is_of_gramian(weighting: Any) -> bool:
-    """Whether a weighting of a Jacobian computes the Gramian and weighs that."""
+    """Return whether a weighting of a Jacobian computes the Gramian and weighs that."""
     return getattr(getattr(weighting, "fn", None), "__name__", "") == "compute_gramian"
 
 
@@ -76,7 +76,7 @@ def _takes_a_jacobian(foreign: Any, kind: str) -> ValueError:
 
 
 def checked_weights(weighting: Any, weights: Any, m: int) -> Tensor:
-    """Checks the weights that a weighting returned, and converts NumPy arrays to tensors [m].
+    """Check the weights that a weighting returned, and convert NumPy arrays to tensors [m].
 
     Raises:
         ValueError: They are not m finite real numbers.

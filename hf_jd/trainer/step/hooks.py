@@ -15,7 +15,7 @@ SCALES = (2.0**10, 2.0**-10)  # A clamp leaves small gradients unchanged; beside
 
 
 def check_hooks(trainer: JDTrainerMixin, parameters: Sequence[nn.Parameter]) -> None:
-    """Checks the hooks on parameters.
+    """Check the hooks on parameters.
 
     A linear hook (a mask, a factor) commutes with the weighted sum of rows, so it is applied to each row.
 
@@ -50,7 +50,7 @@ def _name(trainer: JDTrainerMixin, parameter: nn.Parameter) -> str:
 
 
 def _adds_up(p: nn.Parameter, scale: float) -> bool:
-    """Whether the hooks' result on a sum of two gradients of this scale is the sum of their results."""
+    """Return whether the hooks' result on a sum of two gradients of this scale is the sum of their results."""
     draws = torch.Generator().manual_seed(0)
     x, y = (scale * torch.randn(p.shape, generator=draws).to(p) for _ in range(2))
     of_x, of_y, of_sum = (_hooked(p, gradient) for gradient in (x, y, x + y))

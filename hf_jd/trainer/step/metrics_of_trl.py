@@ -14,7 +14,7 @@ _NAMES = ("_metrics", "_stored_metrics", "_total_train_tokens", "_logs", "_textu
 
 @contextmanager
 def unchanged_metrics(trainer: Any) -> Generator[None]:
-    """Restores a trainer's stored metrics on exit."""
+    """Restore a trainer's stored metrics on exit."""
     before = {name: _copied(vars(trainer)[name]) for name in _NAMES if name in vars(trainer)}
     try:
         yield
@@ -23,7 +23,7 @@ def unchanged_metrics(trainer: Any) -> Generator[None]:
 
 
 def _copied(value: Any) -> Any:
-    """Copies nested dictionaries, lists and deques, but not their contents."""
+    """Copy nested dictionaries, lists and deques, but not their contents."""
     if isinstance(value, dict):
         duplicate = copy(value)
         duplicate.update({key: _copied(part) for key, part in value.items()})

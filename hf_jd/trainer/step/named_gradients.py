@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hf_jd.gramian import Jacobian
 from hf_jd.gramian.random_streams import RandomState
 from hf_jd.objectives import Membership, ObjectiveTable
-from hf_jd.trainer.splitting.cut import Whose
+from hf_jd.trainer.splitting.cut import Contents
 from hf_jd.trainer.step.backward import Passed, Recorded, Recorder
 
 
@@ -33,24 +33,24 @@ class NamedLosses(ABC):
 
     @abstractmethod
     def rows(self, recorder: NamedRecorder) -> tuple[Jacobian, dict[nn.Parameter, Tensor]]:
-        """Forms the rows [K, n], and the gradient of the part of the loss that no weighting sees, if any."""
+        """Form the rows [K, n], and the gradient of the part of the loss that no weighting sees, if any."""
 
     @abstractmethod
     def weighted(self, weights: Tensor, members: Membership, rest: bool) -> Tensor:
-        """Returns a scalar with the gradient of the loss, with each objective times its weight [K]; see `Shares`."""
+        """Return a scalar with the gradient of the loss, with each objective times its weight [K]; see `Shares`."""
 
     @abstractmethod
     def release(self) -> None:
-        """Frees the graph."""
+        """Free the graph."""
 
 
 class NamedRecorder(Recorder):
-    """Records micro-batches by name, of a trainer that has `named_losses`; see `Recorder`."""
+    """A `Recorder` of losses by name, for a trainer that has `named_losses`."""
 
     trainer: Any
 
     def rows(self, passed: Passed) -> Recorded:
-        """Forms the rows of a micro-batch's objectives."""
+        """Form the rows of a micro-batch's objectives."""
         losses: Any = passed.shares
         jacobian, extra = losses.rows(self)
         losses.release()
@@ -58,17 +58,17 @@ class NamedRecorder(Recorder):
         return Recorded(passed.table, jacobian, passed.broken, True, extra, None)
 
     def gradient_row(self, loss: Tensor) -> Jacobian:
-        """Computes the row of one objective with a plain backward pass."""
+        """Compute the row of one objective with a plain backward pass."""
         return self.jacobian_of(self.trainer.engine().gradients(loss) if loss.requires_grad else {})
 
     def again(self, first: Passed, model: nn.Module, keep: Tensor | None = None) -> Passed:
-        """Refuses to measure a micro-batch whose plain gradient was not finite."""
+        """Refuse to measure a micro-batch whose plain gradient was not finite."""
         raise ValueError(
             f"Update {self.trainer.state.global_step + 1}: the gradient isn't finite, but was not measured, so it is "
             "unknown what to leave out: lower the learning rate, or measure at every update."
         )
 
-    def _passed(self, batch: Any, whose: Whose, loss: Tensor, streams: RandomState | None = None) -> Passed:
+    def _passed(self, batch: Any, contents: Contents, loss: Tensor, streams: RandomState | None = None) -> Passed:
         losses = self.trainer.named_losses(loss * (self.scale / self.backend.divisor()))
         self.trainer.jd_outputs.take()  # discarded
         self.trainer.jd_loss_names = list(losses.names)
@@ -77,4 +77,4 @@ class NamedRecorder(Recorder):
         names = torch.arange(len(counts), device=counts.device)
         table = ObjectiveTable(unknown, unknown, counts, torch.full_like(names, -1), names)
         members = Membership(names[:0], table.groups, names)
-        return Passed(batch, whose, None, None, losses, members, table, losses.broken)
+        return Passed(batch, contents, None, None, losses, members, table, losses.broken)

@@ -35,7 +35,7 @@ class RowStore:
         return sum(jacobian.nbytes for jacobian in self._jacobians)
 
     def add(self, recorded: Recorded) -> None:
-        """Adds one more micro-batch."""
+        """Add one more micro-batch."""
         jacobian = recorded.jacobian
         self.recorded.append(recorded._replace(jacobian=None))
         if jacobian is not None and self.shared and self._jacobians:
@@ -44,14 +44,14 @@ class RowStore:
             self._jacobians.append(jacobian)
 
     def joined(self) -> tuple[ObjectiveTable, Jacobian | None]:
-        """Returns the table of the objectives of all micro-batches, and their rows."""
+        """Return the table of the objectives of all micro-batches, and their rows."""
         tables = [recorded.table for recorded in self.recorded]
         table = ObjectiveTable.added(tables) if self.shared else ObjectiveTable.cat(tables)
         return table, Jacobian.cat(self._jacobians) if self._jacobians else None
 
 
 def allowed(trainer: JDTrainerMixin) -> int | None:
-    """Returns the bytes that `--jd_keep_rows` allows for an update's rows; None for any number."""
+    """Return the bytes that `--jd_keep_rows` allows for an update's rows; None for any number."""
     keep, device = trainer.jd_args.keep_rows(), trainer.args.device
     if keep == "auto":
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
@@ -60,7 +60,7 @@ def allowed(trainer: JDTrainerMixin) -> int | None:
 
 
 def is_full(trainer: JDTrainerMixin, store: RowStore, micro_batches: int, budget: int) -> bool:
-    """Predicts from the first micro-batch whether the rows of all won't fit; the same on all processes.
+    """Predict from the first micro-batch whether the rows of all won't fit; the same on all processes.
 
     Raises:
         ValueError: They won't fit, and `--jd_when_full` is `error`.

@@ -67,7 +67,7 @@ class Update:
         self.gradients: list[dict[nn.Parameter, Tensor]] = []
 
     def take(self, batch: Any, step: Step) -> Tensor:
-        """Runs Trainer's own step on a micro-batch, and stores its rows, or its gradient if the weights are known.
+        """Run Trainer's own step on a micro-batch, and store its rows, or its gradient if the weights are known.
 
         Args:
             batch: As collated.
@@ -97,7 +97,7 @@ class Update:
 
     @contextmanager
     def measuring_unless_raised(self) -> Generator[None]:
-        """Restores the model if an error ends the update."""
+        """Restore the model if an error ends the update."""
         try:
             yield
         except BaseException:
@@ -105,14 +105,14 @@ class Update:
             raise
 
     def finish(self) -> None:
-        """Adds the update to `.grad`."""
+        """Add the update to `.grad`."""
         if not self.store.recorded and not self._descend():
             self._measure_again()
         if self.store.recorded:
             self._weigh()
 
     def _weigh(self) -> None:
-        """Weighs the recorded rows, and adds the update to `.grad`."""
+        """Weigh the recorded rows, and add the update to `.grad`."""
         start, recorded = time.perf_counter(), self.store.recorded
         table, jacobian = self.store.joined()
         rows = self._rows(jacobian)
@@ -143,7 +143,7 @@ class Update:
             accumulate(add_gradients(added(r.extra for r in recorded), self.trainable))
 
     def _second_pass(self, weights: Tensor) -> None:
-        """Computes the losses again, and descends their weighted sum; see `_weigh`."""
+        """Compute the losses again, and descend their weighted sum; see `_weigh`."""
         first, gradients = self._first_passes(), []
         with unchanged_streams(self.trainer.args.device):
             for passed, each in zip(first, self._by_micro_batch(weights, first), strict=True):
@@ -152,7 +152,7 @@ class Update:
         accumulate(add_gradients(added(gradients), self.trainable))
 
     def _second_pass_of_backend(self, weights: Tensor, usable: Tensor) -> None:
-        """Does the same with a backend that owns the backward pass, without instances of nonfinite gradients."""
+        """Do the same with a backend that owns the backward pass, without instances of nonfinite gradients."""
         first = self._first_passes()
         each = (self._by_micro_batch(values, first) for values in (weights, usable))
         losses = [partial(self._loss_again, *of_batch) for of_batch in zip(first, *each, strict=True)]
@@ -167,7 +167,7 @@ class Update:
         return again.shares.weighted(weights, again.members, rest=True)
 
     def _finite_instances(self, passed: Passed, usable: Tensor) -> Tensor | None:
-        """Returns the instances [B] (bool) whose loss and row are finite; None if all are."""
+        """Return the instances [B] (bool) whose loss and row are finite; None if all are."""
         segments = passed.members.segments
         broken = passed.table.counts.to(segments.device).bool() & ~usable.to(segments.device)
         out = ~passed.shares.finite.all(1)
@@ -179,11 +179,11 @@ class Update:
         return [recorded.passed for recorded in self.store.recorded if recorded.passed is not None]
 
     def _by_micro_batch(self, of_rows: Tensor, passed: Sequence[Passed]) -> Sequence[Tensor]:
-        """Splits the values of this process's rows [m] by micro-batch."""
+        """Split the values of this process's rows [m] by micro-batch."""
         return [of_rows] * len(passed) if self.kind.shared else of_rows.split([len(p.table) for p in passed])
 
     def _descend_now(self, passed: Passed) -> None:
-        """Descends a micro-batch of known weights, unless they depend on the other micro-batches' counts."""
+        """Descend a micro-batch of known weights, unless they depend on the other micro-batches' counts."""
         passed.shares.normalised = passed.shares.normalised and not self.jd.own_mean
         if passed.shares.normalised:
             self.gradients.append(self._gradient(passed, self._multipliers(passed.table), rest=True))
@@ -192,13 +192,13 @@ class Update:
         self.passed.append(passed)
 
     def _gradient(self, passed: Passed, weights: Tensor, rest: bool) -> dict[nn.Parameter, Tensor]:
-        """Returns the gradient of the weighted sum of a micro-batch's objectives, and frees the graph."""
+        """Return the gradient of the weighted sum of a micro-batch's objectives, and free the graph."""
         gradient = self.backend.gradient(passed.shares.weighted(weights, passed.members, rest))
         passed.shares.release()
         return gradient if passed.table.counts.any() else {}
 
     def _descend(self) -> bool:
-        """Adds the gradient of losses of known weights to `.grad`; returns False if it isn't finite."""
+        """Add the gradient of losses of known weights to `.grad`; return False if it isn't finite."""
         first = self.passed[0].shares
         table = (ObjectiveTable.added if self.kind.shared else ObjectiveTable.cat)([p.table for p in self.passed])
         rows = self._rows(None)
@@ -219,14 +219,14 @@ class Update:
         return True
 
     def _measure_again(self) -> None:
-        """Records the rows of micro-batches whose plain gradient wasn't finite."""
+        """Record the rows of micro-batches whose plain gradient wasn't finite."""
         with unchanged_streams(self.trainer.args.device):
             for passed in self.passed:
                 recorded = self.recorder.rows(self.recorder.again(passed, self.recorder.model))
                 self.store.add(recorded._replace(broken=torch.maximum(recorded.broken, passed.broken)))
 
     def _log_of_sums(self, objectives: Objectives, rows: LocalRows) -> None:
-        """Makes Trainer log this process's part of losses that are only divided at the end of the update."""
+        """Make Trainer log this process's part of losses that are only divided at the end of the update."""
         if objectives.normalised or self.jd.own_mean or self.recorder.has_rest:
             return
         each = self._mean_weights(objectives) * objectives.table.losses
@@ -234,7 +234,7 @@ class Update:
         self.logged = each[rows.local][objectives.usable[rows.local]].sum() * (1 if together else process_count())
 
     def weigh_apart(self) -> None:
-        """Weighs each micro-batch separately from now on: rows that don't fit won't fit later."""
+        """Weigh each micro-batch separately from now on: rows that don't fit won't fit later."""
         if not self.trainer.jd_apart:
             logger.warning(
                 "The rows of all micro-batches of an update are too many for --jd_keep_rows "
@@ -243,7 +243,7 @@ class Update:
         self.trainer.jd_apart = True
 
     def _rows(self, jacobian: Any) -> LocalRows:
-        """Returns this process's share of the rows to weigh together."""
+        """Return this process's share of the rows to weigh together."""
         kind = LocalRows if self.alone or process_count() == 1 else AddedRows if self.kind.shared else GatheredRows
         return kind(jacobian, self.trainable, self.blocks)
 
@@ -268,11 +268,11 @@ class Update:
         return multipliers(table, self._settings(), multiplier)
 
     def _mean_weights(self, objectives: Objectives) -> Tensor:
-        """Returns the weights [M] of the rows in the mean of the objectives."""
+        """Return the weights [M] of the rows in the mean of the objectives."""
         return objectives.factors * self._share(objectives) / objectives.number
 
     def _share(self, objectives: Objectives) -> float:
-        """Returns the share of this update in the whole, unless the losses already include it."""
+        """Return the share of this update in the whole, unless the losses already include it."""
         alone = self.alone and not objectives.normalised
         return 1 / (self.trainer.current_gradient_accumulation_steps * process_count()) if alone else 1.0
 
@@ -282,7 +282,7 @@ class Update:
         self.trainer.jd_metrics.add(Metrics(keys, price))
 
     def _count_broken(self, instances: Tensor, objectives: Objectives) -> Tensor:
-        """Counts instances and objectives that are left out because they aren't finite; the same on all processes."""
+        """Count instances and objectives that are left out because they aren't finite; the same on all processes."""
         rows = objectives.broken.sum()
         broken = add_over_processes(instances + rows) if self.alone else add_over_processes(instances) + rows
         self.trainer.jd_metrics.add(Metrics(("jd/non_finite",), broken.double()[None]))
@@ -292,7 +292,7 @@ class Update:
         return broken
 
     def _report(self, objectives: Objectives) -> None:
-        """Logs the objectives with a finite loss, but a row that isn't finite."""
+        """Log the objectives with a finite loss, but a row that isn't finite."""
         for k in objectives.broken.nonzero().flatten().tolist():
             group = int(objectives.table.groups[k])
             named = f" (group `{self.trainer.group_name(group)}`)" if group >= 0 else ""
@@ -300,7 +300,7 @@ class Update:
             logger.warning(f"Update {step}: the row of objective {k}{named} isn't finite, and is left out.")
 
     def _present_groups(self) -> Tensor | None:
-        """Returns the sorted ids [G] of the groups that are weighed together; None without a group column."""
+        """Return the sorted ids [G] of the groups that are weighed together; None without a group column."""
         column = self.jd.jd_group_column
         if column is None:
             return None
@@ -323,7 +323,7 @@ class Update:
         return ids if self.alone else gather_uneven(ids)[0].unique()
 
     def _rows_fit(self) -> bool:
-        """Whether rows fit; otherwise they are stored as the layers' inputs and gradients, if those are smaller."""
+        """Return whether rows fit; if not, the layers' inputs and gradients are stored instead, where smaller."""
         if self.budget is None:
             return self.jd.keep_rows() is True
         instances = sum(row_count(batch) or 1 for batch in self.batches)

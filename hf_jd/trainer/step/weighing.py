@@ -73,7 +73,7 @@ class StepResult(NamedTuple):
 
 
 def weigh(gramians: Tensor, objectives: Objectives, settings: StepSettings) -> StepResult:
-    """Computes the weights of an update's rows, separately in each block of parameters.
+    """Compute the weights of an update's rows, separately in each block of parameters.
 
     A row times a factor f_k is its objective's row; f_k is negative for a loss that is raised. With D = diag(f) and w
     the weights for the objectives' Gramian D G D, the rows have the weights D w.
@@ -112,12 +112,12 @@ def weigh(gramians: Tensor, objectives: Objectives, settings: StepSettings) -> S
 
 
 def _means(table: ObjectiveTable) -> Tensor | None:
-    """Returns the losses per token [m]; None if values are unknown."""
+    """Return the losses per token [m]; None if values are unknown."""
     return None if table.sums.isnan().all() else table.means
 
 
 def _names(table: ObjectiveTable, whole: int | None, settings: StepSettings) -> list[str]:
-    """Returns the objectives' names: groups or losses, or the positions of instances in the update."""
+    """Return the objectives' names: groups or losses, or the positions of instances in the update."""
     kind, losses, seen, names = settings.kind, settings.losses, Counter[int](), []
     for group, name in zip(table.groups.tolist(), table.names.tolist(), strict=True):
         if kind.shared and group >= 0:
@@ -131,7 +131,7 @@ def _names(table: ObjectiveTable, whole: int | None, settings: StepSettings) -> 
 
 
 def _labels(table: ObjectiveTable, settings: StepSettings) -> list[tuple[Tensor, dict[int, str]]]:
-    """Returns the labels for logs: the ids [M] of groups, and of losses if there are several, with their names."""
+    """Return the labels for logs: the ids [M] of groups, and of losses if there are several, with their names."""
     labels = [(table.groups, {k: settings.group_name(k) for k in table.groups.unique().tolist() if k >= 0})]
     if len(settings.losses) > 1:
         labels.append((table.names, dict(enumerate(settings.losses))))
@@ -139,14 +139,14 @@ def _labels(table: ObjectiveTable, settings: StepSettings) -> list[tuple[Tensor,
 
 
 def plain_metrics(table: ObjectiveTable, settings: StepSettings) -> list[Metrics]:
-    """Returns the losses by group and by name, for an update that isn't weighed."""
+    """Return the losses by group and by name, for an update that isn't weighed."""
     if _means(table) is None:
         return []
     return [loss_metrics(table.means, table.counts, ids, label) for ids, label in _labels(table, settings)]
 
 
 def multipliers(table: ObjectiveTable, settings: StepSettings, last: Callable[[str], float]) -> Tensor:
-    """Returns c [M], float64, for an update that isn't measured: last weights over the mean's, with signs.
+    """Return c [M], float64, for an update that isn't measured: last weights over the mean's, with signs.
 
     Args:
         table: The objectives.
@@ -160,7 +160,7 @@ def multipliers(table: ObjectiveTable, settings: StepSettings, last: Callable[[s
 
 
 def signs(groups: Tensor, settings: StepSettings) -> Tensor:
-    """Returns -1 for objectives whose groups [M] have their loss raised, 1 for the others: [M]."""
+    """Return -1 for objectives whose groups [M] have their loss raised, 1 for the others: [M]."""
     if not settings.raised:
         return torch.ones(len(groups), dtype=torch.float64, device=groups.device)
     raised = [k >= 0 and settings.group_name(k) in settings.raised for k in groups.tolist()]
@@ -168,7 +168,7 @@ def signs(groups: Tensor, settings: StepSettings) -> Tensor:
 
 
 def call_weighting(weighting: Any, gramian: Tensor, losses: Tensor, names: Sequence[str] | None) -> Tensor:
-    """Computes W(G) [m], float64, with a weighting of `hf_jd.weighting` or any other callable.
+    """Compute W(G) [m], float64, with a weighting of `hf_jd.weighting` or any other callable.
 
     Args:
         weighting: The callable.

@@ -1,4 +1,4 @@
-"""Which cotangents, and how few of them, span those of every reward?
+"""Find the fewest cotangents that span the cotangents of every reward.
 
 On-policy, the rewards' cotangents are multiples of each other within each completion: the rows of the completions, from
 one backward pass, give the rows of any number of rewards. Where clipping treats good and bad completions differently,
@@ -32,7 +32,7 @@ class Direction(NamedTuple):
 
 
 def directions(parts: Sequence[Sequence[Tensor]], advantages: Tensor, noise: Sequence[Tensor]) -> list[Direction]:
-    """Finds as few cotangents per completion as span every objective's: one, or two by the sign of the advantage.
+    """Find as few cotangents per completion as span every objective's: one, or two by the sign of the advantage.
 
     Args:
         parts: K objectives' cotangents at each output, [B, ...].
@@ -69,7 +69,7 @@ def directions(parts: Sequence[Sequence[Tensor]], advantages: Tensor, noise: Seq
 
 
 def _unit(stacked: Sequence[Tensor], advantages: Tensor, sign: int) -> list[Tensor]:
-    """Returns each completion's cotangent per unit of advantage of one sign, from its largest advantage; else 0."""
+    """Return each completion's cotangent per unit of advantage of one sign, from its largest advantage; else 0."""
     largest, which = (sign * advantages).max(1)
     rows = torch.arange(len(which), device=which.device)
     scale = torch.where(largest > 0, sign / largest.clamp(min=torch.finfo(largest.dtype).tiny), 0)
@@ -77,7 +77,7 @@ def _unit(stacked: Sequence[Tensor], advantages: Tensor, sign: int) -> list[Tens
 
 
 def _tolerance(stacked: Tensor, noise: Tensor) -> Tensor:
-    """Returns the rounding error [B, 1, ...] of each completion's cotangents [K, B, ...]."""
+    """Return the rounding error [B, 1, ...] of each completion's cotangents [K, B, ...]."""
     size = stacked.abs().amax(0) + noise.abs()
     size = size.flatten(1).amax(1) if size[0].numel() else size.new_zeros(len(size))
     return wide(ROUNDING * torch.finfo(stacked.dtype).eps * size, noise)

@@ -1,7 +1,7 @@
-"""TRL's trainers that generate completions: groups and rewards travel with these.
+"""TRL's trainers that generate completions, with groups and rewards attached to the completions.
 
-Their batches are lists of prompts. A prompt's group and rewards are added when TRL has scored its completions, so that
-they pass through TRL's own shuffling and splitting, over accumulation, `steps_per_generation` and `num_iterations`.
+Their batches are lists of prompts. Groups and rewards are added once TRL has scored the completions, so that they pass
+through TRL's own shuffling and splitting, over accumulation, `steps_per_generation` and `num_iterations`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class GeneratingMixin(JDTrainerMixin):
     beta: float
 
     def objective_names(self) -> list[str] | None:
-        """Returns the names of all objectives, if known before training."""
+        """Return the names of all objectives, if known before training."""
         if not self.jd_args.kind.of_rewards:
             return super().objective_names()
         return [*self.reward_func_names, *(["kl"] if self.kl_is_objective else [])]
@@ -66,7 +66,7 @@ class GeneratingMixin(JDTrainerMixin):
         return getattr(self.args, "jd_kl", "mean") == "objective"
 
     def follow_flags(self) -> None:
-        """Makes what the flags decide; see JDTrainerMixin."""
+        """Apply the flags; see JDTrainerMixin."""
         super().follow_flags()
         if isinstance(self.data_collator, GroupCollator):
             self.data_collator = self.data_collator.collator  # The batches are lists, which hold no tensors.
@@ -83,7 +83,7 @@ class GeneratingMixin(JDTrainerMixin):
             _check_rewards(self)
 
     def advantages_by_reward(self, rewards: Tensor, total: Tensor) -> Tensor:
-        """Computes each reward's own advantages, with a last column for the divergence if TRL makes that a reward.
+        """Compute each reward's own advantages, with a last column for the divergence if TRL makes that a reward.
 
         Args:
             rewards: [N, K] of all processes' completions, NaN where a function returned None.
@@ -97,11 +97,11 @@ class GeneratingMixin(JDTrainerMixin):
         return NamedRecorder if self.jd_args.kind.of_rewards else Recorder
 
     def named_losses(self, loss: Tensor) -> RewardLosses:
-        """Splits the loss of the last batch by reward."""
+        """Split the loss of the last batch by reward."""
         return RewardLosses(self, loss)
 
     def groups_before(self, batch: Any) -> Tensor | None:
-        """Returns all groups' ids: a batch's groups are unknown until TRL has shuffled its completions."""
+        """Return all groups' ids: a batch's groups are unknown until TRL has shuffled its completions."""
         if self.jd_group_names is None:
             raise ValueError("A stream's groups of prompts can't be known in advance: list them with --jd_groups.")
         return torch.arange(len(self.jd_group_names))
@@ -139,7 +139,7 @@ class GeneratingMixin(JDTrainerMixin):
         return ids
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Computes TRL's own loss; in training, stores what is needed to split it."""
+        """Compute TRL's own loss; in training, store what is needed to split it."""
         training = model.training and isinstance(inputs, Mapping)
         self.jd_groups_of_batch = inputs.get(GROUP_KEY) if training else None
         if not training or ADVANTAGES_KEY not in inputs:
@@ -157,7 +157,7 @@ class GeneratingMixin(JDTrainerMixin):
         return logps
 
     def take_policy(self) -> PolicyLoss:
-        """Returns the loss of the last batch, once.
+        """Return the loss of the last batch, once.
 
         Raises:
             ValueError: The trainer computes its loss without TRL's method.
@@ -173,7 +173,7 @@ class GeneratingMixin(JDTrainerMixin):
 
 
 def _check_rewards(trainer: GeneratingMixin) -> None:
-    """Raises a ValueError for rewards that can't be objectives; warns if there is only one."""
+    """Raise a ValueError for rewards that can't be objectives; warn if there is only one."""
     names = trainer.reward_func_names
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -25,7 +25,7 @@ class LossTypesMixin(JDTrainerMixin):
     loss_weights: list[Any]
 
     def follow_flags(self) -> None:
-        """Makes what the flags decide; see JDTrainerMixin."""
+        """Apply the flags; see JDTrainerMixin."""
         super().follow_flags()
         self.jd_loss_weights: list[Tensor] = []
         if self.jd_args.jd_objectives == "loss" and len(set(self.loss_types)) < 2:
@@ -45,7 +45,7 @@ class LossTypesMixin(JDTrainerMixin):
         return NamedRecorder if self.tells_losses_apart else Recorder
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Computes TRL's own loss, with weights that require a gradient if its parts are objectives in training."""
+        """Compute TRL's own loss, with weights that require a gradient if its parts are objectives in training."""
         if not (self.tells_losses_apart and model.training):
             return super().compute_loss(model, inputs, *args, **kwargs)
         plain = self.loss_weights
@@ -57,7 +57,7 @@ class LossTypesMixin(JDTrainerMixin):
             self.loss_weights = plain
 
     def named_losses(self, loss: Tensor) -> LossTypes:
-        """Splits the loss of the last batch by the trainer's list."""
+        """Split the loss of the last batch by the trainer's list."""
         return LossTypes(self, loss)
 
 
@@ -78,7 +78,7 @@ class LossTypes(NamedLosses):
         self.names, self.counts, self.broken = trainer.loss_types, finite.long(), (~finite).sum()
 
     def rows(self, recorder: NamedRecorder) -> tuple[Jacobian, dict[nn.Parameter, Tensor]]:
-        """Forms the rows [K, n] of the losses; a router's balancing loss joins the mean."""
+        """Form the rows [K, n] of the losses; a router's balancing loss joins the mean."""
         extra = {}
         if getattr(self._trainer, "aux_loss_enabled", False):
             extra = self._trainer.engine().gradients(self._loss - torch.stack(self._losses).sum())
@@ -90,5 +90,5 @@ class LossTypes(NamedLosses):
         return self._loss + ((weights.to(each) - 1) * each).sum()
 
     def release(self) -> None:
-        """Frees the graph."""
+        """Free the graph."""
         del self._loss, self._losses

@@ -49,7 +49,7 @@ class PolicyLoss:
         self.loss: Tensor | None = None
 
     def keep(self, outputs: Sequence[Any], loss: Tensor) -> None:
-        """Stores the inputs of the loss, and the loss as TRL computed it.
+        """Store the inputs of the loss, and the loss as TRL computed it.
 
         Args:
             outputs: Log-probabilities [B, T], entropies [B, T], and a router's loss []; all but the first may be None.
@@ -62,7 +62,7 @@ class PolicyLoss:
         self.outputs, self._leaves = [t for t, _ in pairs], [leaf for _, leaf in pairs]
 
     def gradients(self, advantages: Tensor, **settings: Any) -> list[Tensor]:
-        """Computes the gradient at each output with other advantages [B], and `settings` as the trainer's attributes.
+        """Compute the gradient at each output with other advantages [B], and `settings` as the trainer's attributes.
 
         Raises:
             ValueError: The loss doesn't depend on the log-probabilities that TRL's own method returns.
@@ -72,12 +72,12 @@ class PolicyLoss:
         with torch.enable_grad():
             loss = twin._compute_loss(self._model, {**self._inputs, "advantages": advantages})
         if not loss.requires_grad:
-            raise ValueError(_past_the_method(self._twin))
+            raise ValueError(_bypass_message(self._twin))
         gradients = torch.autograd.grad(loss, self._leaves, allow_unused=True)
         return [torch.zeros_like(t) if g is None else g for t, g in zip(self._leaves, gradients, strict=True)]
 
     def prove(self) -> None:
-        """Compares the repeated evaluation with the loss that TRL computed, and frees the latter.
+        """Compare the repeated evaluation with the loss that TRL computed, and free the latter.
 
         Raises:
             ValueError: The gradients differ, or the loss depends on the model in other ways.
@@ -89,7 +89,7 @@ class PolicyLoss:
         for output, gradient in zip(self.outputs, again, strict=True):
             first = by_output.get(id(output), torch.zeros_like(output))
             if rest is not None or not torch.allclose(first, gradient, rtol=1e-3, atol=1e-3 * float(first.abs().max())):
-                raise ValueError(_past_the_method(self._twin))
+                raise ValueError(_bypass_message(self._twin))
 
 
 class _Alone:
@@ -107,7 +107,7 @@ class _Alone:
     gather_for_metrics = reduce = gather
 
 
-def _past_the_method(trainer: Any) -> str:
+def _bypass_message(trainer: Any) -> str:
     return (
         f"The loss of {type(trainer).__name__}, evaluated again on the log-probabilities of "
         "`_get_per_token_logps_and_entropies`, is different: it draws random numbers or reads the model outside that "
@@ -133,7 +133,7 @@ class RewardLosses(NamedLosses):
         finite = torch.stack([c.flatten(1).isfinite().all(1) for c in every]).all(0)
 
         def whole(gradients: list[Tensor]) -> list[Tensor]:
-            return [_where(finite, c * factor.to(c.dtype)) for c in gradients]
+            return [_masked(finite, c * factor.to(c.dtype)) for c in gradients]
 
         if trainer.jd_args.jd_check and not trainer.jd_proved and bool(finite.all()):
             policy.prove()
@@ -145,7 +145,7 @@ class RewardLosses(NamedLosses):
         self.counts = torch.cat([(self._advantages != 0).sum(0), *[finite.sum()[None] for _ in apart]])
 
     def rows(self, recorder: NamedRecorder) -> tuple[Jacobian, dict[nn.Parameter, Tensor]]:
-        """Forms the rows [K, n] of the rewards, and of the divergence if that is an objective; see `directions`."""
+        """Form the rows [K, n] of the rewards, and of the divergence if that is an objective; see `directions`."""
         extra = {}
         if any(bool(c.any()) for c in self._rest):
             extra = self._trainer.engine().gradients(scalar(self._outputs, self._rest))
@@ -160,11 +160,11 @@ class RewardLosses(NamedLosses):
         return scalar(self._outputs, total)
 
     def release(self) -> None:
-        """Frees the graph."""
+        """Free the graph."""
         del self._outputs, self._rewards, self._apart, self._rest, self._noise
 
     def _rows_by_reward(self, recorder: NamedRecorder) -> Jacobian:
-        """Forms the rows [K, n] of the rewards with the fewest backward passes, and logs their number."""
+        """Form the rows [K, n] of the rewards with the fewest backward passes, and log their number."""
         count = len(self._rewards)
         common = directions(self._rewards, self._advantages, self._noise)
         passes = len(common) if 0 < len(common) < count else count
@@ -175,7 +175,7 @@ class RewardLosses(NamedLosses):
         return rows[0] if passes == 1 else rows[0] + rows[1]
 
     def _rows_along(self, recorder: NamedRecorder, direction: Direction, last: bool) -> Jacobian:
-        """Forms the objectives' rows as weighted sums of completions' rows, with one backward pass."""
+        """Form the objectives' rows as weighted sums of completions' rows, with one backward pass."""
         membership = direction.membership
         some = (membership != 0).any(0)
         if not some.any():
@@ -191,7 +191,7 @@ class RewardLosses(NamedLosses):
 def _by_reward(
     policy: PolicyLoss, kl_is_objective: bool
 ) -> tuple[list[list[Tensor]], list[list[Tensor]], list[Tensor], list[Tensor]]:
-    """Evaluates TRL's loss with each reward's advantages, and without any.
+    """Evaluate TRL's loss with each reward's advantages, and without any.
 
     Returns:
         The cotangents at each output [B, ...]: of each reward; of the divergence, if that is an objective; of the part
@@ -199,7 +199,7 @@ def _by_reward(
     """
     zero = torch.zeros_like(policy.advantages[:, 0])
     base = policy.gradients(zero)
-    rewards = [_less(policy.gradients(column), base) for column in policy.advantages.T]
+    rewards = [_subtracted(policy.gradients(column), base) for column in policy.advantages.T]
     if len(rewards) > len(policy.names):  # RLOO's divergence is a reward.
         *rewards, kl = rewards
         if kl_is_objective:
@@ -207,21 +207,21 @@ def _by_reward(
         return rewards, [], [b + c for b, c in zip(base, kl, strict=True)], base
     if kl_is_objective:
         rest = policy.gradients(zero, beta=0.0)
-        return rewards, [_less(base, rest)], rest, base
+        return rewards, [_subtracted(base, rest)], rest, base
     return rewards, [], base, base
 
 
-def _less(gradients: list[Tensor], base: list[Tensor]) -> list[Tensor]:
+def _subtracted(gradients: list[Tensor], base: list[Tensor]) -> list[Tensor]:
     return [g - b for g, b in zip(gradients, base, strict=True)]
 
 
-def _where(finite: Tensor, gradient: Tensor) -> Tensor:
-    """A cotangent [B, ...] with zeros where its completion's isn't finite."""
+def _masked(finite: Tensor, gradient: Tensor) -> Tensor:
+    """Return a cotangent [B, ...] with zeros for completions whose own isn't finite."""
     return torch.where(wide(finite, gradient), gradient, 0) if gradient.dim() else gradient
 
 
 def scalar(outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
-    """Returns a scalar whose gradient is the pullback of the cotangents; its value is 0."""
+    """Return a scalar whose gradient is the pullback of the cotangents; its value is 0."""
     parts = []
     for output, gradient in zip(outputs, gradients, strict=True):
         ids = torch.zeros(output.shape[:1], dtype=torch.int64, device=output.device)

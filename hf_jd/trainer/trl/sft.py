@@ -57,14 +57,14 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
         super().__init__(*args, **kwargs)
 
     def follow_flags(self) -> None:
-        """Makes what the flags decide; see JDTrainerMixin."""
+        """Apply the flags; see JDTrainerMixin."""
         _check_packing(self.args)
         super().follow_flags()
 
     def _prepare_dataset(
         self, dataset: Any, processing_class: Any, args: Any, packing: bool, formatting_func: Any, dataset_name: str
     ) -> Any:
-        """Prepares a dataset like TRL; in packed rows, keeps the documents' groups, which TRL drops."""
+        """Prepare a dataset like TRL; in packed rows, keep the documents' groups, which TRL drops."""
         column = args.jd_group_column if packing else None
         if column is not None and dataset_name == "train":
             group_names(dataset, column)  # checks the column while errors can still name the row
@@ -80,7 +80,7 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
         return packed.shuffle(seed=args.seed) if args.shuffle_dataset else packed
 
     def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Computes TRL's own loss; if the head is trained, from logits, as with a `compute_loss_func`."""
+        """Compute TRL's own loss; if the head is trained, from logits, as with a `compute_loss_func`."""
         if not model.training or self.jd_loss_func is not None or not self._trains_head():
             return super().compute_loss(model, inputs, *args, **kwargs)
         self.compute_loss_func = self._loss_of_logits
@@ -96,7 +96,7 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
         return not replaced and self.jd_loss_func is None and overridden(self) == "compute_loss"
 
     def read_losses(self, outputs: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Reads the tokens' losses according to TRL's `loss_type`, with or without logits; see JDTrainerMixin."""
+        """Read the tokens' losses according to TRL's `loss_type`, with or without logits; see JDTrainerMixin."""
         if outputs.get("log_probs") is not None:
             losses, counted = -outputs["log_probs"], outputs["label_mask"]
         else:
@@ -110,7 +110,7 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
         return self.args.label_smoothing_factor if self.args.loss_type == "nll" else 0.0
 
     def _trains_head(self) -> bool:
-        """Whether TRL would read a trained weight without a tap; warns once about the cost of logits."""
+        """Return whether TRL would read a trained weight without a tap; warn once about the cost of logits."""
         if self.label_smoother is not None and self.args.loss_type == "nll":
             return False  # TRL computes logits anyway
         core = bare(self.model)
@@ -125,7 +125,7 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
         return trained
 
     def _loss_of_logits(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        """Computes TRL's loss of a batch from the logits, instead of its fused loss."""
+        """Compute TRL's loss of a batch from the logits, instead of its fused loss."""
         losses, counted = self.read_losses(outputs, {"labels": labels})
         shared = num_items_in_batch is not None
         divide_by = torch.as_tensor(num_items_in_batch if shared else counted.sum()).clamp(min=1)
@@ -139,7 +139,7 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
 
 
 def _check_packing(args: JDSFTConfig) -> None:
-    """Raises a ValueError for flags that need one group per row, if rows pack several examples."""
+    """Raise a ValueError for flags that need one group per row, if rows pack several examples."""
     if args.packing and args.jd_group_column is not None and args.packing_strategy == "wrapped":
         raise ValueError(
             f"--packing_strategy wrapped cuts documents anywhere, so no row has one group of the column "

@@ -99,7 +99,7 @@ class JDRLOOTrainer(GeneratingMixin, RLOOTrainer):
     """
 
     def follow_flags(self) -> None:
-        """Makes what the flags decide; see JDTrainerMixin."""
+        """Apply the flags; see JDTrainerMixin."""
         super().follow_flags()
         separate = self.beta and self.jd_args.kind.of_rewards and len(self.reward_func_names) > 1
         if separate and (self.normalize_advantages or self.reward_clip_range):
@@ -126,12 +126,12 @@ class JDRLOOTrainer(GeneratingMixin, RLOOTrainer):
         return torch.cat([_scored(advantages), divergence], dim=1)
 
     def _leave_one_out(self, rewards: Tensor) -> Tensor:
-        """Returns rewards [N, K] minus the mean of the others for the same prompt."""
+        """Return rewards [N, K] minus the mean of the others for the same prompt."""
         groups = rewards.view(-1, self.num_generations, rewards.shape[1])
         others = (~groups.isnan()).sum(dim=1, keepdim=True) - 1
         return (groups - (groups.nansum(dim=1, keepdim=True) - groups) / others).view_as(rewards)
 
 
 def _scored(advantages: Tensor) -> Tensor:
-    """Returns advantages with 0 where there is no reward, or none to compare it with."""
+    """Return advantages with 0 where there is no reward, or none to compare it with."""
     return advantages.nan_to_num(nan=0.0)
