@@ -75,7 +75,8 @@ def recalls(prediction: EvalPrediction) -> dict[str, float]:
     """Compute each class's recall, and their mean."""
     right = np.asarray(prediction.predictions).argmax(-1) == prediction.label_ids
     by_class = {name: float(right[prediction.label_ids == i].mean()) for i, name in enumerate(CLASSES)}
-    return {f"recall_{name}": recall for name, recall in by_class.items()} | {"recall": sum(by_class.values()) / len(by_class)}
+    mean = sum(by_class.values()) / len(by_class)
+    return {f"recall_{name}": recall for name, recall in by_class.items()} | {"recall": mean}
 
 
 if __name__ == "__main__":

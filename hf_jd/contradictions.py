@@ -123,5 +123,5 @@ def _check_schedule(args: JDArguments, mean: bool, name: str) -> None:
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return names as messages list them."""
+    """Format names for a message: in backticks, separated by commas."""
     return ", ".join(f"`{name}`" for name in names)

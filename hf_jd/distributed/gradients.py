@@ -15,7 +15,7 @@ from hf_jd.distributed.columns import Bucket, buckets, local_shard, offsets, sha
 from hf_jd.distributed.processes import add_over_processes, process_count, rank
 
 
-class Sent(NamedTuple):
+class Transfer(NamedTuple):
     """A collective call in progress.
 
     Attributes:
@@ -31,9 +31,9 @@ class Sent(NamedTuple):
     buffer: Tensor
 
 
-def in_turn(sent: Iterable[Sent]) -> Iterator[tuple[Bucket, Tensor]]:
+def in_turn(sent: Iterable[Transfer]) -> Iterator[tuple[Bucket, Tensor]]:
     """Yield results as they arrive, while the next bucket is packed and sent: two are in memory at a time."""
-    pending: deque[Sent] = deque()
+    pending: deque[Transfer] = deque()
     for item in sent:
         pending.append(item)
         if len(pending) > 1:
@@ -42,7 +42,7 @@ def in_turn(sent: Iterable[Sent]) -> Iterator[tuple[Bucket, Tensor]]:
         yield _arrived(pending.popleft())
 
 
-def _arrived(sent: Sent) -> tuple[Bucket, Tensor]:
+def _arrived(sent: Transfer) -> tuple[Bucket, Tensor]:
     if sent.work is not None:
         sent.work.wait()
     return sent.bucket, sent.tensor
@@ -80,7 +80,7 @@ def add_gradients(
     return total.by_parameter()
 
 
-def _send_sum(bucket: Bucket, gradients: dict[nn.Parameter, Tensor]) -> Sent:
+def _send_sum(bucket: Bucket, gradients: dict[nn.Parameter, Tensor]) -> Transfer:
     """Start summing a bucket over processes: [W, columns] of all parts, or [columns] of this process's part."""
     flat = bucket.zeros(len(bucket.parts))
     for part, values in zip(bucket.parts, flat, strict=True):
@@ -88,11 +88,11 @@ def _send_sum(bucket: Bucket, gradients: dict[nn.Parameter, Tensor]) -> Sent:
             if p in gradients:
                 values[where] = gradients[p].reshape(-1)[start:stop]
     if process_count() == 1:
-        return Sent(bucket, flat[0] if bucket.sharded else flat, None, flat)
+        return Transfer(bucket, flat[0] if bucket.sharded else flat, None, flat)
     if bucket.sharded:
         received = torch.empty_like(flat[0])
-        return Sent(bucket, received, reduce_scatter_single(received, flat.view(-1), async_op=True), flat)
-    return Sent(bucket, flat, distributed.all_reduce(flat, async_op=True), flat)
+        return Transfer(bucket, received, reduce_scatter_single(received, flat.view(-1), async_op=True), flat)
+    return Transfer(bucket, flat, distributed.all_reduce(flat, async_op=True), flat)
 
 
 class Gradients:

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from hf_jd._compat import all_gather_single, reduce_scatter_single
 from hf_jd.distributed.columns import Bucket, Piece, buckets, by_block, offsets
-from hf_jd.distributed.gradients import Gradients, Sent, add_gradients, flagged, in_turn, used_flags
+from hf_jd.distributed.gradients import Gradients, Transfer, add_gradients, flagged, in_turn, used_flags
 from hf_jd.distributed.processes import add_over_processes, gather, gather_uneven, process_count, rank
 from hf_jd.gramian import Jacobian
 from hf_jd.gramian.blocks import places_of
@@ -125,7 +125,7 @@ class GatheredRows(LocalRows):
         cut = buckets(self._used, process_count(), max(self._lengths))
         return self._gramians_of(sum(self._lengths), in_turn(map(self._exchange, cut)))
 
-    def _exchange(self, bucket: Bucket) -> Sent:
+    def _exchange(self, bucket: Bucket) -> Transfer:
         """Send the rows [m_r, C] of this process by columns, and receive the rows [M, C / W] of all processes."""
         local, width = self._lengths[rank()], bucket.widths[rank()]
         sizes = [local * w for w in bucket.widths]
@@ -135,7 +135,7 @@ class GatheredRows(LocalRows):
         rows = flat.new_empty(sum(self._lengths), width)
         received = [m * width for m in self._lengths]
         work = distributed.all_to_all_single(rows.view(-1), flat, received, sizes, async_op=True)
-        return Sent(bucket, rows, work, flat)
+        return Transfer(bucket, rows, work, flat)
 
 
 class AddedRows(LocalRows):
@@ -178,7 +178,7 @@ class AddedRows(LocalRows):
             self._sums.append((bucket, self._summed(bucket, received)))
             yield self._sums[-1]
 
-    def _exchange(self, bucket: Bucket) -> Sent:
+    def _exchange(self, bucket: Bucket) -> Transfer:
         """Send the rows [K, C] of this process by columns; `_summed` reads the result."""
         if bucket.device.type in SUMMED_HERE:
             return self._send_parts(bucket)
@@ -186,9 +186,9 @@ class AddedRows(LocalRows):
         for part, packed in zip(bucket.parts, flat, strict=True):
             self._pack(part, packed)
         sums = torch.empty_like(flat[0])
-        return Sent(bucket, sums, reduce_scatter_single(sums.view(-1), flat.view(-1), async_op=True), flat)
+        return Transfer(bucket, sums, reduce_scatter_single(sums.view(-1), flat.view(-1), async_op=True), flat)
 
-    def _send_parts(self, bucket: Bucket) -> Sent:
+    def _send_parts(self, bucket: Bucket) -> Transfer:
         """Send each process its part, and receive the others' rows [W - 1, K, C / W] of this process's part."""
         k, widths = self._objectives, bucket.widths
         sizes = [0 if q == rank() else k * width for q, width in enumerate(widths)]
@@ -199,7 +199,7 @@ class AddedRows(LocalRows):
         rows = flat.new_empty(process_count() - 1, k, widths[rank()])
         received = [0 if q == rank() else rows[0].numel() for q in range(process_count())]
         work = distributed.all_to_all_single(rows.view(-1), flat, received, sizes, async_op=True)
-        return Sent(bucket, rows, work, flat)
+        return Transfer(bucket, rows, work, flat)
 
     def _summed(self, bucket: Bucket, received: Tensor) -> Tensor:
         """Return the sums [K, C / W] over all processes: as received, or the others' rows plus this process's."""
@@ -212,7 +212,7 @@ class AddedRows(LocalRows):
                     sums[:, where] += self.jacobian.columns(p, start, stop)
         return sums
 
-    def _weigh(self, bucket: Bucket, sums: Tensor, weights: Tensor, usable: Tensor) -> Sent:
+    def _weigh(self, bucket: Bucket, sums: Tensor, weights: Tensor, usable: Tensor) -> Transfer:
         """Compute this process's columns of the update; gather all columns if the parameters are whole."""
         if not usable.all():
             weights, sums = weights[:, usable], sums[usable]
@@ -220,7 +220,7 @@ class AddedRows(LocalRows):
         for place, where in by_block(bucket.parts[rank()], self._places):
             local[where] = combine(weights[place], sums[:, where])
         if bucket.sharded:
-            return Sent(bucket, local, None, local)
+            return Transfer(bucket, local, None, local)
         local = functional.pad(local, (0, max(bucket.widths) - len(local)))  # A gather needs parts of equal length.
         columns = local.new_empty(process_count(), len(local))
-        return Sent(bucket, columns, all_gather_single(columns.view(-1), local, async_op=True), local)
+        return Transfer(bucket, columns, all_gather_single(columns.view(-1), local, async_op=True), local)

@@ -36,7 +36,7 @@ class AlignedMTLWeighting(PreferenceWeighting):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.scale_mode not in get_args(ScaleMode):
-            raise ValueError(f"scale_mode is one of {', '.join(get_args(ScaleMode))}, not {self.scale_mode!r}.")
+            raise ValueError(f"scale_mode is {self.scale_mode!r}; choose one of {', '.join(get_args(ScaleMode))}.")
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
         """Compute w = sigma (G^+)^(1/2) p, [m]; p itself where all rows are zero."""

@@ -46,7 +46,7 @@ class CAGradWeighting(PreferenceWeighting):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.c >= 0:
-            raise ValueError(f"c is 0 or more; it is {self.c}.")
+            raise ValueError(f"c is {self.c}; give 0 or more.")
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
         """Compute p + c |g_0| / |g_w| w, [m]."""

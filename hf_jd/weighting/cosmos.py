@@ -36,7 +36,7 @@ class COSMOSWeighting(LossWeighting):
 
     def __post_init__(self) -> None:
         if not self.lambda_ >= 0:
-            raise ValueError(f"lambda_ is 0 or more; it is {self.lambda_}.")
+            raise ValueError(f"lambda_ is {self.lambda_}; give 0 or more.")
         if self.weights is not None:
             object.__setattr__(self, "weights", checked_numbers("weights", self.weights))
 

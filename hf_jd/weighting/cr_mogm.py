@@ -45,7 +45,7 @@ class CRMOGMWeighting(Stateful):
         if isinstance(self.weighting, str):
             object.__setattr__(self, "weighting", type(self).by_name(self.weighting))
         if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha is in [0, 1]; it is {self.alpha}.")
+            raise ValueError(f"alpha is {self.alpha}; give a number in [0, 1].")
         if self.initial_weights is not None:
             initial = checked_numbers("initial_weights", self.initial_weights)
             object.__setattr__(self, "initial_weights", initial)

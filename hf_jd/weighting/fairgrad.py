@@ -33,7 +33,7 @@ class FairGradWeighting(Weighting):
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha < math.inf:
-            raise ValueError(f"alpha is a finite number, 0 or more; it is {self.alpha}.")
+            raise ValueError(f"alpha is {self.alpha}; give a finite number of 0 or more.")
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
         """Solve G w = w^(-1/alpha), [m]."""

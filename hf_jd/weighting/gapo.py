@@ -34,7 +34,7 @@ class GAPOWeighting(Weighting):
 
     def __post_init__(self) -> None:
         if not self.p >= 0:
-            raise ValueError(f"p is 0 or more; it is {self.p}.")
+            raise ValueError(f"p is {self.p}; give 0 or more.")
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
         """Compute w = lambda / |g|^p, lambda = argmin |sum_i lambda_i g_i / |g_i|^p| on the simplex, [m]."""

@@ -44,7 +44,7 @@ class GradVacWeighting(Stateful):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.beta <= 1:
-            raise ValueError(f"beta is in [0, 1]; it is {self.beta}.")
+            raise ValueError(f"beta is {self.beta}; give a number in [0, 1].")
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
         """Compute w = sum_i c_i, c_i the coefficients of the changed row i, [m]."""

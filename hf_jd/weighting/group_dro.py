@@ -33,7 +33,7 @@ class GroupDROWeighting(StatefulLoss):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.step_size > 0:
-            raise ValueError(f"step_size is positive; it is {self.step_size}.")
+            raise ValueError(f"step_size is {self.step_size}; give a positive number.")
 
     def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
         """Update q and return its entries for the groups present, [m]."""

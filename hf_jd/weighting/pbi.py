@@ -40,7 +40,7 @@ class PBIWeighting(LossWeighting):
 
     def __post_init__(self) -> None:
         if not self.theta >= 0:
-            raise ValueError(f"theta is 0 or more; it is {self.theta}.")
+            raise ValueError(f"theta is {self.theta}; give 0 or more.")
         if self.weights is not None:
             object.__setattr__(self, "weights", checked_numbers("weights", self.weights))
         if self.reference is not None:

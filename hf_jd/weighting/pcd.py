@@ -51,7 +51,7 @@ class PCDWeighting(Stateful):
         if isinstance(self.tau, (Sequence, Tensor)):
             object.__setattr__(self, "tau", checked_numbers("tau", self.tau))
         if not all(0 <= t <= 1 for t in np.atleast_1d(np.asarray(self.tau))) or not 0 <= self.beta < 1:
-            raise ValueError(f"tau is in [0, 1] and beta in [0, 1); they are {self.tau} and {self.beta}.")
+            raise ValueError(f"PCD needs tau in [0, 1] and beta in [0, 1); they are {self.tau} and {self.beta}.")
 
     def weigh(self, gramian: Tensor, names: Names, /) -> Tensor:
         """Compute w = (mu_i / |g_i|) |g_1| / |d|, mu the multiples of unit rows that give d, [m]."""

@@ -36,7 +36,7 @@ class STCHWeighting(LossWeighting):
 
     def __post_init__(self) -> None:
         if not self.mu > 0:
-            raise ValueError(f"mu is positive; it is {self.mu}.")
+            raise ValueError(f"mu is {self.mu}; give a positive number.")
         if self.weights is not None:
             object.__setattr__(self, "weights", checked_numbers("weights", self.weights))
         if self.reference is not None:

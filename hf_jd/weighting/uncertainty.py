@@ -35,7 +35,7 @@ class UncertaintyWeighting(StatefulLoss):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.lr > 0:
-            raise ValueError(f"lr is positive; it is {self.lr}.")
+            raise ValueError(f"lr is {self.lr}; give a positive number.")
 
     def weigh(self, losses: Tensor, names: Names, /) -> Tensor:
         """Return exp(-s_i) / 2, [m], then update s."""

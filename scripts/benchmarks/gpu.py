@@ -1,4 +1,4 @@
-"""Measure what hf_jd costs on a GPU, and whether it is right: one command for a few minutes on a borrowed GPU.
+"""Measure what hf_jd costs on a GPU, and whether it is right, in one command of a few minutes.
 
 The most important cases run first. Each result is printed and appended to a file of JSON lines at once, so that an
 interrupted run is still useful. If a case fails, or needs something that is missing, its line says so, and the run goes

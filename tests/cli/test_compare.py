@@ -93,7 +93,7 @@ def test_a_folder_with_something_else_is_never_removed(plan, tmp_path, capsys):
 
 
 class Machine:
-    """Replaces `run_jobs`: trains nothing, and stops after `until` runs."""
+    """A stand-in for `run_jobs` that trains nothing, and stops after `until` runs."""
 
     def __init__(self):
         self.made: list[str] = []

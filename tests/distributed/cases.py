@@ -102,7 +102,7 @@ class Stream(IterableDataset):
 
 
 class InOrder(Trainer):
-    """Visits the examples in order, so that the global batches don't depend on the number of processes."""
+    """A Trainer that visits the examples in order, so that global batches don't depend on the number of processes."""
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(self.train_dataset)
@@ -329,7 +329,7 @@ def differ(what: str) -> None:
 
 
 class Touch(TrainerCallback):
-    """Changes a weight a little in the second update."""
+    """A callback that changes a weight slightly in the second update."""
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step == 2:
@@ -338,7 +338,7 @@ class Touch(TrainerCallback):
 
 
 class Kill(TrainerCallback):
-    """Kills this process in a collective of the fifth update."""
+    """A callback that kills this process in a collective of the fifth update."""
 
     def __init__(self, calls: list[Call], call: int):
         self.calls, self.call = calls, call

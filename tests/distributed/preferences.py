@@ -27,7 +27,7 @@ def by_position(completions: list[str], **columns: Any) -> list[float]:
 
 
 class Written(JDGRPOTrainer):
-    """Completes a prompt with tokens that depend only on it, since random numbers depend on the process."""
+    """A trainer whose completions depend only on the prompt, since random numbers depend on the process."""
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         results = []

@@ -11,7 +11,7 @@ from tests.gramian.architectures import D, randn
 
 
 class InPlace(nn.Module):
-    """Changes outputs of layers in place."""
+    """A module that changes outputs of layers in place."""
 
     def __init__(self):
         super().__init__()
@@ -48,7 +48,7 @@ class Random(nn.Module):
         self.linear, self.noisy = nn.Linear(D, D), self.Noisy()
 
     class Noisy(nn.Module):
-        """Draws inside a module that only tier 2 covers: another call must draw the same, or be caught."""
+        """A module that draws, and that only tier 2 covers: another call must draw the same, or be caught."""
 
         def __init__(self):
             super().__init__()
@@ -151,7 +151,7 @@ class DataDependent(nn.Module):
 
 
 class BiasKeepsNoInput(nn.Module):
-    """Changes inputs in place that the layers' gradients don't need, so autograd has not saved them."""
+    """A module that changes inputs in place that no gradient of a layer needs, so that autograd has not saved them."""
 
     class Shift(nn.Module):
         def __init__(self):
@@ -176,7 +176,7 @@ class BiasKeepsNoInput(nn.Module):
 
 
 class Reordered(nn.Module):
-    """Reorders instances inside, like models that sort them by length."""
+    """A module that reorders instances, like models that sort them by length."""
 
     def __init__(self):
         super().__init__()

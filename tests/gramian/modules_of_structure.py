@@ -33,7 +33,7 @@ class Branches(nn.Module):
 
 
 class TwoMatrices(nn.Module):
-    """Takes a pytree of tensors, returns one tensor; has its own parameters."""
+    """A module from a pytree of tensors to one tensor, with its own parameters."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ class TwoMatrices(nn.Module):
 
 
 class ManyOut(nn.Module):
-    """Takes one tensor, returns a pytree of tensors."""
+    """A module from one tensor to a pytree of tensors."""
 
     def __init__(self):
         super().__init__()
@@ -71,7 +71,7 @@ class Pair(NamedTuple):
 
 
 class NamedOut(nn.Module):
-    """Returns a named tuple that contains a string."""
+    """A module that returns a named tuple with a string in it."""
 
     def __init__(self):
         super().__init__()
@@ -152,7 +152,7 @@ class CountedBuffer(nn.Module):
 
 
 class SideEffect(nn.Module):
-    """Its result depends on how often it was called."""
+    """A module whose result depends on how often it was called."""
 
     class Counter(nn.Module):
         def __init__(self):
@@ -173,7 +173,7 @@ class SideEffect(nn.Module):
 
 
 class Strings(nn.Module):
-    """Takes arguments that aren't tensors, by position and by keyword, and structures with both."""
+    """A module with non-tensor arguments, by position and by keyword, and structures of both."""
 
     class Choice(nn.Module):
         def __init__(self):
@@ -197,7 +197,7 @@ class Strings(nn.Module):
 
 
 class Keywords(nn.Module):
-    """Calls layers by keyword."""
+    """A module that calls layers by keyword."""
 
     def __init__(self):
         super().__init__()
@@ -208,7 +208,7 @@ class Keywords(nn.Module):
 
 
 class BatchByKeyword(nn.Module):
-    """Passes what depends on the batch by keyword, and what doesn't first."""
+    """A module that passes what depends on the batch by keyword, and what doesn't by position."""
 
     class Add(nn.Module):
         def __init__(self):
@@ -238,7 +238,7 @@ class CalledByForward(nn.Module):
 
 
 class Scripted(nn.Module):
-    """Has a part compiled by TorchScript, which takes no hooks."""
+    """A module with a part compiled by TorchScript, which takes no hooks."""
 
     def __init__(self):
         super().__init__()
@@ -308,7 +308,7 @@ class TwoPaths(nn.Module):
 
 
 class ScalarOut(nn.Module):
-    """Has a part that returns one number, without a batch."""
+    """A module with a part that returns one number, without a batch dimension."""
 
     class Temperature(nn.Module):
         def __init__(self):

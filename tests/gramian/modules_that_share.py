@@ -82,7 +82,7 @@ class CalledTwice(nn.Module):
 
 
 class CalledOnParts(nn.Module):
-    """Calls the same network on two slices of the features."""
+    """A module that calls the same network on two slices of the features."""
 
     def __init__(self):
         super().__init__()
@@ -93,7 +93,7 @@ class CalledOnParts(nn.Module):
 
 
 class CalledOnceInVain(nn.Module):
-    """Calls a layer twice, once without a gradient: last-in-first-out pairing keeps a stale input."""
+    """A module that calls a layer twice, once without a gradient: last-in-first-out pairing keeps a stale input."""
 
     def __init__(self):
         super().__init__()
@@ -133,7 +133,7 @@ class Frozen(nn.Module):
 
 
 class FrozenBranch(nn.Module):
-    """Has two outputs, one of which needs no gradient."""
+    """A module with two outputs, one of which needs no gradient."""
 
     class Both(nn.Module):
         def __init__(self):
@@ -152,7 +152,7 @@ class FrozenBranch(nn.Module):
 
 
 class TrainableButUnusedThere(nn.Module):
-    """Holds a parameter that requires grad, yet its output does not."""
+    """A module with a parameter that requires grad, but an output that does not."""
 
     class Inner(nn.Module):
         def __init__(self):
@@ -171,7 +171,7 @@ class TrainableButUnusedThere(nn.Module):
 
 
 class UnusedOutput(nn.Module):
-    """Has two outputs, one of which is never used."""
+    """A module with two outputs, one of which is never used."""
 
     def __init__(self):
         super().__init__()

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings(f"ignore:{TIER_3}")
 
 
 class Attention(nn.MultiheadAttention):
-    """Draws inside one of torch's functions, from torch."""
+    """A module that draws from torch, inside one of torch's functions."""
 
     def __init__(self):
         super().__init__(WIDTH, 2, dropout=0.3, batch_first=True)
@@ -34,7 +34,7 @@ class Attention(nn.MultiheadAttention):
 
 
 class Recurrent(nn.LSTM):
-    """Draws between its two layers, from torch."""
+    """A module that draws from torch between its two layers."""
 
     def __init__(self):
         super().__init__(WIDTH, WIDTH, num_layers=2, dropout=0.3, batch_first=True)
@@ -44,7 +44,7 @@ class Recurrent(nn.LSTM):
 
 
 class NoisyRouter(nn.Module):
-    """Reads its weight in F.linear(x, W), which is called again for all instances at once; draws from torch."""
+    """A module that reads its weight in F.linear(x, W), called again for all instances at once; draws from torch."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ class NoisyRouter(nn.Module):
 
 
 class NoisyLinear(nn.Module):
-    """Looks like a linear layer to a probe, except for noise on its weight; draws from torch."""
+    """A linear layer to a probe, except for noise on its weight; draws from torch."""
 
     def __init__(self):
         super().__init__()
@@ -90,7 +90,7 @@ class MaskedSpectrum(nn.Module):
 
 
 class DroppedLayer(nn.Module):
-    """Is skipped at random; draws from Python."""
+    """A layer that is skipped at random; draws from Python."""
 
     def __init__(self):
         super().__init__()

@@ -19,7 +19,7 @@ TOLERANCES = dict.fromkeys(("stch", "famo", "geometric_mean", "cosmos", "pbi"), 
 
 
 class InOrder(JDTrainer):
-    """Visits the examples in order."""
+    """A JDTrainer that visits the examples in order."""
 
     def _get_train_sampler(self, train_dataset=None):
         return torch.utils.data.SequentialSampler(self.train_dataset)

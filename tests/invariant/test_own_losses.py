@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*further passes now")
 
 
 class Watch(TrainerCallback):
-    """Records how many objectives each update weighed."""
+    """A callback that records how many objectives each update weighed."""
 
     def __init__(self):
         self.objectives = []
@@ -148,7 +148,7 @@ def test_mean_equals_stock_trainer_in_bfloat16(kind, stock, tmp_path):
 
 
 class Mine(JDTrainer):
-    """Has the mixin to the right of its `compute_loss`."""
+    """A trainer with the mixin to the right of its `compute_loss`."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         computed, outputs = CASES["focal"].loss(self, model, inputs, num_items_in_batch)
@@ -156,7 +156,7 @@ class Mine(JDTrainer):
 
 
 class OnTop(JDTrainer):
-    """Adds to JDTrainer's loss."""
+    """A trainer that adds to JDTrainer's loss."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)

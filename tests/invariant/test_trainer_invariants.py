@@ -164,7 +164,7 @@ def test_mean_equals_trainer_in_bfloat16(kind, tmp_path):
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """Ends after five examples, in the middle of an accumulation."""
+    """A stream that ends after five examples, in the middle of an accumulation."""
 
     def __iter__(self):
         return iter(examples(5))

@@ -150,7 +150,7 @@ CHOICES = [
 
 @dataclass
 class Watch(TrainerCallback):
-    """Records how many objectives each update weighed."""
+    """A callback that records how many objectives each update weighed."""
 
     trainer: Any
 

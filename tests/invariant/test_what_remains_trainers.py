@@ -199,7 +199,7 @@ def size(prediction, compute_result=True):
 
 
 class Interrupts(TrainerCallback):
-    """Evaluates, ends an epoch, and ends the run, whatever the flags are."""
+    """A callback that evaluates, ends an epoch, and ends the run, whatever the flags are."""
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_evaluate = state.global_step == 1
@@ -209,7 +209,7 @@ class Interrupts(TrainerCallback):
 
 
 class Freezes(TrainerCallback):
-    """Freezes some parameters for two steps."""
+    """A callback that freezes some parameters for two steps."""
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         for name, parameter in model.named_parameters():

@@ -43,7 +43,7 @@ def rewards(count: int, missing: Sequence[tuple[int, int]] = ()) -> list[Callabl
 
 
 class Exact:
-    """Makes TRL read log-probabilities from float64 logits: its fused head computes in float32."""
+    """A mixin that makes TRL read log-probabilities from float64 logits: its fused head computes in float32."""
 
     def _get_per_token_logps_and_entropies(
         self: Any, model: Any, ids: Tensor, mask: Tensor, keep: int, *args: Any, **kwargs: Any

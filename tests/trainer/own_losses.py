@@ -34,7 +34,7 @@ def classifier(**config: Any) -> nn.Module:
 
 
 class Trunk(nn.Module):
-    """Embeds, averages, and has two heads; a function decides what it returns."""
+    """A model that embeds, averages, and has two heads; a function decides what it returns."""
 
     def __init__(self, returned: Callable[[Tensor, Tensor], Any]):
         super().__init__()
@@ -80,7 +80,7 @@ def towers() -> nn.Module:
 
 
 class Tempered(nn.Module):
-    """Computes its own loss, and divides its logits by a parameter of its own."""
+    """A model that computes its own loss, and divides its logits by a parameter."""
 
     def __init__(self):
         super().__init__()
@@ -164,7 +164,7 @@ def contrastive(trainer, model, inputs, number):
 
 
 def two_views(trainer, model, inputs, number):
-    """Both views in one call: rows i and i + B belong to example i."""
+    """Compute the loss of two views in one call: rows i and i + B belong to example i."""
     inputs.pop("labels")
     views = {"input_ids": torch.cat([inputs["input_ids"], inputs["input_ids"].flip(1)])}
     mask = inputs["attention_mask"]
@@ -197,7 +197,7 @@ def adversarial(trainer, model, inputs, number):
 
 
 def second_head(trainer, model, inputs, number):
-    """Also calls a part of the model outside its forward."""
+    """Compute a loss that also calls a part of the model outside its forward."""
     outputs = model(**inputs, output_hidden_states=True)
     again = model.classifier(outputs.hidden_states[-1].mean(1))
     return outputs.loss + F.cross_entropy(again, inputs["labels"]), outputs
@@ -223,7 +223,7 @@ def two_heads(trainer, model, inputs, number):
 
 
 def retrieved(trainer, model, inputs, number):
-    """Two passages per query in one call; the temperature belongs to no instance."""
+    """Compute the loss of two passages per query in one call; the temperature belongs to no instance."""
     ids = inputs["input_ids"]
     outputs = model(input_ids=ids, passages=torch.cat([ids.flip(1), ids.roll(1, 0)]))
     scores = outputs["queries"] @ outputs["passages"].T * outputs["temperature"]
@@ -282,7 +282,7 @@ class Case(NamedTuple):
 
     @property
     def collate(self) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
-        """Collate some of them into a batch."""
+        """The function that collates examples into a batch."""
         return runs.collate if self.text else tasks.collate
 
 
@@ -333,7 +333,7 @@ def ours_of(loss: OwnLoss, base: type = Trainer, **attributes: Any) -> type:
 
 
 def prepared(case: Case, directory: Any, n: int, cls: type | None = None, data: Any = None, **flags: Any) -> Trainer:
-    """Return a trainer of the case: by default, the mixin left of one with its loss, on n of its examples."""
+    """Return a trainer of the case, by default the mixin to the left of a Trainer with its loss, on n examples."""
     cls = cls or ours_of(case.loss)
     args = arguments(directory, JDTrainingArguments if issubclass(cls, JDTrainerMixin) else TrainingArguments, **flags)
     data = case.examples(n) if data is None else data

@@ -38,7 +38,7 @@ KEYS = {tuple(example["input_ids"][:4]): i for i, example in enumerate(RARE)}
 
 
 class Recorded(JDTrainer):
-    """Stores the examples of each update, identified by their first four tokens."""
+    """A JDTrainer that stores the examples of each update, identified by their first four tokens."""
 
     def get_batch_samples(self, *args):
         found = super().get_batch_samples(*args)
@@ -57,14 +57,14 @@ def stratified(directory: Path, resume: str | bool = False, **flags) -> Recorded
 
 
 class Sequential(JDTrainer):
-    """Visits the examples in order, so that the global batches don't depend on the number of processes."""
+    """A JDTrainer that visits the examples in order, so that global batches don't depend on the number of processes."""
 
     def _get_train_sampler(self, train_dataset=None):
         return SequentialSampler(self.train_dataset)
 
 
 class Several(Sequential):
-    """Has a second loss, one per instance."""
+    """A trainer with a second loss, one per instance."""
 
     def compute_losses(self, model, inputs):
         outputs = model(**inputs)

@@ -34,7 +34,7 @@ DATA = [{"x": [float(i % 5), 1.0, float(i % 3)], "labels": float(i % 2)} for i i
 
 
 class Scorer(nn.Module):
-    """Accepts any inputs, and returns one loss per instance."""
+    """A model that accepts any inputs, and returns one loss per instance."""
 
     def __init__(self):
         super().__init__()
@@ -286,7 +286,7 @@ def test_rows_of_unknown_instances_are_refused(batch):
 
 
 class Pictured(Scorer):
-    """`pictures` says how many pictures each example has; all pictures are concatenated."""
+    """A model of concatenated pictures; `pictures` says how many each example has."""
 
     def forward(self, pixel_values=None, pictures=None, labels=None):
         owner = torch.arange(len(pictures)).repeat_interleave(pictures)

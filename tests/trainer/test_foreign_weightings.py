@@ -165,7 +165,7 @@ def test_preferences_are_refused_by_other_callables(tmp_path):
 
 
 class Averaging(nn.Module):
-    """Remembers weights in a buffer that doesn't exist before the first step, and a number that does."""
+    """A weighting with a buffer of weights that doesn't exist before the first step, and a number that does."""
 
     def __init__(self):
         super().__init__()
@@ -180,7 +180,7 @@ class Averaging(nn.Module):
 
 
 class Counting:
-    """Remembers a number, and saves it with methods of its own."""
+    """A weighting that remembers a number, and saves it with its own methods."""
 
     def __init__(self):
         self.steps = 0
@@ -210,7 +210,7 @@ def test_a_weightings_state_dict_is_resumed(weighting, tmp_path):
 
 
 class Forgetful:
-    """Remembers the steps, but doesn't save them to checkpoints."""
+    """A weighting that remembers the steps, but doesn't save them to checkpoints."""
 
     def reset(self):
         self.steps = 0

@@ -224,7 +224,7 @@ def test_evaluation_before_and_after_training_equals_trainer(tmp_path):
 
 
 class Searcher(JDTrainer):
-    """Sets a trial's flags like Trainer does, without a search package."""
+    """A JDTrainer that sets a trial's flags like Trainer, without a search package."""
 
     trial: dict[str, Any] = {}
 

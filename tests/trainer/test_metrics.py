@@ -123,7 +123,7 @@ def test_cosines_are_logged_for_few_groups_only():
 
 
 class Reporter(TrainerCallback):
-    """Records what reporting callbacks get, under the names that transformers' callbacks use."""
+    """A callback that records what reporting callbacks get, under the names that transformers' callbacks use."""
 
     def __init__(self):
         self.got: dict[str, float] = {}

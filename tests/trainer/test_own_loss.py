@@ -25,7 +25,7 @@ from tests.trainer.test_extra_losses import mixtral
 
 
 class At(TrainerCallback):
-    """Changes the model after a given step."""
+    """A callback that changes the model after a given step."""
 
     def __init__(self, step, change):
         self.step, self.change = step, change
@@ -204,7 +204,7 @@ class Further(Below):
 
 
 class Behind(JDTrainer):
-    """Has `compute_losses` in a class further up than `compute_loss`."""
+    """A trainer with `compute_losses` in a class further up than `compute_loss`."""
 
     def compute_losses(self, model, inputs):
         return super().compute_losses(model, inputs)
@@ -259,7 +259,7 @@ def test_a_wrapped_trainer_loss_is_trained(tmp_path, monkeypatch):
 
 
 class Stepping(Trainer):
-    """Computes its loss in its own `training_step`."""
+    """A Trainer that computes its loss in its own `training_step`."""
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         model.train()
@@ -286,7 +286,7 @@ def test_an_overridden_training_step_runs(theirs, tmp_path):
 
 
 class Backward(Trainer):
-    """Runs a backward pass that bypasses accelerate."""
+    """A Trainer whose backward pass bypasses accelerate."""
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         model.train()
@@ -308,7 +308,7 @@ def test_a_mixin_to_the_right_of_a_trainer_is_refused():
 
 
 class WithHead(Trainer):
-    """Its loss has parameters of its own, which its optimizer also trains."""
+    """A Trainer whose loss has parameters, which its optimizer also trains."""
 
     def create_optimizer(self, *args):
         torch.manual_seed(0)

@@ -34,7 +34,7 @@ class Encoder(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """Draws from torch between its layers."""
+    """A model that draws from torch between its layers."""
 
     def __init__(self):
         super().__init__()
@@ -46,7 +46,7 @@ class Recurrent(nn.Module):
 
 
 class DroppedLayers(nn.Module):
-    """Drops layers at random, and reads their weights itself; draws from Python."""
+    """A model that drops layers at random, and reads their weights itself; draws from Python."""
 
     def __init__(self):
         super().__init__()

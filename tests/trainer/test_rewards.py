@@ -163,7 +163,7 @@ def alone_of_rloo(policy: Policy, functions: list) -> Tensor:
 
 
 class Cubed:
-    """Has a loss that isn't proportional to the advantage."""
+    """A mixin whose loss isn't proportional to the advantage."""
 
     def _compute_loss(self, model, inputs):
         ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
@@ -175,7 +175,7 @@ class Cubed:
 
 
 class CubedGRPO(JDGRPOTrainer, Cubed, Exact, GRPOTrainer):
-    """Trains with that loss."""
+    """`JDGRPOTrainer` with that loss."""
 
 
 def test_a_nonlinear_loss_takes_one_pass_per_reward(tmp_path):
@@ -185,7 +185,7 @@ def test_a_nonlinear_loss_takes_one_pass_per_reward(tmp_path):
 
 
 class PastGRPO(JDGRPOTrainer, Exact, GRPOTrainer):
-    """Adds a penalty on the parameters."""
+    """`JDGRPOTrainer` with a penalty on the parameters."""
 
     def _compute_loss(self, model, inputs):
         penalty = sum(p.square().sum() for p in model.parameters() if p.requires_grad)
@@ -193,7 +193,7 @@ class PastGRPO(JDGRPOTrainer, Exact, GRPOTrainer):
 
 
 class NoisyGRPO(JDGRPOTrainer, Exact, GRPOTrainer):
-    """Draws random numbers."""
+    """`JDGRPOTrainer` with a loss that draws random numbers."""
 
     def _compute_loss(self, model, inputs):
         noise = torch.rand_like(inputs["advantages"])
@@ -207,7 +207,7 @@ def test_a_loss_that_changes_when_repeated_is_refused(cls, tmp_path):
 
 
 class OwnGRPO(JDGRPOTrainer, Exact, GRPOTrainer):
-    """Never asks for TRL's log-probabilities."""
+    """`JDGRPOTrainer` with a loss that doesn't use TRL's log-probabilities."""
 
     def _compute_loss(self, model, inputs):
         logits = model(input_ids=inputs["completion_ids"]).logits

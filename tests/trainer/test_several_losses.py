@@ -34,7 +34,7 @@ class Two(JDTrainer):
 
 
 class Whole(JDTrainer):
-    """Returns batch means instead."""
+    """A trainer that returns batch means instead."""
 
     def compute_losses(self, model, inputs):
         (nll, counted), size = two_losses(model, inputs).values()

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*further passes now")
 
 
 class Normalised(nn.Module):
-    """Its instances depend on each other."""
+    """A model whose instances depend on each other."""
 
     def __init__(self):
         super().__init__()
@@ -215,7 +215,7 @@ def test_outputs_on_both_sides_of_a_reentrant_checkpoint_are_refused(tmp_path):
 
 
 class Flat(own_losses.Trunk):
-    """Returns rows of tokens: [B * T, 3], or [T, B, 3]."""
+    """A model that returns rows of tokens: [B * T, 3], or [T, B, 3]."""
 
     def __init__(self, transposed: bool):
         super().__init__(lambda kinds, size: kinds)

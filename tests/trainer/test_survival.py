@@ -146,7 +146,7 @@ def test_a_disk_without_room_for_a_checkpoint_is_refused(tmp_path, monkeypatch):
 
 
 class Broken(JDTrainer):
-    """Instance 1 of some updates has a loss that isn't finite."""
+    """A JDTrainer in which instance 1 of some updates has a nonfinite loss."""
 
     steps: tuple[int, ...] = ()
 

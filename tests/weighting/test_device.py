@@ -20,7 +20,7 @@ SOLVED = {"upgrad": 80, "cr_mogm": 80, "nash_mtl": 60, "fairgrad": 60}  # tests 
 
 
 class Synchronisations(TorchDispatchMode):
-    """Counts what makes the host wait for a device: reading scalars, and sizes that depend on values."""
+    """A counter of what makes the host wait for a device: reading scalars, and sizes that depend on values."""
 
     def __init__(self) -> None:
         super().__init__()
