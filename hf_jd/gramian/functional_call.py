@@ -32,7 +32,8 @@ def call_again(
         for name, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
             if tensor is not None and id(tensor) in wanted:
                 places[f"{path}.{name}" if path else name] = wanted[id(tensor)]
-    return functional_call(module, places, tuple(args), dict(kwargs or {}), tie_weights=False)
+    with torch.compiler.set_stance("force_eager"):  # A compiled module isn't compiled anew, for other tensors.
+        return functional_call(module, places, tuple(args), dict(kwargs or {}), tie_weights=False)
 
 
 @contextmanager

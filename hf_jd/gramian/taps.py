@@ -222,7 +222,7 @@ class ModuleTap:
 
     def __reduce__(self) -> tuple:
         # A copy or a pickle of the model must not report to this engine.
-        return _NoTap, ()
+        return NoTap, ()
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         """Return the targets that are trainable now."""
@@ -312,7 +312,7 @@ class StateTap:
         self._device = device
 
     def __reduce__(self) -> tuple:
-        return _NoTap, ()
+        return NoTap, ()
 
     def __call__(self, module: nn.Module, args: tuple) -> None:
         if torch.compiler.is_compiling():
@@ -338,7 +338,7 @@ class InputTap:
         self._before_forward = before_forward
 
     def __reduce__(self) -> tuple:
-        return _NoTap, ()
+        return NoTap, ()
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if self.is_paused or torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
@@ -350,7 +350,7 @@ class InputTap:
                     self.sizes.update(enumerate(leaf.shape[:2]))
 
 
-class _NoTap:
+class NoTap:
     """A hook that does nothing: what a tap turns into in a copy of the model."""
 
     def __call__(self, *args: Any) -> None:

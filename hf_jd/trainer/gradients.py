@@ -30,15 +30,21 @@ def all_finite(gradients: Sequence[Tensor]) -> bool:
 
 
 @contextmanager
-def set_aside(parameters: Iterable[nn.Parameter]) -> Generator[dict[nn.Parameter, Tensor]]:
+def set_aside(
+    parameters: Iterable[nn.Parameter], instead: Mapping[nn.Parameter, Tensor] | None = None
+) -> Generator[dict[nn.Parameter, Tensor]]:
     """Set `.grad` aside during backward passes.
 
+    Args:
+        parameters: The trainable ones.
+        instead: What `.grad` is in their place; by default, None.
+
     Yields:
-        An empty dict, which gets their gradients on exit, when `.grad` is restored.
+        An empty dict, which gets their `.grad` on exit, when the one before is restored.
     """
-    before = {p: p.grad for p in parameters}
+    before, instead = {p: p.grad for p in parameters}, instead or {}
     for p in before:
-        p.grad = None
+        p.grad = instead.get(p)
     gradients: dict[nn.Parameter, Tensor] = {}
     try:
         yield gradients
@@ -46,3 +52,35 @@ def set_aside(parameters: Iterable[nn.Parameter]) -> Generator[dict[nn.Parameter
     finally:
         for p, gradient in before.items():
             p.grad = gradient
+
+
+class ShownGradients:
+    """What `.grad` is while a user's own `training_step` runs: the gradient of the update's losses so far.
+
+    The rows themselves become `.grad` at the end of the update. In between, a step may read it, as adversarial training
+    does, but not change it.
+
+    Args:
+        active: Whether there is such a step; otherwise, `.grad` remains None.
+    """
+
+    def __init__(self, active: bool):
+        self.active = active
+        self.sums: dict[nn.Parameter, Tensor] = {}
+        self._versions: dict[nn.Parameter, int] = {}
+        self._changed = False
+
+    def add(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
+        """Add the gradient of one more loss, by parameter."""
+        if not self.active:
+            return
+        self._changed |= self.differ_from({p: p.grad for p in [*self.sums, *gradients] if p.grad is not None})
+        accumulate(gradients)
+        self.sums.update({p: p.grad for p in gradients if p.grad is not None})
+        self._versions = {p: gradient._version for p, gradient in self.sums.items()}
+
+    def differ_from(self, gradients: Mapping[nn.Parameter, Tensor]) -> bool:
+        """Return whether a step added others to these, or changed or removed some."""
+        more = any(p not in self.sums and bool(gradient.any()) for p, gradient in gradients.items())
+        same = (gradients.get(p) is g and g._version == self._versions[p] for p, g in self.sums.items())
+        return self._changed or more or not all(same)

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import config as dynamo_config
-from torch._functorch import config as functorch_config
 from transformers import Seq2SeqTrainer, Trainer
 
 from hf_jd.batches import group_ids
@@ -27,6 +25,7 @@ from hf_jd.gramian.random_streams import RandomState, random_state
 from hf_jd.metrics import Averages, pairs, readable
 from hf_jd.trainer.backends import Backend, backend_of
 from hf_jd.trainer.overrides import steps_through
+from hf_jd.trainer.run.compiling import CompiledParts
 from hf_jd.trainer.run.evaluating import EvaluationMixin
 from hf_jd.trainer.run.peers import check_given, check_same_weights, lost_peers
 from hf_jd.trainer.run.resuming import checkpoint_to_resume, load_weighting, needed_files, save_weighting
@@ -79,6 +78,7 @@ class JDTrainerMixin(EvaluationMixin):
         self.jd_model_takes_groups = False
         self.jd_group_names: list[str] | None = None
         self._jd_engine: tuple[nn.Module, Engine] | None = None
+        self._jd_compiled: CompiledParts | None = None
         self.jd_engine_options = dict(engine_options or {})
         self.jd_outputs = OutputObserver([])
         self.jd_log = RunLog()
@@ -125,12 +125,8 @@ class JDTrainerMixin(EvaluationMixin):
             reset()
         check_setup(self)
         self.jd_log.begin(resumed=checkpoint is not None)
-        if self.args.torch_compile:
-            # The engine may retain a graph, whose buffers must not be donated. And code compiled for a model without
-            # the engine's hooks must not run for one with them.
-            functorch_config.donated_buffer = False  # ty: ignore[invalid-assignment]
-            dynamo_config.skip_nnmodule_hook_guards = False  # ty: ignore[invalid-assignment]
         self.engine()  # Hooks must be there before anything compiles the model.
+        self._jd_compiled = CompiledParts(self, self.jd_outputs.modules)
         check_given(self, checkpoint)
 
     def _forget(self) -> None:
@@ -151,8 +147,10 @@ class JDTrainerMixin(EvaluationMixin):
         """Remove the engine's hooks and free its graphs, so that the model is as before."""
         if self._jd_engine is not None:
             self._jd_engine[1].detach()
+        if self._jd_compiled is not None:
+            self._jd_compiled.undo()
         self.jd_outputs.remove()
-        self._jd_engine = self._jd_update = self.jd_inputs = self.jd_streams = None
+        self._jd_engine = self._jd_compiled = self._jd_update = self.jd_inputs = self.jd_streams = None
         self._jd_batches = []
 
     def follow_flags(self) -> None:
@@ -239,6 +237,11 @@ class JDTrainerMixin(EvaluationMixin):
         def replaced(loss: Tensor, **kwargs: Any) -> None:
             if self.jd_backward is None:
                 backward(loss, **kwargs)
+            elif kwargs.get("retain_graph"):
+                raise ValueError(
+                    "accelerator.backward(..., retain_graph=True) asks for a graph that another loss needs, too: add "
+                    "up the losses, and call it once, with their sum."
+                )
             else:
                 self.jd_backward(loss)
 

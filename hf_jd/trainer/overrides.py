@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from types import CodeType
 from typing import Any
@@ -13,6 +13,8 @@ logger = logging.get_logger(__name__)
 
 _OURS = ("transformers.trainer", "hf_jd.trainer.splitting.unreduced")
 """The modules whose `compute_loss` and `compute_losses` are not the user's."""
+_LIBRARIES = ("hf_jd", "transformers", "trl", "sentence_transformers")
+"""The packages whose `training_step` is not the user's, and neither reads nor changes `.grad`."""
 
 
 def overridden(trainer: Any) -> str | None:
@@ -36,17 +38,31 @@ def overridden(trainer: Any) -> str | None:
     return None
 
 
+def has_own_step(trainer: Any) -> bool:
+    """Return whether a user's `training_step` runs inside the mixin's, so that its code may read `.grad`."""
+    return any(right for _, right in _own_steps(trainer))
+
+
 def warn_of_gradients(trainer: Any) -> None:
-    """Warn if a user's `training_step` names `.grad`, which is only written after it, once per update."""
+    """Warn if a user's `training_step` around the mixin's names `.grad`, which is only written once per update."""
+    for cls, right in _own_steps(trainer):
+        names = _names(getattr(vars(cls)["training_step"], "__code__", None))
+        if not right and names & {"grad", "clip_grad_norm_", "clip_grad_value_"} and "autograd" not in names:
+            logger.warning(
+                f"{cls.__name__}.training_step uses `.grad`, but under JDTrainerMixin `.grad` is written after it, "
+                "once per update: read or change it in a TrainerCallback's on_pre_optimizer_step instead."
+            )
+
+
+def _own_steps(trainer: Any) -> Iterator[tuple[type, bool]]:
+    """Yield the classes with a `training_step` of the user's, and whether they are to the right of the mixin."""
+    right = False
     for cls in type(trainer).__mro__:
         step = vars(cls).get("training_step")
-        if step is not None and cls.__module__.partition(".")[0] not in ("hf_jd", "transformers"):
-            names = _names(getattr(step, "__code__", None))
-            if names & {"grad", "clip_grad_norm_", "clip_grad_value_"} and "autograd" not in names:
-                logger.warning(
-                    f"{cls.__name__}.training_step uses `.grad`, but under JDTrainerMixin `.grad` is written after it, "
-                    "once per update: read or change it in a TrainerCallback's on_pre_optimizer_step instead."
-                )
+        if getattr(step, "__module__", None) == "hf_jd.trainer.mixin":
+            right = True
+        elif step is not None and cls.__module__.partition(".")[0] not in _LIBRARIES:
+            yield cls, right
 
 
 def _names(code: CodeType | None) -> set[str]:

@@ -302,30 +302,6 @@ def test_a_step_that_hides_the_mixin_is_refused(theirs, tmp_path):
         run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean"), cls=cls)
 
 
-class Scaled(Trainer):
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        for p in model.parameters():
-            if p.grad is not None:
-                p.grad *= 2
-        return loss
-
-
-class Penalised(Trainer):
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        self.norm = torch.autograd.grad(
-            model(**self._prepare_inputs(inputs)).loss, [p for p in model.parameters() if p.requires_grad]
-        )[0].norm()
-        return super().training_step(model, inputs, num_items_in_batch)
-
-
-@pytest.mark.parametrize("theirs, warns", [(Scaled, True), (Penalised, False), (Timed, False)])
-def test_a_step_that_uses_grad_gets_a_warning(theirs, warns, tmp_path, caplog):
-    ours = type("Ours", (JDTrainerMixin, theirs), {})
-    run(lora("gpt2"), arguments(tmp_path, jd_weighting="mean", max_steps=1), cls=ours)
-    assert ("training_step uses `.grad`" in caplog.text) == warns
-
-
 def test_a_mixin_to_the_right_of_a_trainer_is_refused():
     with pytest.raises(TypeError, match=r"Wrong names Stepping before JDTrainerMixin.*\(JDTrainerMixin, Stepping\)"):
         type("Wrong", (Stepping, JDTrainerMixin), {})

@@ -283,17 +283,13 @@ def test_a_separate_backward_is_refused(kind, tmp_path):
     refused(tmp_path, "Ours ran its own backward pass, .*--jd_objectives batch", own_backward, **kind)
 
 
-@pytest.mark.parametrize("times", [0, 2])
 @pytest.mark.parametrize("kind", [{}, GROUP, {"jd_objectives": "batch"}], ids=["instance", "group", "batch"])
-def test_a_step_that_does_not_call_backward_once_is_refused(kind, times, tmp_path):
+def test_a_step_without_a_backward_is_refused(kind, tmp_path):
     class Steps(Trainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
-            for _ in range(times):
-                loss = self.compute_loss(model, dict(inputs))
-                self.accelerator.backward(loss)
             return torch.zeros(())
 
-    match = rf"training step of Ours called accelerator.backward {times} times .*: call it, or super\(\).training_step"
+    match = r"training step of Ours didn't call accelerator.backward: call it, or super\(\).training_step"
     refused(tmp_path, match, cls=ours_of(CASES["focal"].loss, Steps), **kind)
 
 

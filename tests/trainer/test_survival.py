@@ -16,7 +16,7 @@ import torch
 
 from hf_jd import JDTrainer
 from hf_jd.checkpoints import newest_whole
-from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, relative, run
+from tests.trainer.runs import arguments, collate, examples, flat, logged, lora, run
 
 ROOT = Path(__file__).parents[2]
 FILES = ["optimizer.pt", "scheduler.pt", "rng_state.pth"]
@@ -177,15 +177,3 @@ def test_occasional_nonfinite_updates_do_not_end_the_run(tmp_path):
     args = arguments(tmp_path, max_steps=7, jd_max_non_finite=3)
     trainer = run(lora("gpt2"), args, cls=broken(1, 2, 4, 5))
     assert logged(trainer, "jd/non_finite").tolist() == [0, 1, 1, 0, 1, 1, 0]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "options", [{}, {"jd_objectives": "group", "jd_group_column": "task"}], ids=["instance", "group"]
-)
-@pytest.mark.filterwarnings("ignore")
-def test_a_compiled_model_trains_like_a_plain_one(options, tmp_path):
-    flags = {"max_steps": 2, "jd_weighting": "upgrad", **options}
-    plain = run(lora("gpt2", warm=True), arguments(tmp_path, **flags))
-    compiled = arguments(tmp_path, torch_compile=True, torch_compile_backend="aot_eager", **flags)
-    assert relative(flat(run(lora("gpt2", warm=True), compiled).model), flat(plain.model)) < 1e-9

@@ -19,7 +19,7 @@ from torch.autograd.graph import GradientEdge
 from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
-from hf_jd.gramian.taps import ModuleTap
+from hf_jd.gramian.taps import ModuleTap, NoTap
 
 
 class Cotangent(NamedTuple):
@@ -44,15 +44,18 @@ class OutputObserver:
 
     def __init__(self, modules: Sequence[nn.Module], apart: bool = False):
         self._apart = apart
-        self._modules = list(modules)
+        self.modules = list(modules)
         self._handles: list[RemovableHandle] = []
         self.begin(None)
         self.renew()
 
+    def __reduce__(self) -> tuple:
+        return NoTap, ()  # A copy of the model, made between two steps, has no trainer.
+
     def renew(self) -> None:
         """Move behind all other hooks of the modules, to see the same outputs as their callers."""
         self.remove()
-        self._handles = [module.register_forward_hook(self, with_kwargs=True) for module in self._modules]
+        self._handles = [module.register_forward_hook(self, with_kwargs=True) for module in self.modules]
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         """Store the outputs of one call."""
@@ -75,7 +78,9 @@ class OutputObserver:
         taken = [t for t in _tensors(inputs) if t.dim()]
         rows = {len(t) for t in taken}
         self._rows |= rows
-        self._taken += [t for t in taken if t.dim() > 1]
+        taken = [t.detach() for t in taken if t.dim() > 1]
+        self._taken += taken
+        self._calls.append(({id(t) for t in outputs}, taken))
         # Leading rows that match no input, and not the last output, are no examples: a router's logits are per token.
         rows.add(len(max(outputs, key=_order)))
         self._outputs += [t for t in outputs if len(t) in rows]
@@ -84,6 +89,7 @@ class OutputObserver:
         """Forget earlier outputs, before the model is called with this batch."""
         self._outputs: list[Tensor] = []
         self._taken: list[Tensor] = []
+        self._calls: list[tuple[set[int], list[Tensor]]] = []
         self.last: Any = None
         self._rows: set[int] = set()
         self._collated = [t for t in _tensors(batch) if t.dim() > 1]
@@ -106,14 +112,45 @@ class OutputObserver:
         blocks = taken.flatten(0, 1).unflatten(0, (-1, len(taken)))
         return all(map(self._is_collated, taken.unbind(1))) and not all(map(self._is_collated, blocks))
 
-    def _is_collated(self, column: Tensor) -> bool:
-        """Return whether a tensor [B, T, ...] begins like one of the batch."""
+    def _is_collated(self, column: Tensor, start: int = 0) -> bool:
+        """Return whether a tensor [N, T, ...] begins as N examples of a tensor of the batch, from an index on."""
         for one in self._collated:
-            if len(one) == len(column) and one.shape[2:] == column.shape[2:]:
-                length = min(one.shape[1], column.shape[1])
-                if torch.equal(column[:, :length], one[:, :length].to(column)):
+            rows = one[start : start + len(column)]
+            if len(rows) == len(column) and rows.shape[2:] == column.shape[2:]:
+                length = min(rows.shape[1], column.shape[1])
+                if torch.equal(column[:, :length], rows[:, :length].to(column)):
                     return True
         return False
+
+    def parts(self, outputs: Sequence[Tensor], instances: int) -> list[Tensor] | None:
+        """Find the example of each leading row of outputs, if the model was called on parts of the batch.
+
+        Args:
+            outputs: Of any of the calls.
+            instances: B, the number of examples in the batch.
+
+        Returns:
+            For each output [N, ...], [N] the indices of its examples; None if a call's inputs aren't consecutive rows
+            of the batch, or if it is unclear which ones.
+        """
+        starts: dict[int, int] = {}
+        expected, certain, ordered = 0, True, True
+        for made, taken in self._calls:
+            read = [output for output in outputs if id(output) in made]
+            if not read:
+                continue
+            rows = len(read[0])
+            found = [i for i in range(instances - rows + 1) if all(self._is_collated(t, i) for t in taken)]
+            if not taken or (len(found) != 1 and expected not in found):
+                return None
+            start = found[0] if len(found) == 1 else expected
+            certain, ordered = certain and len(found) == 1, ordered and start == expected
+            starts |= {id(output): start for output in read}
+            expected = (start + rows) % instances
+        # Equal examples can't be told apart, unless the calls go through all of the batch in its order.
+        if len(starts) < len(outputs) or not (certain or (ordered and expected == 0)):
+            return None
+        return [starts[id(output)] + torch.arange(len(output), device=output.device) for output in outputs]
 
     def take(self) -> tuple[list[Tensor], Any]:
         """Return the outputs since the last time, and everything that the last call returned."""

@@ -89,7 +89,7 @@ def _of_outputs(
     cotangents, rest = split(loss, outputs)
     if not cotangents:
         raise ValueError(_nothing_read(trainer, outputs))
-    owners, instances = _owners(trainer, cotangents, contents)
+    owners, instances, in_parts = _owners(trainer, cotangents, contents)
     pieces = [Piece(cotangent, owner, 0) for cotangent, owner in zip(cotangents, owners, strict=True)]
     values = None
     if read is not None and len(read[0]) == instances:
@@ -102,7 +102,7 @@ def _of_outputs(
         normalised = False
         factor = values.sums[values.sums.isfinite()].sum() / values.parts[values.parts.isfinite()].sum()
         values = values._replace(parts=values.sums)
-    return Shares(pieces, instances, rest=rest, values=values, normalised=normalised, factor=factor)
+    return Shares(pieces, instances, rest=rest, values=values, normalised=normalised, factor=factor, in_parts=in_parts)
 
 
 def _of_unreduced(
@@ -134,32 +134,52 @@ def _of_unreduced(
     return Shares(pieces, instances, len(losses), rest, values, unreduced.normalised, unreduced=True)
 
 
-def _owners(trainer: JDTrainerMixin, cotangents: Sequence[Cotangent], contents: Contents) -> tuple[list[Tensor], int]:
-    """Find the instance of each leading row [N] of the outputs, or of each token [N, T], -1 for none; and B.
+def _owners(
+    trainer: JDTrainerMixin, cotangents: Sequence[Cotangent], contents: Contents
+) -> tuple[list[Tensor], int, bool]:
+    """Find the instance of each leading row [N] of the outputs, or of each token [N, T], -1 for none.
+
+    Returns:
+        These; B; and whether the model was called on parts of the batch.
 
     Raises:
         ValueError: They are unknown.
     """
+    in_parts = False
     if contents.documents is not None:
         owners = [owners_of_tokens(contents.documents, c.output) for c in cotangents]
     else:
         sizes = {len(c.output) for c in cotangents}
         fits = contents.rows is not None and not any(n % contents.rows for n in sizes)
         instances = contents.examples or (contents.rows if fits else min(sizes))
-        if any(n % instances for n in sizes):
-            raise ValueError(
-                f"The batch has {instances} examples, but the loss reads outputs of {sorted(sizes)} rows, so no row's "
-                "example is known: override `jd_instances`, use a collator that pads, or one that packs and returns "
-                "`position_ids` that restart with each example, or choose --jd_objectives batch."
-            )
-        owners = [trainer.jd_instances(c.output, instances).to(c.output.device) for c in cotangents]
-    instances = 1 + max(int(owner.max()) for owner in owners)
+        in_parts = any(n % instances for n in sizes)
+        owners = (
+            _owners_of_parts(trainer, cotangents, instances)
+            if in_parts
+            else [trainer.jd_instances(c.output, instances).to(c.output.device) for c in cotangents]
+        )
+    if not in_parts:
+        instances = 1 + max(int(owner.max()) for owner in owners)
     if contents.groups is not None and len(contents.groups) != instances:
         raise ValueError(
             f"The loss reads outputs of {instances} examples, but the batch has {len(contents.groups)} groups, so no "
             "row's group is known: override `jd_instances`, or use a collator that pads instead of packing."
         )
-    return owners, instances
+    return owners, instances, in_parts
+
+
+def _owners_of_parts(trainer: JDTrainerMixin, cotangents: Sequence[Cotangent], instances: int) -> list[Tensor]:
+    """Find the instance of each leading row [N] of the outputs of several calls, each on a part of the batch."""
+    outputs = [c.output for c in cotangents]
+    owners = None if trainer.jd_backend.shards else trainer.jd_outputs.parts(outputs, instances)
+    if owners is None:
+        raise ValueError(
+            f"The batch has {instances} examples, but the loss reads outputs of {sorted({len(o) for o in outputs})} "
+            "rows, whose inputs aren't rows of the batch that follow one another, so no row's example is known: "
+            "override `jd_instances`, use a collator that pads, or one that packs and returns `position_ids` that "
+            "restart with each example, or choose --jd_objectives batch."
+        )
+    return owners
 
 
 def _owners_of_losses(
@@ -246,7 +266,7 @@ def _nothing_read(trainer: JDTrainerMixin, outputs: Sequence[Tensor]) -> str:
     return (
         f"The loss of {type(trainer).__name__} does not depend on the model's outputs with a graph (outputs of shapes "
         f"{shapes}), so it can't be split by instance. Usual causes: a loss that runs its own backward pass, or calls "
-        "a part of the model past its forward, a model that returns no tensors, or --torch_compile, which joins the "
-        "model's own loss with its outputs. Choose --jd_objectives batch, which makes each batch one objective, or "
-        "override `compute_losses`."
+        "a part of the model past its forward, a model that returns no tensors, or torch.compile, called on a model "
+        "whose own loss it then joins with its outputs (use --torch_compile instead). Choose --jd_objectives batch, "
+        "which makes each batch one objective, or override `compute_losses`."
     )

@@ -53,6 +53,7 @@ class Shares:
         normalised: Whether these are shares of Trainer's loss, not of plain sums of losses.
         factor: A factor still to apply to the cotangents.
         unreduced: Whether the loss is cut at unreduced losses, whose own graph may not be finite.
+        in_parts: Whether the model was called on parts of the batch.
 
     Attributes:
         sizes: [B, K] float64, the norms of the instances' cotangents, summed over places.
@@ -70,9 +71,11 @@ class Shares:
         normalised: bool = True,
         factor: Tensor | float = 1.0,
         unreduced: bool = False,
+        in_parts: bool = False,
     ):
         self.pieces, self.instances, self.names, self.rest = list(pieces), instances, names, rest
         self.values, self.normalised, self.factor, self.unreduced = values, normalised, factor, unreduced
+        self.in_parts = in_parts
         measured = [(_sizes(c.gradient, owner), owner, name) for c, owner, name in self.pieces]
         self.sizes, places = sums_of([(s, s != 0, owner, name) for s, owner, name in measured], instances, names)
         self.finite = self.sizes.isfinite()
@@ -103,15 +106,23 @@ class Shares:
             self.finite[0, piece.name] = True
         return len(broken)
 
-    def surrogates(self, segments: Tensor, objectives: int) -> Tensor:
+    def parts(self) -> list[list[Piece]]:
+        """Group the pieces by the instances that they belong to."""
+        groups: dict[tuple[int, ...], list[Piece]] = {}
+        for piece in self.pieces:
+            groups.setdefault(tuple(piece.owner.tolist()), []).append(piece)
+        return list(groups.values())
+
+    def surrogates(self, segments: Tensor, objectives: int, pieces: Sequence[Piece] | None = None) -> Tensor:
         """Return s [S K], with the gradients of the objectives' shares, the first loss's first; the values are 0.
 
         Args:
             segments: [B] the segment of each instance; -1 for none.
             objectives: S.
+            pieces: Some of the pieces; by default, all.
         """
         columns: list[list[Tensor]] = [[] for _ in range(self.names)]
-        for cotangent, owner, name in self.pieces:
+        for cotangent, owner, name in self.pieces if pieces is None else pieces:
             columns[name].append(surrogates(cotangent, at(segments, owner), objectives))
         none = torch.zeros(objectives, device=segments.device)
         sums = torch.cat([torch.stack(parts).sum(0) if parts else none for parts in columns])

@@ -6,9 +6,11 @@ Trainer's step ends in `accelerator.backward(loss)`. That call is replaced: the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import add
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -21,7 +23,8 @@ from hf_jd.gramian import Jacobian
 from hf_jd.gramian.random_streams import RandomState, set_random_state
 from hf_jd.gramian.rows import DenseRows
 from hf_jd.objectives import Membership, ObjectiveTable, membership
-from hf_jd.trainer.gradients import set_aside
+from hf_jd.trainer.gradients import ShownGradients, added, set_aside
+from hf_jd.trainer.overrides import has_own_step
 from hf_jd.trainer.splitting.cut import Contents, shares_of
 from hf_jd.trainer.splitting.shares import Shares, at
 from hf_jd.trainer.splitting.values import part_of_router
@@ -96,6 +99,7 @@ class Recorder:
     Attributes:
         scale: GradScaler's scale, which multiplies the rows.
         has_rest: Whether a loss had a part that belongs to no instance.
+        shown: What `.grad` is during a user's own step.
     """
 
     def __init__(
@@ -108,6 +112,8 @@ class Recorder:
         scaler = trainer.accelerator.scaler
         self.scale = 1.0 if scaler is None else scaler.get_scale()
         self.has_rest = False
+        whole = not (self.backend.shards or self.backend.owns_backward)
+        self.shown = ShownGradients(whole and has_own_step(trainer))
 
     def record(self, batch: Any, step: Step) -> tuple[Tensor, Recorded]:
         """Run Trainer's own step on a micro-batch, and turn its loss into rows.
@@ -120,25 +126,38 @@ class Recorder:
             The step's value, for Trainer's log; and the rows.
 
         Raises:
-            ValueError: The step didn't call `accelerator.backward` once, or its loss can't be split.
+            ValueError: The step called no `accelerator.backward`, or its losses can't be split.
         """
-        with set_aside(self.trainer.trainable()) as past:
-            value, recorded = self.run(batch, step, self.rows)
-        if any(bool(gradient.any()) for gradient in past.values()):
-            raise ValueError(
-                f"{type(self.trainer).__name__} ran its own backward pass, past accelerator.backward, which left "
-                "gradients that can't be split by instance: use torch.autograd.grad for them, add up the losses, or "
-                "choose --jd_objectives batch, which makes each batch one objective."
-            )
-        return value, recorded
 
-    def run(self, batch: Any, step: Step, backward: Callable[[Passed], T]) -> tuple[Tensor, T]:
-        """Run the step with another backward in place of accelerate's; return the values of both."""
+        def backward(passed: Passed) -> Recorded:
+            recorded = self.rows(passed)
+            if self.shown.active and recorded.normalised and recorded.jacobian is not None:
+                ones = torch.ones(len(recorded.jacobian), dtype=torch.float64, device=recorded.broken.device)
+                self.shown.add(added([recorded.jacobian.weighted_sum(ones), recorded.extra]))
+            return recorded
+
+        value, recorded = self.run(batch, step, backward)
+        return value, recorded[0] if len(recorded) == 1 else self._joined(recorded)
+
+    def run(self, batch: Any, step: Step, backward: Callable[[Passed], T]) -> tuple[Tensor, list[T]]:
+        """Run the step with another backward in place of accelerate's.
+
+        Returns:
+            The step's value, and those of the backward: the step may call it several times.
+        """
         trainer = self.trainer
         contents = Contents.of(batch, trainer.jd_args.jd_packed, trainer.args.device)
         batch = stand_in(batch) if contents.empty else batch
-        value, result = self._step(batch, step, lambda loss: backward(self._passed(batch, contents, loss)))
-        return torch.zeros_like(value) if contents.empty else value, result
+        with set_aside(trainer.trainable(), self.shown.sums) as gradients:
+            value, results = self._step(batch, step, lambda loss: backward(self._passed(batch, contents, loss)))
+        if self.shown.differ_from(gradients):
+            raise ValueError(
+                f"{type(trainer).__name__} ran its own backward pass, past accelerator.backward, or changed `.grad` in "
+                "its training_step, so the gradient can't be split by instance: use torch.autograd.grad for it, add up "
+                "the losses, change `.grad` in a TrainerCallback's on_pre_optimizer_step, or choose --jd_objectives "
+                "batch, which makes each batch one objective."
+            )
+        return torch.zeros_like(value) if contents.empty else value, results
 
     def whole(self, batch: Any, step: Step) -> tuple[Tensor, Recorded]:
         """Run the step on a micro-batch that is one objective: its row is its gradient, over all of its passes."""
@@ -147,8 +166,14 @@ class Recorder:
             loss.backward()
             return loss.detach().isfinite()[None]
 
-        with self.trainer.engine().paused(), set_aside(self.trainer.trainable()) as gradients:
-            value, finite = self._step(batch, step, backward)
+        before = self.shown.sums
+        shown = {p: gradient.clone() for p, gradient in before.items()}  # A backward adds to it in place.
+        with self.trainer.engine().paused(), set_aside(self.trainer.trainable(), shown) as gradients:
+            value, each = self._step(batch, step, backward)
+        if self.shown.active:
+            self.shown.sums = gradients
+            gradients = {p: g - before[p] if p in before else g for p, g in gradients.items()}
+        finite = torch.stack(each).all(0)
         unknown, name = finite.double() * torch.nan, finite.long() * 0
         table = ObjectiveTable(unknown, unknown, finite.double(), name - 1, name)
         jacobian = self.jacobian_of(gradients if finite else {})
@@ -210,6 +235,8 @@ class Recorder:
 
     def _rows_of_instances(self, passed: Passed, objectives: int, retain_graph: bool) -> Jacobian | None:
         engine, shares, segments = self.trainer.engine(), passed.shares, passed.members.segments
+        if shares.in_parts and shares.some.any():
+            return self._rows_of_parts(shares, segments, objectives, retain_graph)
         losses = shares.surrogates(segments, objectives)
         if not shares.some.any():
             engine.keep_up(losses.sum())
@@ -221,6 +248,15 @@ class Recorder:
         of_rows = segments if passed.contents.documents is None else at(segments, passed.contents.documents)
         return engine.compute_jacobian(losses, of_rows, self.materialise, retain_graph)
 
+    def _rows_of_parts(self, shares: Shares, segments: Tensor, objectives: int, retain_graph: bool) -> Jacobian:
+        """Compute the rows of a batch whose parts the model was called on, part by part."""
+        parts = []
+        for pieces in shares.parts():
+            losses = shares.surrogates(segments, objectives, pieces)
+            of_rows = segments[pieces[0].owner]
+            parts.append(self.trainer.engine().compute_jacobian(losses, of_rows, self.materialise, retain_graph))
+        return reduce(add, parts)
+
     def _no_rows(self, objectives: int) -> Jacobian | None:
         return self.jacobian_of({}, objectives) if objectives else None
 
@@ -230,26 +266,44 @@ class Recorder:
         trainer = self.trainer
         return Jacobian({p: rows.get(p) for p in trainer.trainable()}, objectives, trainer.engine().block_names())
 
-    def _step(self, batch: Any, step: Step, backward: Callable[[Tensor], T]) -> tuple[Tensor, T]:
+    def _step(self, batch: Any, step: Step, backward: Callable[[Tensor], T]) -> tuple[Tensor, list[T]]:
         trainer, results = self.trainer, []
-
-        def take(loss: Tensor) -> None:
-            results.append(None if results else backward(loss))
-
         trainer.jd_outputs.begin(batch)
         trainer.jd_inputs = trainer.jd_streams = trainer.jd_unreduced = None
-        trainer.jd_backward = take
+        trainer.jd_backward = lambda loss: results.append(backward(loss))
         try:
             with trainer.accelerator.no_sync(self.model):
                 value = step(self.model, without_groups(batch))
         finally:
             trainer.jd_backward = None
-        if len(results) != 1:
+        if not results:
             raise ValueError(
-                f"The training step of {type(trainer).__name__} called accelerator.backward {len(results)} times for "
-                "one batch: call it, or super().training_step, once, with the sum of the losses."
+                f"The training step of {type(trainer).__name__} didn't call accelerator.backward: call it, or "
+                "super().training_step."
             )
-        return value, results[0]
+        return value, results
+
+    def _joined(self, parts: Sequence[Recorded]) -> Recorded:
+        """Add up the rows of several losses of one micro-batch."""
+        two_passes = self.backend.owns_backward or self.trainer.jd_args.jd_backward == "two_pass"
+        if two_passes or not _alike(parts):
+            raise self.called_several_times(len(parts))
+        jacobians = [recorded.jacobian for recorded in parts if recorded.jacobian is not None]
+        return parts[0]._replace(
+            table=ObjectiveTable.added([recorded.table for recorded in parts]),
+            jacobian=reduce(add, jacobians) if jacobians else None,
+            broken=torch.stack([recorded.broken for recorded in parts]).max(),
+            extra=added(recorded.extra for recorded in parts),
+        )
+
+    def called_several_times(self, times: int) -> ValueError:
+        """Return the error for a step whose losses of one micro-batch don't add up."""
+        return ValueError(
+            f"The training step of {type(self.trainer).__name__} called accelerator.backward {times} times for one "
+            "batch. Their rows can only be added up if all calls have losses of the same examples, with --jd_backward "
+            "one_pass, without --jd_every, --jd_warmup_steps and --jd_monitor_every: call it once, with the sum of "
+            "the losses."
+        )
 
     def _passed(self, batch: Any, contents: Contents, loss: Tensor, streams: RandomState | None = None) -> Passed:
         """Split the loss of a micro-batch, and assign the shares to objectives."""
@@ -308,6 +362,13 @@ class Recorder:
                 )
                 logger.warning(f"Update {step}: instance {i}{group} has a loss that isn't finite, and is left out.")
         return broken.sum() + losses
+
+
+def _alike(parts: Sequence[Recorded]) -> bool:
+    """Return whether the rows of several losses of one micro-batch are shares of the same instances."""
+    segments = [recorded.passed.members.segments for recorded in parts if recorded.passed is not None]
+    same = all(torch.equal(each, segments[0]) for each in segments)
+    return parts[0].normalised and same and len(segments) == len(parts)
 
 
 def _table(shares: Shares, members: Membership) -> ObjectiveTable:

@@ -78,7 +78,10 @@ class Update:
         """
         if not self.measured and not self.kind.of_batches:
             with self.trainer.engine().paused():
-                return self.recorder.run(batch, step, self._descend_now)[0]
+                value, calls = self.recorder.run(batch, step, self._descend_now)
+            if len(calls) > 1:
+                raise self.recorder.called_several_times(len(calls))
+            return value
         start = time.perf_counter()
         record = self.recorder.whole if self.kind.of_batches else self.recorder.record
         if not self.store.recorded:  # Parameters are gathered once per update.
@@ -184,6 +187,7 @@ class Update:
         passed.shares.normalised = passed.shares.normalised and not self.jd.own_mean
         if passed.shares.normalised:
             self.gradients.append(self._gradient(passed, self._multipliers(passed.table), rest=True))
+            self.recorder.shown.add(self.gradients[-1])
         self.recorder.has_rest |= passed.shares.rest is not None
         self.passed.append(passed)
 
