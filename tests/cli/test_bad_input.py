@@ -82,7 +82,7 @@ def test_no_output_folder(capsys):
         ("data.jsonl", '{"messages": [{"content": "a"}]}\n', ["a message without `role`", "row 1"]),
         ("data.jsonl", '{"messages": [{"role": "assistant", "content": null}]}\n', ["`content` as text", "row 1"]),
         ("data.jsonl", '{"conversations": [{"from": "gpt"}]}\n', ["`content` as text", "row 1"]),
-        ("data.jsonl", '{"text": "a"}\n{"text": "b', ["line 2, column 10: malformed JSON (Unterminated string)"]),
+        ("data.jsonl", '{"text": "a"}\n{"text": "b', ["line 2 is not JSON from column 10 on (Unterminated string)"]),
         ("data.jsonl.gz", '{"text": "a"}\n', ["data.jsonl.gz can't be read", "gzip"]),
         ("data.jsonl", '{"text": 1}\n{"text": 3}\n', ["`text`", "rows 1, 2"]),
         ("data.jsonl", '{"prompt": "a", "completion": ""}\n', ["No example has a token"]),

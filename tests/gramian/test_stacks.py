@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hf_jd.gramian import Engine, foresight, recording, stacks
+from hf_jd.gramian import Engine
+from hf_jd.gramian._passes import foresight, recording
+from hf_jd.gramian._rules import stacks
 from tests.gramian.oracle import EXACT, SINGLE, brute_gramian, brute_rows, perturb, relative, trainable
 from tests.gramian.small import batch, lm_losses, token_ids
 from tests.models import tiny_llama, with_lora

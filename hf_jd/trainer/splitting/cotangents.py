@@ -133,6 +133,8 @@ class OutputObserver:
             For each output [N, ...], [N] the indices of its examples; None if a call's inputs aren't consecutive rows
             of the batch, or if it is unclear which ones.
         """
+        if any(len(t) != instances for t in self._collated):
+            return None  # The rows of a packed batch aren't examples.
         starts: dict[int, int] = {}
         expected, certain, ordered = 0, True, True
         for made, taken in self._calls:
