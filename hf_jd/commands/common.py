@@ -171,7 +171,7 @@ def _check_columns(command: str, rows: Any, args: Any) -> None:
 
 
 def _check_tokenizer(rows: Any, args: Any, model: Any) -> None:
-    """Raises a ValueError for a model that isn't there, and for chats that no template can write."""
+    """Raise a ValueError for a model that isn't there, and for chats that no template can write."""
     name, source = model_path(model), {"revision": model.model_revision, "trust_remote_code": args.trust_remote_code}
     try:
         processor: Any = AutoProcessor.from_pretrained(name, **source)  # as TRL loads it

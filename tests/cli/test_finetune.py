@@ -145,7 +145,7 @@ def saved_run(finetune, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def resumed(monkeypatch) -> list[str | None]:
-    """Records the checkpoint of each resumed run."""
+    """Record the checkpoint of each resumed run."""
     asked: list[str | None] = []
     train = Trainer.train
 

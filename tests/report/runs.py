@@ -10,7 +10,7 @@ FORTY = [f"task {i:02d} of <many> & $x^$ {'y' * (i % 30)}" for i in range(40)]
 
 
 def entry(step: int, groups: list[str], **more) -> dict:
-    """Returns one log: the loss of group k is (k + 1) / step, and its cosine with group l is -1 / (k + l)."""
+    """Return one log: the loss of group k is (k + 1) / step, and its cosine with group l is -1 / (k + l)."""
     found = {"step": step, "loss": 10 / step, "jd/conflicts": 0.25, "jd/grad_norm": 1.0, "max_steps": 100}
     for k, name in enumerate(groups):
         found |= {f"jd/loss/{name}": (k + 1) / step, f"jd/weight/{name}": 1 / len(groups)}

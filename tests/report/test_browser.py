@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium is installe
 
 
 def open_in_browser(page: Path, folder: Path, *flags: str) -> tuple[list[str], bytes]:
-    """Returns the console's messages, and a screenshot of the page's first 1100 x 2600 pixels."""
+    """Return the console's messages, and a screenshot of the page's first 1100 x 2600 pixels."""
     assert BROWSER is not None
     picture, profile = folder / "page.png", folder / "profile"
     command = [BROWSER, *FLAGS, *flags, f"--user-data-dir={profile}", "--window-size=1100,2600"]

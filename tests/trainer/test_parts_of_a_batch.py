@@ -20,7 +20,7 @@ def whole(trainer, model, inputs, number):
 
 
 def in_parts(*bounds):
-    """Returns the same loss, from calls on the examples between the bounds."""
+    """Return the same loss, from calls on the examples between the bounds."""
 
     def loss(trainer, model, inputs, number):
         labels = inputs.pop("labels")
@@ -32,7 +32,7 @@ def in_parts(*bounds):
 
 
 def trimmed(trainer, model, inputs, number):
-    """Calls the model once per example, without its padding."""
+    """Call the model once per example, without its padding."""
     labels, losses = inputs.pop("labels"), []
     for i, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
         logits = model(**{key: value[i : i + 1, :length] for key, value in inputs.items()}).logits
@@ -41,13 +41,13 @@ def trimmed(trainer, model, inputs, number):
 
 
 def twice(trainer, model, inputs, number):
-    """Calls the model on each half twice, and on all at the end."""
+    """Call the model on each half twice, and on all at the end."""
     losses = [in_parts(2)(trainer, model, dict(inputs), number)[0] for _ in range(2)]
     return sum(losses) + whole(trainer, model, inputs, number)[0], None
 
 
 def some(trainer, model, inputs, number):
-    """Skips some examples."""
+    """Skip some examples."""
     labels = inputs.pop("labels")
     mine = [i for i in range(len(labels)) if labels[i] != labels[0]]
     logits = [model(**{key: value[i : i + 1] for key, value in inputs.items()}).logits for i in mine]

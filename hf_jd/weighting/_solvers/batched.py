@@ -16,7 +16,7 @@ _SINGLE = 1e-3  # smallest squared pivot at which corrections can be computed in
 
 
 def solve_nonnegative(cosines: Tensor, right: Tensor, start: Tensor | None = None, exchanges: int = 60) -> Tensor:
-    """Finds z >= 0 with s = C z - b >= 0 and s^T z = 0, for each row b of `right`.
+    """Find z >= 0 with s = C z - b >= 0 and s^T z = 0, for each row b of `right`.
 
     A primal-dual active set method (Hintermüller, Ito and Kunisch 2003): guess which z are positive, solve for them,
     and flip all wrong guesses at once. A few such exchanges are usually enough; when the number of wrong guesses stops
@@ -116,11 +116,11 @@ class _System(NamedTuple):
         return cls(cosines, cosines.to(dtype), None if pivot > _PLAIN else torch.cholesky_inverse(factor).to(dtype))
 
     def precondition(self, residual: Tensor, mask: Tensor) -> Tensor:
-        """Applies the inverse of C, restricted to P: a good preconditioner even where C is ill-conditioned."""
+        """Apply the inverse of C, restricted to P: a good preconditioner even where C is ill-conditioned."""
         return residual.clone() if self.inverse is None else (residual @ self.inverse).mul_(mask)
 
     def improve(self, problems: _Problems, slopes: Tensor, largest: Tensor, reduction: float) -> tuple[Tensor, Tensor]:
-        """Brings z_P nearer to C_PP z_P = b_P for all problems at once.
+        """Bring z_P nearer to C_PP z_P = b_P for all problems at once.
 
         Args:
             problems: z, and the guess P.
@@ -148,7 +148,7 @@ class _System(NamedTuple):
     def _conjugate_gradients(
         self, residual: Tensor, positive: Tensor, reduction: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Solves C_PP x_P = r_P, x = 0 elsewhere, up to the reduction, with one or two matrix products per step.
+        """Solve C_PP x_P = r_P, x = 0 elsewhere, up to the reduction, with one or two matrix products per step.
 
         Returns x and C x, [k, m], and which problems missed the reduction, [k].
         """
@@ -173,7 +173,7 @@ class _System(NamedTuple):
 
 
 def _cholesky(cosines: Tensor, right: Tensor, positive: Tensor, size: int) -> Tensor:
-    """Solves all problems by one batch of Cholesky factors, each padded to `size` unknowns with the identity."""
+    """Solve all problems by one batch of Cholesky factors, each padded to `size` unknowns with the identity."""
     state = torch.zeros_like(right)
     if not size:
         return state

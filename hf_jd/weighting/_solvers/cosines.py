@@ -18,7 +18,7 @@ Array = Any
 
 
 def cosine_matrix(gramian: Array, lengths: Array) -> Array:
-    """Scales G [m, m] to a unit diagonal, positive semi-definite; a zero row gets the cosine 0 with every other.
+    """Scale G [m, m] to a unit diagonal, positive semi-definite; a zero row gets the cosine 0 with every other.
 
     Raises:
         ValueError: G has negative eigenvalues too large for rounding errors.
@@ -27,7 +27,7 @@ def cosine_matrix(gramian: Array, lengths: Array) -> Array:
 
 
 def factored_cosines(gramian: Array, lengths: Array) -> tuple[Array, Array | None]:
-    """Returns the cosines C [m, m] and their Cholesky factor, or None if C has none in floating point.
+    """Return the cosines C [m, m] and their Cholesky factor, or None if C has none in floating point.
 
     Raises:
         ValueError: G has negative eigenvalues too large for rounding errors; the message lists C's.
@@ -51,7 +51,7 @@ def factored_cosines(gramian: Array, lengths: Array) -> tuple[Array, Array | Non
 
 
 def shrunk(gramian: Array, noise: float) -> Array:
-    """Divides all but the diagonal of G [m, m] by 1 + noise: up to a factor, this enlarges the diagonal."""
+    """Divide all but the diagonal of G [m, m] by 1 + noise: up to a factor, this enlarges the diagonal."""
     smaller = gramian / (1 + noise)
     index = list(range(len(gramian)))
     smaller[index, index] = gramian.diagonal()
@@ -76,7 +76,7 @@ def _cholesky(matrix: Array) -> Array | None:
 
 
 def _semidefinite(cosines: Array) -> Array:
-    """Removes or outweighs the negative eigenvalues of C [m, m]; the lowest one shows the size of the rounding errors.
+    """Remove or outweigh the negative eigenvalues of C [m, m]; the lowest one shows the size of the rounding errors.
 
     Errors of float64 are removed, along with positive eigenvalues of the same size, which mean as little. Errors of a
     lower precision are outweighed: twice their size is added to the diagonal. The result is as close to the true
@@ -100,12 +100,12 @@ def _semidefinite(cosines: Array) -> Array:
 
 
 def independent(factor: Array) -> bool:
-    """Whether C = L L^T certainly has full rank, from L [m, m]."""
+    """Return whether C = L L^T certainly has full rank, from L [m, m]."""
     return bool(factor.diagonal().min() ** 2 >= SINGULAR)
 
 
 def dependent(gramian: Array, pivot: float) -> bool:
-    """Whether a row depends on others, up to a squared pivot of the rows' cosines."""
+    """Return whether a row depends on others, up to a squared pivot of the rows' cosines."""
     factor = _cholesky(_unit(gramian, gramian.diagonal() ** 0.5))
     return factor is None or bool(factor.diagonal().min() ** 2 < pivot)
 
@@ -123,7 +123,7 @@ def cosine_factor(cosines: np.ndarray) -> np.ndarray:
 
 
 def solve_semidefinite(matrix: Tensor, right: Tensor) -> Tensor:
-    """Computes A^+ b for a positive semi-definite A [m, m] and b [m]; rounding errors count as zero eigenvalues."""
+    """Compute A^+ b for a positive semi-definite A [m, m] and b [m]; rounding errors count as zero eigenvalues."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
     pivots = factor.diagonal().square()
     if not failed and pivots.amin() >= SINGULAR * pivots.amax():
@@ -134,5 +134,5 @@ def solve_semidefinite(matrix: Tensor, right: Tensor) -> Tensor:
 
 
 def divide(values: Tensor, lengths: Tensor) -> Tensor:
-    """Divides values [m] by the rows' lengths [m]; a zero row gets 0."""
+    """Divide values [m] by the rows' lengths [m]; a zero row gets 0."""
     return torch.where(lengths > 0, values / lengths, 0)

@@ -23,17 +23,17 @@ class Directions(NamedTuple):
 
     @classmethod
     def of(cls, cosines: Tensor) -> Directions:
-        """Finds the directions of the rows with these cosines, [m, m]."""
+        """Find the directions of the rows with these cosines, [m, m]."""
         same = (cosines >= 1 - _SAME).to(torch.int8)
         first, of_row = same.argmax(dim=1).unique(return_inverse=True)
         return cls(first, of_row)
 
     def gather(self, values: Tensor) -> Tensor:
-        """Sums values of rows [k, m] into values of directions [k, c]."""
+        """Sum values of rows [k, m] into values of directions [k, c]."""
         return values.new_zeros(len(values), len(self.first)).index_add_(1, self.of_row, values)
 
     def spread(self, corrections: Tensor, targets: Tensor) -> Tensor:
-        """Splits each direction's correction among its rows so that |u + z| is smallest, raising the smallest u first.
+        """Split each direction's correction among its rows so that |u + z| is smallest, raising the smallest u first.
 
         Args:
             corrections: One per direction, [k, c], 0 or more.

@@ -15,7 +15,7 @@ _NEWTON_STEPS = 100  # usually ten are enough
 
 
 def smallest_solution(rows: np.ndarray, weights: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    """Finds the z >= 0 of smallest |z + offset| with the same rows^T z as `weights`, for one problem [f] or for k.
+    """Find the z >= 0 of smallest |z + offset| with the same rows^T z as `weights`, for one problem [f] or for k.
 
     Args:
         rows: [f, r], of length about 1.
@@ -38,7 +38,7 @@ def smallest_solution(rows: np.ndarray, weights: np.ndarray, offset: np.ndarray)
 
 
 def _shortest(basis: np.ndarray, weights: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    """Solves one problem for z [f], by the faster method for its size; `basis` [f, r] spans the columns of the rows."""
+    """Solve one problem for z [f], by the faster method for its size; `basis` [f, r] spans the columns of the rows."""
     if len(basis) > _FEW:
         solution = _newton(basis, weights, offset)
         if solution is not None:
@@ -50,7 +50,7 @@ def _shortest(basis: np.ndarray, weights: np.ndarray, offset: np.ndarray) -> np.
 
 
 def _newton(basis: np.ndarray, weights: np.ndarray, offset: np.ndarray) -> np.ndarray | None:
-    """Solves min |v|^2 subject to Q^T v = b, v >= offset, by Newton's method on its dual; Q [f, r] is orthonormal.
+    """Solve min |v|^2 subject to Q^T v = b, v >= offset, by Newton's method on its dual; Q [f, r] is orthonormal.
 
     v = max(offset, Q mu), where mu [r] minimises a convex function that is quadratic between kinks at (Q mu)_i =
     offset_i. With an exact line search, Newton's method reaches the exact solution in finitely many steps.
@@ -76,7 +76,7 @@ def _newton(basis: np.ndarray, weights: np.ndarray, offset: np.ndarray) -> np.nd
 
 
 def _line_minimum(above: np.ndarray, change: np.ndarray, slope: float) -> float:
-    """Finds the t >= 0 at which the slope along a line vanishes; `slope` is its value at t = 0, negative.
+    """Find the t >= 0 at which the slope along a line vanishes; `slope` is its value at t = 0, negative.
 
     The slope grows with t at a rate that is the sum of change_i^2 over all i with above_i + t change_i > 0.
     """
@@ -96,7 +96,7 @@ def _line_minimum(above: np.ndarray, change: np.ndarray, slope: float) -> float:
 
 
 def minimum_norm_weights(cosines: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Finds the multiples mu >= 0 of unit rows, offsets^T mu = 1, with the shortest sum: the hull's point nearest to 0.
+    """Find the multiples mu >= 0 of unit rows, offsets^T mu = 1, with the shortest sum: the hull's point nearest to 0.
 
     Args:
         cosines: The unit rows' Gramian C, [m, m].
@@ -112,7 +112,7 @@ def minimum_norm_weights(cosines: np.ndarray, offsets: np.ndarray) -> np.ndarray
 
 
 def smallest_weights(cosines: np.ndarray, offsets: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Returns the smallest of the weights that give the same shortest vector, all [m]; see `minimum_norm_weights`."""
+    """Return the smallest of the weights that give the same shortest vector, all [m]; see `minimum_norm_weights`."""
     weights = weights.copy()
     slopes, square = cosines @ weights, weights @ cosines @ weights
     # Other weights give the same point only if the rows on its supporting hyperplane are dependent.
@@ -125,7 +125,7 @@ def smallest_weights(cosines: np.ndarray, offsets: np.ndarray, weights: np.ndarr
 
 
 def _pivot(cosines: np.ndarray, offsets: np.ndarray) -> np.ndarray | None:
-    """Searches for the support by exchanging all wrong rows at once; None if that doesn't settle, or is inexact.
+    """Search for the support by exchanging all wrong rows at once; None if that doesn't settle, or is inexact.
 
     Up to its length, the shortest point solves C mu >= b, mu >= 0, mu^T (C mu - b) = 0.
     """
@@ -148,7 +148,7 @@ def _pivot(cosines: np.ndarray, offsets: np.ndarray) -> np.ndarray | None:
 
 
 def hull_point(cosines: np.ndarray, offsets: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Applies Wolfe's method ("Finding the nearest point in a polytope", 1976): exact after finitely many exchanges.
+    """Apply Wolfe's method ("Finding the nearest point in a polytope", 1976): exact after finitely many exchanges.
 
     A corral is a set of independent vertices. The point is always the shortest of a corral's hull, and gets shorter.
 
@@ -178,7 +178,7 @@ def hull_point(cosines: np.ndarray, offsets: np.ndarray, start: np.ndarray) -> n
 
 
 def _solve(system: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """Solves A x = b [n] for a positive semi-definite A [n, n]; least squares, ten times slower, if singular."""
+    """Solve A x = b [n] for a positive semi-definite A [n, n]; least squares, ten times slower, if singular."""
     try:
         if independent(np.linalg.cholesky(system)):
             return np.linalg.solve(system, right)
@@ -188,7 +188,7 @@ def _solve(system: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def _shorten(cosines: np.ndarray, offsets: np.ndarray, weights: np.ndarray, entering: int) -> None:
-    """Moves the weights, in place, to the shortest point of a corral that includes the entering vertex."""
+    """Move the weights, in place, to the shortest point of a corral that includes the entering vertex."""
     support = weights > 0
     support[entering] = True
     while support.any():

@@ -48,7 +48,7 @@ _ZERO = 1e-14  # rounding error in the length of a zero projection, relative to 
 
 
 def cone_projection(gramian: Tensor, targets: Tensor) -> Tensor:
-    """Computes the weights of the projections of J^T u onto the dual cone, for each row u of `targets`.
+    """Compute the weights of the projections of J^T u onto the dual cone, for each row u of `targets`.
 
     If several weights give the same projection (dependent rows), returns those of minimum norm, measuring each weight
     in lengths of its row: the result depends on G alone, not on the order of the objectives.
@@ -79,7 +79,7 @@ def cone_projection(gramian: Tensor, targets: Tensor) -> Tensor:
 
 
 def _solve(gramian: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Solves with the preferred solver, failures with the other; returns weights [k, m] and their violations [k]."""
+    """Solve with the preferred solver, failures with the other; return weights [k, m] and their violations [k]."""
     solvers = chosen_solvers(gramian, targets)
     weights, violation = solvers[0](gramian, targets)
     solved = violation <= _TOLERANCE
@@ -93,7 +93,7 @@ def _solve(gramian: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def chosen_solvers(gramian: Tensor, targets: Tensor) -> tuple[Solver, Solver]:
-    """Returns the preferred solver, and the one for problems where it fails; a large Gramian stays on its device."""
+    """Return the preferred solver, and the one for problems where it fails; a large Gramian stays on its device."""
     problems, m = targets.shape
     size = problems * m * m
     small = m <= 32 or gramian.device.type == "cpu"
@@ -103,18 +103,18 @@ def chosen_solvers(gramian: Tensor, targets: Tensor) -> tuple[Solver, Solver]:
 
 
 def one_by_one(gramian: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Solves with quadprog, on the CPU; returns the weights [k, m] and their violations of optimality [k]."""
+    """Solve with quadprog, on the CPU; return the weights [k, m] and their violations of optimality [k]."""
     weights, violation = _project(gramian.cpu().numpy(), targets.cpu().numpy(), _solve_quadprog)
     return torch.from_numpy(weights).to(gramian), torch.from_numpy(violation).to(gramian)
 
 
 def together(gramian: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Solves all problems at once, on the device; returns the weights [k, m] and their violations of optimality [k]."""
+    """Solve all problems at once, on the device; return the weights [k, m] and their violations of optimality [k]."""
     return _project(gramian, targets, _solve_batched)
 
 
 def _project(gramian: Array, targets: Array, solver: Callable[..., Array]) -> tuple[Array, Array]:
-    """Scales the problems to unit rows and targets, solves those that need it, and measures the solutions.
+    """Scale the problems to unit rows and targets, solve those that need it, and measure the solutions.
 
     Accepts numpy arrays as well as tensors: they halve the time of small problems.
 
@@ -143,7 +143,7 @@ def _project(gramian: Array, targets: Array, solver: Callable[..., Array]) -> tu
 
 
 def _solve_batched(cosines: Tensor, targets: Tensor, factor: Tensor | None) -> Tensor:
-    """Solves all problems together, on the device of C."""
+    """Solve all problems together, on the device of C."""
     large = len(targets) * len(cosines) ** 2 > SMALL
     if factor is not None and independent(factor):
         # Where rows are dependent up to float32's errors, exchanges hardly converge.
@@ -160,7 +160,7 @@ def _solve_batched(cosines: Tensor, targets: Tensor, factor: Tensor | None) -> T
 
 
 def _solve_singular(cosines: Tensor, targets: Tensor) -> Tensor:
-    """Adds to the diagonal, which picks the solution of smallest |u + z| among all.
+    """Add to the diagonal, which picks the solution of smallest |u + z| among all.
 
     Proximal steps undo its other effects: z <- argmin_{z >= 0} v^T C v + epsilon |v - v_last|^2.
     """
@@ -176,7 +176,7 @@ def _solve_singular(cosines: Tensor, targets: Tensor) -> Tensor:
 
 
 def _solve_quadprog(cosines: np.ndarray, targets: np.ndarray, factor: np.ndarray | None) -> np.ndarray:
-    """Solves one problem at a time by Goldfarb and Idnani's dual method.
+    """Solve one problem at a time by Goldfarb and Idnani's dual method.
 
     The problem is posed as the projection itself, min_x |x - L^T u| with L x >= 0 and C = L L^T: the method starts at
     L^T u and adds violated constraints, which are few in fine-tuning, and its multipliers are z. Any factor L [m, r]
@@ -194,7 +194,7 @@ def _solve_quadprog(cosines: np.ndarray, targets: np.ndarray, factor: np.ndarray
 
 
 def _nearest(factor: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Finds the multipliers [k, m] of the projections of L^T u, L [m, r]; NaN where rounding prevents a solution."""
+    """Find the multipliers [k, m] of the projections of L^T u, L [m, r]; NaN where rounding prevents a solution."""
     if factor.shape[1] == len(factor):
         return _multipliers(factor, targets)[0]
     corrections, tight = _stationary(factor, targets) or _multipliers(factor, targets)
@@ -205,7 +205,7 @@ def _nearest(factor: np.ndarray, targets: np.ndarray) -> np.ndarray:
 
 
 def _stationary(factor: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Solves all problems with one projection if the dual cone is {0}; None if it isn't.
+    """Solve all problems with one projection if the dual cone is {0}; None if it isn't.
 
     No row's projection is longer than the projection of the rows' sum. If that one is 0, then L^T v = 0 for some
     v >= 1, and a multiple of this v solves every u.

@@ -19,7 +19,7 @@ class Nearest(NamedTuple):
 def nearest_point(
     target: np.ndarray, constraints: np.ndarray, bounds: np.ndarray, equalities: int = 0
 ) -> Nearest | None:
-    """Finds argmin_x |x - target| subject to constraints^T x >= bounds, by Goldfarb and Idnani's dual method.
+    """Find argmin_x |x - target| subject to constraints^T x >= bounds, by Goldfarb and Idnani's dual method.
 
     The method starts at the target and adds violated constraints: the fewer there are, the faster it is.
 

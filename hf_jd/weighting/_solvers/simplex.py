@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def nearest_on_simplex(point: Tensor) -> Tensor:
-    """Finds the w >= 0 of sum 1 nearest to a point, both [m]: w = max(0, point - t)."""
+    """Find the w >= 0 of sum 1 nearest to a point, both [m]: w = max(0, point - t)."""
     ordered = point.sort(descending=True).values
     counts = torch.arange(1, len(point) + 1, dtype=point.dtype, device=point.device)
     levels = (ordered.cumsum(dim=0) - 1) / counts

@@ -36,7 +36,7 @@ _ROUNDING = 1e-12  # of weights, relative to the largest one
 
 
 def solve_low_rank(cosines: Tensor, targets: Tensor) -> Tensor:
-    """Finds z >= 0 with s = C (u + z) >= 0 and s^T z = 0, for each row u of `targets`.
+    """Find z >= 0 with s = C (u + z) >= 0 and s^T z = 0, for each row u of `targets`.
 
     Args:
         cosines: C, [m, m], positive semi-definite, of unit diagonal.
@@ -55,7 +55,7 @@ def solve_low_rank(cosines: Tensor, targets: Tensor) -> Tensor:
 
 
 def _settle(problems: Problems, trial: _Trial) -> Tensor:
-    """Takes steps and tries supports that have settled; returns z, [k, m], with NaN where no support was right."""
+    """Take steps and try supports that have settled; return z, [k, m], with NaN where no support was right."""
     targets, step = problems.targets, trial.step
     solution = torch.full_like(targets, torch.nan)
     left = torch.arange(len(targets), device=targets.device)
@@ -96,7 +96,7 @@ class _MirrorImage(NamedTuple):
 
     @classmethod
     def of(cls, problems: Problems) -> _MirrorImage | None:
-        """Returns the mirror image; None if there is none, or if the dual cone isn't {0}."""
+        """Return the mirror image; None if there is none, or if the dual cone isn't {0}."""
         if not ((problems.targets > 0).sum(dim=1) == 1).all():
             return None
         values, vectors = torch.linalg.eigh(problems.cosines)
@@ -109,7 +109,7 @@ class _MirrorImage(NamedTuple):
         return cls(null, rows, Problems(rows @ rows.T, ones))
 
     def reflected(self, corrections: Tensor, targets: Tensor) -> Tensor:
-        """Returns z for the u in `targets`, from the image's z, [k, m]; NaN where the dual cone isn't {0}."""
+        """Return z for the u in `targets`, from the image's z, [k, m]; NaN where the dual cone isn't {0}."""
         ones = self.problems.targets
         weights = (ones + corrections) @ self.rows @ self.null.T
         scale = targets.sum(dim=1) / (weights * ones).sum(dim=1)
@@ -119,7 +119,7 @@ class _MirrorImage(NamedTuple):
 
 
 def _choose(views: list[Problems]) -> tuple[Problems, _Trial]:
-    """Returns the view, and the penalty, that solve most of a sample of the problems."""
+    """Return the view, and the penalty, that solve most of a sample of the problems."""
     options, results = [(view, penalty) for penalty in _PENALTIES for view in views], []
     for steps in _SAMPLE_STEPS:
         results = []
@@ -164,7 +164,7 @@ def _try_penalty(problems: Problems, penalty: float, steps: int) -> _Trial:
 
 
 def _split(step: Tensor, targets: Tensor, state: Tensor, steps: int) -> Tensor:
-    """Takes Douglas-Rachford steps: t + r (p (C + p)^-1 (2 v - t) - v), v = max(u, t); t, u are [k, m]."""
+    """Take Douglas-Rachford steps: t + r (p (C + p)^-1 (2 v - t) - v), v = max(u, t); t, u are [k, m]."""
     targets, state = targets.to(step), state.clone()
     for _ in range(steps):
         weights = torch.maximum(targets, state)

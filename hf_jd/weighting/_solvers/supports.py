@@ -57,7 +57,7 @@ class Pivoted(NamedTuple):
 
 
 def exchange(problems: Problems, pivoted: Pivoted, positive: Tensor) -> Tensor:
-    """Solves for z on the supports [k, m], exchanging wrong rows while they are few.
+    """Solve for z on the supports [k, m], exchanging wrong rows while they are few.
 
     Returns:
         z, [k, m]; NaN for problems of many wrong rows.
@@ -115,7 +115,7 @@ class _Systems(NamedTuple):
         return _Systems(self.pivoted, *(values[index] for values in self[1:]))
 
     def solve(self, slopes: Tensor) -> Tensor:
-        """Solves s = C z + `slopes`, with s = 0 on the supports and z = 0 elsewhere; returns z + s, [k, m]."""
+        """Solve s = C z + `slopes`, with s = 0 on the supports and z = 0 elsewhere; return z + s, [k, m]."""
         matrix, support = self.pivoted
         inside = slopes * support
         offset = slopes - inside - inside @ matrix.T  # z and s if the support were the pivoted one
@@ -125,7 +125,7 @@ class _Systems(NamedTuple):
         return torch.where(self.positive ^ support, exchanged, offset + exchanged @ matrix.T)
 
     def wrong_rows(self, problems: Problems) -> Tensor:
-        """Returns the rows that prove the supports wrong, [k, m]."""
+        """Return the rows that prove the supports wrong, [k, m]."""
         fixed = problems.targets * ~self.positive
         values = self.solve(fixed @ problems.cosines)
         return _negative(values - problems.targets * self.positive, fixed + values * self.positive, _SIGN)
