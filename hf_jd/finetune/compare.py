@@ -117,8 +117,9 @@ def _write_example(name: str, folder: Path) -> dict[str, str]:
     folder.mkdir(exist_ok=True)
     files = {}
     for split, rows in example_data(name).items():
-        files[f"{split}_file"] = str(folder / f"{split}.jsonl")
-        rows.to_json(files[f"{split}_file"])
+        file = folder / f"{split}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+        files[f"{split}_file"] = str(file)
     return files
 
 
