@@ -115,11 +115,11 @@ large batches hold an example twice.
 
 | m | random rows | with a common direction | low rank | fine-tuning |
 |---|---|---|---|---|
-| 8 | 0.45 (1.0) | 0.36 (1.3) | 1.0 (0.4) | 0.48 (1.0) |
-| 32 | 6.3 (1.1) | 0.81 (10) | 9.5 (0.8) | 1.8 (2.8) |
-| 64 | 9.4 (5) | 1.8 (45) | 60 (1.2) | 9.6 (7) |
-| 128 | 25 (35) | 1.0 (1500) | 330 (2.8) | 26 (34) |
-| 256 | 74 (150) | 6.3 (2800) | 670 (14) | 120 (130) |
+| 8 | 0.44 (0.9) | 0.35 (1.2) | 1.1 (0.4) | 0.48 (1.0) |
+| 32 | 2.3 (1.4) | 0.68 (6) | 5.0 (0.6) | 1.8 (2.8) |
+| 64 | 4.9 (5) | 1.7 (24) | 24 (1.8) | 9.6 (7) |
+| 128 | 13 (35) | 0.84 (850) | 58 (11) | 26 (34) |
+| 256 | 55 (160) | 2.4 (4900) | 240 (26) | 120 (130) |
 
     python scripts/benchmark.py weightings --weightings upgrad --threads 1
     python scripts/benchmark.py gramians gramians.pt
@@ -129,35 +129,38 @@ All weightings that read a Gramian, in milliseconds:
 
 | weighting | random, m = 8 | low rank, m = 8 | random, m = 256 | low rank, m = 256 |
 |---|---|---|---|---|
-| `upgrad` | 0.36 | 1 | 95 | 510 |
-| `dualproj` | 0.066 | 0.61 | 6.8 | 38 |
-| `mgda` | 0.22 | 1.2 | 8.7 | 610 |
-| `gapo` | 0.29 | 1.2 | 9.2 | 450 |
-| `cagrad` | 0.61 | 32 | 14 | 4300 |
-| `raco` | 1 | 32 | 14 | 3900 |
-| `aligned_mtl` | 0.1 | 0.093 | 13 | 8.5 |
-| `imtl_g` | 0.12 | 0.17 | 1.4 | 16 |
-| `config` | 0.28 | 0.46 | 2.4 | 14 |
-| `nash_mtl` | 1 | 1.2 | 22 | 27 |
-| `fairgrad` | 0.75 | 0.98 | 18 | 29 |
-| `pcgrad` | 0.42 | 0.4 | 86 | 94 |
-| `gradvac` | 0.97 | 0.94 | 190 | 210 |
-| `pcd` | 0.62 | 0.74 | 58 | 40 |
-| `cr_mogm` | 0.65 | 1.3 | 120 | 540 |
-| `modo` | 0.18 | 0.16 | 0.77 | 0.81 |
-| `sdmgrad` | 1.2 | 1.2 | 6.3 | 6.3 |
-| `krum` | 0.12 | 0.11 | 1.6 | 1.4 |
-| `random` | 0.037 | 0.032 | 0.27 | 0.24 |
-| `constant` | 0.033 | 0.031 | 0.29 | 0.24 |
-| `mean` | 0.029 | 0.029 | 0.24 | 0.22 |
-| `sum` | 0.029 | 0.028 | 0.21 | 0.2 |
+| `upgrad` | 0.31 | 0.92 | 42 | 160 |
+| `dualproj` | 0.14 | 0.66 | 3.1 | 16 |
+| `mgda` | 0.23 | 1.2 | 4.8 | 61 |
+| `gapo` | 0.29 | 1.2 | 4.8 | 52 |
+| `cagrad` | 0.46 | 0.82 | 5.4 | 12 |
+| `raco` | 0.73 | 1.7 | 7.7 | 12 |
+| `aligned_mtl` | 0.1 | 0.099 | 5.8 | 4.3 |
+| `imtl_g` | 0.13 | 0.16 | 1.1 | 7 |
+| `config` | 0.43 | 0.28 | 2 | 8.3 |
+| `nash_mtl` | 2.2 | 1.4 | 9.8 | 12 |
+| `fairgrad` | 0.78 | 0.86 | 7.7 | 12 |
+| `pcgrad` | 0.46 | 0.46 | 47 | 46 |
+| `gradvac` | 0.96 | 0.98 | 88 | 96 |
+| `pcd` | 0.52 | 0.75 | 28 | 20 |
+| `cr_mogm` | 0.57 | 1.2 | 47 | 150 |
+| `modo` | 0.17 | 0.17 | 0.71 | 1.1 |
+| `sdmgrad` | 1.5 | 1.9 | 3.1 | 3.2 |
+| `krum` | 0.14 | 0.12 | 1.8 | 1.7 |
+| `random` | 0.053 | 0.055 | 0.32 | 0.33 |
+| `constant` | 0.058 | 0.056 | 0.36 | 0.33 |
+| `mean` | 0.047 | 0.032 | 0.22 | 0.28 |
+| `sum` | 0.03 | 0.029 | 0.29 | 0.28 |
 
     python scripts/benchmark.py weightings --weightings all --alone --threads 1 --sizes 8 256 --kinds random "low rank"
 
-Dependent rows make `cagrad` and `raco` expensive: with many of them, choose another method. At m = 8, six weightings
-are slower than TorchJD's: `mean`, `sum`, `constant` and `random` take 0.03 ms instead of 0.005, since every Gramian is
-checked, even for a weighting that ignores its values; `imtl_g` is slower by 0.05 ms, and `krum` by 0.02. Both are
-faster at 256.
+Larger Gramians take UPGrad 0.24 s (random, m = 512), 1.0 s (low rank, m = 512), 1.9 s and 10 s (m = 1,024):
+
+    python scripts/benchmark.py weightings --weightings upgrad --threads 1 --alone --sizes 512 1024 --kinds random "low rank"
+
+At m = 8, six weightings are slower than TorchJD's: `mean`, `sum`, `constant` and `random` take 0.03 to 0.06 ms instead
+of 0.005, since every Gramian is checked, even for a weighting that ignores its values; `imtl_g` is slower by 0.05 ms,
+and `krum` by 0.02. Both are faster at 256.
 
 If other processes keep the cores busy, set `OMP_NUM_THREADS=1`: the threads of BLAS (NumPy has its own) otherwise wait
 for each other at every small system, which may cost far more than the work itself.
