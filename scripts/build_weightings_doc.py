@@ -156,7 +156,7 @@ All weightings that read a Gramian, in milliseconds:
 
 Larger Gramians take UPGrad 0.24 s (random, m = 512), 1.0 s (low rank, m = 512), 1.9 s and 10 s (m = 1,024):
 
-    python scripts/benchmark.py weightings --weightings upgrad --threads 1 --alone --sizes 512 1024 --kinds random "low rank"
+    python scripts/benchmark.py weightings --alone --threads 1 --sizes 512 1024 --kinds random "low rank"
 
 At m = 8, six weightings are slower than TorchJD's: `mean`, `sum`, `constant` and `random` take 0.03 to 0.06 ms instead
 of 0.005, since every Gramian is checked, even for a weighting that ignores its values; `imtl_g` is slower by 0.05 ms,
