@@ -21,7 +21,7 @@ class Lines(PrinterCallback):
 
 
 class Bars(Lines, ProgressCallback):
-    """Shows progress bars, too."""
+    """Lines of logs, with progress bars."""
 
 
 def hide_bars(args: TrainingArguments) -> None:

@@ -38,14 +38,14 @@ def overridden(trainer: Any) -> str | None:
     return None
 
 
-def has_own_step(trainer: Any) -> bool:
+def has_user_step(trainer: Any) -> bool:
     """Return whether a user's `training_step` runs inside the mixin's, so that its code may read `.grad`."""
-    return any(right for _, right in _own_steps(trainer))
+    return any(right for _, right in _user_steps(trainer))
 
 
 def warn_of_gradients(trainer: Any) -> None:
     """Warn if a user's `training_step` around the mixin's names `.grad`, which is only written once per update."""
-    for cls, right in _own_steps(trainer):
+    for cls, right in _user_steps(trainer):
         names = _names(getattr(vars(cls)["training_step"], "__code__", None))
         if not right and names & {"grad", "clip_grad_norm_", "clip_grad_value_"} and "autograd" not in names:
             logger.warning(
@@ -54,7 +54,7 @@ def warn_of_gradients(trainer: Any) -> None:
             )
 
 
-def _own_steps(trainer: Any) -> Iterator[tuple[type, bool]]:
+def _user_steps(trainer: Any) -> Iterator[tuple[type, bool]]:
     """Yield the classes with a `training_step` of the user's, and whether they are to the right of the mixin."""
     right = False
     for cls in type(trainer).__mro__:

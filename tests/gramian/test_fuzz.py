@@ -56,7 +56,7 @@ class Positions(nn.Module):
 
 
 class Flat(nn.Module):
-    """Flattens the leading dimensions into one."""
+    """A layer that flattens the leading dimensions into one."""
 
     def __init__(self, width: int):
         super().__init__()

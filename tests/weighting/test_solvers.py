@@ -41,7 +41,7 @@ def test_the_solvers_agree(m: int, n: int, common: float, decay: float) -> None:
 
 
 def repeated(m: int, n: int) -> Tensor:
-    """Repeats some rows two or three times, also with other lengths, as in a batch that holds an example twice."""
+    """Repeat some rows two or three times, also with other lengths, as in a batch that holds an example twice."""
     rows = jacobian(m, n, common=-0.1)
     rows[1], rows[7], rows[m - 1], rows[9] = rows[0], 3 * rows[0], rows[4], 0
     return rows

@@ -137,16 +137,16 @@ class OutputObserver:
             return None  # The rows of a packed batch aren't examples.
         starts: dict[int, int] = {}
         expected, certain, ordered = 0, True, True
-        for made, taken in self._calls:
-            read = [output for output in outputs if id(output) in made]
+        for returned, taken in self._calls:
+            read = [output for output in outputs if id(output) in returned]
             if not read:
                 continue
             rows = len(read[0])
-            found = [i for i in range(instances - rows + 1) if all(self._is_collated(t, i) for t in taken)]
-            if not taken or (len(found) != 1 and expected not in found):
+            matches = [i for i in range(instances - rows + 1) if all(self._is_collated(t, i) for t in taken)]
+            if not taken or (len(matches) != 1 and expected not in matches):
                 return None
-            start = found[0] if len(found) == 1 else expected
-            certain, ordered = certain and len(found) == 1, ordered and start == expected
+            start = matches[0] if len(matches) == 1 else expected
+            certain, ordered = certain and len(matches) == 1, ordered and start == expected
             starts |= {id(output): start for output in read}
             expected = (start + rows) % instances
         # Equal examples can't be told apart, unless the calls go through all of the batch in its order.

@@ -24,7 +24,7 @@ from hf_jd.gramian.random_streams import RandomState, set_random_state
 from hf_jd.gramian.rows import DenseRows
 from hf_jd.objectives import Membership, ObjectiveTable, membership
 from hf_jd.trainer.gradients import ShownGradients, added, set_aside
-from hf_jd.trainer.overrides import has_own_step
+from hf_jd.trainer.overrides import has_user_step
 from hf_jd.trainer.splitting.cut import Contents, shares_of
 from hf_jd.trainer.splitting.shares import Shares, at
 from hf_jd.trainer.splitting.values import part_of_router
@@ -113,7 +113,7 @@ class Recorder:
         self.scale = 1.0 if scaler is None else scaler.get_scale()
         self.has_rest = False
         whole = not (self.backend.shards or self.backend.owns_backward)
-        self.shown = ShownGradients(whole and has_own_step(trainer))
+        self.shown = ShownGradients(whole and has_user_step(trainer))
 
     def record(self, batch: Any, step: Step) -> tuple[Tensor, Recorded]:
         """Run Trainer's own step on a micro-batch, and turn its loss into rows.

@@ -220,7 +220,7 @@ def _stationary(factor: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _multipliers(factor: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Projects each L^T u; returns the multipliers [k, m], and which rows' constraints are tight [k, m]."""
+    """Project each L^T u; return the multipliers [k, m], and which rows' constraints are tight [k, m]."""
     constraints = np.ascontiguousarray(factor.T)
     bounds = np.zeros(len(factor))
     corrections = np.full_like(targets, np.nan)

@@ -43,7 +43,7 @@ class Pivoted(NamedTuple):
 
     @classmethod
     def on(cls, support: Tensor, problems: Problems) -> Pivoted:
-        """Pivots C on the support [m]."""
+        """Pivot C on the support [m]."""
         matrix = problems.cosines.clone()
         matrix.diagonal().add_(_REGULARISATION)
         rows = support.nonzero()[:, 0]
@@ -131,7 +131,7 @@ class _Systems(NamedTuple):
         return _negative(values - problems.targets * self.positive, fixed + values * self.positive, _SIGN)
 
     def refined_solution(self, problems: Problems) -> tuple[Tensor, Tensor]:
-        """Refines the solutions, which undoes the regularisation, until rounding prevents it.
+        """Refine the solutions, which undoes the regularisation, until rounding prevents it.
 
         Returns:
             z, and the rows that prove the supports wrong, [k, m] each.
