@@ -33,6 +33,8 @@ Reward = Callable[[list[str], list[str]], list[float]]
 REFERENCE = -3.0
 """The change of a reward, in standard deviations, at which a method's hypervolume is 0."""
 
+MEASURES = ("worst", "improved", "hypervolume")
+"""What the table shows of each run's `summary`."""
 
 WIDE = 8
 """The largest number of rewards for which the table has one column each."""
@@ -232,32 +234,53 @@ def run(setting: Setting, method: str, seed: int, rate: float, directory: Path) 
 
 
 def summary(changes: Sequence[float]) -> dict[str, float]:
-    """Summarise a run: the worst reward, the number of better ones, their sum, and the hypervolume."""
+    """Summarise a run: the worst reward, the number of better ones, and the hypervolume."""
     volume = 1.0
     for change in changes:
         volume *= max(0.0, (change - REFERENCE) / -REFERENCE)  # 1 for the policy before training
     improved = sum(change > 0 for change in changes)
-    return {"worst": min(changes), "improved": improved, "sum": sum(changes), "hypervolume": volume}
+    return {"worst": min(changes), "improved": improved, "hypervolume": volume}
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """Format the results in Markdown: a line per method and learning rate, with means over seeds and the worst seed.
+def table(results: Sequence[dict[str, Any]], control: str | None = None) -> str:
+    """Format the results in Markdown: a line per method and learning rate, with means over seeds.
 
-    With more than `WIDE` rewards, each method is a column instead.
+    The worst reward, the number improved and the hypervolume have their standard deviations; the worst reward is also
+    compared with the control's on the same seeds. With more than `WIDE` rewards, each method is a column instead.
     """
     names = results[0]["rewards"]
-    lines = [["method", "learning rate", "seeds", *names, "worst", "worst of all", "improved", "hypervolume"]]
-    for method, rate in dict.fromkeys((r["method"], r["learning_rate"]) for r in results):
-        each_seed = [r["changes"] for r in results if (r["method"], r["learning_rate"]) == (method, rate)]
-        each = torch.tensor(each_seed, dtype=torch.float64)
-        summaries = [summary(changes) for changes in each_seed]
-        means = {key: sum(s[key] for s in summaries) / len(summaries) for key in summaries[0]}
-        numbers = [*each.mean(0).tolist(), means["worst"], each.min().item(), means["improved"], means["hypervolume"]]
-        lines.append([method, f"{rate:g}", str(len(each_seed)), *(f"{number:.2f}" for number in numbers)])
+    paired = f"worst, less `{control}`"
+    lines = [["method", "learning rate", "seeds", *names, *MEASURES, *([paired] if control else [])]]
+    runs = {(r["method"], r["learning_rate"], r["seed"]): r["changes"] for r in results}
+    for method, rate in dict.fromkeys((method, rate) for method, rate, _ in runs):
+        seeds = [seed for m, r, seed in runs if (m, r) == (method, rate)]
+        each = [runs[method, rate, seed] for seed in seeds]
+        means = torch.tensor(each, dtype=torch.float64).mean(0).tolist()
+        summaries = [summary(changes) for changes in each]
+        spreads = [_spread([s[measure] for s in summaries]) for measure in MEASURES]
+        line = [method, f"{rate:g}", str(len(seeds)), *(f"{mean:.2f}" for mean in means), *spreads]
+        if control:
+            both = [seed for seed in seeds if method != control and (control, rate, seed) in runs]
+            line.append(_paired([min(runs[method, rate, s]) - min(runs[control, rate, s]) for s in both]))
+        lines.append(line)
     if len(names) > WIDE:
         lines = [list(column) for column in zip(*lines, strict=True)]
     lines.insert(1, ["---"] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _spread(values: Sequence[float], sign: str = "") -> str:
+    """Format mean ± standard deviation."""
+    each = torch.tensor(values, dtype=torch.float64)
+    deviation = f" ± {each.std():.2f}" if len(values) > 1 else ""
+    return f"{each.mean():{sign}.2f}{deviation}"
+
+
+def _paired(differences: Sequence[float]) -> str:
+    """Format differences to the control, and on how many seeds the method was better."""
+    if not differences:
+        return ""
+    return f"{_spread(differences, '+')}; {sum(d > 0 for d in differences)} of {len(differences)}"
 
 
 def draw(results: Sequence[dict[str, Any]], before: Tensor, path: Path) -> None:
@@ -292,30 +315,34 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seeds", type=int, nargs="*")
     parser.add_argument("--learning_rates", type=float, nargs="*")
     parser.add_argument("--methods", nargs="*")
+    parser.add_argument("--rewards", nargs="*", help="some of the plan's rewards, instead of all")
     parser.add_argument("--max_steps", type=int)
     arguments = parser.parse_args(argv)
     plan = yaml.safe_load(arguments.plan.read_text("utf-8"))
     plan["trainer"] |= {"max_steps": arguments.max_steps} if arguments.max_steps else {}
-    unknown = sorted(set(arguments.methods or []) - set(plan["methods"]))
-    if unknown:
-        parser.error(f"there is no method `{unknown[0]}`; those of the plan are {', '.join(plan['methods'])}.")
+    for kind in ("methods", "rewards"):
+        unknown = sorted(set(getattr(arguments, kind) or []) - set(plan[kind]))
+        if unknown:
+            parser.error(f"there is no {kind[:-1]} `{unknown[0]}`; those of the plan are {', '.join(plan[kind])}.")
+    plan["rewards"] = {name: plan["rewards"][name] for name in arguments.rewards or plan["rewards"]}
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     file, setting = arguments.output_dir / "results.jsonl", Setting(plan)
     results = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
-    updates = plan["trainer"]["max_steps"]
-    done = {(r["method"], r["seed"], r["learning_rate"], r["updates"]) for r in results}
+    same = {"updates": plan["trainer"]["max_steps"], "rewards": list(plan["rewards"])}
+    results = [r for r in results if r.items() >= same.items()]
+    done = {(r["method"], r["seed"], r["learning_rate"]) for r in results}
     for seed in arguments.seeds or plan["seeds"]:
         for rate in arguments.learning_rates or plan["learning_rates"]:
             for method in arguments.methods or plan["methods"]:
-                if (method, seed, rate, updates) in done:
+                if (method, seed, rate) in done:
                     continue
                 results.append(run(setting, method, seed, rate, arguments.output_dir))
                 with file.open("a", encoding="utf-8") as lines:
                     lines.write(json.dumps(results[-1]) + "\n")
                 print(f"{method}, seed {seed}, {rate:g}: {summary(results[-1]['changes'])}", flush=True)
-    results = [r for r in results if r["updates"] == updates]
-    (arguments.output_dir / "table.md").write_text(table(results), "utf-8")
-    print(table(results))
+    text = table(results, plan.get("control"))
+    (arguments.output_dir / "table.md").write_text(text, "utf-8")
+    print(text)
     draw(results, setting.before, arguments.output_dir / "way.png")
     return 0
 

@@ -27,7 +27,7 @@ def script():
 
 
 def test_a_run_is_summarised(script):
-    assert script.summary([0.0, 0.0]) == {"worst": 0.0, "improved": 0, "sum": 0.0, "hypervolume": 1.0}
+    assert script.summary([0.0, 0.0]) == {"worst": 0.0, "improved": 0, "hypervolume": 1.0}
     assert script.summary([3.0, -1.5])["hypervolume"] == 1.0
     assert script.summary([1.0, -4.0])["hypervolume"] == 0.0
 
@@ -51,14 +51,26 @@ def test_a_table_of_many_rewards_has_a_column_per_method(script):
     run = {"seed": 0, "learning_rate": 1e-3, "rewards": list("abcdefghi"), "changes": [1.0] * 8 + [-1.0]}
     lines = script.table([run | {"method": "one"}, run | {"method": "two"}]).splitlines()
     assert lines[:2] == ["| method | one | two |", "| --- | --- | --- |"]
-    assert lines[-5] == "| i | -1.00 | -1.00 |"
+    assert lines[-4] == "| i | -1.00 | -1.00 |"
     assert lines[-2] == "| improved | 8.00 | 8.00 |"
 
 
-def test_an_unknown_method_is_refused(script, capsys):
+def test_a_table_has_spreads_and_paired_differences(script):
+    run = {"learning_rate": 1e-3, "rewards": ["a", "b"]}
+    changes = {("one", 0): [1.0, -1.0], ("one", 1): [1.0, 0.0], ("two", 0): [1.0, 0.5], ("two", 1): [0.5, 2.0]}
+    results = [run | {"method": m, "seed": seed, "changes": c} for (m, seed), c in changes.items()]
+    header, _, one, two = script.table(results, "one").splitlines()
+    assert header.endswith("| a | b | worst | improved | hypervolume | worst, less `one` |")
+    assert one.startswith("| one | 0.001 | 2 | 1.00 | -0.50 | -0.50 ± 0.71 | 1.00 ± 0.00 |")
+    assert one.endswith("|  |")
+    assert two.endswith("| +1.00 ± 0.71; 2 of 2 |")
+
+
+@pytest.mark.parametrize(("flag", "unknown"), [("methods", "upgrd"), ("rewards", "tall")])
+def test_an_unknown_name_is_refused(flag, unknown, script, capsys):
     with pytest.raises(SystemExit, match="2"):
-        script.main([str(ROOT / "examples" / "rewards.yaml"), "--methods", "upgrd"])
-    assert "there is no method `upgrd`" in capsys.readouterr().err
+        script.main([str(ROOT / "examples" / "rewards.yaml"), f"--{flag}", unknown])
+    assert f"there is no {flag[:-1]} `{unknown}`" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing.* is deprecated:FutureWarning")
@@ -70,7 +82,7 @@ def test_a_small_comparison_runs_and_resumes(example, names, script, tmp_path):
     (model / "chat_template.jinja").write_text("User: {{ messages[0].content }} Answer:", "utf-8")
     plan |= {"model": str(model), "seeds": [0], "learning_rates": [1e-3], "evaluated": 2}
     plan["trainer"] |= {"max_steps": 1, "max_completion_length": 4}
-    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan), "utf-8")
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan, sort_keys=False), "utf-8")
     words = [str(tmp_path / "plan.yaml"), "--output_dir", str(tmp_path / "out"), "--methods", *names]
     assert script.main(words) == 0
     results = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
@@ -80,3 +92,8 @@ def test_a_small_comparison_runs_and_resumes(example, names, script, tmp_path):
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 2
     assert all(name in (tmp_path / "out" / "table.md").read_text() for name in names)
     assert (tmp_path / "out" / "way.png").exists()
+    some = list(plan["rewards"])[1:]
+    assert script.main([*words[:-1], "--rewards", *some]) == 0  # Fewer rewards are another study.
+    assert script.main([*words[:-1], "--rewards", *some]) == 0
+    results = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [r["rewards"] for r in results] == [list(plan["rewards"])] * 2 + [some]

@@ -16,7 +16,7 @@ pytest.importorskip("trl", reason="TRL 1.16 asks for datasets 4.7")
 from trl import GRPOTrainer
 
 from hf_jd.trainer.trl.trainers import JDGRPOTrainer, JDRLOOConfig
-from tests.trainer.generating import GENERATIONS, Exact, ExactRLOO, Policy, rewards
+from tests.trainer.generating import GENERATIONS, Exact, ExactGRPO, ExactRLOO, Policy, rewards
 
 EXACT = 1e-8
 LOSSES = ("grpo", "dapo", "bnpo", "dr_grpo", "cispo", "sapo", "vespo", "luspo")
@@ -96,6 +96,25 @@ def test_rows_with_other_settings_of_trl(name, tmp_path):
     policy = Policy(tmp_path, rewards(3), moved=0.5, beta=0.1, **SETTINGS[name])
     assert_brute(policy, policy.inputs["jd_advantages"])
     assert passes(policy) == 2
+
+
+class WatchedGRPO(ExactGRPO):
+    """`ExactGRPO` that counts the backward passes through its entropies."""
+
+    passed = 0
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        logps, entropies, none = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if entropies.requires_grad:
+            entropies.register_hook(lambda gradient: vars(self).update(passed=self.passed + 1))
+        return logps, entropies, none
+
+
+@pytest.mark.parametrize("bonus", [0.0, 0.1])
+def test_only_an_entropy_bonus_costs_a_pass_through_the_entropies(bonus, tmp_path):
+    policy = Policy(tmp_path, rewards(3), WatchedGRPO, entropy_coef=bonus)
+    policy.step(None)
+    assert (policy.trainer.passed > 0) == bool(bonus)
 
 
 @pytest.mark.parametrize("moved", [0.0, 0.5], ids=["on-policy", "moved"])

@@ -51,6 +51,8 @@ class PolicyLoss:
     def keep(self, outputs: Sequence[Any], loss: Tensor) -> None:
         """Store the inputs of the loss, and the loss as TRL computed it.
 
+        Entropies that are only logged are left out: a cotangent of zeros would cost as much as any other.
+
         Args:
             outputs: Log-probabilities [B, T], entropies [B, T], and a router's loss []; all but the first may be None.
             loss: [] with a graph.
@@ -59,6 +61,8 @@ class PolicyLoss:
         leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in outputs]
         self._twin._get_per_token_logps_and_entropies = lambda *args, **kwargs: tuple(leaves)
         pairs = [(t, leaf) for t, leaf in zip(outputs, leaves, strict=True) if t is not None and t.requires_grad]
+        read = torch.autograd.grad(loss, [t for t, _ in pairs], retain_graph=True, allow_unused=True) if pairs else ()
+        pairs = [pair for pair, gradient in zip(pairs, read, strict=True) if gradient is not None]
         self.outputs, self._leaves = [t for t, _ in pairs], [leaf for _, leaf in pairs]
 
     def gradients(self, advantages: Tensor, **settings: Any) -> list[Tensor]:
