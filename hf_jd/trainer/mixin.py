@@ -49,6 +49,7 @@ class JDTrainerMixin(EvaluationMixin):
     """
 
     jd_backward: Callable[[Tensor], None] | None = None
+    jd_retain_graph = False  # whether another loss will be computed from the same outputs
     jd_groups_of_batch: Tensor | None = None  # if they are unknown until `compute_loss`
 
     def __init_subclass__(cls, **kwargs: Any):
@@ -237,13 +238,10 @@ class JDTrainerMixin(EvaluationMixin):
         def replaced(loss: Tensor, **kwargs: Any) -> None:
             if self.jd_backward is None:
                 backward(loss, **kwargs)
-            elif kwargs.get("retain_graph"):
-                raise ValueError(
-                    "accelerator.backward(..., retain_graph=True) asks for a graph that another loss needs, too: add "
-                    "up the losses, and call it once, with their sum."
-                )
             else:
+                self.jd_retain_graph = bool(kwargs.get("retain_graph"))
                 self.jd_backward(loss)
+                self.jd_retain_graph = False
 
         self.accelerator.backward = replaced
 

@@ -154,10 +154,11 @@ class OutputObserver:
             return None
         return [starts[id(output)] + torch.arange(len(output), device=output.device) for output in outputs]
 
-    def take(self) -> tuple[list[Tensor], Any]:
-        """Return the outputs since the last time, and everything that the last call returned."""
+    def take(self, keep: bool = False) -> tuple[list[Tensor], Any]:
+        """Return the outputs since the last time, and everything that the last call returned; `keep` them if asked."""
         outputs, last = self._outputs, self.last
-        self._outputs, self.last = [], None
+        if not keep:
+            self._outputs, self.last = [], None
         return outputs, last
 
     def remove(self) -> None:
@@ -166,7 +167,7 @@ class OutputObserver:
             handle.remove()
 
 
-def split(loss: Tensor, outputs: Sequence[Tensor]) -> tuple[list[Cotangent], Tensor | None]:
+def split(loss: Tensor, outputs: Sequence[Tensor], retain_graph: bool = False) -> tuple[list[Cotangent], Tensor | None]:
     """Split a loss at the outputs that it reads.
 
     Outputs may depend on each other (hidden states and logits). They are visited from the loss backwards, and each
@@ -175,6 +176,7 @@ def split(loss: Tensor, outputs: Sequence[Tensor]) -> tuple[list[Cotangent], Ten
     Args:
         loss: [] with a graph; its own part of the graph is freed, unless there is a rest.
         outputs: The model's outputs; the loss need not read all of them.
+        retain_graph: Whether to retain the loss's own part, too.
 
     Returns:
         One cotangent per output that the loss reads; and the rest, which bypasses the outputs, [] with a graph: its
@@ -186,7 +188,7 @@ def split(loss: Tensor, outputs: Sequence[Tensor]) -> tuple[list[Cotangent], Ten
     read, has_rest, through_model = _read(loss, outputs) if loss.requires_grad else ([], False, False)
     cotangents, rest = [], loss
     # The path from one output to another goes through the model, whose graph is still needed.
-    keep_graph = through_model or has_rest or len(read) > 1
+    keep_graph = retain_graph or through_model or has_rest or len(read) > 1
     for i, (output, edge) in enumerate(read):
         with _without_hooks([output for output, _ in read]):
             gradient = _gradient(rest, edge, keep_graph)

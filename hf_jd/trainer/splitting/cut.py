@@ -70,7 +70,7 @@ def shares_of(trainer: JDTrainerMixin, loss: Tensor, contents: Contents, scale: 
     Raises:
         ValueError: The loss reads no tensor of known instances.
     """
-    outputs, last = trainer.jd_outputs.take()
+    outputs, last = trainer.jd_outputs.take(trainer.jd_retain_graph)
     unreduced, trainer.jd_unreduced = trainer.jd_unreduced, None
     _descend_others(trainer, loss)
     if unreduced is not None:
@@ -86,7 +86,7 @@ def _of_outputs(
     trainer: JDTrainerMixin, loss: Tensor, contents: Contents, outputs: Sequence[Tensor], last: Any, scale: float
 ) -> Shares:
     read = known_losses(trainer, last, contents.examples, contents.documents)
-    cotangents, rest = split(loss, outputs)
+    cotangents, rest = split(loss, outputs, trainer.jd_retain_graph)
     if not cotangents:
         raise ValueError(_nothing_read(trainer, outputs))
     owners, instances, in_parts = _owners(trainer, cotangents, contents)
@@ -110,7 +110,7 @@ def _of_unreduced(
 ) -> Shares:
     losses, counted = list(unreduced.losses.values()), list(unreduced.counted.values())
     owners, instances = _owners_of_losses(trainer, unreduced.losses, contents)
-    cotangents, rest = split(loss, losses)
+    cotangents, rest = split(loss, losses, trainer.jd_retain_graph)
     gradients = {id(cotangent.output): cotangent.gradient for cotangent in cotangents}
     if not unreduced.normalised:  # The number of all losses is not known yet.
         gradients = {id(v): scale * mask.to(v.dtype) for v, mask in zip(losses, counted, strict=True)}

@@ -163,7 +163,7 @@ class Recorder:
         """Run the step on a micro-batch that is one objective: its row is its gradient, over all of its passes."""
 
         def backward(loss: Tensor) -> Tensor:
-            loss.backward()
+            loss.backward(retain_graph=self.trainer.jd_retain_graph)
             return loss.detach().isfinite()[None]
 
         before = self.shown.sums
@@ -216,16 +216,16 @@ class Recorder:
         rest = shares.rest
         self.has_rest |= rest is not None
         apart = self.trainer.jd_args.jd_extra_losses == "objective"
-        extra = {}
+        extra, keep_graph = {}, self.keep_graph or self.trainer.jd_retain_graph
         if rest is not None and not apart and not self.backend.owns_backward:
             extra = engine.gradients(rest)
         objectives = len(passed.members.groups) // shares.names
-        parts = [self._rows_of_instances(passed, objectives, self.keep_graph or (apart and rest is not None))]
+        parts = [self._rows_of_instances(passed, objectives, keep_graph or (apart and rest is not None))]
         if apart:
             alone = None
             if rest is not None and passed.table.counts[-1] > 0:
                 segments = torch.zeros(shares.instances, dtype=torch.int64, device=rest.device)
-                alone = engine.compute_jacobian(rest[None], segments, self.materialise, self.keep_graph)
+                alone = engine.compute_jacobian(rest[None], segments, self.materialise, keep_graph)
             parts.append(alone or self._no_rows(1))
         if not self.keep_graph:
             shares.release()
