@@ -104,6 +104,13 @@ def test_mean_equals_sft_with_flags(flags, tmp_path):
     is_sft(build_lora, tmp_path, **flags)
 
 
+def test_losses_of_dft_are_logged_by_group(tmp_path):
+    ours, _ = is_sft(build_lora, tmp_path, loss_type="dft", **KINDS["group"])
+    for entry in ours.state.log_history[:-1]:
+        of_groups = [value for key, value in entry.items() if key.startswith("jd/loss/")]
+        assert min(of_groups) <= entry["loss"] <= max(of_groups)
+
+
 def test_metrics_count_once_if_rows_do_not_fit(tmp_path):
     is_sft(build_lora, tmp_path, jd_keep_rows="100", jd_when_full="micro_batch")
 
@@ -114,6 +121,11 @@ def test_metrics_count_once_if_rows_do_not_fit(tmp_path):
 def test_mean_equals_sft_with_a_trained_head(kind, tied, tmp_path, caplog):
     is_sft(lambda: llama(tie_word_embeddings=tied), tmp_path, **KINDS[kind], jd_check=False)
     assert caplog.text.count("one more forward pass without gradient") == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*further passes now")
+def test_mean_equals_sft_with_a_trained_head_and_noise(tmp_path):
+    is_sft(lambda: llama(attention_dropout=0.3), tmp_path, neftune_noise_alpha=5.0, jd_check=False)
 
 
 def test_mean_equals_sft_with_a_saved_head(tmp_path):

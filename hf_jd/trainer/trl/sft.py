@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from hf_jd.arguments import JDArguments
 from hf_jd.distributed.processes import process_count
+from hf_jd.gramian.random_streams import random_state, set_random_state
 from hf_jd.groups import group_names
 from hf_jd.losses import bare, causal_lm
 from hf_jd.trainer.mixin import JDTrainerMixin
@@ -83,11 +84,23 @@ class JDSFTTrainer(JDTrainerMixin, SFTTrainer):
         """Compute TRL's own loss; if the head is trained, from logits, as with a `compute_loss_func`."""
         if not model.training or self.jd_loss_func is not None or not self._trains_head():
             return super().compute_loss(model, inputs, *args, **kwargs)
-        self.compute_loss_func = self._loss_of_logits
+        streams = random_state(self.args.device)
+
+        def loss_of_logits(*of_batch: Any, **settings: Any) -> Tensor:
+            # TRL's further forward pass, for its metrics, must draw the same dropout and noise, and no more.
+            set_random_state(streams, self.args.device)
+            return self._loss_of_logits(*of_batch, **settings)
+
+        self.compute_loss_func = loss_of_logits
         try:
             return super().compute_loss(model, inputs, *args, **kwargs)
         finally:
             self.compute_loss_func = None
+
+    def forget_losses(self) -> None:
+        """See JDTrainerMixin."""
+        super().forget_losses()
+        self.jd_compared = self.args.loss_type == "dft"  # The model's own loss is the plain one.
 
     @property
     def knows_losses(self) -> bool:
