@@ -87,12 +87,15 @@ def _is_worth_reading(record: logging.LogRecord) -> bool:
 
 
 def _is_for_users(traceback: TracebackType | None) -> bool:
-    """Return whether this package raised the error: another library's may be a bug, which needs its traceback."""
+    """Return whether this package or TRL raised the error: another library's may be a bug, which needs its traceback.
+
+    TRL's trainers check settings and data themselves.
+    """
     module = ""
     while traceback is not None:
         module = traceback.tb_frame.f_globals.get("__name__", "")
         traceback = traceback.tb_next
-    return module.partition(".")[0] == "hf_jd" or module == "__main__"
+    return module.partition(".")[0] in ("hf_jd", "trl", "__main__")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import load_dataset
 from transformers import AutoProcessor
 from transformers.utils import is_bitsandbytes_available
 
@@ -19,14 +18,12 @@ from hf_jd.finetune.flags import MAIN_FLAGS
 from hf_jd.finetune.model import model_path
 from hf_jd.finetune.parser import Parser, names_of, read_settings
 from hf_jd.finetune.sentences import first_sentence
-from hf_jd.groups import group_names
 
 try:
     from trl import (
         DatasetMixtureConfig,
         ModelConfig,
         ScriptArguments,
-        get_dataset,
         get_peft_config,
         get_quantization_config,
         is_conversational,
@@ -34,17 +31,7 @@ try:
 except ImportError as error:
     raise ValueError(f"This command needs TRL ({error}): pip install 'hf-jd[trl]'.") from error
 
-BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-"""The `datasets` builder for a local file, by its ending."""
-
-
-COLUMNS = {
-    "dpo": ("chosen", "rejected"),
-    "reward": ("chosen", "rejected"),
-    "kto": ("prompt", "completion", "label"),
-    "grpo": ("prompt",),
-}
-"""The columns that each command's trainer needs; SFT takes several forms."""
+from hf_jd.commands.data import check, load, split
 
 
 def run(
@@ -73,8 +60,8 @@ def run(
     hide_bars(args)
     args.model_init_kwargs = _loading(model, args)
     data = load(script_args, mixture)
-    rows = _split(data, script_args.dataset_train_split, "dataset_train_split")
-    _check_columns(name, rows, args)
+    rows = split(data, script_args.dataset_train_split, "dataset_train_split")
+    check(name, rows, args)
     further = {} if more is None else more(script_args, model)
     _check_tokenizer(rows, args, model)
     built = trainer(
@@ -83,7 +70,7 @@ def run(
         train_dataset=rows,
         eval_dataset=None
         if args.eval_strategy == "no"
-        else _split(data, script_args.dataset_test_split, "dataset_test_split"),
+        else split(data, script_args.dataset_test_split, "dataset_test_split"),
         quantization_config=get_quantization_config(model),
         peft_config=get_peft_config(model),
         **further,
@@ -154,22 +141,6 @@ def _split_config(argv: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     return flags[:at] + flags[at + 2 :], settings
 
 
-def _check_columns(command: str, rows: Any, args: Any) -> None:
-    """Raise a ValueError for texts without the trainer's columns, or without the group column, before tokenizing."""
-    columns, needed = getattr(rows, "column_names", None) or [], COLUMNS.get(command, ())
-    missing = [f"`{name}`" for name in needed if name not in columns]
-    # Streams may not know their columns; token ids have other names; and KTO takes pairs apart.
-    pairs = command == "kto" and {"chosen", "rejected"} <= {*columns}
-    fits = pairs or not columns or any(name.endswith("_ids") for name in columns)
-    if missing and not fits:
-        raise ValueError(
-            f"The data has no column {', '.join(missing)}; hf-jd {command} reads {', '.join(needed)}, and the data has "
-            f"{', '.join(columns)}: rename its columns, or choose another command (`hf-jd --help`)."
-        )
-    if args.jd_group_column and not (pairs and args.jd_group_column == "label"):
-        group_names(rows, args.jd_group_column, args.jd_groups)
-
-
 def _check_tokenizer(rows: Any, args: Any, model: Any) -> None:
     """Raise a ValueError for a model that isn't there, and for chats that no template can write."""
     name, source = model_path(model), {"revision": model.model_revision, "trust_remote_code": args.trust_remote_code}
@@ -207,33 +178,3 @@ def _loading(model: Any, args: Any) -> dict[str, Any]:
         "dtype": model.dtype,
     }
     return {**defaults, **(args.model_init_kwargs or {})}
-
-
-def load(script: Any, mixture: Any) -> Any:
-    """Load the data: a mixture, a dataset from the Hub or a folder, or a local file.
-
-    Raises:
-        ValueError: No data is given, or the file has an unknown ending.
-    """
-    if mixture.datasets:
-        return get_dataset(mixture)
-    if not script.dataset_name:
-        raise ValueError(
-            "No data is given: set --dataset_name (on the Hub, a folder or a file), or `datasets` in YAML."
-        )
-    path = Path(script.dataset_name)
-    if path.suffix in BUILDERS and not path.exists():
-        raise ValueError(f"--dataset_name {path} can't be read: there is no such file.")
-    if not path.is_file():
-        return load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
-    if path.suffix not in BUILDERS:
-        raise ValueError(
-            f"--dataset_name {path} ends in `{path.suffix}`; give a file that ends in {', '.join(BUILDERS)}."
-        )
-    return load_dataset(BUILDERS[path.suffix], data_files=str(path), streaming=script.dataset_streaming)
-
-
-def _split(data: Any, name: str, flag: str) -> Any:
-    if name not in data:
-        raise ValueError(f"The data has no split `{name}`; its splits are {', '.join(data)}: choose one with --{flag}.")
-    return data[name]

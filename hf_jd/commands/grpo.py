@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import Any
 
+from transformers import AutoConfig
+
 from hf_jd.commands.common import run
+from hf_jd.finetune.sentences import explained
 from hf_jd.trainer.trl.trainers import JDGRPOConfig, JDGRPOTrainer
 
 
@@ -20,7 +23,11 @@ def main(argv: Sequence[str]) -> int:
 
 def _rewards(script: Any, model: Any) -> dict[str, Any]:
     """Return the reward model, if there is one, and the reward functions."""
-    rewards = [script.reward_model_name_or_path] if script.reward_model_name_or_path else []
+    judge = script.reward_model_name_or_path
+    if judge:
+        with explained(f"The reward model `{judge}` can't be loaded", OSError, ValueError):
+            AutoConfig.from_pretrained(judge)
+    rewards = [judge] if judge else []
     rewards += [reward_function(name) for name in script.reward_funcs or []]
     if not rewards:
         raise ValueError(
@@ -44,11 +51,12 @@ def reward_function(name: str) -> Callable[..., Any]:
         return getattr(rewards, function)
     sys.path.insert(0, "")
     try:
-        reward = getattr(import_module(module), function, None) if module else None
+        relative = not module or module.startswith(".")
+        reward = None if relative else getattr(import_module(module), function, None)
     except ModuleNotFoundError as error:
         raise ValueError(f"--reward_funcs names `{name}`, and {error}: give the import path of a function.") from error
     finally:
         sys.path.remove("")
-    if reward is None:
+    if not callable(reward) or isinstance(reward, type):
         raise ValueError(f"--reward_funcs names `{name}`, which is no function: give an import path, `module.name`.")
     return reward

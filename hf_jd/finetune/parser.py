@@ -90,7 +90,8 @@ class Parser(HfArgumentParser):
                 raise self.unknown(name, " in the file")
             if isinstance(value, str) and action.choices and value not in action.choices:  # argparse trusts defaults
                 raise ValueError(f"--{name} is `{value}`; choose one of {', '.join(map(str, action.choices))}.")
-            self.set_defaults(**{action.dest: value})
+            alone = action.nargs in ("+", "*") and isinstance(value, str | int | float)  # a list of one
+            self.set_defaults(**{action.dest: [value] if alone else value})
         try:
             return self.parse_args_into_dataclasses(list(flags), look_for_args_file=False)
         except (ValueError, ImportError) as error:  # ImportError: bf16 and the like are not available

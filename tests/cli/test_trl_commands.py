@@ -180,7 +180,7 @@ MISTAKES = {
     "file": (["dpo", "--model_name_or_path", "m", "--dataset_name", "no.jsonl"], "no.jsonl can't be read"),
     "column": (
         ["kto", "--model_name_or_path", "m", "--dataset_name", "GRPO"],
-        "The data has no column `completion`, `label`; hf-jd kto reads prompt, completion, label",
+        "The data has no column `completion`, `label`; hf-jd kto reads prompt + completion + label, or chosen",
     ),
     "data": (["dpo", "--model_name_or_path", "m"], "No data is given: set --dataset_name"),
     "kind": (["dpo", "--model_name_or_path", "m", "--dataset_name", "my_rewards.py"], "ends in `.py`"),
@@ -192,6 +192,14 @@ MISTAKES = {
     "function": (
         ["grpo", "--model_name_or_path", "m", "--dataset_name", "DATA", "--reward_funcs", "my_rewards.long"],
         "which is no function",
+    ),
+    "no callable": (
+        ["grpo", "--model_name_or_path", "m", "--dataset_name", "DATA", "--reward_funcs", "my_rewards.__name__"],
+        "`my_rewards.__name__`, which is no function",
+    ),
+    "judge": (
+        ["grpo", "--model_name_or_path", "m", "--dataset_name", "DATA", "--reward_model_name_or_path", "./no"],
+        "The reward model `./no` can't be loaded: ",
     ),
     "split": (
         ["dpo", "--model_name_or_path", "m", "--dataset_name", "DATA", "--dataset_train_split", "test"],
@@ -227,6 +235,61 @@ def test_a_mistake_is_explained_in_one_sentence(name, common, tmp_path, capsys):
     error = capsys.readouterr().err
     assert f"hf-jd {words[0]}: error: " in error
     assert any(part in error for part in expected.split("|"))
+
+
+UNREADABLE = {
+    "no rows": ("dpo", "", "it is empty."),
+    "not JSON": ("dpo", "{no", "can't be read: JSON parse error"),
+    "numbers": (
+        "dpo",
+        '{"chosen": 1, "rejected": "b"}',
+        "The column `chosen` of the data has to hold a text or messages, and is of type int64.",
+    ),
+    "no value": (
+        "reward",
+        '{"chosen": "a", "rejected": "b"}\n{"chosen": "a", "rejected": null}',
+        "Row 1 of the data has no value in the column `rejected`: fill it in",
+    ),
+    "labels": (
+        "kto",
+        '{"prompt": "a", "completion": "b", "label": "good"}',
+        "The column `label` of the data has to hold true or false, and is of type string.",
+    ),
+    "no completion": (
+        "sft",
+        '{"prompt": "a", "text": "b"}',
+        "has no column `completion`; hf-jd sft reads text, or messages, or conversations, or prompt + completion, and",
+    ),
+    "no text": ("sft", '{"txt": "a"}', "The data has no column `text`; hf-jd sft reads"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+@pytest.mark.parametrize("streaming", [False, True], ids=["table", "stream"])
+def test_unreadable_data_is_explained_in_one_sentence(name, streaming, common, tmp_path, capsys):
+    command, text, expected = UNREADABLE[name]
+    if streaming and name in ("numbers", "no value", "labels"):
+        pytest.skip("a stream's values aren't read in advance")
+    (tmp_path / "data.jsonl").write_text(text)
+    words = [command, "--model_name_or_path", "m", "--dataset_name", str(tmp_path / "data.jsonl")]
+    assert main([*words, "--dataset_streaming", str(streaming), *common]) == 2
+    error = capsys.readouterr().err
+    assert f"hf-jd {command}: error: " in error
+    assert expected in error or (streaming and "The data can't be read: JSON parse error" in error)
+
+
+def test_errors_of_trl_are_shown_in_one_sentence(common, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text('{"text": "a cat"}\n' * 4)
+    words = ["sft", "--model_name_or_path", str(STORIES), "--dataset_name", str(tmp_path / "data.jsonl")]
+    assert main([*words, "--assistant_only_loss", "true", *common]) == 2
+    assert "hf-jd sft: error: You set `assistant_only_loss=True`, but the dataset" in capsys.readouterr().err
+
+
+def test_a_list_of_one_in_a_file_needs_no_brackets(tmp_path):
+    (tmp_path / "flags.yaml").write_text(f"output_dir: {tmp_path}\nlora_target_modules: q_proj\njd_groups: code\n")
+    argv = ["--config", str(tmp_path / "flags.yaml")]
+    _, args, model, _ = common_parts.parse("sft", argv, ScriptArguments, JDSFTConfig)
+    assert (args.jd_groups, model.lora_target_modules) == (["code"], "q_proj")
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -62,9 +62,10 @@ def test_groups_work_with_several_losses(tmp_path):
     assert trainer.jd_state.names == ["a", "b"]
 
 
-def test_a_single_loss_is_refused(tmp_path):
-    flags = {**LOSS, "loss_type": ["sigmoid"], "loss_weights": None}
-    with pytest.raises(ValueError, match="--loss_type has only `sigmoid`: give several"):
+@pytest.mark.parametrize("names", [["sigmoid"], ["sigmoid", "sft", "sigmoid"]])
+def test_a_single_or_repeated_loss_is_refused(names, tmp_path):
+    flags = {**LOSS, "loss_type": names, "loss_weights": None}
+    with pytest.raises(ValueError, match="--loss_type is `sigmoid`.*: give each once, and several, or choose"):
         trained(JDDPOTrainer, JDDPOConfig, tmp_path, **flags)
 
 

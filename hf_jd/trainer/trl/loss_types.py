@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_jd.contradictions import listed
 from hf_jd.gramian import Jacobian
 from hf_jd.objectives import Membership
 from hf_jd.trainer.mixin import JDTrainerMixin
@@ -28,10 +29,11 @@ class LossTypesMixin(JDTrainerMixin):
         """Apply the flags; see JDTrainerMixin."""
         super().follow_flags()
         self.jd_loss_weights: list[Tensor] = []
-        if self.jd_args.jd_objectives == "loss" and len(set(self.loss_types)) < 2:
+        names = self.loss_types
+        if self.jd_args.jd_objectives == "loss" and (len(names) < 2 or len(set(names)) < len(names)):
             raise ValueError(
-                f"--jd_objectives loss weighs several losses, but --loss_type has only `{self.loss_types[0]}`: give "
-                "several, or choose --jd_objectives instance or group."
+                f"--jd_objectives loss weighs several losses by name, but --loss_type is {listed(names)}: give each "
+                "once, and several, or choose --jd_objectives instance or group."
             )
 
     @property
