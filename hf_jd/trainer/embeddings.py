@@ -23,8 +23,8 @@ except ImportError as error:
 
 
 @dataclass
-class JDSentenceTransformerTrainingArguments(JDArguments, SentenceTransformerTrainingArguments):
-    """`SentenceTransformerTrainingArguments` with the flags of Jacobian descent.
+class DatasetGroupsArguments(JDArguments):
+    """The flags of Jacobian descent for sentence-transformers' trainers.
 
     `--jd_objectives group` without `--jd_group_column` has one objective per dataset.
     """
@@ -36,13 +36,12 @@ class JDSentenceTransformerTrainingArguments(JDArguments, SentenceTransformerTra
         super().validate()
 
 
-class JDSentenceTransformerTrainer(JDTrainerMixin, SentenceTransformerTrainer):
-    """`SentenceTransformerTrainer` with Jacobian descent; its `args` are `JDSentenceTransformerTrainingArguments`.
+class DatasetGroupsMixin(JDTrainerMixin):
+    """Jacobian descent for sentence-transformers' trainers: `JDTrainerMixin`, with each dataset a group.
 
-    Losses with in-batch negatives are split exactly, too: a pair's row includes its effect as a negative.
+    The flags are those of `DatasetGroupsArguments`. Losses with in-batch negatives are split exactly, too: a pair's row
+    includes its effect as a negative.
     """
-
-    training_args_class = JDSentenceTransformerTrainingArguments
 
     def follow_flags(self) -> None:
         """Apply the flags; see JDTrainerMixin."""
@@ -55,10 +54,22 @@ class JDSentenceTransformerTrainer(JDTrainerMixin, SentenceTransformerTrainer):
 
     def should_dataset_name_column_be_added(self, dataset: Any, args: Any, loss: Any) -> bool:
         """Return whether examples include the name of their dataset; see sentence-transformers."""
-        by_dataset = args.jd_group_column == DATASET_COLUMN and isinstance(dataset, Mapping)
-        return by_dataset or super().should_dataset_name_column_be_added(dataset, args, loss)
+        by_dataset = getattr(args, "jd_group_column", None) == DATASET_COLUMN and isinstance(dataset, Mapping)
+        trainer: Any = super()
+        return by_dataset or trainer.should_dataset_name_column_be_added(dataset, args, loss)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         # The collator and a dict of losses read it, too.
         self.jd_model_takes_groups |= self.jd_args.jd_group_column == DATASET_COLUMN
+
+
+@dataclass
+class JDSentenceTransformerTrainingArguments(DatasetGroupsArguments, SentenceTransformerTrainingArguments):
+    """`SentenceTransformerTrainingArguments` with the flags of `DatasetGroupsArguments`."""
+
+
+class JDSentenceTransformerTrainer(DatasetGroupsMixin, SentenceTransformerTrainer):
+    """`SentenceTransformerTrainer` with Jacobian descent; its `args` are `JDSentenceTransformerTrainingArguments`."""
+
+    training_args_class = JDSentenceTransformerTrainingArguments

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer, BertConfig, BertModel, set_seed
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel, set_seed
 
 from tests.invariant.test_trl_trainers import measured, words
 from tests.trainer.runs import DESCENT, arguments, flat, joined, relative
 
 pytest.importorskip("sentence_transformers", reason="an extra")
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers.cross_encoder import CrossEncoder, CrossEncoderTrainer, CrossEncoderTrainingArguments
+from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss
+from sentence_transformers.cross_encoder.losses import MSELoss as CrossEncoderMSELoss
 from sentence_transformers.sentence_transformer import losses, modules
 
 from hf_jd import JDSentenceTransformerTrainer, JDSentenceTransformerTrainingArguments
+from hf_jd.trainer.embeddings import DatasetGroupsArguments, DatasetGroupsMixin
 
 TOKENIZER = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "examples" / "stories15m")
 
@@ -30,6 +35,9 @@ def path(tmp_path_factory):
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = BertConfig(vocab_size=len(TOKENIZER), max_position_embeddings=64, **sizes, **dropout)
     BertModel(config).save_pretrained(directory)
+    config.num_labels = 1
+    BertForSequenceClassification(config).save_pretrained(directory / "cross")
+    TOKENIZER.save_pretrained(directory / "cross")
     TOKENIZER.save_pretrained(directory)
     return str(directory)
 
@@ -142,6 +150,36 @@ def test_cached_losses_need_batches_as_objectives(kind, path, tmp_path, monkeypa
     ours.train()
     assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
     assert len(ours.jd_state.names) == 3
+
+
+@dataclass
+class JDCrossEncoderTrainingArguments(DatasetGroupsArguments, CrossEncoderTrainingArguments):
+    """The arguments of cross-encoders with the flags of Jacobian descent."""
+
+
+class JDCrossEncoderTrainer(DatasetGroupsMixin, CrossEncoderTrainer):
+    """Cross-encoders with Jacobian descent."""
+
+
+def cross_encoder_trainer(cls, config, path, directory, several, **flags):
+    set_seed(0)
+    model = CrossEncoder(f"{path}/cross", num_labels=1, device="cpu")
+    loss = {"pairs": CrossEncoderMSELoss(model), "scored": BinaryCrossEntropyLoss(model)}
+    data = {"pairs": dataset(11, 3000, "first", "second", scored=True), "scored": SCORED}
+    args = arguments(directory, config, **{**DESCENT, "gradient_accumulation_steps": 3, "max_steps": 3, **flags})
+    return cls(model, args, train_dataset=data, loss=loss if several else loss["pairs"])
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["loss", "losses"])
+def test_cross_encoders_have_groups_by_dataset(several, path, tmp_path):
+    theirs = cross_encoder_trainer(CrossEncoderTrainer, CrossEncoderTrainingArguments, path, tmp_path, several)
+    theirs.train()
+    flags = {"jd_objectives": "group", "jd_weighting": "mean"}
+    kinds = JDCrossEncoderTrainer, JDCrossEncoderTrainingArguments
+    ours = cross_encoder_trainer(*kinds, path, tmp_path, several, **flags)
+    ours.train()
+    assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
+    assert ours.jd_state.names == ["pairs", "scored"]
 
 
 def test_one_dataset_needs_a_group_column(path, tmp_path):
