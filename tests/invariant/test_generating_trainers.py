@@ -9,7 +9,9 @@ from tests.invariant.test_trl_trainers import (
     GENERATED,
     OFF_POLICY,
     PROMPTS,
+    SIZES,
     TOKENIZER,
+    adapted,
     by_length,
     by_position,
     lora,
@@ -18,7 +20,7 @@ from tests.invariant.test_trl_trainers import (
 from tests.trainer.runs import DESCENT, arguments, flat, relative
 
 pytest.importorskip("trl", reason="TRL 1.16 asks for datasets 4.7")
-from transformers import set_seed
+from transformers import MixtralConfig, MixtralForCausalLM, set_seed
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from hf_jd.trainer.trl.trainers import JDGRPOConfig, JDGRPOTrainer, JDRLOOConfig, JDRLOOTrainer
@@ -30,11 +32,11 @@ GROUP = {"jd_objectives": "group", "jd_group_column": "task"}
 REWARD = {"jd_objectives": "reward"}
 
 
-def trained(cls, config, directory, rewards, **flags):
+def trained(cls, config, directory, rewards, build=lora, **flags):
     """Train for 2 updates or more, with plain gradient descent."""
     set_seed(0)
     args = arguments(directory, config, **{**DESCENT, **GENERATED, **flags})
-    trainer = cls(model=lora(), args=args, train_dataset=PROMPTS, processing_class=TOKENIZER, reward_funcs=rewards)
+    trainer = cls(model=build(), args=args, train_dataset=PROMPTS, processing_class=TOKENIZER, reward_funcs=rewards)
     trainer.train()
     return trainer
 
@@ -72,6 +74,14 @@ def test_the_mean_of_prompt_groups_equals_trls_trainer(name, tmp_path):
     assert ours.jd_state.names == ["a", "b"]
 
 
+def mixtral():
+    """Build a mixture of experts with adapters, of the attention."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4}
+    experts = {"num_key_value_heads": 2, "num_local_experts": 3}
+    return adapted(MixtralForCausalLM(MixtralConfig(**SIZES, **sizes, **experts)), targets=["q_proj", "v_proj"])
+
+
 class Summed(GRPOTrainer):
     """Normalises each reward within its group, and sums: TRL's `normalize_then_sum` without the last normalisation."""
 
@@ -103,6 +113,18 @@ def test_the_mean_of_rewards_equals_their_normalised_sum(every, tmp_path):
     logged = [entry for entry in ours.state.log_history if "jd/reward_passes" in entry]
     assert [entry["jd/reward_passes"] for entry in logged] == [1.0] * (2 if every == 1 else 1)
     assert {"jd/weight/by_length", "jd/grad_norm/by_position", "jd/cosine/by_length/by_position"} <= logged[0].keys()
+
+
+def test_a_routers_loss_remains_in_the_mean(tmp_path):
+    build, flags = mixtral, {"router_aux_loss_coef": 0.1, "beta": 0.1}
+    theirs = trained(GRPOTrainer, GRPOConfig, tmp_path, [by_position], build, **flags)
+    unrouted = trained(GRPOTrainer, GRPOConfig, tmp_path, [by_position], build, beta=0.1)
+    ours = trained(JDGRPOTrainer, JDGRPOConfig, tmp_path, [by_position], build, **flags, **REWARD)
+    assert relative(flat(ours.model), flat(theirs.model)) < 1e-6
+    assert relative(flat(theirs.model), flat(unrouted.model)) > 1e-5
+    several = [by_length, by_position]
+    ours = trained(JDGRPOTrainer, JDGRPOConfig, tmp_path, several, build, **flags, **REWARD, jd_weighting="upgrad")
+    assert ours.jd_state.names == ["by_length", "by_position"]
 
 
 def test_unmeasured_updates_use_the_last_weights(tmp_path):

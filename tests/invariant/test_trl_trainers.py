@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,10 +67,12 @@ JUDGED = dataset(lambda i: {"completion": " " + words(100 + i, 3 + i % 3), "labe
 PAIRS = dataset(lambda i: {"chosen": " " + words(100 + i, 3 + i % 3), "rejected": " " + words(200 + i, 2 + i % 4)})
 
 
-def adapted(model: nn.Module, task: str = "CAUSAL_LM") -> nn.Module:
+TARGETS = ("q_proj", "v_proj", "down_proj")
+
+
+def adapted(model: nn.Module, task: str = "CAUSAL_LM", targets: Sequence[str] = TARGETS) -> nn.Module:
     torch.manual_seed(1)
-    targets = ["q_proj", "v_proj", "down_proj"]
-    return get_peft_model(model, LoraConfig(r=2, target_modules=targets, init_lora_weights=False, task_type=task))
+    return get_peft_model(model, LoraConfig(r=2, target_modules=[*targets], init_lora_weights=False, task_type=task))
 
 
 def full() -> nn.Module:

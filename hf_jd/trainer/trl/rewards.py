@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import copy
+from itertools import compress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -169,24 +170,29 @@ class RewardLosses(NamedLosses):
 
     def _rows_by_reward(self, recorder: NamedRecorder) -> Jacobian:
         """Form the rows [K, n] of the rewards with the fewest backward passes, and log their number."""
-        count = len(self._rewards)
-        common = directions(self._rewards, self._advantages, self._noise)
+        count, keep = len(self._rewards), [output.dim() > 0 for output in self._outputs]
+        outputs, *rewards, noise = (  # A router's loss [] depends on no advantage.
+            list(compress(gradients, keep)) for gradients in (self._outputs, *self._rewards, self._noise)
+        )
+        common = directions(rewards, self._advantages, noise)
         passes = len(common) if 0 < len(common) < count else count
         self._trainer.jd_metrics.add(Metrics(("jd/reward_passes",), torch.tensor([float(passes)], dtype=torch.float64)))
         if passes == count:
             return Jacobian.cat([recorder.gradient_row(scalar(self._outputs, c)) for c in self._rewards])
-        rows = [self._rows_along(recorder, direction, i + 1 == passes) for i, direction in enumerate(common)]
+        rows = [self._rows_along(recorder, outputs, direction, i + 1 == passes) for i, direction in enumerate(common)]
         return rows[0] if passes == 1 else rows[0] + rows[1]
 
-    def _rows_along(self, recorder: NamedRecorder, direction: Direction, last: bool) -> Jacobian:
+    def _rows_along(
+        self, recorder: NamedRecorder, outputs: Sequence[Tensor], direction: Direction, last: bool
+    ) -> Jacobian:
         """Form the objectives' rows as weighted sums of completions' rows, with one backward pass."""
         membership = direction.membership
         some = (membership != 0).any(0)
         if not some.any():
             return recorder.jacobian_of({}, len(membership))
         ids, m = torch.where(some, some.cumsum(0) - 1, -1), int(some.sum())
-        pairs = zip(self._outputs, direction.gradients, strict=True)
-        parts = [surrogates(Cotangent(output, gradient), ids, m) for output, gradient in pairs if output.dim()]
+        pairs = zip(outputs, direction.gradients, strict=True)
+        parts = [surrogates(Cotangent(output, gradient), ids, m) for output, gradient in pairs]
         losses = torch.stack([part.to(parts[0]) for part in parts]).sum(0)
         instances = self._trainer.engine().compute_jacobian(losses, ids, materialise=False, retain_graph=not last)
         return instances.combined(membership[:, some])
