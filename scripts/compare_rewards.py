@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,9 @@ import torch
 import yaml
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from studies.reward_functions import WORD, WRITTEN, Reward, fluency, named, word
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
-
-Reward = Callable[[list[str], list[str]], list[float]]
-"""Prompts and completions -> one number per completion."""
 
 REFERENCE = -3.0
 """The change of a reward, in standard deviations, at which a method's hypervolume is 0."""
@@ -38,96 +36,6 @@ MEASURES = ("worst", "improved", "hypervolume")
 
 WIDE = 8
 """The largest number of rewards for which the table has one column each."""
-
-WORD = "word "
-"""Followed by a word: the name of the reward for that word."""
-
-SUM = r"(\d+) \+ (\d+)"
-"""A sum in a prompt."""
-
-EQUATION = SUM + r" = \d+"
-
-EMPTY = -10.0
-"""The log-probability per token of an empty completion."""
-
-
-def short(prompts: list[str], completions: list[str]) -> list[float]:
-    """Reward short sentences: minus the number of words per sentence."""
-    return [-len(text.split()) / max(1, sum(text.count(mark) for mark in ".!?")) for text in completions]
-
-
-def long(prompts: list[str], completions: list[str]) -> list[float]:
-    """Reward long sentences: the number of words per sentence."""
-    return [-score for score in short(prompts, completions)]
-
-
-def dialogue(prompts: list[str], completions: list[str]) -> list[float]:
-    """Reward speech."""
-    return [float('"' in text) for text in completions]
-
-
-def narration(prompts: list[str], completions: list[str]) -> list[float]:
-    """Reward the absence of speech."""
-    return [1 - score for score in dialogue(prompts, completions)]
-
-
-def variety(prompts: list[str], completions: list[str]) -> list[float]:
-    """Reward variety: the share of different words."""
-    words = [text.lower().split() for text in completions]
-    return [len(set(text)) / max(1, len(text)) for text in words]
-
-
-def brief(prompts: list[str], completions: list[str]) -> list[float]:
-    """Reward short completions: minus the number of words."""
-    return [-float(len(text.split())) for text in completions]
-
-
-def equation(prompts: list[str], completions: list[str]) -> list[float]:
-    """Reward an equation."""
-    return [float(re.search(EQUATION, text) is not None) for text in completions]
-
-
-def right(prompts: list[str], completions: list[str]) -> list[float]:
-    """Reward a last number that is the sum asked for in the prompt."""
-    asked = [re.search(SUM, prompt) for prompt in prompts]
-    answers = [re.findall(r"\d+", text)[-1:] for text in completions]
-    pairs = zip(asked, answers, strict=True)
-    return [float(a is not None and n == [str(int(a[1]) + int(a[2]))]) for a, n in pairs]
-
-
-def word(which: str) -> Reward:
-    """Return the reward for a word."""
-    return lambda prompts, completions: [float(which in text.lower()) for text in completions]
-
-
-WRITTEN = (short, long, brief, dialogue, narration, variety, equation, right)
-"""The rewards that depend only on a text, or on a text and its prompt."""
-
-
-def fluency(model: Any, tokenizer: Any) -> Reward:
-    """Return the reward for fluency: the mean log-probability of the tokens under the untrained model."""
-
-    @torch.no_grad()
-    def score(prompts: list[str], completions: list[str]) -> list[float]:
-        starts = tokenizer(prompts).input_ids
-        ends = tokenizer(completions, add_special_tokens=False).input_ids
-        rows = [torch.tensor(start + end) for start, end in zip(starts, ends, strict=True)]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)  # on the right, where no earlier token sees it
-        logps = model(ids).logits[:, :-1].float().log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-        scores = zip(logps, starts, ends, strict=True)
-        return [row[len(s) - 1 : len(s) + len(e) - 1].mean().item() if e else EMPTY for row, s, e in scores]
-
-    return score
-
-
-def named(name: str, reward: Reward, scale: float) -> Callable[..., list[float]]:
-    """Wrap a reward as TRL calls it, times its scale."""
-
-    def function(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        return [scale * score for score in reward(prompts, completions)]
-
-    function.__name__ = name
-    return function
 
 
 class Setting:
@@ -308,43 +216,50 @@ def draw(results: Sequence[dict[str, Any]], before: Tensor, path: Path) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run what is missing, then write `results.jsonl`, `table.md` and `way.png`."""
+    """Run what is missing, then write `results.jsonl`, `table.md` and `picture.png`."""
     parser = argparse.ArgumentParser(description="Compare methods on several rewards.")
     parser.add_argument("plan", type=Path)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/rewards"))
-    parser.add_argument("--seeds", type=int, nargs="*")
-    parser.add_argument("--learning_rates", type=float, nargs="*")
-    parser.add_argument("--methods", nargs="*")
-    parser.add_argument("--rewards", nargs="*", help="some of the plan's rewards, instead of all")
-    parser.add_argument("--max_steps", type=int)
+    parser.add_argument("--max_steps", type=int, help="updates per run, instead of the plan's")
+    for part, kind in (("seeds", int), ("learning_rates", float), ("methods", str), ("rewards", str)):
+        parser.add_argument(f"--{part}", type=kind, nargs="*", help="instead of the plan's")
     arguments = parser.parse_args(argv)
     plan = yaml.safe_load(arguments.plan.read_text("utf-8"))
-    plan["trainer"] |= {"max_steps": arguments.max_steps} if arguments.max_steps else {}
-    for kind in ("methods", "rewards"):
-        unknown = sorted(set(getattr(arguments, kind) or []) - set(plan[kind]))
+    for part in ("methods", "rewards"):
+        unknown = sorted(set(getattr(arguments, part) or []) - set(plan[part]))
         if unknown:
-            parser.error(f"there is no {kind[:-1]} `{unknown[0]}`; those of the plan are {', '.join(plan[kind])}.")
-    plan["rewards"] = {name: plan["rewards"][name] for name in arguments.rewards or plan["rewards"]}
+            parser.error(f"there is no {part[:-1]} `{unknown[0]}`; those of the plan are {', '.join(plan[part])}.")
+        plan[part] = {name: plan[part][name] for name in getattr(arguments, part) or plan[part]}
+    plan |= {part: getattr(arguments, part) or plan[part] for part in ("seeds", "learning_rates")}
+    plan["trainer"] |= {"max_steps": arguments.max_steps} if arguments.max_steps else {}
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    file, setting = arguments.output_dir / "results.jsonl", Setting(plan)
-    results = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
-    same = {"updates": plan["trainer"]["max_steps"], "rewards": list(plan["rewards"])}
-    results = [r for r in results if r.items() >= same.items()]
-    done = {(r["method"], r["seed"], r["learning_rate"]) for r in results}
-    for seed in arguments.seeds or plan["seeds"]:
-        for rate in arguments.learning_rates or plan["learning_rates"]:
-            for method in arguments.methods or plan["methods"]:
-                if (method, seed, rate) in done:
-                    continue
-                results.append(run(setting, method, seed, rate, arguments.output_dir))
-                with file.open("a", encoding="utf-8") as lines:
-                    lines.write(json.dumps(results[-1]) + "\n")
-                print(f"{method}, seed {seed}, {rate:g}: {summary(results[-1]['changes'])}", flush=True)
+    setting = Setting(plan)
+    results = completed(setting, arguments.output_dir)
     text = table(results, plan.get("control"))
     (arguments.output_dir / "table.md").write_text(text, "utf-8")
     print(text)
-    draw(results, setting.before, arguments.output_dir / "way.png")
+    draw(results, setting.before, arguments.output_dir / "picture.png")
     return 0
+
+
+def completed(setting: Setting, directory: Path) -> list[dict[str, Any]]:
+    """Run what the plan has and `results.jsonl` lacks; return the results of its methods, rates and rewards."""
+    plan, file = setting.plan, directory / "results.jsonl"
+    rates, methods = plan["learning_rates"], list(plan["methods"])
+    same = {"updates": plan["trainer"]["max_steps"], "rewards": list(plan["rewards"])}
+    results = [json.loads(line) for line in file.read_text("utf-8").splitlines()] if file.exists() else []
+    results = [
+        r for r in results if r.items() >= same.items() and r["method"] in methods and r["learning_rate"] in rates
+    ]
+    done = {(r["seed"], r["learning_rate"], r["method"]) for r in results}
+    for seed, rate, method in product(plan["seeds"], rates, methods):
+        if (seed, rate, method) in done:
+            continue
+        results.append(run(setting, method, seed, rate, directory))
+        with file.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(results[-1]) + "\n")
+        print(f"{method}, seed {seed}, {rate:g}: {summary(results[-1]['changes'])}", flush=True)
+    return sorted(results, key=lambda r: (rates.index(r["learning_rate"]), methods.index(r["method"]), r["seed"]))
 
 
 if __name__ == "__main__":

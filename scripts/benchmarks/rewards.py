@@ -11,7 +11,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"| {rewards} | {' | '.join(cells)} |", flush=True)
 
 
-def _timed(ways: list[Callable[[], None]]) -> list[float]:
+def _timed(ways: Sequence[Callable[[], None]]) -> list[float]:
     seconds = []
     for way in ways:
         begin = time.perf_counter()

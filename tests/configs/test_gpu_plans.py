@@ -24,11 +24,12 @@ def _from_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
 
 
-def test_a_comparison_has_only_flags_of_finetune(tmp_path):
-    for run in Plan.read(GPU / "tofu.yaml").runs(tmp_path, seeds=1):
+@pytest.mark.parametrize(("name", "full", "forgotten"), [("tofu", True, "forget10"), ("wmdp", False, "forget")])
+def test_a_comparison_has_only_flags_of_finetune(name, full, forgotten, tmp_path):
+    for run in Plan.read(GPU / f"{name}.yaml").runs(tmp_path, seeds=1):
         model, _, _, training = parse(["--use_cpu", "true", "--bf16", "false"], run.settings)
-        assert model.full
-        assert (training.jd_ascend, training.jd_group_column) == (["forget10"], "task")
+        assert model.full == full
+        assert (training.jd_ascend, training.jd_group_column) == ([forgotten], "task")
 
 
 def test_a_grpo_plan_has_only_flags_of_its_command(tmp_path):
@@ -51,14 +52,14 @@ def test_a_grpo_plan_has_only_flags_of_its_command(tmp_path):
 
 
 def test_tofu_becomes_chats_with_equal_shares(monkeypatch, tmp_path):
-    script = import_module("examples.gpu.tofu_data")
+    script = import_module("examples.gpu.unlearning_data")
     sizes = {"forget10": 4, "retain90": 36}
     monkeypatch.setattr(
         script,
         "load_dataset",
         lambda name, task, split: [{"question": f"{task} {i}?", "answer": f"{i}."} for i in range(sizes[task])],
     )
-    script.main(tmp_path)
+    script.main("tofu", tmp_path)
     rows = read_files([str(tmp_path / "train.jsonl")])
     assert [sum(row["task"] == task for row in rows) for task in sizes] == [36, 36]
     assert rows[0]["messages"][1:] == [
@@ -68,7 +69,19 @@ def test_tofu_becomes_chats_with_equal_shares(monkeypatch, tmp_path):
     assert len((tmp_path / "validation.jsonl").read_text("utf-8").splitlines()) == 40
 
 
-@pytest.mark.parametrize("name", ["tofu", "grpo"])
+def test_documents_begin_with_what_a_model_reads(monkeypatch, tmp_path):
+    script = import_module("examples.gpu.unlearning_data")
+    texts = {"cyber-forget-corpus": ["a" * 5000, "b"], "cyber-retain-corpus": ["c"] * 5}
+    monkeypatch.setattr(script, "load_dataset", lambda name, part, split: [{"text": text} for text in texts[part]])
+    script.main("wmdp", tmp_path)
+    rows = read_files([str(tmp_path / "train.jsonl")])
+    assert [(row["task"], len(row["text"])) for row in rows] == [
+        *[("forget", 4000), ("forget", 1)] * 2,
+        *[("retain", 1)] * 5,
+    ]
+
+
+@pytest.mark.parametrize("name", ["tofu", "wmdp", "grpo"])
 def test_a_plan_states_the_numbers_of_its_estimate(name, capsys):
     text = (GPU / f"{name}.yaml").read_text("utf-8")
     assert "NOT RUN YET" in text
@@ -77,7 +90,8 @@ def test_a_plan_states_the_numbers_of_its_estimate(name, capsys):
     assert main(shlex.split(re.sub(r"\\\n#", "", command[1]))[1:]) == 0
     printed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     memory = sum(gigabytes(printed[part]) for part in ("rows", "memory"))
-    seconds = sum(float(number) for number in re.findall(r"([\d.]+) ms (?:computing|rows)", printed["time"])) / 1000
+    times = re.findall(r"([\d.]+) (m?s) (?:computing|rows)", printed["time"])
+    seconds = sum(float(number) * {"s": 1, "ms": 1e-3}[unit] for number, unit in times)
     stated = re.search(r"by the last of these: (\d+) GB, and ([\d.]+) s per update", text)
     assert stated
     assert (float(stated[1]), float(stated[2])) == (round(memory), pytest.approx(seconds, rel=0.05))

@@ -51,6 +51,18 @@ def test_hooks_on_outputs_run_once(loss, kind, tmp_path):
     assert relative(flat(ours.model), flat(theirs.model)) < 1e-10
 
 
+def of_retained(trainer, model, inputs, number):
+    outputs = model(**inputs)
+    outputs.logits.retain_grad()
+    return F.cross_entropy(outputs.logits, inputs["labels"]), outputs
+
+
+def test_outputs_that_retain_gradients_get_a_warning(tmp_path, caplog):
+    cls = type("Ours", (JDTrainerMixin, trainer_of(of_retained)), {})
+    trained(cls, tmp_path, of_retained, jd_weighting="mean", max_steps=1)
+    assert "`retain_grad` was called on an output" in caplog.text
+
+
 def of_model(trainer, model, inputs, number):
     outputs = model(**inputs)
     return outputs.loss, outputs

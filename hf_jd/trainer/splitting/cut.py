@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from hf_jd.batches import holds_examples, row_count
 from hf_jd.collator import EXAMPLES_KEY, GROUP_KEY
@@ -20,6 +21,8 @@ from hf_jd.trainer.splitting.values import check_values_are_not_needed, known_lo
 
 if TYPE_CHECKING:
     from hf_jd.trainer.mixin import JDTrainerMixin
+
+logger = logging.get_logger(__name__)
 
 
 class Contents(NamedTuple):
@@ -71,6 +74,11 @@ def shares_of(trainer: JDTrainerMixin, loss: Tensor, contents: Contents, scale: 
         ValueError: The loss reads no tensor of known instances.
     """
     outputs, last = trainer.jd_outputs.take(trainer.jd_retain_graph)
+    if any(output.retains_grad for output in outputs):
+        logger.warning_once(
+            "`retain_grad` was called on an output of the model, whose `.grad` several backward passes now add to: use "
+            "torch.autograd.grad(loss, output, retain_graph=True) before accelerator.backward."
+        )
     unreduced, trainer.jd_unreduced = trainer.jd_unreduced, None
     _descend_others(trainer, loss)
     if unreduced is not None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,14 +16,16 @@ pytest.importorskip("trl", reason="TRL 1.16 asks for datasets 4.7")
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("compare_rewards", ROOT / "scripts" / "compare_rewards.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return import_module("compare_rewards")
+
+
+@pytest.fixture
+def rewards(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    return import_module("studies.reward_functions")
 
 
 def test_a_run_is_summarised(script):
@@ -32,19 +34,19 @@ def test_a_run_is_summarised(script):
     assert script.summary([1.0, -4.0])["hypervolume"] == 0.0
 
 
-def test_rewards_score_completions(script):
-    assert script.short([""], ["One two. Three four!"]) == [-2.0]
-    assert script.long([""], ["One two. Three four!"]) == [2.0]
-    assert script.word("happy")(["", ""], ["Happy, happy", "sad"]) == [1.0, 0.0]
-    assert script.dialogue(["", ""], ['"Hi"', "Hi"]) == [1.0, 0.0]
-    assert script.narration(["", ""], ['"Hi"', "Hi"]) == [0.0, 1.0]
-    assert script.named("dialogue", script.dialogue, 100)([""], ['"Hi"'], kind=["a"]) == [100.0]
-    assert script.variety([""], ["a a b c"]) == [0.75]
-    assert script.brief([""], ["one two three"]) == [-3.0]
-    assert script.equation(["", ""], ["3 + 4 = 8", "3 + 4 is 7"]) == [1.0, 0.0]
+def test_rewards_score_completions(rewards):
+    assert rewards.short([""], ["One two. Three four!"]) == [-2.0]
+    assert rewards.long([""], ["One two. Three four!"]) == [2.0]
+    assert rewards.word("happy")(["", ""], ["Happy, happy", "sad"]) == [1.0, 0.0]
+    assert rewards.dialogue(["", ""], ['"Hi"', "Hi"]) == [1.0, 0.0]
+    assert rewards.narration(["", ""], ['"Hi"', "Hi"]) == [0.0, 1.0]
+    assert rewards.named("dialogue", rewards.dialogue, 100)([""], ['"Hi"'], kind=["a"]) == [100.0]
+    assert rewards.variety([""], ["a a b c"]) == [0.75]
+    assert rewards.brief([""], ["one two three"]) == [-3.0]
+    assert rewards.equation(["", ""], ["3 + 4 = 8", "3 + 4 is 7"]) == [1.0, 0.0]
     answers = ["7", "It is 3 + 4 = 7.", "It is 8, not 7, nor 6.", "seven"]
-    assert script.right(["What is 3 + 4?"] * 4, answers) == [1.0, 1.0, 0.0, 0.0]
-    assert script.right(["What is it?"], ["7"]) == [0.0]
+    assert rewards.right(["What is 3 + 4?"] * 4, answers) == [1.0, 1.0, 0.0, 0.0]
+    assert rewards.right(["What is it?"], ["7"]) == [0.0]
 
 
 def test_a_table_of_many_rewards_has_a_column_per_method(script):
@@ -91,7 +93,7 @@ def test_a_small_comparison_runs_and_resumes(example, names, script, tmp_path):
     assert script.main(words) == 0  # Finished runs are not repeated.
     assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 2
     assert all(name in (tmp_path / "out" / "table.md").read_text() for name in names)
-    assert (tmp_path / "out" / "way.png").exists()
+    assert (tmp_path / "out" / "picture.png").exists()
     some = list(plan["rewards"])[1:]
     assert script.main([*words[:-1], "--rewards", *some]) == 0  # Fewer rewards are another study.
     assert script.main([*words[:-1], "--rewards", *some]) == 0
