@@ -59,6 +59,8 @@ def run(
     _check(model)
     hide_bars(args)
     args.model_init_kwargs = _loading(model, args)
+    if name == "reward":
+        model.lora_task_type = "SEQ_CLS"  # the only one that fits its model; TRL's default is CAUSAL_LM
     data = load(script_args, mixture)
     rows = split(data, script_args.dataset_train_split, "dataset_train_split")
     check(name, rows, args)

@@ -46,7 +46,7 @@ GROUPS = ["--jd_objectives", "group", "--jd_group_column", "kind"]
 FLAGS = {
     "sft": GROUPS,
     "dpo": [*GROUPS, "--jd_weighting", "mgda"],
-    "reward": [*GROUPS, "--lora_task_type", "SEQ_CLS"],
+    "reward": GROUPS,
     "kto": ["--jd_objectives", "group", "--jd_group_column", "label"],
     "grpo": ["--jd_objectives", "reward", "--reward_funcs", "my_rewards.short", "my_rewards.happy"]
     + ["--max_completion_length", "4", "--num_generations", "2"],

@@ -193,7 +193,7 @@ def _check_rewards(trainer: GeneratingMixin) -> None:
             "function, or leave --jd_kl at mean."
         )
     if len(names) == 1 and by_itself:
-        logger.warning(
+        logger.warning_once(
             f"There is only one reward function, `{names[0]}`: --jd_objectives reward has nothing to weigh, and trains "
             "like TRL."
         )
