@@ -15,7 +15,7 @@ from transformers import BertForSequenceClassification, Trainer, TrainingArgumen
 from hf_jd import JDTrainerMixin, JDTrainingArguments
 from tests.models import VOCABULARY, tiny_gpt2
 from tests.trainer import runs, tasks
-from tests.trainer.runs import arguments, lora
+from tests.trainer.runs import arguments, in_order, lora
 
 Computed = tuple[Tensor, Any]
 """A loss [], and the model's outputs."""
@@ -337,7 +337,7 @@ def prepared(case: Case, directory: Any, n: int, cls: type | None = None, data: 
     cls = cls or ours_of(case.loss)
     args = arguments(directory, JDTrainingArguments if issubclass(cls, JDTrainerMixin) else TrainingArguments, **flags)
     data = case.examples(n) if data is None else data
-    return cls(case.build(), args, train_dataset=data, data_collator=case.collate)
+    return in_order(cls(case.build(), args, train_dataset=data, data_collator=case.collate))
 
 
 def trained(case: Case, directory: Any, n: int, cls: type | None = None, data: Any = None, **flags: Any) -> Any:
