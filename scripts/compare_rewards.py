@@ -168,8 +168,8 @@ def table(results: Sequence[dict[str, Any]], control: str | None = None) -> str:
         spreads = [_spread([s[measure] for s in summaries]) for measure in MEASURES]
         line = [method, f"{rate:g}", str(len(seeds)), *(f"{mean:.2f}" for mean in means), *spreads]
         if control:
-            both = [seed for seed in seeds if method != control and (control, rate, seed) in runs]
-            line.append(_paired([min(runs[method, rate, s]) - min(runs[control, rate, s]) for s in both]))
+            shared = [seed for seed in seeds if method != control and (control, rate, seed) in runs]
+            line.append(_paired([min(runs[method, rate, s]) - min(runs[control, rate, s]) for s in shared]))
         lines.append(line)
     if len(names) > WIDE:
         lines = [list(column) for column in zip(*lines, strict=True)]

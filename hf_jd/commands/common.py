@@ -31,7 +31,7 @@ try:
 except ImportError as error:
     raise ValueError(f"This command needs TRL ({error}): pip install 'hf-jd[trl]'.") from error
 
-from hf_jd.commands.data import check, load, split
+from hf_jd.commands.data import check_data, load, split
 
 
 def run(
@@ -63,7 +63,7 @@ def run(
         model.lora_task_type = "SEQ_CLS"  # the only one that fits its model; TRL's default is CAUSAL_LM
     data = load(script_args, mixture)
     rows = split(data, script_args.dataset_train_split, "dataset_train_split")
-    check(name, rows, args)
+    check_data(name, rows, args)
     further = {} if more is None else more(script_args, model)
     _check_tokenizer(rows, args, model)
     built = trainer(

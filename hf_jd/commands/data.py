@@ -66,7 +66,7 @@ def split(data: Any, name: str, flag: str) -> Any:
     return data[name]
 
 
-def check(command: str, rows: Any, args: Any) -> None:
+def check_data(command: str, rows: Any, args: Any) -> None:
     """Raise a ValueError for texts that the trainer can't read, or without the group column, before tokenizing."""
     with explained("The data can't be read", OSError, ValueError, RuntimeError):
         first = next(iter(rows), None)
