@@ -155,7 +155,7 @@ class OutputObserver:
         return [starts[id(output)] + torch.arange(len(output), device=output.device) for output in outputs]
 
     def take(self, keep: bool = False) -> tuple[list[Tensor], Any]:
-        """Return the outputs since the last time, and what the last call returned; with `keep`, a later call does, too."""
+        """Return the outputs since the last time, and what the last call returned; `keep` them for a later call."""
         outputs, last = self._outputs, self.last
         if not keep:
             self._outputs, self.last = [], None
